@@ -1,0 +1,35 @@
+"""Every error that metawrap raises on purpose: each names what is wrong, what was expected, and the fix."""
+
+from __future__ import annotations
+
+
+class MetaWrapError(Exception):
+    """Base of all metawrap errors: catch this to catch them all."""
+
+
+class ArgumentError(MetaWrapError, ValueError):
+    """An argument has the wrong type, range or combination."""
+
+
+class TaskError(MetaWrapError, ValueError):
+    """A task or task batch has the wrong shape, device, dtype or labels."""
+
+
+class UnsupportedModuleError(MetaWrapError, TypeError):
+    """The user's module, or one inside it, cannot be adapted correctly; raised before anything is changed."""
+
+
+class DivergedError(MetaWrapError, RuntimeError):
+    """Too many meta-steps in a row had a non-finite meta-gradient; the last good weights are still in place."""
+
+
+class DataError(MetaWrapError, ValueError):
+    """A data set, archive or image is missing, broken, too small or unsafe."""
+
+
+class CheckpointError(MetaWrapError, RuntimeError):
+    """A checkpoint is missing, broken, or belongs to another run."""
+
+
+class MetaWrapWarning(UserWarning):
+    """Something is allowed but is known to surprise people; the text says what and how to silence it."""

@@ -1,0 +1,165 @@
+"""What a learner hands back: metrics of a step, the differentiable output, an evaluation, a description."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MetaOutput:
+    """Result of `learner(task_batch)`. Only `loss` is differentiable, once; the rest is detached.
+
+    loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a step has no weight and was not
+    computed.
+    predictions: one per task, on its target set, after the last step. accuracy: scalar mean over tasks, or None.
+    """
+
+    loss: Tensor
+    step_losses: Tensor
+    predictions: list[Any]
+    accuracy: Tensor | None
+
+
+class StepMetrics:
+    """Result of `learner.meta_step(task_batch)`. A field is read from the device when it is asked for."""
+
+    def __init__(
+        self,
+        loss: Tensor,
+        step_losses: Tensor,
+        accuracy: Tensor | None,
+        gradient_norm: Tensor,
+        applied: Tensor,
+        meta_lr: float,
+        epoch: int,
+        iteration: int,
+    ) -> None:
+        self._loss, self._accuracy, self._gradient_norm, self._applied = loss, accuracy, gradient_norm, applied
+        self.step_losses = step_losses
+        self.meta_lr = meta_lr
+        self.epoch = epoch
+        self.iteration = iteration
+
+    @property
+    def loss(self) -> float:
+        """The meta-loss: weighted over steps, mean over tasks."""
+        return float(self._loss)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Fraction of targets right after the last step, mean over tasks; None when labels are not classes."""
+        return None if self._accuracy is None else float(self._accuracy)
+
+    @property
+    def gradient_norm(self) -> float:
+        """L2 norm of the whole meta-gradient, before clipping."""
+        return float(self._gradient_norm)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update was skipped because the meta-gradient was not finite."""
+        return not bool(self._applied)
+
+    def __repr__(self) -> str:
+        accuracy = "" if self.accuracy is None else f", accuracy={self.accuracy:.4f}"
+        skipped = ", skipped=True" if self.skipped else ""
+        return f"StepMetrics(iteration={self.iteration}, loss={self.loss:.4f}{accuracy}{skipped})"
+
+
+@dataclass
+class EvaluationResult:
+    """Result of `learner.evaluate(tasks)`.
+
+    metric: "accuracy", "loss", or the name of the user's metric; `mean` and `interval` are of it.
+    mean: over tasks. interval: half width of the 95 % confidence interval of the mean over tasks (normal approximation;
+    NaN for one task). loss: mean target loss. norm: the batch-norm policy used. steps: inner steps taken.
+    per_task: (tasks,) the metric of each task. predictions: one per task if they were asked for.
+    """
+
+    metric: str
+    mean: float
+    interval: float
+    loss: float
+    tasks: int
+    norm: str
+    steps: int
+    per_task: Tensor
+    predictions: list[Any] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, metric: str, per_task: Tensor, losses: Tensor, **details: Any) -> EvaluationResult:
+        """From the metric and the loss of each task, (tasks,) each."""
+        count = len(per_task)
+        spread = float(per_task.std()) if count > 1 else math.nan
+        interval = 1.96 * spread / math.sqrt(count)
+        return cls(metric, float(per_task.mean()), interval, float(losses.mean()), count, per_task=per_task, **details)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean accuracy in 0..1, or None when another metric was measured."""
+        return self.mean if self.metric == "accuracy" else None
+
+    def __str__(self) -> str:
+        kind = "transductive" if self.norm == "batch" else "inductive"
+        if self.metric == "accuracy":
+            value = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f}"
+        else:
+            value = f"{self.metric} {self.mean:.4g} +- {self.interval:.2g}"
+        return f'{value} (95 %, {self.tasks} tasks, {self.steps} inner steps, norm="{self.norm}", {kind})'
+
+
+@dataclass(frozen=True)
+class Description:
+    """What wrapping found and did; `str()` of it is a text table.
+
+    adapted, kept: parameter names and shapes. swapped: norms that became per-step. frozen: parameters left frozen.
+    """
+
+    method: str
+    model: str
+    settings: dict[str, Any]
+    adapted: dict[str, tuple[int, ...]]
+    learned_only: dict[str, tuple[int, ...]]
+    frozen: dict[str, tuple[int, ...]]
+    swapped: list[str]
+    left_alone: list[str]
+    head: str | None
+    engine: str
+    engine_reason: str
+    rates: int
+    notes: list[str]
+    warnings: list[str]
+
+    def __str__(self) -> str:
+        groups = (("adapted", self.adapted), ("meta-learned only", self.learned_only), ("frozen", self.frozen))
+        lines = [f"{self.method} around {self.model}", ""]
+        for title, parameters in groups:
+            numbers = sum(math.prod(shape) for shape in parameters.values())
+            lines.append(f"{title}: {len(parameters)} tensors, {numbers:,} numbers")
+            width = max((len(name) for name in parameters), default=0)
+            lines += [f"  {name:<{width}}  {' x '.join(map(str, shape))}" for name, shape in parameters.items()]
+        lines += [
+            "",
+            f"per-step norms:  {', '.join(self.swapped) or 'none'}",
+            f"norms left alone: {', '.join(self.left_alone) or 'none'}",
+            f"learning rates:  {self.rates}",
+            f"head:            {self.head or 'not seen yet (known after the first task)'}",
+            f"engine:          {self.engine} ({self.engine_reason})",
+            "settings:        " + ", ".join(f"{key}={value!r}" for key, value in self.settings.items()),
+        ]
+        lines += [f"note: {note}" for note in self.notes] + [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def accuracy_of(prediction: Any, y: Any) -> Tensor | None:
+    """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
+    if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
+        return None
+    if y.is_floating_point() or prediction.ndim != y.ndim + 1:
+        return None
+    return (prediction.argmax(1) == y).to(torch.get_default_dtype()).mean()

@@ -1,0 +1,236 @@
+"""Task and TaskBatch: what one episode is, and the checks on its shapes.
+
+One task is a support set to adapt on and a target set to be judged on. A batch of them is accepted in three forms:
+a `TaskBatch`, a tuple `(support_x, support_y, target_x, target_y)` with a leading task axis, or a list of tasks of
+any sizes. Inputs (`x`) are a tensor, or a tuple or dict of tensors that reach the model as `model(*x)` or `model(**x)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metawrap.errors import TaskError
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
+Stacked: TypeAlias = tuple[Inputs, Tensor, Inputs, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode: inputs are (examples, ...), labels are (examples, ...); support and target sizes may differ."""
+
+    support_x: Inputs
+    support_y: Any
+    target_x: Inputs
+    target_y: Any
+
+    def __post_init__(self) -> None:
+        for part in ("support", "target"):
+            _check_same_length(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Task:
+        """The same task with `change` applied to every tensor."""
+        return Task(*(map_tensors(part, change) for part in self.parts()))
+
+    def to(self, *args: Any, **kwargs: Any) -> Task:
+        """The same task on another device; only the arguments of `Tensor.to`."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def parts(self) -> tuple[Inputs, Any, Inputs, Any]:
+        """The four parts, in the order of the constructor."""
+        return self.support_x, self.support_y, self.target_x, self.target_y
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Tasks that one meta-step averages over. Iterate over it, index it, or take its `len`."""
+
+    tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise TaskError("The task batch holds 0 tasks, expected at least 1.")
+
+    @classmethod
+    def stacked(cls, support_x: Inputs, support_y: Any, target_x: Inputs, target_y: Any) -> TaskBatch:
+        """From four parts with a leading task axis: x is (tasks, examples, ...), y is (tasks, examples, ...).
+
+        Raises:
+            TaskError: a part has no task axis, or the parts disagree on the number of tasks.
+        """
+        parts = {"support_x": support_x, "support_y": support_y, "target_x": target_x, "target_y": target_y}
+        counts = {name: _task_count(name, part) for name, part in parts.items()}
+        if len(set(counts.values())) != 1:
+            raise TaskError(
+                f"All four parts must have the same number of tasks on their first axis, but got {counts}. "
+                "For tasks of different sizes pass a list of Task(...)."
+            )
+        pieces = [
+            Task(*(map_tensors(part, lambda tensor, i=index: tensor[i]) for part in parts.values()))  # type: ignore[misc]
+            for index in range(counts["support_x"])
+        ]
+        return cls(tuple(pieces))
+
+    def to(self, *args: Any, **kwargs: Any) -> TaskBatch:
+        """The same tasks on another device."""
+        return TaskBatch(tuple(task.to(*args, **kwargs) for task in self.tasks))
+
+    def chunks(self, size: int) -> Iterator[tuple[Task, ...]]:
+        """The tasks in order, `size` at a time."""
+        for start in range(0, len(self.tasks), size):
+            yield self.tasks[start : start + size]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]
+
+
+def as_task_batch(batch: Any) -> TaskBatch:
+    """Reads any accepted form of a task batch.
+
+    Raises:
+        TaskError: the form is none of those that the module docstring lists, or its shapes disagree.
+    """
+    if isinstance(batch, TaskBatch):
+        return batch
+    if isinstance(batch, Task):
+        return TaskBatch((batch,))
+    if isinstance(batch, tuple) and len(batch) == 4 and not isinstance(batch[0], Task):
+        return TaskBatch.stacked(*batch)
+    if isinstance(batch, Sequence) and batch and all(_is_task(item) for item in batch):
+        return TaskBatch(tuple(item if isinstance(item, Task) else Task(*item) for item in batch))
+    raise TaskError(
+        "task_batch: expected a TaskBatch, a tuple (support_x, support_y, target_x, target_y) with a leading task "
+        "axis, "
+        f"or a list of Task, but got {describe_value(batch)}."
+    )
+
+
+def iterate_task_batches(tasks: Any) -> Iterator[TaskBatch]:
+    """Task batches from one batch (any accepted form) or from any iterable of them (a sampler, a data loader).
+
+    A plain list of four-tuples could mean single tasks or stacked batches. It is read as whichever the shapes prove,
+    and
+    refused when they prove neither.
+    """
+    if isinstance(tasks, TaskBatch | Task) or (isinstance(tasks, tuple) and len(tasks) == 4 and not _is_task(tasks[0])):
+        yield as_task_batch(tasks)
+        return
+    if isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks):
+        yield as_task_batch(tasks)
+        return
+    if not isinstance(tasks, Iterable):
+        raise TaskError(
+            f"tasks: expected a task batch or an iterable of task batches, but got {describe_value(tasks)}."
+        )
+    for item in tasks:
+        if isinstance(tasks, list) and isinstance(item, tuple) and len(item) == 4:
+            yield as_task_batch([item]) if _is_single_task(item) else as_task_batch(item)
+        else:
+            yield as_task_batch(item)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `change` to every tensor inside nested tuples, lists and dicts; anything else stays as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return type(value)((key, map_tensors(item, change)) for key, item in value.items())
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor inside nested tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def describe_value(value: Any) -> str:
+    """A short account of a value for error messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(sorted({type(item).__name__ for item in value}))
+        return f"a {type(value).__name__} of {len(value)} ({inside or 'empty'})"
+    return f"{type(value).__name__} {value!r}"[:120]
+
+
+def _is_task(item: Any) -> bool:
+    return isinstance(item, Task) or (isinstance(item, tuple) and len(item) == 4)
+
+
+def _is_single_task(item: Stacked) -> bool:
+    support, target = item[1], item[3]
+    if not (isinstance(support, Tensor) and isinstance(target, Tensor)):
+        raise TaskError(_AMBIGUOUS)
+    if support.ndim < 2 or len(support) != len(target):
+        return True
+    if support.is_floating_point():
+        raise TaskError(_AMBIGUOUS)
+    return False
+
+
+_AMBIGUOUS = (
+    "tasks: a list of bare four-tuples can mean single tasks or stacked batches, and these shapes prove neither. "
+    "Write Task(*parts) for a single task or TaskBatch.stacked(*parts) for a batch."
+)
+
+
+def _lengths(value: Any) -> set[int]:
+    return {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(value)}
+
+
+def _task_count(name: str, part: Any) -> int:
+    tensors = tensors_in(part)
+    if not tensors or any(tensor.ndim < 2 for tensor in tensors):
+        raise TaskError(
+            f"{name}: expected tensors of shape (tasks, examples, ...), but got {describe_value(part)}. "
+            "A single task is written Task(support_x, support_y, target_x, target_y)."
+        )
+    counts = _lengths(part)
+    if len(counts) != 1:
+        raise TaskError(f"{name}: its tensors disagree on the number of tasks: {sorted(counts)}.")
+    return counts.pop()
+
+
+def _check_same_length(part: str, x: Any, y: Any) -> None:
+    if not tensors_in(x):
+        raise TaskError(f"{part}_x: expected a tensor, or a tuple or dict of tensors, but got {describe_value(x)}.")
+    if not tensors_in(y):
+        raise TaskError(f"{part}_y: expected a tensor, but got {describe_value(y)}.")
+    lengths = _lengths(y)
+    if isinstance(x, Tensor):
+        lengths |= _lengths(x)
+    if 0 in lengths:
+        raise TaskError(f"{part}: expected at least 1 example, but {part}_x or {part}_y has 0.")
+    if isinstance(x, Tensor) and len(lengths) != 1:
+        raise TaskError(
+            f"{part}_x has {len(x)} examples and {part}_y has {sorted(_lengths(y))}; expected one label per example."
+        )
+
+
+def same_device(tasks: Iterable[Task], device: torch.device) -> None:
+    """Raises TaskError when a task is on another device than the model."""
+    for task in tasks:
+        for name, part in zip(("support_x", "support_y", "target_x", "target_y"), task.parts(), strict=True):
+            for tensor in tensors_in(part):
+                if tensor.device != device:
+                    raise TaskError(
+                        f"{name} is on '{tensor.device}', but the model is on '{device}'. "
+                        f"Move the batch with task_batch.to('{device}'), or the learner with learner.to(...)."
+                    )
