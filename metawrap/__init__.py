@@ -1,0 +1,43 @@
+"""metawrap: turn any `torch.nn.Module` into a meta-learner in two lines."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from metawrap.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    MetaWrapError,
+    MetaWrapWarning,
+    TaskError,
+    UnsupportedModuleError,
+)
+from metawrap.methods import FOMAML, MAML, MAMLPlusPlus
+from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics
+from metawrap.tasks import Task, TaskBatch
+
+try:
+    __version__ = version("metawrap")
+except PackageNotFoundError:  # Run from a checkout that is not installed.
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FOMAML",
+    "MAML",
+    "ArgumentError",
+    "CheckpointError",
+    "DataError",
+    "Description",
+    "DivergedError",
+    "EvaluationResult",
+    "MAMLPlusPlus",
+    "MetaOutput",
+    "MetaWrapError",
+    "MetaWrapWarning",
+    "StepMetrics",
+    "Task",
+    "TaskBatch",
+    "TaskError",
+    "UnsupportedModuleError",
+    "__version__",
+]

@@ -1,0 +1,34 @@
+"""Which engine carries a model: the one that was named, or the best that inspection allows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from metawrap.engines.engine import Engine
+from metawrap.engines.functional import FunctionalEngine
+from metawrap.engines.higher import HigherEngine
+from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.surgery.inspect import find_higher_hazards
+
+ENGINES: dict[str, type[Engine]] = {"higher": HigherEngine, "functional": FunctionalEngine}
+
+
+def choose_engine(name: str, model: nn.Module) -> tuple[str, str]:
+    """The name of the engine for a model, and why it was chosen.
+
+    `"auto"` takes `higher` where inspection finds nothing that it gets wrong, else `functional`.
+
+    Raises:
+        ArgumentError: there is no engine of that name.
+        UnsupportedModuleError: the named engine cannot carry the model.
+    """
+    if name not in ("auto", *ENGINES):
+        raise ArgumentError(f"engine: expected 'auto', {' or '.join(map(repr, ENGINES))}, but got {name!r}.")
+    if name == "functional":
+        return name, "asked for"
+    hazards = find_higher_hazards(model)
+    if not hazards:
+        return "higher", "asked for" if name == "higher" else "nothing found that higher gets wrong"
+    if name == "higher":
+        raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {hazards[0]}. Use engine="functional".')
+    return "functional", f"higher cannot carry it: {hazards[0]}"

@@ -1,0 +1,25 @@
+"""The protocol of an engine: how a user's module is run with fast weights in place of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """Runs one module with some of its parameters replaced. Everything else is as the module has it, at each call."""
+
+    name: str
+
+    def __init__(self, model: nn.Module) -> None: ...
+
+    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+        """The model's prediction with `weights` (by parameter name) in place of the parameters of those names.
+
+        Args:
+            weights: fast weights; gradients flow back to them. Parameters that are not named are used as they are.
+            inputs: a tensor, or a tuple or dict of them, passed as `model(x)`, `model(*x)` or `model(**x)`.
+        """
+        ...

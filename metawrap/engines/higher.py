@@ -1,0 +1,67 @@
+"""Differentiable fast-weight copies through the `higher` library, with its known losses put back.
+
+`higher` makes a patched twin of the module. The twin is made once, not per task: its classes are freed only by the
+garbage
+collector. It shares the module's hooks and buffers, which `higher` would drop and copy, and follows its attributes.
+Fast weights are passed in rather than stepped by `higher.optim`: that differentiates with respect to every parameter,
+which for parameters that are not adapted walks back through all earlier inner steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from metawrap.engines.calling import call_model
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from higher.patch import monkeypatch
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_OWN = {*_HOOKS, "_parameters", "_buffers", "_modules"}
+
+
+class HigherEngine:
+    """Calls a `higher` twin of the module with the fast weights."""
+
+    name = "higher"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # Without tracking, the twin holds the latest fast weights only; the graph lives in the tensors themselves.
+        self._twin = monkeypatch(model, copy_initial_weights=False, track_higher_grads=False)
+        self._pairs = list(_pairs(model, self._twin))
+        for module, twin in self._pairs:
+            for attribute in (*_HOOKS, "_buffers"):
+                twin.__dict__[attribute] = module.__dict__[attribute]
+
+    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+        """See `Engine.call`."""
+        originals = dict(self.model.named_parameters())
+        for module, twin in self._pairs:
+            twin.__dict__.update((key, value) for key, value in module.__dict__.items() if key not in _OWN)
+        try:
+            # In every submodule now, not as each is called: hooks run before that and may read parameters.
+            self._twin.update_params([weights.get(name, original) for name, original in originals.items()])
+            return call_model(self._twin, inputs)
+        finally:
+            self._twin.update_params(list(originals.values()))
+
+
+def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    yield module, twin
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _pairs(child, twin._modules[name])  # type: ignore[arg-type]

@@ -1,0 +1,203 @@
+"""Batch norm with its own scale, shift and statistics per inner step, as a subclass of the user's own norm class.
+
+The user's forward runs unchanged. For the time of one call it sees ordinary (channels,) tensors: this step's rows are
+lent to the slots it reads. So a norm that also runs an activation, or any other code, keeps doing so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metawrap.errors import TaskError, UnsupportedModuleError
+from metawrap.layers.step_clock import Moments, StepClock
+from metawrap.tasks import describe_value
+
+
+@dataclass
+class PerStepState:
+    """All that a norm gains when it becomes per-step, under one name so that it cannot collide with the user's own."""
+
+    clock: StepClock
+    name: str
+    steps: int
+    affine: bool
+    statistics: bool
+
+    def row(self) -> int:
+        """The row of the current inner step."""
+        return min(self.clock.step, self.steps - 1)
+
+
+class PerStepNorm(_BatchNorm):
+    """Mixed in front of a batch-norm class by `make_per_step`; never built directly.
+
+    weight, bias: (steps, channels), or (channels,) when not per step. running_mean, running_var: likewise.
+    num_batches_tracked: (steps,), or () when not per step. Rows past the last are the last.
+    """
+
+    per_step: PerStepState
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The user's own forward on this step's rows; input and output as the user's class has them."""
+        use = self.per_step.clock.statistics or ("batch" if self.training else "running")
+        tracks = self._buffers.get("running_mean") is not None
+        if use == "capture":
+            self.per_step.clock.captured.setdefault(self.per_step.name, []).append(_moments(input))
+        if use == "captured":
+            with self._lent(self._neutral_statistics(input), training=False):
+                return super().forward(self._normalised(input), *args, **kwargs)
+        # Without stored statistics the batch's own are all there is, in evaluation too: so do the user's own norms.
+        if use == "running" and tracks:
+            with self._lent(self._stored_statistics(), training=False):
+                return super().forward(input, *args, **kwargs)
+        self._check_size(input)
+        seen = self._empty_statistics() if tracks else {}
+        # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
+        with self._lent(seen, training=True, momentum=1.0):
+            output = super().forward(input, *args, **kwargs)
+        if self.per_step.clock.recorder is not None and tracks:
+            moments = Moments(self.per_step.name, self.per_step.row(), seen["running_mean"], seen["running_var"])
+            self.per_step.clock.recorder.append(moments)
+        return output
+
+    @torch.no_grad()
+    def fold(self, moments: Moments, keep: Tensor) -> None:
+        """One momentum fold of a pass's moments into its row; unchanged where `keep`, a bool scalar, is false."""
+        row = moments.row if self.per_step.statistics else ...
+        mean, variance, count = (self._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
+        assert mean is not None
+        assert variance is not None
+        if count is not None:
+            count[row] += keep
+        rate: Any = self.momentum if self.momentum is not None else 1.0 / count[row].clamp(min=1)  # type: ignore[index]
+        for stored, seen in ((mean, moments.mean), (variance, moments.variance)):
+            stored[row] = torch.where(keep, (1 - rate) * stored[row] + rate * seen, stored[row])
+
+    def extra_repr(self) -> str:
+        """The user's own line, with the number of steps."""
+        line: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{line}, steps={self.per_step.steps}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle must be told how to make it again.
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_new_per_step, (type(self).original_class,), *parts[2:])  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _lent(self, buffers: dict[str, Tensor], **attributes: Any) -> Iterator[None]:
+        parameters = {}
+        if self.per_step.affine:
+            row = self.per_step.row()
+            parameters = {name: p[row] for name in ("weight", "bias") if (p := self._parameters.get(name)) is not None}
+        own = [(slots, {name: slots[name] for name in lent}) for slots, lent in self._slots(parameters, buffers)]
+        flags = {name: getattr(self, name) for name in attributes}
+        try:
+            for slots, lent in self._slots(parameters, buffers):
+                slots.update(lent)
+            self.__dict__.update(attributes)
+            yield
+        finally:
+            for slots, before in own:
+                slots.update(before)
+            self.__dict__.update(flags)
+
+    def _slots(self, parameters: dict[str, Any], buffers: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        return [(self._parameters, parameters), (self._buffers, buffers)]
+
+    def _check_size(self, input: Tensor) -> None:
+        if input.ndim > 1 and input.numel() == input.shape[1]:
+            raise TaskError(
+                f"'{self.per_step.name}' normalises by the statistics of its batch, but got {describe_value(input)}: "
+                "one value per channel has no variance. Give support and target at least 2 examples each."
+            )
+
+    def _stored_statistics(self) -> dict[str, Tensor]:
+        row = self.per_step.row() if self.per_step.statistics else ...
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        # Contiguous clones: a backward pass may still need them after the next fold.
+        return {name: b[row].clone() for name in names if (b := self._buffers.get(name)) is not None}
+
+    def _empty_statistics(self) -> dict[str, Tensor]:
+        mean, count = self._buffers["running_mean"], self._buffers.get("num_batches_tracked")
+        assert mean is not None
+        empty = {name: mean.new_zeros(self.num_features) for name in ("running_mean", "running_var")}
+        if count is not None:
+            empty["num_batches_tracked"] = count.new_zeros(())
+        return empty
+
+    def _neutral_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        # Mean 0 and variance 1 - eps: the user's forward then divides by one, and its scale and shift still apply.
+        like = _wide(input)
+        neutral = {"running_mean": like.new_zeros(self.num_features)}
+        return neutral | {"running_var": like.new_full((self.num_features,), 1 - self.eps)}
+
+    def _normalised(self, input: Tensor) -> Tensor:
+        waiting = self.per_step.clock.captured.get(self.per_step.name)
+        if not waiting:
+            raise UnsupportedModuleError(
+                f"'{self.per_step.name}' ({type(self).__name__}) ran more often on the target than on the support "
+                f"set, so "
+                'norm="support" has no statistics for it. Use norm="batch" or norm="running".'
+            )
+        mean, variance = waiting.pop(0)
+        shape = (1, -1, *(1,) * (input.ndim - 2))
+        wide = _wide(input)
+        return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
+
+
+class _LocalForward(_BatchNorm):
+    """Stands before SyncBatchNorm: the statistics of a task live in one process, so there is nothing to synchronise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ordinary batch norm; (batch, channels, ...) in and out."""
+        return _BatchNorm.forward(self, input)
+
+
+def per_step_class(original: type[_BatchNorm]) -> type[PerStepNorm]:
+    """The per-step subclass of a batch-norm class, one for each."""
+    return _made_class(original)  # type: ignore[arg-type]
+
+
+@cache
+def _made_class(original: type[_BatchNorm]) -> type[PerStepNorm]:
+    bases: tuple[type, ...] = (PerStepNorm, original)
+    if issubclass(original, nn.SyncBatchNorm):
+        bases = (PerStepNorm, _LocalForward, original)
+    return type(f"PerStep{original.__name__}", bases, {"original_class": original, "__module__": __name__})
+
+
+def refuses_per_step(module: nn.Module) -> str | None:
+    """Why a batch norm cannot become per-step, or None."""
+    forward = type(module).forward
+    if isinstance(module, nn.SyncBatchNorm) and forward is not nn.SyncBatchNorm.forward:
+        return "is a SyncBatchNorm with a forward of its own, which would synchronise across processes in an inner loop"
+    if "forward" in vars(module):
+        return "has its forward replaced on the instance, so this step's rows cannot be lent to it"
+    if not [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]:
+        return "has a forward without an input"
+    return None
+
+
+def _new_per_step(original: type[_BatchNorm]) -> PerStepNorm:
+    made = per_step_class(original)
+    return made.__new__(made)
+
+
+def _wide(input: Tensor) -> Tensor:
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+
+def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, with gradient."""
+    over = [dim for dim in range(input.ndim) if dim != 1]
+    variance, mean = torch.var_mean(_wide(input), over, correction=0)
+    return mean, variance

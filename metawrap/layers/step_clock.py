@@ -1,0 +1,51 @@
+"""The one shared inner-step index, and which statistics the norms use while it stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Statistics = Literal["batch", "running", "capture", "captured"]
+"""batch: the batch's own. running: the stored row. capture: the batch's own, kept for a later pass with gradients.
+captured: those of the last capturing pass (conditional batch norm)."""
+
+
+class Moments(NamedTuple):
+    """What one pass through one norm saw: batch mean and unbiased variance, each (channels,), without gradient."""
+
+    norm: str
+    row: int
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass
+class StepClock:
+    """Shared by every per-step layer of one learner; the inner loop is the only one to set it.
+
+    A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
+    With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary ones do.
+    """
+
+    step: int = 0
+    statistics: Statistics | None = None
+    recorder: list[Moments] | None = None
+    captured: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, step: int, statistics: Statistics, recorder: list[Moments] | None = None) -> Iterator[None]:
+        """Sets step, statistics and recorder for one pass, and puts the old ones back."""
+        before = self.step, self.statistics, self.recorder
+        if statistics == "capture":
+            self.captured = {}
+        self.step, self.statistics, self.recorder = step, statistics, recorder
+        try:
+            yield
+        finally:
+            self.step, self.statistics, self.recorder = before
+            if statistics == "captured":
+                self.captured = {}

@@ -1,0 +1,6 @@
+"""Meta-learning methods, all with the face of `Method`."""
+
+from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
+from metawrap.methods.method import Method
+
+__all__ = ["FOMAML", "MAML", "MAMLPlusPlus", "Method"]

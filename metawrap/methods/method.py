@@ -1,0 +1,388 @@
+"""The face that every method has: meta_step, forward, evaluate, adapt, unwrap, describe.
+
+meta_step: task batch -> one task after another through `_solve` -> gradient, summed in task order -> outer update.
+A method says how one task is solved and what a finished module is; the rest is written here once.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments
+from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
+from metawrap.methods.settings import Settings, check_choice
+from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics, accuracy_of
+from metawrap.surgery.copying import spare_cached_results
+from metawrap.tasks import (
+    Inputs,
+    Task,
+    TaskBatch,
+    as_task_batch,
+    describe_value,
+    iterate_task_batches,
+    map_tensors,
+    same_device,
+)
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Solved:
+    """One task, solved. Only `loss` carries a graph.
+
+    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: what the norms saw, pass by pass.
+    """
+
+    loss: Tensor
+    step_losses: Tensor
+    prediction: Any
+    accuracy: Tensor | None
+    moments: list[Moments] = field(default_factory=list)
+
+    def detached(self) -> Solved:
+        """The same without its graph, so that the graph can be freed."""
+        return Solved(self.loss.detach(), self.step_losses, self.prediction, self.accuracy, self.moments)
+
+
+class Method(nn.Module, ABC):
+    """Base of all meta-learners; see the public face in the README."""
+
+    skipped_steps: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        loss_fn: LossFunction,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.loss_fn = loss_fn
+        self.model = model
+        self.iteration = 0
+        # Total, in a row, and the longest row: on the device, so that counting does not synchronise.
+        self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
+
+    @abstractmethod
+    def _solve(self, task: Task, *, training: bool, norm: str, steps: int | None = None) -> Solved:
+        """Adapts to one task's support set and judges on its target set.
+
+        The loss is differentiable with respect to the learner's parameters wherever gradients are enabled.
+        """
+
+    @abstractmethod
+    def _prepare(self, task: Task) -> None:
+        """Looks at the first task; changes nothing that a later one would notice."""
+
+    @abstractmethod
+    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
+        """A plain module of the user's own class, fitted to one support set."""
+
+    @abstractmethod
+    def unwrap(self) -> nn.Module:
+        """The meta-trained initialisation as a plain module of the user's own class."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """What wrapping found and did."""
+
+    def meta_step(self, task_batch: Any) -> StepMetrics:
+        """One outer update on a batch of tasks: forward, backward, clip, optimizer step, schedules, counters.
+
+        Each `tasks_per_backward` tasks are unrolled and differentiated together, so that memory is theirs alone. The
+        gradient stays in `.grad`. A failed call leaves the learner as it was.
+
+        Args:
+            task_batch: a `TaskBatch`, a tuple (support_x, support_y, target_x, target_y) with a leading task axis, or a
+                list of `Task`.
+        Raises:
+            TaskError: the batch has the wrong form, shapes, labels or device.
+            DivergedError: the last `max_skipped_steps` steps or more were skipped.
+        """
+        if not self.training:
+            raise MetaWrapError("meta_step needs training mode, but the learner is in eval(). Call learner.train().")
+        batch = self._checked(task_batch)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        total: list[Tensor | None] = [None] * len(parameters)
+        solved: list[Solved] = []
+        with autograd():
+            batch = TaskBatch(tuple(usable(task) for task in batch))
+            self._prepare(batch[0])
+            for chunk in batch.chunks(self.settings.tasks_per_backward):
+                outcomes = [self._solve(task, training=True, norm=self.settings.norm) for task in chunk]
+                loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                total = [_sum(old, new) for old, new in zip(total, gradients, strict=True)]
+                solved += [outcome.detached() for outcome in outcomes]
+                del outcomes, loss
+        output = self._output(solved)
+        meta_lr = self.outer.start(self.epoch)
+        norm, applied = self.outer.apply(parameters, total)
+        self._fold(solved, applied)
+        metrics = StepMetrics(
+            output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
+        )
+        self.iteration += 1
+        self.outer.end(self.iteration)
+        self._count_skipped(applied)
+        return metrics
+
+    def forward(self, task_batch: Any) -> MetaOutput:
+        """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.
+
+        In training mode it is the meta-loss of the current epoch, and running statistics are updated, as in any module;
+        the epoch is yours to set: `learner.epoch = ...`, or the schedules stand still.
+        In `eval()` mode it is the last step's loss under the evaluation policy, and nothing changes.
+        """
+        batch = self._checked(task_batch)
+        differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
+            batch = TaskBatch(tuple(usable(task) for task in batch))
+            self._prepare(batch[0])
+            solved = [self._solve(task, training=self.training, norm=self.settings.norm) for task in batch]
+        output = self._output(solved)
+        if self.training:
+            self._fold(solved, torch.ones((), dtype=torch.bool, device=self._device))
+        return output
+
+    def evaluate(
+        self,
+        tasks: Any,
+        *,
+        norm: str | None = None,
+        steps: int | None = None,
+        metric: Callable[[Any, Any], Any] | None = None,
+        keep_predictions: bool = False,
+    ) -> EvaluationResult:
+        """Adapts to each task and measures on its target set; changes nothing.
+
+        Args:
+            tasks: a task batch in any accepted form, or an iterable of them.
+            norm: batch-norm policy; the learner's own if None.
+            steps: inner steps; as in training if None, 0 for before adaptation, and more than in training is fine.
+            metric: `metric(prediction, target_y)` of one task; accuracy if None and labels are classes, else the loss.
+            keep_predictions: whether the result holds each task's prediction.
+        Returns:
+            The mean over tasks with a 95 % confidence interval.
+        """
+        policy = self._evaluation_policy(norm, steps)
+        name, values, losses, predictions = "loss", [], [], []
+        with self._evaluating(), torch.no_grad():
+            for batch in iterate_task_batches(tasks):
+                for task in self._checked(batch):
+                    solved = self._solved_for_evaluation(task, policy, steps)
+                    name, value = _measured(solved, task, metric)
+                    values.append(torch.as_tensor(value, dtype=torch.float64).cpu())
+                    losses.append(solved.loss.detach().double().cpu())
+                    if keep_predictions:
+                        predictions.append(solved.prediction)
+        if not values:
+            raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
+        details = {"norm": policy, "steps": self.settings.inner_steps if steps is None else steps}
+        return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the learner's own parameters; has the usual state_dict."""
+        return self.outer.optimizer
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """The user's scheduler, or None: the built-in cosine has no state but `epoch`."""
+        return self.outer.scheduler
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs of `iterations_per_epoch` meta-steps; set it to move the schedules."""
+        return self.iteration // self.settings.iterations_per_epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ArgumentError(f"epoch: expected a whole number of at least 0, but got {value!r}.")
+        self.iteration = value * self.settings.iterations_per_epoch
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Method:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.optimizer.state:
+            # Loading puts each state tensor where its parameter is now, in its dtype; torch leaves them behind.
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
+        spare_cached_results(self, memo)
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The counters, for state_dict."""
+        return {"iteration": self.iteration}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restores the counters."""
+        self.iteration = int(state["iteration"])
+
+    def _make_outer(self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None) -> None:
+        self.outer = OuterUpdate(list(self.parameters()), self.settings, optimizer, scheduler)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _checked(self, task_batch: Any) -> TaskBatch:
+        batch = as_task_batch(task_batch)
+        same_device(batch, self._device)
+        return batch
+
+    def _loss(self, prediction: Any, y: Any, part: str) -> Tensor:
+        try:
+            loss = self.loss_fn(prediction, y)
+        except IndexError as error:
+            if self.loss_fn is F.cross_entropy and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+                ways = prediction.shape[1]
+                raise TaskError(
+                    f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. "
+                    f"Relabel the episode to 0..{ways - 1}, or give the model more outputs."
+                ) from error
+            raise
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise ArgumentError(f"loss_fn: expected a scalar tensor from it, but got {describe_value(loss)}.")
+        return loss
+
+    def _output(self, solved: Sequence[Solved]) -> MetaOutput:
+        accuracies = [outcome.accuracy for outcome in solved if outcome.accuracy is not None]
+        return MetaOutput(
+            loss=torch.stack([outcome.loss for outcome in solved]).sum() / len(solved),
+            step_losses=torch.stack([outcome.step_losses for outcome in solved]),
+            predictions=[outcome.prediction for outcome in solved],
+            accuracy=torch.stack(accuracies).mean() if accuracies else None,
+        )
+
+    def _fold(self, solved: Sequence[Solved], applied: Tensor) -> None:
+        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        for outcome in solved:
+            for moments in outcome.moments:
+                norms[moments.norm].fold(moments, applied)
+
+    def _count_skipped(self, applied: Tensor) -> None:
+        total, row, longest = self.skipped_steps.unbind()
+        row = torch.where(applied, torch.zeros_like(row), row + 1)
+        self.skipped_steps.copy_(torch.stack([total + ~applied, row, torch.maximum(longest, row)]))
+        limit = self.settings.max_skipped_steps
+        if self.iteration % limit == 0 and int(self.skipped_steps[2]) >= limit:
+            self.skipped_steps[1:] = 0
+            raise DivergedError(
+                f"{limit} meta-steps in a row had a meta-gradient that is not finite, and were skipped. The weights "
+                f"are "
+                "those before them. Lower meta_lr or inner_lr, or set max_grad_norm."
+            )
+
+    def _evaluation_policy(self, norm: str | None, steps: int | None) -> str:
+        policy = self.settings.norm if norm is None else norm
+        check_choice("norm", policy)
+        if steps is not None:
+            self._checked_steps(steps)
+        if policy != self.settings.norm and any(isinstance(m, PerStepNorm) for m in self.model.modules()):
+            warnings.warn(
+                f'Evaluating under norm="{policy}" what was trained under norm="{self.settings.norm}": the '
+                "weights have not been trained for these statistics, and accuracy is known to suffer.",
+                MetaWrapWarning,
+                stacklevel=3,
+            )
+        return policy
+
+    def _checked_steps(self, steps: int) -> int:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {steps!r}.")
+        return steps
+
+    def _solved_for_evaluation(self, task: Task, norm: str, steps: int | None) -> Solved:
+        with autograd(False):
+            task = usable(task)
+            self._prepare(task)
+            return self._solve(task, training=False, norm=norm, steps=steps)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """eval() mode for a while: every flag and buffer is put back."""
+        flags = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()
+            with untouched_buffers(self.model):
+                yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+
+def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | None) -> tuple[str, Any]:
+    if metric is not None:
+        return getattr(metric, "__name__", type(metric).__name__), metric(solved.prediction, task.target_y)
+    if solved.accuracy is not None:
+        return "accuracy", solved.accuracy
+    return "loss", solved.loss.detach()
+
+
+def solved_from(loss: Tensor, step_losses: list[Tensor | None], prediction: Any, y: Any, moments: Any) -> Solved:
+    """Gathers a task's outcome; everything but the loss is detached."""
+    prediction = map_tensors(prediction, Tensor.detach)
+    missing = torch.full_like(loss.detach(), torch.nan)
+    losses = [missing if step is None else step.detach() for step in step_losses]
+    stacked = torch.stack(losses) if losses else missing.new_empty(0)
+    return Solved(loss, stacked, prediction, accuracy_of(prediction, y), moments)
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new
+
+
+def usable(task: Task) -> Task:
+    """The task, with tensors that were made in inference mode cloned: they could not be saved for a backward pass."""
+    return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+@contextmanager
+def autograd(enabled: bool = True) -> Iterator[None]:
+    """Gradients on or off, whatever mode the caller is in, inference mode too."""
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
+
+
+@contextmanager
+def untouched_buffers(model: nn.Module, when: bool = True) -> Iterator[None]:
+    """Puts every buffer back, whether it was edited in place or replaced."""
+    if not when:
+        yield
+        return
+    slots = [
+        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, value in slots:
+                if buffer._version != version:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer

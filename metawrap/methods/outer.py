@@ -1,0 +1,121 @@
+"""The outer update: clip, refuse what is not finite, step the optimizer, follow the schedule.
+
+Nothing here synchronises with the device when the optimizer is fused: a step whose gradient is not finite is masked
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from metawrap.errors import ArgumentError
+from metawrap.methods.settings import Settings
+from metawrap.schedules import cosine_meta_lr
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class OuterUpdate:
+    """Owns the optimizer and the schedule of a learner's own parameters."""
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        settings: Settings,
+        optimizer: OptimizerFactory | None,
+        scheduler: SchedulerFactory | None,
+    ) -> None:
+        self.settings = settings
+        self.optimizer = _built(optimizer, parameters) if optimizer else _adam(parameters, settings)
+        self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
+        # A user's optimizer or scheduler keeps its own rate; the cosine belongs to the Adam built here.
+        self.anneals = settings.cosine_annealing and not (optimizer or scheduler)
+
+    def start(self, epoch: int) -> float:
+        """Sets this epoch's rate where the cosine rules it; returns the rate in use."""
+        if self.anneals:
+            s = self.settings
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def apply(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Puts the gradients in `.grad` and steps.
+
+        Returns:
+            The L2 norm of the gradient before clipping, and a bool scalar: whether it was finite, so that the step
+            was taken.
+        """
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        present = [gradient for gradient in gradients if gradient is not None]
+        norm = nn.utils.get_total_norm(present)
+        finite = torch.isfinite(norm)
+        if self.settings.max_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.settings.max_grad_value)
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self._step_where(finite)
+        return norm, finite
+
+    def end(self, iteration: int) -> None:
+        """Steps the user's scheduler at the end of each epoch."""
+        if self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0:
+            self.scheduler.step()
+
+    def _step_where(self, finite: Tensor) -> None:
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The way GradScaler tells a fused optimizer to skip on the device.
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).to(torch.float32)
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+        elif bool(finite):
+            optimizer.step()
+
+
+def _adam(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.Adam(parameters, lr=settings.meta_lr, betas=settings.betas, fused=fused)
+
+
+def _built(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    if isinstance(factory, Optimizer) or not callable(factory):
+        raise ArgumentError(
+            "optimizer: expected a function from parameters to an optimizer, such as "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1), but got {type(factory).__name__}. The learner "
+            "works on a copy of the model, so an optimizer built beforehand holds other parameters."
+        )
+    made = factory(parameters)
+    if not isinstance(made, Optimizer):
+        raise ArgumentError(f"optimizer: the function returned {type(made).__name__}, expected a torch optimizer.")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ArgumentError(
+            "optimizer: LBFGS evaluates the loss several times a step, which one meta-gradient cannot give. "
+            "Use a first-order optimizer such as Adam or SGD."
+        )
+    return made
+
+
+def _scheduled(factory: Any, optimizer: Optimizer) -> LRScheduler:
+    if isinstance(factory, LRScheduler) or not callable(factory):
+        raise ArgumentError(
+            "scheduler: expected a function from an optimizer to a scheduler, such as "
+            f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), but got {type(factory).__name__}."
+        )
+    made = factory(optimizer)
+    if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
+        raise ArgumentError(
+            f"scheduler: expected a scheduler whose step() needs no metric, but got {type(made).__name__}. "
+            "Step it yourself on learner.optimizer, after each validation."
+        )
+    return made

@@ -1,0 +1,173 @@
+"""Presets, and the check of every keyword argument, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from metawrap.errors import ArgumentError
+
+NormPolicy = Literal["batch", "running", "support"]
+
+_OFF: dict[str, Any] = {
+    "multi_step_loss": False,
+    "msl_epochs": 10,
+    "first_order_epochs": 0,
+    "per_step_norm_statistics": False,
+    "per_step_norm_affine": False,
+    "learn_inner_lr": False,
+    "cosine_annealing": False,
+    "meta_lr": 1e-3,
+    "min_meta_lr": 1e-5,
+    "epochs": 100,
+    "iterations_per_epoch": 500,
+    "norm": "batch",
+    "betas": (0.9, 0.999),
+}
+_ALL_PARTS = dict.fromkeys(
+    ("multi_step_loss", "per_step_norm_statistics", "per_step_norm_affine", "learn_inner_lr", "cosine_annealing"), True
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "maml": _OFF,
+    "fomaml": _OFF | {"first_order_epochs": math.inf},
+    # Derivative-order annealing is off in every configuration that the authors released, and evaluation is
+    # transductive.
+    "authors_code": _OFF | _ALL_PARTS,
+    "paper": _OFF | _ALL_PARTS | {"first_order_epochs": 50, "epochs": 150, "norm": "running", "betas": (0.9, 0.99)},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The resolved keyword arguments of a gradient-based learner; see `MAMLPlusPlus` for their meaning."""
+
+    inner_steps: int
+    inner_lr: float
+    multi_step_loss: bool
+    msl_epochs: int
+    first_order_epochs: float
+    per_step_norm_statistics: bool
+    per_step_norm_affine: bool
+    learn_inner_lr: bool
+    cosine_annealing: bool
+    meta_lr: float
+    min_meta_lr: float
+    epochs: int
+    iterations_per_epoch: int
+    norm: NormPolicy
+    betas: tuple[float, float]
+    adapt_norm: bool
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    tasks_per_backward: int
+    max_skipped_steps: int
+
+    @property
+    def step_loss_epochs(self) -> int:
+        """Epochs of the multi-step loss; 0 when it is off."""
+        return self.msl_epochs if self.multi_step_loss else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by keyword name."""
+        return asdict(self)
+
+
+def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = ()) -> Settings:
+    """The preset's values, with every argument that is not None in its place.
+
+    Args:
+        given: every keyword; None means the preset's value.
+        own_outer: "optimizer" or "scheduler" or both, where the user brings one.
+    Raises:
+        ArgumentError: an unknown preset, or a value of the wrong type, range or combination.
+    """
+    if preset not in PRESETS:
+        raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
+    explicit = {name: value for name, value in given.items() if value is not None}
+    if explicit.get("adapt_norm") and explicit.get("per_step_norm_affine"):
+        raise ArgumentError(
+            "adapt_norm=True adapts one scale and shift per norm in the inner loop, so they cannot also be per step. "
+            "Leave out per_step_norm_affine, or set adapt_norm=False."
+        )
+    for name in _REPLACED.get("optimizer" if "optimizer" in own_outer else "scheduler", ()) if own_outer else ():
+        if explicit.get(name):
+            raise ArgumentError(
+                f"{name}: belongs to the built-in Adam or its cosine schedule, but {' and '.join(own_outer)}= was "
+                f"given. "
+                f"Set it there, and leave {name} out."
+            )
+    values: dict[str, Any] = dict.fromkeys(given) | PRESETS[preset] | explicit
+    if values["adapt_norm"]:
+        values["per_step_norm_affine"] = False
+    for name, value in values.items():
+        _check(name, value)
+    values["betas"] = tuple(values["betas"])
+    if values["min_meta_lr"] > values["meta_lr"]:
+        raise ArgumentError(
+            f"min_meta_lr: expected at most meta_lr={values['meta_lr']}, but got {values['min_meta_lr']}."
+        )
+    return Settings(**values)
+
+
+def _check(name: str, value: Any) -> None:
+    wanted = _WANTED[name]
+    if not wanted[1](value):
+        raise ArgumentError(f"{name}: expected {wanted[0]}, but got {value!r}.")
+
+
+_REPLACED = {
+    "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing"),
+    "scheduler": ("min_meta_lr", "cosine_annealing"),
+}
+
+
+def _count(lowest: int) -> tuple[str, Any]:
+    return f"a whole number of at least {lowest}", lambda v: _is_int(v) and v >= lowest
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_SWITCH = ("True or False", lambda v: isinstance(v, bool))
+_POSITIVE = ("a positive number", lambda v: _is_number(v) and v > 0)
+_CLIP = ("a positive number or None", lambda v: v is None or (_is_number(v) and v > 0))
+_WANTED: dict[str, tuple[str, Any]] = {
+    "inner_steps": _count(1),
+    "inner_lr": ("a finite number", _is_number),
+    "multi_step_loss": _SWITCH,
+    "msl_epochs": _count(0),
+    "first_order_epochs": (
+        "a whole number of at least 0, or math.inf",
+        lambda v: v == math.inf or (_is_int(v) and v >= 0),
+    ),
+    "per_step_norm_statistics": _SWITCH,
+    "per_step_norm_affine": _SWITCH,
+    "learn_inner_lr": _SWITCH,
+    "cosine_annealing": _SWITCH,
+    "meta_lr": _POSITIVE,
+    "min_meta_lr": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "epochs": _count(1),
+    "iterations_per_epoch": _count(1),
+    "norm": ("'batch', 'running' or 'support'", lambda v: isinstance(v, str) and v in get_args(NormPolicy)),
+    "betas": (
+        "two numbers from 0 up to, not including, 1",
+        lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+    ),
+    "adapt_norm": _SWITCH,
+    "max_grad_norm": _CLIP,
+    "max_grad_value": _CLIP,
+    "tasks_per_backward": _count(1),
+    "max_skipped_steps": _count(1),
+}
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Checks one argument that is also taken outside the constructor (`norm=` of `evaluate`, say)."""
+    _check(name, value)

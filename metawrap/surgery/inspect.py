@@ -1,0 +1,180 @@
+"""What is in the user's module: norms, parameters, hazards and the head. Reads only."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from metawrap.layers.per_step_norm import refuses_per_step
+from metawrap.tasks import tensors_in
+
+
+def find_problems(model: nn.Module, keep: Collection[str] = ()) -> list[str]:
+    """Everything that no engine could adapt correctly, each as module, cause and fix; empty when all is well.
+
+    Args:
+        keep: names of batch norms that will be left alone.
+    """
+    swapped = {name: norm for name, norm in batch_norms(model).items() if name not in keep}
+    problems = [problem for check in _CHECKS for problem in check(model)]
+    return problems + [problem for check in _NORM_CHECKS for problem in check(model, swapped)]
+
+
+def find_higher_hazards(model: nn.Module) -> list[str]:
+    """What `higher` is known to get wrong or to fail on, as module and cause; `functional` carries it."""
+    return list(_higher_hazards(model))
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch norm of the model by name; one that is registered twice appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def find_head(model: nn.Module, call: Callable[[], Any]) -> str | None:
+    """The name of the module whose output is the prediction, found by watching one forward pass.
+
+    Args:
+        call: runs the model once and returns its prediction.
+    """
+    seen: list[tuple[str, list[Tensor]]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.append((name, tensors_in(output)))
+
+    leaves = [(name, m) for name, m in model.named_modules() if m._parameters and not any(m.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        prediction = tensors_in(call())
+    finally:
+        for handle in handles:
+            handle.remove()
+    exact = [name for name, outputs in seen if any(out is p for out in outputs for p in prediction)]
+    return exact[-1] if exact else (seen[-1][0] if seen else None)
+
+
+def _label(name: str, module: nn.Module) -> str:
+    return f"'{name or 'the model itself'}' ({type(module).__name__})"
+
+
+def _scripted(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            yield (
+                f"{_label(name, module)} is TorchScript, whose parameters cannot be replaced by fast weights. "
+                "Wrap the Python module that it was scripted from."
+            )
+            return
+
+
+def _uninitialised(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if any(is_lazy(p) for p in module._parameters.values()):
+            yield (
+                f"{_label(name, module)} is lazy and not initialised yet. "
+                "Run the model once on an example input before wrapping it."
+            )
+
+
+def _aliases(model: nn.Module) -> Iterator[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _TORCH_OWN or (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
+                continue
+            for tensor in _held_tensors(value):
+                if id(tensor) in names:
+                    yield (
+                        f"{_label(path, module)} keeps the parameter '{names[id(tensor)]}' a second time in its plain "
+                        f"attribute '{attribute}', where no fast weight can replace it. Read it from the module that "
+                        "owns it, or use nn.ParameterList or nn.ParameterDict."
+                    )
+
+
+def _held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | set) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _held_tensors(item, depth - 1)
+
+
+def _norms_that_cannot_be_per_step(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[str]:
+    for name, norm in norms.items():
+        if reason := refuses_per_step(norm):
+            yield (
+                f"{_label(name, norm)} {reason}. Pass swap={{{type(norm).__name__}: your_factory}}, "
+                f'or leave it alone with keep_norm=["{name}"].'
+            )
+
+
+def _norm_parameters_used_elsewhere(model: nn.Module, swapped: Mapping[str, _BatchNorm]) -> Iterator[str]:
+    norms = {id(p): name for name, norm in swapped.items() for p in norm._parameters.values()}
+    own = {id(norm) for norm in swapped.values()}
+    for name, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in norms and id(module) not in own:
+                yield (
+                    f"{_label(name, module)} shares its '{local}' with the batch norm '{norms[id(parameter)]}', whose "
+                    "parameters become per-step. Give each its own parameter, or leave the norm alone with "
+                    f'keep_norm=["{norms[id(parameter)]}"].'
+                )
+
+
+def _instance_statistics(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+            yield (
+                f"{_label(name, module)} keeps running statistics that would mix the inner steps of all tasks. "
+                f"Build it with track_running_stats=False, or pass swap={{{type(module).__name__}: your_factory}}."
+            )
+
+
+_CHECKS = (
+    _scripted,
+    _uninitialised,
+    _aliases,
+    _instance_statistics,
+)
+_NORM_CHECKS = (_norms_that_cannot_be_per_step, _norm_parameters_used_elsewhere)
+_TORCH_OWN = frozenset(vars(nn.Module()))
+
+
+def _higher_hazards(model: nn.Module) -> Iterator[str]:
+    inside = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        where = _label(name, module)
+        if "forward" in vars(module):
+            yield f"{where} has its forward replaced on the instance"
+        if any(child is None for child in module._modules.values()):
+            yield f"{where} has a child registered as None"
+        if type(type(module)) is not type:
+            yield f"{where} has the metaclass {type(type(module)).__name__}"
+        if any("__slots__" in vars(cls) for cls in type(module).__mro__[:-1] if cls is not nn.Module):
+            yield f"{where} has __slots__"
+        if "params" in getattr(getattr(type(module).forward, "__code__", None), "co_varnames", ()):
+            yield f"{where} has a forward argument or variable named 'params'"
+        if hasattr(module, "parametrizations"):
+            yield f"{where} is parametrized"
+        for attribute, value in vars(module).items():
+            if attribute not in _TORCH_OWN and _reaches_module(value, inside):
+                yield f"{where} keeps a module, bound method or closure in its plain attribute '{attribute}'"
+
+
+def _reaches_module(value: Any, inside: set[int], depth: int = 3) -> bool:
+    if isinstance(value, nn.Module):
+        return id(value) in inside
+    if isinstance(value, types.MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, types.FunctionType):
+        return bool(value.__closure__)
+    if isinstance(value, dict | list | tuple | set) and depth:
+        items = value.values() if isinstance(value, dict) else value
+        return any(_reaches_module(item, inside, depth - 1) for item in items)
+    return hasattr(value, "func") and _reaches_module(value.func, inside, depth - 1) if depth else False

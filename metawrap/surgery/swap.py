@@ -1,0 +1,148 @@
+"""Batch norm to per-step batch norm, in a copy of the user's module, and back to a plain module of the user's class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metawrap.errors import ArgumentError
+from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, per_step_class
+from metawrap.layers.step_clock import StepClock
+from metawrap.surgery.copying import duplicate
+from metawrap.surgery.inspect import batch_norms
+
+Factory = Callable[[nn.Module], nn.Module]
+_Made = dict[int, tuple[nn.Parameter, nn.Parameter]]
+
+
+def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -> list[str]:
+    """Replaces, in place, every child of exactly the given classes by `factory(child)`; returns their names.
+
+    A module that is registered twice is replaced by one and the same module.
+
+    Raises:
+        ArgumentError: a factory returns no module, or a class is nowhere in the model.
+    """
+    made: dict[int, nn.Module] = {}
+    replaced: dict[str, type] = {}
+    for path, module in list(model.named_modules()):
+        for child_name, child in list(module._modules.items()):
+            if child is None or type(child) not in swap:
+                continue
+            new = made.setdefault(id(child), swap[type(child)](child)) if id(child) not in made else made[id(child)]
+            if not isinstance(new, nn.Module):
+                raise ArgumentError(
+                    f"swap: the factory for {type(child).__name__} returned {new!r}, expected a module."
+                )
+            replaced[f"{path}.{child_name}" if path else child_name] = type(child)
+            module._modules[child_name] = new
+    if missing := set(swap) - set(replaced.values()):
+        names = ", ".join(sorted(cls.__name__ for cls in missing))
+        raise ArgumentError(f"swap: no submodule of class {names} was found in {type(model).__name__}.")
+    return list(replaced)
+
+
+def make_per_step(
+    model: nn.Module, clock: StepClock, steps: int, affine: bool, statistics: bool, keep: Collection[str] = ()
+) -> list[PerStepNorm]:
+    """Turns every batch norm of `model` per-step, in place: call it on a copy that `find_problems` has passed.
+
+    Present values, pretrained ones too, are kept in every row. Parameters that norms share stay shared. Names do not
+    change.
+
+    Args:
+        clock: the inner-step index that all of them will share.
+        steps: rows of a per-step tensor.
+        affine: whether weight and bias get a row per step.
+        statistics: whether the running statistics get a row per step.
+        keep: names of norms to leave alone.
+    """
+    rows: _Made = {}
+    norms = []
+    for name, norm in batch_norms(model).items():
+        if name in keep:
+            continue
+        norm.__class__ = per_step_class(type(norm))
+        assert isinstance(norm, PerStepNorm)
+        norm.per_step = PerStepState(clock, name, steps, affine, statistics)
+        for local in ("weight", "bias") if affine else ():
+            if (parameter := norm._parameters.get(local)) is not None:
+                # The old parameter is kept beside the new one: a freed one's id could come back as another's.
+                norm._parameters[local] = rows.setdefault(id(parameter), (parameter, _repeated(parameter, steps)))[1]
+        for local in ("running_mean", "running_var", "num_batches_tracked") if statistics else ():
+            if (buffer := norm._buffers.get(local)) is not None:
+                norm._buffers[local] = torch.stack([buffer] * steps)
+        norms.append(norm)
+    return norms
+
+
+def plain_copy(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    step: int,
+    statistics: Mapping[str, tuple[Tensor, Tensor]] | None,
+    keep_statistics: bool,
+) -> nn.Module:
+    """A module of the user's own class: ordinary norms at one step's row, and the given weights. `model` stays as it "
+    "is.
+
+    Args:
+        weights: values by parameter name; parameters that are not named keep the model's.
+        step: inner step whose rows the norms take.
+        statistics: running mean and variance by norm name, in place of the stored rows.
+        keep_statistics: whether the norms keep running statistics; without them they use each batch's own.
+    """
+    plain = duplicate(model)
+    for name, slots in parameter_slots(plain).items():
+        if name in weights:
+            old = slots[0][0]._parameters[slots[0][1]]
+            assert old is not None
+            new = nn.Parameter(weights[name].detach().clone(), requires_grad=old.requires_grad)
+            for module, local in slots:
+                module._parameters[local] = new
+    rows: _Made = {}
+    for norm in [module for module in plain.modules() if isinstance(module, PerStepNorm)]:
+        name = norm.per_step.name
+        _make_plain(norm, step, rows)
+        if not keep_statistics:
+            norm.track_running_stats = False
+            norm._buffers.update(dict.fromkeys(("running_mean", "running_var", "num_batches_tracked")))
+        elif statistics and name in statistics:
+            mean, variance = statistics[name]
+            norm.track_running_stats = True
+            count = torch.zeros((), dtype=torch.long, device=mean.device)
+            norm._buffers.update(
+                {"running_mean": mean.detach().clone(), "running_var": variance.detach().clone()}
+                | ({"num_batches_tracked": count} if norm._buffers.get("num_batches_tracked") is None else {})
+            )
+    return plain
+
+
+def parameter_slots(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Where each parameter sits: (owner, local name) pairs by its first name; several where it is shared."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    slots: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
+    for module in model.modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[names[id(parameter)]].append((module, local))
+    return slots
+
+
+def _make_plain(norm: PerStepNorm, step: int, rows: _Made) -> None:
+    state = norm.__dict__.pop("per_step")
+    row = min(step, state.steps - 1)
+    for local, parameter in norm._parameters.items():
+        if state.affine and local in ("weight", "bias") and parameter is not None:
+            value = nn.Parameter(parameter.detach()[row].clone(), requires_grad=parameter.requires_grad)
+            norm._parameters[local] = rows.setdefault(id(parameter), (parameter, value))[1]
+    for local, buffer in norm._buffers.items():
+        if state.statistics and local in ("running_mean", "running_var", "num_batches_tracked"):
+            norm._buffers[local] = None if buffer is None else buffer[row].clone()
+    norm.__class__ = type(norm).original_class  # type: ignore[attr-defined]
+
+
+def _repeated(parameter: Tensor, steps: int) -> nn.Parameter:
+    return nn.Parameter(torch.stack([parameter.detach()] * steps), requires_grad=parameter.requires_grad)

@@ -1,0 +1,124 @@
+"""The whole of wrapping: check, copy, swap, select. Everything that can fail does so before the copy is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.layers.step_clock import StepClock
+from metawrap.surgery.copying import copy_model
+from metawrap.surgery.inspect import batch_norms, find_problems
+from metawrap.surgery.swap import Factory, make_per_step, replace_modules
+
+Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass
+class Wrapped:
+    """A copy of the user's module with per-step norms, and what was done to it.
+
+    adapted: names of the parameters that the inner loop changes. swapped, kept: names of norms. frozen_norms: the
+    kept ones,
+    which always run on their own stored statistics.
+    """
+
+    model: nn.Module
+    clock: StepClock
+    adapted: tuple[str, ...]
+    swapped: list[str]
+    kept: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def adapted_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and initial value of each adapted parameter."""
+        parameters = dict(self.model.named_parameters())
+        return [(name, parameters[name]) for name in self.adapted]
+
+    def hold_kept_norms(self) -> None:
+        """Keeps the norms that were left alone on their stored statistics; call after every `train()`."""
+        norms = batch_norms(self.model)
+        for name in self.kept:
+            norms[name].eval()
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    steps: int,
+    affine: bool,
+    statistics: bool,
+    adapt: Selection = None,
+    adapt_norm: bool = False,
+    swap: Mapping[type[nn.Module], Factory] | None = None,
+    keep_norm: str | Iterable[str] = (),
+    head: str | None = None,
+) -> Wrapped:
+    """Copies a module and makes the copy ready for an inner loop; `model` itself is only read.
+
+    Raises:
+        ArgumentError: an argument has the wrong type or names nothing in the model.
+        UnsupportedModuleError: the module has something that no engine could adapt correctly; all of it is listed.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, but got {type(model).__name__}.")
+    copied, notes = copy_model(model)
+    if swap:
+        notes += [f"'{name}' was replaced by swap=" for name in replace_modules(copied, swap)]
+    kept = _named("keep_norm", keep_norm, batch_norms(copied)) if keep_norm else []
+    if problems := find_problems(copied, kept):
+        raise UnsupportedModuleError("\n".join(problems))
+    if head is not None and head not in dict(copied.named_modules()):
+        raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {head!r}.")
+    adapted = _selected(copied, adapt, adapt_norm)
+    _check_devices(copied)
+    clock = StepClock()
+    norms = make_per_step(copied, clock, steps, affine, statistics, kept)
+    wrapped = Wrapped(copied, clock, adapted, [norm.per_step.name for norm in norms], kept, notes)
+    wrapped.hold_kept_norms()
+    return wrapped
+
+
+def _selected(model: nn.Module, adapt: Selection, adapt_norm: bool) -> tuple[str, ...]:
+    norm_owned = {id(p) for norm in batch_norms(model).values() for p in norm.parameters()}
+    free = {name: id(p) in norm_owned for name, p in model.named_parameters() if p.requires_grad}
+    candidates = [name for name, is_norm in free.items() if adapt_norm or not is_norm]
+    if not candidates:
+        raise ArgumentError(
+            f"model: {type(model).__name__} has no parameter to adapt: "
+            f"{len(free)} require a gradient, {sum(free.values())} of them in batch norms. "
+            "Unfreeze some with requires_grad_(), or pass adapt_norm=True to adapt the norms."
+        )
+    if adapt is None:
+        return tuple(candidates)
+    if callable(adapt):
+        chosen = [name for name in candidates if adapt(name)]
+        if not chosen:
+            raise ArgumentError(f"adapt: the function selected none of {', '.join(candidates)}.")
+        return tuple(chosen)
+    return tuple(_named("adapt", adapt, candidates))
+
+
+def _named(argument: str, patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names that match any of the patterns (shell wildcards), in order; every pattern must match something."""
+    names = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {pattern!r}.")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(f"{argument}: {pattern!r} matches none of {', '.join(names) or 'an empty list'}.")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(devices))}. Move it to one device before "
+            f"wrapping."
+        )
