@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from data_helpers import omniglot_files, write_zip
+from test_folder import make
+
+import metawrap.data
+from metawrap.data import DATASETS, load_data, load_glyphs, load_image_folder, load_omniglot
+from metawrap.errors import ArgumentError, DataError
+
+
+def same(first: metawrap.data.DataSplits, second: metawrap.data.DataSplits) -> bool:
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.class_names == b.class_names
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_names_and_paths_reach_their_loaders(tmp_path):
+    archive = write_zip(tmp_path / "o.zip", omniglot_files())
+    folder = make(tmp_path / "mine", range(4))
+    assert same(load_data("glyphs", classes=(2, 1, 1), seed=5), load_glyphs((2, 1, 1), seed=5))
+    assert same(load_data("omniglot", root=archive, counts=(5, 2, 3)), load_omniglot(archive, counts=(5, 2, 3)))
+    assert same(load_data(folder, image_size=3), load_image_folder(folder, image_size=3))
+    assert same(load_data(str(folder), image_size=3), load_image_folder(folder, image_size=3))
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(
+        DataError, match=r"'imagenet' is neither a data set \(glyphs, omniglot\) nor an existing folder"
+    ):
+        load_data("imagenet")
+    with pytest.raises(DataError, match=r"root is only for named data sets"):
+        load_data(tmp_path, root=tmp_path)
+
+
+def test_options_that_a_data_set_does_not_take_are_named():
+    with pytest.raises(ArgumentError, match=r"'glyphs' does not take root, ways\. It takes classes, images_per_class"):
+        load_data("glyphs", root="here", ways=5)
+
+
+def test_everything_listed_is_there():
+    assert sorted(metawrap.data.__all__) == metawrap.data.__all__
+    assert all(hasattr(metawrap.data, name) for name in metawrap.data.__all__)
+    assert set(DATASETS) == {"glyphs", "omniglot"}

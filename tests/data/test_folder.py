@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metawrap.data import load_image_folder
+from metawrap.errors import ArgumentError, DataError
+
+
+def make(root: Path, classes: range | list[int], images: int = 2, suffix: str = "png") -> Path:
+    """Every class is one flat colour, which survives any resize."""
+    for number in classes:
+        folder = root / f"class{number:03d}"
+        folder.mkdir(parents=True)
+        for image in range(images):
+            Image.new("RGB", (9 + image, 7), (number, 2 * number, 200)).save(folder / f"{image}.{suffix}")
+    return root
+
+
+def test_classes_are_split_by_share_and_keep_their_images(tmp_path):
+    splits = load_image_folder(make(tmp_path, range(25)), image_size=6)
+    assert [part.num_classes for part in splits] == [16, 4, 5]
+    seen = []
+    for part in splits:
+        assert part.images.shape == (2 * part.num_classes, 3, 6, 6)
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            number = int(part.class_names[label].removeprefix("class"))
+            seen.append(number)
+            colour = torch.tensor([number, 2 * number, 200], dtype=torch.uint8)
+            assert torch.equal(image, colour[:, None, None].expand(3, 6, 6))
+    assert sorted(seen) == sorted([*range(25), *range(25)])
+
+
+def test_a_hundred_classes_make_the_64_16_20_of_mini_imagenet(tmp_path):
+    splits = load_image_folder(make(tmp_path, range(100), images=1), image_size=2, grayscale=True)
+    assert [part.num_classes for part in splits] == [64, 16, 20]
+    assert splits.train.images.shape == (64, 1, 2, 2)
+
+
+def test_the_split_depends_on_the_seed_alone(tmp_path):
+    root = make(tmp_path, range(12))
+    names = [[part.class_names for part in load_image_folder(root, image_size=2, seed=seed)] for seed in (0, 0, 1)]
+    assert names[0] == names[1]
+    assert names[0] != names[2]
+
+
+@pytest.mark.parametrize("validation", ["val", "validation"])
+def test_split_folders_are_used_where_they_exist(tmp_path, validation):
+    for place, name in enumerate(("train", validation, "test")):
+        make(tmp_path / name, range(10 * place, 10 * place + 3 - place))
+    splits = load_image_folder(tmp_path, image_size=4)
+    assert splits.train.class_names == ("class000", "class001", "class002")
+    assert splits.validation.class_names == ("class010", "class011")
+    assert splits.test.class_names == ("class020",)
+
+
+def test_incomplete_or_leaking_split_folders_are_refused(tmp_path):
+    make(tmp_path / "train", [0, 1])
+    make(tmp_path / "test", [1])
+    with pytest.raises(DataError, match=r"val or validation with class folders inside is missing"):
+        load_image_folder(tmp_path)
+    make(tmp_path / "val", [2])
+    with pytest.raises(DataError, match=r"'class001' lies in both train and test"):
+        load_image_folder(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make(tmp_path, range(3))
+    (tmp_path / "class000").rename(tmp_path / "train")
+    splits = load_image_folder(tmp_path, image_size=2)
+    assert {name for part in splits for name in part.class_names} == {"train", "class001", "class002"}
+
+
+def test_other_files_and_hidden_folders_are_left_out(tmp_path):
+    make(tmp_path, range(3), suffix="JPG")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "class000" / "notes.txt").write_text("x")
+    assert sum(len(part) for part in load_image_folder(tmp_path, image_size=2)) == 6
+
+
+def test_palette_and_transparent_images_become_plain_colour(tmp_path):
+    make(tmp_path, range(3), images=1)
+    stripes = np.zeros((8, 8), dtype=np.uint8)
+    stripes[:, ::2] = 1
+    palette = Image.fromarray(stripes).convert("P")
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.save(tmp_path / "class000" / "0.png")
+    splits = load_image_folder(tmp_path, image_size=1)
+    images = {part.class_names[0]: part.images[0].flatten().tolist() for part in splits}
+    assert images["class000"] == pytest.approx([100, 50, 25], abs=6)  # a mean of the stripes, not one of them
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no folder at"):
+        load_image_folder(tmp_path / "none")
+    with pytest.raises(DataError, match=r"holds no class folder"):
+        load_image_folder(tmp_path)
+    make(tmp_path, range(2))
+    with pytest.raises(DataError, match=r"2 classes are too few"):
+        load_image_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty' holds no image"):
+        load_image_folder(tmp_path)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    make(tmp_path, range(3))
+    (tmp_path / "class001" / "1.png").write_bytes(b"GIF89a and no more")
+    with pytest.raises(DataError, match=r"'class001/1\.png' is not a readable image"):
+        load_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+def test_a_huge_header_is_refused_without_a_warning(tmp_path, side):
+    make(tmp_path, range(3))
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    end = b"IDAT" + zlib.compress(b"x")
+    png += struct.pack(">I", len(end) - 4) + end + struct.pack(">I", zlib.crc32(end))
+    (tmp_path / "class001" / "1.png").write_bytes(png)
+    with pytest.raises(DataError, match=r"'class001/1\.png'.*pixels"):
+        load_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [(0.5, 0.5), (0.6, 0.6, -0.2), (0.5, 0.5, 0.5), ("a", "b", "c"), 3])
+def test_shares_that_make_no_whole_are_refused(tmp_path, splits):
+    with pytest.raises(ArgumentError, match=r"splits: expected three shares"):
+        load_image_folder(make(tmp_path, range(3)), splits=splits)
