@@ -1,0 +1,58 @@
+# make train and make test need nothing but Python 3.10 or newer with its venv module.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/first
+# Chosen to end within five minutes on two CPU cores.
+TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 8 --iterations 50 --meta-lr 0.003 \
+	--validation-tasks 100 --test-tasks 300
+
+.PHONY: help train test test-all lint format types bench clean
+
+help:
+	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
+	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
+	@echo "make lint      ruff; make format lets it change files"
+	@echo "make types     mypy --strict"
+	@echo "make bench     time one meta-step"
+	@echo "make clean     remove $(VENV), caches and build files; runs/ stays"
+
+# A second `make train` shows the result again, or continues what was interrupted: OUT=runs/other starts a new run.
+train: $(VENV)/installed
+	$(BIN)/metawrap train --data glyphs $(TRAIN_FLAGS) --out $(OUT) --resume
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy -p metawrap
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/meta_step.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamp files: installing is repeated only when the package's metadata changed.
+$(VENV)/installed: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $(VENV)/installed $@

@@ -1,0 +1,160 @@
+"""The flags of the command line, and how each is read. A flag that is not given leaves no value behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from metawrap import __version__
+from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `metawrap`; settings that were not given are absent from the namespace."""
+    parser = argparse.ArgumentParser(
+        prog="metawrap", description="Meta-learning for any PyTorch network.", formatter_class=_Formatter
+    )
+    parser.add_argument("--version", action="version", version=f"metawrap {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_train(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=112)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="meta-train, validate and test a network",
+        usage="metawrap train [options]",
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_method_flags(parser.add_argument_group("method"))
+    _add_run_flags(parser.add_argument_group("run"))
+
+
+def _add_data_flags(group: Any) -> None:
+    group.add_argument(
+        "--data", metavar="NAME", help="glyphs (generated; default), omniglot, or a class-per-folder path"
+    )
+    group.add_argument(
+        "--data-root", metavar="PATH", help="omniglot's folder or zip; downloaded there if it is missing"
+    )
+    group.add_argument(
+        "--split", metavar="NAME", help="which split into classes, for omniglot: paper (default) or alphabet"
+    )
+    group.add_argument("--image-size", type=int, metavar="N", help="side in pixels (28; for a folder 84)")
+    group.add_argument(
+        "--rotations",
+        action=argparse.BooleanOptionalAction,
+        help="turned images as new classes (default: on for omniglot)",
+    )
+    group.add_argument("--ways", type=int, metavar="N", help="classes per task (5)")
+    group.add_argument("--shots", type=int, metavar="N", help="support images per class (1)")
+    group.add_argument("--targets", type=int, metavar="N", help="target images per class (1)")
+
+
+def _add_method_flags(group: Any) -> None:
+    group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help="maml++ (default), maml or fomaml")
+    group.add_argument("--preset", metavar="NAME", help="authors_code (default) or paper")
+    group.add_argument("--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support")
+    group.add_argument("--engine", metavar="NAME", help="auto (default), functional or higher")
+    group.add_argument("--backbone", choices=BACKBONES, metavar="NAME", help="conv4 (default) or conv4-strided")
+    group.add_argument("--filters", type=int, metavar="N", help="channels of the backbone (64)")
+    group.add_argument(
+        "--model", metavar="MODULE:NAME", help="your own network: called as NAME(), or NAME(ways=...) if it takes ways"
+    )
+    group.add_argument("--inner-steps", type=int, metavar="N", help="updates per task (5)")
+    group.add_argument("--inner-lr", type=float, metavar="X", help="first inner learning rate (0.1)")
+    group.add_argument("--meta-lr", type=float, metavar="X", help="learning rate of the outer Adam (0.001)")
+    group.add_argument(
+        "--set",
+        dest="options",
+        action="append",
+        type=_option,
+        metavar="NAME=VALUE",
+        help="any other keyword of the method",
+    )
+
+
+def _add_run_flags(group: Any) -> None:
+    group.add_argument(
+        "--epochs", type=int, metavar="N", help="epochs (10); each ends with validation and a checkpoint"
+    )
+    group.add_argument(
+        "--iterations", dest="iterations_per_epoch", type=int, metavar="N", help="meta-steps per epoch (50)"
+    )
+    group.add_argument("--batch", dest="tasks_per_batch", type=int, metavar="N", help="tasks per meta-step (8)")
+    group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks to validate on (200)")
+    group.add_argument("--test-tasks", type=int, metavar="N", help="fixed tasks of unseen classes to test on (600)")
+    seeds = group.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, metavar="N", help="of the initial weights and the order of tasks (0)")
+    seeds.add_argument(
+        "--seeds", type=_integers, default=None, metavar="N,N", help="a run each, with mean and deviation"
+    )
+    group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
+    group.add_argument("--out", default=None, metavar="PATH", help="the run's folder (runs/...)")
+    group.add_argument(
+        "--resume", action="store_true", default=False, help="continue the run in --out; flags may be left out"
+    )
+    group.add_argument("--keep", type=int, metavar="N", help="keep the N best and the N newest checkpoints (5)")
+    group.add_argument("--ensemble", type=int, metavar="N", help="also test the average of the N best (the paper: 5)")
+    _add_verbose(group)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="test the best checkpoint of a run",
+        usage="metawrap evaluate RUN [options]",
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--tasks", dest="test_tasks", type=int, metavar="N", help="tasks of unseen classes (the run's)")
+    parser.add_argument(
+        "--norm",
+        dest="norms",
+        nargs="+",
+        choices=NORMS,
+        default=None,
+        metavar="NAME",
+        help="batch-norm policies (all three)",
+    )
+    parser.add_argument("--ensemble", type=int, metavar="N", help="also average the logits of the N best checkpoints")
+    parser.add_argument("--data", metavar="NAME", help="test classes of another data set, with images of the same size")
+    parser.add_argument("--data-root", metavar="PATH", help="omniglot's folder or zip")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (the run's)")
+    parser.add_argument("--out", default=None, metavar="FILE", help="also write the result as JSON")
+    _add_verbose(parser)
+
+
+def _add_verbose(parser: Any) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, but got '{text}'") from None
+    if len(set(numbers)) != len(numbers):
+        raise argparse.ArgumentTypeError(f"expected different numbers, but got '{text}'")
+    return numbers
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as msl_epochs=15, but got '{text}'")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,129 @@
+"""The command line: flags -> RunSettings -> training, and errors -> one line with the fix.
+
+Exit codes: 0 done, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from metawrap.cli.arguments import build_parser
+from metawrap.errors import MetaWrapError
+from metawrap.training.checkpoints import CheckpointFolder, write_json
+from metawrap.training.machine import program
+from metawrap.training.progress import say
+from metawrap.training.run import evaluate_run, train, train_seeds
+from metawrap.training.run_folder import read_run
+from metawrap.training.run_settings import METHODS, NORMS, RunSettings
+from metawrap.training.tables import result_text
+
+INTERRUPTED = 130
+FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code; `argv` defaults to the process's own arguments."""
+    arguments = build_parser().parse_args(argv)
+    if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
+        sys.path.insert(0, os.getcwd())
+    command = {"train": _train, "evaluate": _evaluate}[arguments.command]
+    with _sigterm_interrupts(), _warnings_in_one_line():
+        try:
+            command(arguments)
+        except KeyboardInterrupt:
+            say(_stopped(arguments))
+            return INTERRUPTED
+        except MetaWrapError as error:
+            if arguments.verbose:
+                traceback.print_exc()
+            say(f"Error: {error}")
+            return FAILED
+    return 0
+
+
+def _train(arguments: Namespace) -> None:
+    out = _out(arguments)
+    changes = _settings_in(arguments)
+    settings, seeds = RunSettings(), arguments.seeds
+    if arguments.resume and (out / "run.json").exists():
+        settings, stored_seeds = read_run(out)
+        seeds = seeds or stored_seeds
+    settings = replace(settings, **changes)
+    if seeds is None:
+        result = train(settings, out, arguments.resume)
+    else:
+        result = train_seeds(settings, seeds, out, arguments.resume)
+    print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
+
+
+def _evaluate(arguments: Namespace) -> None:
+    result = evaluate_run(arguments.run, arguments.norms or NORMS, **_settings_in(arguments))
+    print(f"\n{result_text(result)}")
+    if arguments.out is not None:
+        write_json(Path(arguments.out), result)
+
+
+def _settings_in(arguments: Namespace) -> dict[str, Any]:
+    """The settings that were given as flags; the parser leaves out the others."""
+    given = vars(arguments)
+    changes = {each.name: given[each.name] for each in fields(RunSettings) if each.name in given}
+    if "options" in changes:
+        changes["options"] = dict(changes["options"])
+    return changes
+
+
+def _out(arguments: Namespace) -> Path:
+    if arguments.out is not None:
+        return Path(arguments.out)
+    settings = replace(RunSettings(), **_settings_in(arguments))
+    name = f"{Path(settings.data).stem}-{settings.ways}way-{settings.shots}shot-{METHODS[settings.method]}"
+    return Path("runs") / name.lower()
+
+
+def _stopped(arguments: Namespace) -> str:
+    if arguments.command != "train":
+        return "Stopped."
+    out = _out(arguments)
+    if not (out / "run.json").exists():
+        return "Stopped before the first meta-step; nothing was written."
+    settings, seeds = read_run(out)
+    finished = max(CheckpointFolder(out / "checkpoints", 1, 1).epochs(), default=0)
+    saved = "Finished epochs are saved" if seeds else f"{finished} of {settings.epochs} epochs are saved"
+    return f"Stopped. {saved}; continue with: {program()} train --out {shlex.quote(str(out))} --resume"
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Makes SIGTERM, which job schedulers send before they kill, stop a run as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """A warning as a plain line, without the place in metawrap's source that it came from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
+        yield

@@ -1,0 +1,100 @@
+"""What a person sees while a run trains: a bar on one line in a terminal, else one plain line per epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from tqdm import tqdm
+
+from metawrap.results import StepMetrics
+
+REFRESH_SECONDS = 0.5
+# The loss and accuracy shown are means over so many meta-steps: a single one has too few targets to be steady.
+STEPS_SHOWN = 20
+
+
+class Progress:
+    """Progress of a whole run, on stderr. Use as a context manager, so that the line is closed on errors as well.
+
+    Args:
+        epochs: of the whole run.
+        iterations_per_epoch: meta-steps of one epoch.
+        done: epochs that were finished before this start.
+    """
+
+    def __init__(self, epochs: int, iterations_per_epoch: int, done: int = 0) -> None:
+        self.epochs = epochs
+        self._start = time.monotonic()
+        self._seen = 0
+        self._last_epoch: str | None = None
+        self._recent: deque[StepMetrics] = deque(maxlen=STEPS_SHOWN)
+        self._bar = tqdm(
+            desc=f"epoch {min(done + 1, epochs)}/{epochs}",
+            total=epochs * iterations_per_epoch,
+            initial=done * iterations_per_epoch,
+            disable=not sys.stderr.isatty(),
+            mininterval=REFRESH_SECONDS,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining} left{postfix}",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def start_epoch(self, epoch: int) -> None:
+        """`epoch` counts from 0."""
+        self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """After each meta-step. Reads the metrics only when the line is redrawn: on a GPU each reading waits for it."""
+        self._recent.append(metrics)
+        if self._bar.update(1):
+            loss = sum(each.loss for each in self._recent) / len(self._recent)
+            accuracy = sum(each.accuracy or 0.0 for each in self._recent) / len(self._recent)
+            postfix = f"loss {_number(loss)}, accuracy {percent(accuracy)}"
+            self._bar.set_postfix_str(", ".join(filter(None, [postfix, self._last_epoch])), refresh=False)
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """After validation; `record` is the epoch's line of the log."""
+        interval = percent(record["validation_interval"])
+        self._last_epoch = f"validation {percent(record['validation_accuracy'])}"
+        if not self._bar.disable:
+            return
+        self._seen += 1
+        left = (time.monotonic() - self._start) / self._seen * (self.epochs - record["epoch"])
+        print(
+            f"epoch {record['epoch']}/{self.epochs}: loss {_number(record['train_loss'])}, "
+            f"accuracy {percent(record['train_accuracy'])}, {self._last_epoch} ± {interval}, {duration(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def percent(fraction: float | None) -> str:
+    """0.9765 as '97.7 %'."""
+    return "none" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words: '45 s', '3 min 20 s', '2 h 5 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def say(text: str) -> None:
+    """One line for the person who watches; results go to stdout, everything else to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,233 @@
+"""A run: settings -> experiment -> epochs (meta-steps, validation, log, checkpoint) -> final test -> result.
+
+Read `train` first. An epoch is the unit of resuming: a run that was killed repeats the epoch it was in, from the same
+weights, optimizer state and random state, on the same tasks, and so ends with the same bits on the same CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metawrap.errors import CheckpointError
+from metawrap.results import StepMetrics
+from metawrap.training.checkpoints import Checkpoint, load_into, write_json
+from metawrap.training.experiment import (
+    TEST_SEED,
+    Experiment,
+    build_experiment,
+    build_learner,
+    build_model,
+    find_device,
+    fixed_tasks,
+    load_splits,
+)
+from metawrap.training.final_test import final_test
+from metawrap.training.machine import command_line, describe_machine
+from metawrap.training.progress import Progress, say
+from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
+from metawrap.training.run_settings import NORMS, RunSettings
+from metawrap.training.tables import headline, summarise_seeds
+
+
+def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
+
+    Args:
+        settings: what to run.
+        out: a folder without a run, or with `resume` one that may have a run with these settings.
+        resume: continue from the newest readable checkpoint; a finished run is tested again only if it has to be.
+    Returns:
+        What result.json holds: "settings", "test" (see `final_test`), "trained_norm", "best_validation",
+        "skipped_steps", "seconds" of training, "test_seconds", "machine", "command".
+    Raises:
+        CheckpointError: `out` has a run that is not to be, or cannot be, resumed.
+        MetaWrapError: the settings do not fit the data or the network, or training diverged.
+    """
+    folder = RunFolder(Path(out), settings)
+    start = folder.find_start(resume)
+    if start is not None and start.epoch == settings.epochs and (done := folder.result()) is not None:
+        say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
+        return done
+    experiment = build_experiment(settings)
+    history = list(start.history) if start else []
+    if start is not None:
+        _restore(experiment, start)
+        say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
+    folder.begin(history)
+    say(
+        f"{headline(settings)}: {settings.epochs} epochs x {settings.iterations_per_epoch} meta-steps x "
+        f"{settings.tasks_per_batch} tasks, on {experiment.device}, in '{out}'"
+    )
+    seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0)
+    result = _test(experiment, folder, history) | {"seconds": round(seconds, 3)}
+    folder.write_result(result)
+    return result
+
+
+def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Runs `train` for each seed in `out`/seed-0, ... and summarises over them; resumes what is unfinished.
+
+    Returns:
+        What `out`/result.json holds: "settings", "summary" (see `summarise_seeds`), "trained_norm", "results" by seed.
+    """
+    path = Path(out)
+    if resume and (path / "run.json").exists():
+        settings.check_resumes(read_run(path)[0].to_dict())
+    elif not resume:
+        refuse_existing_run(path)
+    write_run(path, settings, seeds)
+    results: dict[int, dict[str, Any]] = {}
+    for seed, folder in seed_folders(path, settings, seeds).items():
+        say(f"Seed {seed} in '{folder.path}'")
+        results[seed] = train(folder.settings, folder.path, resume)
+    summary = {
+        "settings": settings.to_dict(),
+        "summary": summarise_seeds(results),
+        "trained_norm": results[seeds[0]]["trained_norm"],
+        "results": {str(seed): result for seed, result in results.items()},
+    }
+    write_json(path / "result.json", summary)
+    return summary
+
+
+def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) -> dict[str, Any]:
+    """Tests a run's best checkpoint again; finished or not. Writes nothing.
+
+    Args:
+        out: the run's folder.
+        norms: batch-norm policies to test under.
+        changes: settings to test with instead of the run's own, such as test_tasks=1000, ensemble=5, data="omniglot".
+    Returns:
+        As `train`, with the settings that were used, and without "seconds".
+    Raises:
+        CheckpointError: there is no run, or no finished epoch.
+    """
+    stored, seeds = read_run(Path(out))
+    if seeds is not None:
+        first = Path(out) / f"seed-{seeds[0]}"
+        raise CheckpointError(f"'{out}' holds one run per seed. Name one of them, such as '{first}'.")
+    folder = RunFolder(Path(out), stored)
+    newest = folder.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
+    if newest is None:
+        raise CheckpointError(
+            f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
+        )
+    settings = replace(stored, **changes)
+    device = find_device(settings.device)
+    splits = load_splits(settings)
+    learner = build_learner(stored, build_model(stored, splits.train)).to(device)
+    tasks = fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device)
+    experiment = Experiment(learner=learner, train=tasks, validation=tasks, test=tasks, device=device)
+    return _test(experiment, RunFolder(Path(out), settings), newest.history, norms)
+
+
+def _train_epochs(
+    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], seconds_before: float
+) -> float:
+    """Trains what is missing of the run; returns the seconds that training took, over all resumes."""
+    settings, begun = folder.settings, time.monotonic()
+    seconds = seconds_before
+    with Progress(settings.epochs, settings.iterations_per_epoch, done=len(history)) as progress:
+        for epoch in range(len(history), settings.epochs):
+            progress.start_epoch(epoch)
+            record = _train_epoch(experiment, settings, epoch, progress) | _validate(experiment, settings)
+            seconds = seconds_before + time.monotonic() - begun
+            record["seconds"] = round(seconds, 3)
+            history.append(record)
+            folder.append(record)
+            folder.checkpoints.save(_snapshot(experiment, settings, history, seconds))
+            progress.end_epoch(record)
+    return seconds
+
+
+def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, progress: Progress) -> dict[str, Any]:
+    learner, count = experiment.learner.train(), settings.iterations_per_epoch
+    steps: list[StepMetrics] = []
+    for iteration in range(epoch * count, (epoch + 1) * count):
+        steps.append(learner.meta_step(experiment.train.batch(iteration)))
+        progress.step(steps[-1])
+    good = [step for step in steps if isfinite(step.loss)]
+    return {
+        "epoch": epoch + 1,
+        "iteration": (epoch + 1) * count,
+        "train_loss": _mean([step.loss for step in good]),
+        "train_accuracy": _mean([step.accuracy for step in good]),
+        "learning_rate": steps[-1].meta_lr,
+        "skipped_steps": sum(step.skipped for step in steps),
+    }
+
+
+def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, float]:
+    tasks = experiment.validation
+    result = experiment.learner.evaluate(tasks.batches(settings.validation_tasks // tasks.tasks_per_batch))
+    return {
+        "validation_loss": result.loss,
+        "validation_accuracy": result.accuracy,
+        "validation_interval": result.interval,
+    }
+
+
+def _test(
+    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str] = NORMS
+) -> dict[str, Any]:
+    settings, begun = folder.settings, time.monotonic()
+    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {len(norms)} batch-norm policies ...")
+    test = final_test(
+        experiment.learner,
+        experiment.test,
+        settings.test_tasks,
+        folder.checkpoints,
+        history,
+        settings.ensemble,
+        norms,
+    )
+    best = history[test["epoch"] - 1]
+    return {
+        "settings": settings.to_dict(),
+        "test": test,
+        "trained_norm": experiment.learner.settings.norm,
+        "best_validation": {"epoch": test["epoch"], "accuracy": best["validation_accuracy"]},
+        "skipped_steps": sum(record["skipped_steps"] for record in history),
+        "test_seconds": round(time.monotonic() - begun, 3),
+        "machine": describe_machine(experiment.device),
+        "command": command_line(),
+    }
+
+
+def _snapshot(
+    experiment: Experiment, settings: RunSettings, history: list[dict[str, Any]], seconds: float
+) -> Checkpoint:
+    learner = experiment.learner
+    return Checkpoint(
+        settings=settings.to_dict(),
+        learner=learner.state_dict(),
+        optimizer=learner.optimizer.state_dict(),
+        scheduler=None if learner.scheduler is None else learner.scheduler.state_dict(),
+        rng={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        history=history,
+        seconds=seconds,
+    )
+
+
+def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
+    learner = experiment.learner
+    load_into(learner, checkpoint)
+    learner.optimizer.load_state_dict(checkpoint.optimizer)
+    if checkpoint.scheduler is not None:
+        learner.scheduler.load_state_dict(checkpoint.scheduler)
+    torch.set_rng_state(checkpoint.rng["cpu"])
+    # A run may move to a machine with fewer or more GPUs; their random states then start afresh.
+    if len(checkpoint.rng["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(checkpoint.rng["cuda"])
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    """None for no values, as when no step of the epoch had a finite loss: JSON has no NaN."""
+    return sum(values) / len(values) if values else None

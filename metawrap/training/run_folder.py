@@ -1,0 +1,117 @@
+"""A run's folder: run.json (settings), log.jsonl (a line per epoch), checkpoints/, result.json (the final test).
+
+The truth is in the checkpoints: each holds the history of all epochs before it, and a resumed run rewrites the log from
+there, so that a log never shows an epoch that the weights have not seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metawrap.errors import CheckpointError
+from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, write_atomically, write_json
+from metawrap.training.progress import say
+from metawrap.training.run_settings import RunSettings
+
+
+class RunFolder:
+    """The files of one run; nothing is written before `begin`.
+
+    Args:
+        path: the folder, which need not exist.
+        settings: of the run that is to be started or resumed.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings) -> None:
+        self.path = path
+        self.settings = settings
+        self.checkpoints = CheckpointFolder(
+            path / "checkpoints", keep_best=max(settings.keep, settings.ensemble), keep_newest=settings.keep
+        )
+
+    def find_start(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to continue from; None: start with the first epoch. Reads only.
+
+        Raises:
+            CheckpointError: the folder has a run and `resume` is False, or the run there has other settings, or none
+                of its checkpoints can be read.
+        """
+        if not resume:
+            refuse_existing_run(self.path)
+            return None
+        if (self.path / "run.json").exists():
+            self.settings.check_resumes(read_run(self.path)[0].to_dict())
+        checkpoint = self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
+        if checkpoint is not None:
+            self.settings.check_resumes(checkpoint.settings)
+        return checkpoint
+
+    def begin(self, history: list[dict[str, Any]]) -> None:
+        """Writes the settings, and the log as it stood when `history` ended."""
+        write_run(self.path, self.settings, None)
+        lines = "".join(_line(record) for record in history)
+        write_atomically(self._log, lambda handle: handle.write(lines.encode()))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line to the log."""
+        with open(self._log, "a", encoding="utf-8") as handle:
+            handle.write(_line(record))
+
+    def result(self) -> dict[str, Any] | None:
+        """The final test's result if there is one for exactly these settings."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if content.get("settings") == self.settings.to_dict() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json."""
+        write_json(self.path / "result.json", result)
+
+    @property
+    def _log(self) -> Path:
+        return self.path / "log.jsonl"
+
+
+def refuse_existing_run(path: Path) -> None:
+    """Raises CheckpointError when the folder has a run."""
+    if (path / "run.json").exists() or any((path / "checkpoints").glob("epoch-*.pt")):
+        raise CheckpointError(f"'{path}' already has a run. Continue it with --resume, or choose another --out.")
+
+
+def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) -> None:
+    """Writes run.json; `seeds` lists those of a run that has one folder per seed."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "run.json", {"settings": settings.to_dict(), "seeds": None if seeds is None else list(seeds)})
+
+
+def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
+    """What `write_run` wrote: the settings, and the seeds of a run over several.
+
+    Raises:
+        CheckpointError: the folder has no run, or its run.json is damaged.
+    """
+    try:
+        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        settings, seeds = content["settings"], content["seeds"]
+    except OSError as error:
+        raise CheckpointError(
+            f"There is no run in '{path}' (no run.json). Start one with: metawrap train --out {path}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{path / 'run.json'}' is damaged ({error}). Start again with another --out.") from error
+    return RunSettings.from_dict(settings), seeds
+
+
+def seed_folders(path: Path, settings: RunSettings, seeds: Sequence[int]) -> dict[int, RunFolder]:
+    """One folder per seed inside `path`."""
+    return {seed: RunFolder(path / f"seed-{seed}", replace(settings, seed=seed)) for seed in seeds}
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,115 @@
+"""RunSettings: everything that defines a run, as plain values, so that it can be stored, compared and repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from metawrap.errors import ArgumentError, CheckpointError
+
+METHODS = {"maml++": "MAMLPlusPlus", "maml": "MAML", "fomaml": "FOMAML"}
+BACKBONES = ("conv4", "conv4-strided")
+NORMS = ("batch", "running", "support")
+
+# These may differ when a run is resumed: they change where training runs, what is kept and what is tested.
+FREE_ON_RESUME = frozenset({"data_root", "device", "keep", "ensemble", "test_tasks"})
+
+_AT_LEAST = {
+    "ways": 2,
+    "shots": 1,
+    "targets": 1,
+    "filters": 1,
+    "inner_steps": 1,
+    "epochs": 1,
+    "iterations_per_epoch": 1,
+    "tasks_per_batch": 1,
+    "validation_tasks": 2,
+    "test_tasks": 2,
+    "keep": 1,
+    "ensemble": 0,
+}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What `metawrap train` needs to know. None means: the default of the data set, method or preset.
+
+    data: "glyphs", "omniglot", or a folder of class folders. targets: target images per class and task.
+    model: "package.module:factory" of the user's own network; it replaces backbone and filters.
+    keep: how many of the best checkpoints stay, and how many of the newest. ensemble: how many of the best are averaged
+    in the final test (0: none). options: further keyword arguments of the method, such as {"msl_epochs": 15}.
+    """
+
+    data: str = "glyphs"
+    data_root: str | None = None
+    split: str | None = None
+    image_size: int | None = None
+    rotations: bool | None = None
+    ways: int = 5
+    shots: int = 1
+    targets: int = 1
+    method: str = "maml++"
+    preset: str | None = None
+    norm: str | None = None
+    engine: str | None = None
+    backbone: str = "conv4"
+    filters: int = 64
+    model: str | None = None
+    inner_steps: int = 5
+    inner_lr: float | None = None
+    meta_lr: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 10
+    iterations_per_epoch: int = 50
+    tasks_per_batch: int = 8
+    validation_tasks: int = 200
+    test_tasks: int = 600
+    seed: int = 0
+    device: str = "auto"
+    keep: int = 5
+    ensemble: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}: expected at least {least}, but got {getattr(self, name)}.")
+        choices = {"method": tuple(METHODS), "backbone": BACKBONES, "norm": (None, *NORMS)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(str(choice) for choice in allowed if choice)
+                raise ArgumentError(f"{name}: expected one of {listed}, but got '{getattr(self, name)}'.")
+        if self.seed < 0:
+            raise ArgumentError(f"seed: expected 0 or more, but got {self.seed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: fit for JSON and for `torch.load(weights_only=True)`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> RunSettings:
+        """The settings that `to_dict` gave.
+
+        Raises:
+            CheckpointError: a name is unknown, as when another version of metawrap wrote them.
+        """
+        unknown = sorted(set(stored) - {each.name for each in fields(cls)})
+        if unknown:
+            raise CheckpointError(
+                f"The stored settings have '{unknown[0]}', which this metawrap does not know. "
+                "Use the metawrap version that wrote them."
+            )
+        return cls(**stored)
+
+    def check_resumes(self, stored: Mapping[str, Any]) -> None:
+        """Checks that a run with the `stored` settings may be continued with these.
+
+        Raises:
+            CheckpointError: a setting differs that training depends on; names it and both values.
+        """
+        for name, value in self.to_dict().items():
+            if name not in FREE_ON_RESUME and stored.get(name) != value:
+                raise CheckpointError(
+                    f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
+                    "Leave it out to continue the run as it was, or start a new one with another --out."
+                )

@@ -1,0 +1,109 @@
+"""Results as aligned tables for the terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from metawrap.training.run_settings import RunSettings
+
+_KINDS = {"batch": "transductive", "running": "inductive", "support": "inductive"}
+_METHODS = {"maml++": "MAML++", "maml": "MAML", "fomaml": "First-order MAML"}
+_COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """The table of what `train`, `train_seeds` or `evaluate_run` returned, or of a result.json."""
+    settings = RunSettings.from_dict(result["settings"])
+    if "summary" in result:
+        return seeds_table(settings, result["summary"], result["trained_norm"])
+    return result_table(settings, result["test"], result["trained_norm"])
+
+
+def result_table(settings: RunSettings, test: dict[str, Any], trained_norm: str) -> str:
+    """Accuracy before and after adaptation under each batch-norm policy, from what `final_test` returned."""
+    columns = [name for name in _COLUMNS if name != "ensemble" or test["ensemble_epochs"]]
+    rows = [
+        [_policy(norm, trained_norm), *(_score(scores[name]["accuracy"], scores[name]["interval"]) for name in columns)]
+        for norm, scores in test["norms"].items()
+    ]
+    header = [_COLUMNS[name] for name in columns]
+    if test["ensemble_epochs"]:
+        header[-1] = f"{len(test['ensemble_epochs'])} {header[-1]}"
+    return "\n".join(
+        [
+            f"{headline(settings)}: {test['tasks']} tasks of unseen classes, best epoch {test['epoch']} "
+            f"of {settings.epochs}",
+            "",
+            render_table(["batch norm", *header], rows),
+            "",
+            f"± 95 % interval over tasks; chance is {100 / settings.ways:.0f} %; * the policy of training",
+        ]
+    )
+
+
+def seeds_table(settings: RunSettings, summary: dict[str, Any], trained_norm: str) -> str:
+    """Mean and standard deviation over seeds, from what `summarise_seeds` returned."""
+    columns = [name for name in _COLUMNS if all(name in scores for scores in summary["norms"].values())]
+    rows = [
+        [_policy(norm, trained_norm), *(_score(scores[name]["mean"], scores[name]["deviation"]) for name in columns)]
+        for norm, scores in summary["norms"].items()
+    ]
+    seeds = ", ".join(str(seed) for seed in summary["seeds"])
+    return "\n".join(
+        [
+            f"{headline(settings)}: mean over seeds {seeds}",
+            "",
+            render_table(["batch norm", *(_COLUMNS[name] for name in columns)], rows),
+            "",
+            f"± standard deviation over seeds; chance is {100 / settings.ways:.0f} %; * the policy of training",
+        ]
+    )
+
+
+def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Over the results of `train` by seed.
+
+    Returns:
+        {"seeds", "norms": {norm: {"before" | "after" | "ensemble": {"mean", "deviation"}}}}; the deviation is that of a
+        sample (n - 1), None for a single seed.
+    """
+    tests = [result["test"]["norms"] for result in results.values()]
+    norms = {
+        norm: {
+            name: _mean_and_deviation([test[norm][name]["accuracy"] for test in tests])
+            for name in scores
+            if all(name in test[norm] for test in tests)
+        }
+        for norm, scores in tests[0].items()
+    }
+    return {"seeds": list(results), "norms": norms}
+
+
+def headline(settings: RunSettings) -> str:
+    """What is learned on what, such as 'MAML++ on glyphs, 5-way 1-shot'."""
+    return f"{_METHODS[settings.method]} on {settings.data}, {settings.ways}-way {settings.shots}-shot"
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right, with a line under the header."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _policy(norm: str, trained_norm: str) -> str:
+    return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
+
+
+def _score(accuracy: float, spread: float | None) -> str:
+    return f"{100 * accuracy:.2f} %" if spread is None else f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
+
+
+def _mean_and_deviation(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
