@@ -1,0 +1,302 @@
+"""A slow, plain MAML++ in float64, written from the formulas. It shares no code with metawrap and never imports it.
+
+Two independent forms: `meta_gradient` for any nn.Module (fast tensors are put into the module's own slots, batch norm
+is written out by hand), and `conv4_meta_gradient`, one flat loop over explicit weights that checks the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Reference:
+    """What one pass over a task batch must give.
+
+    step_losses and predictions hold None where no target pass is due. `statistics` are the rows after the pass.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    statistics: dict[str, Tensor]
+    step_losses: list[list[Tensor | None]] = field(default_factory=list)
+    predictions: list[Tensor] = field(default_factory=list)
+    fast_weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def msl_weights(steps: int, epoch: int, anneal_epochs: int) -> list[float]:
+    """The formula of facts.md, in plain floats."""
+    if epoch >= anneal_epochs:
+        return [0.0] * (steps - 1) + [1.0]
+    floor = 0.03 / steps
+    early = max(1 / steps - epoch / (steps * anneal_epochs), floor)
+    last = min(1 / steps + epoch * (steps - 1) / (steps * anneal_epochs), 1 - (steps - 1) * floor)
+    return [early] * (steps - 1) + [last]
+
+
+def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def norm_parameter_names(model: nn.Module) -> set[str]:
+    return {f"{name}.{local}" for name, norm in norms_of(model).items() for local, _ in norm.named_parameters()}
+
+
+def meta_gradient(
+    model: nn.Module,
+    tasks: Iterable[tuple[Any, Any, Any, Any]],
+    *,
+    rates: Mapping[str, Tensor],
+    step_weights: list[float],
+    values: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+    second_order: bool = True,
+    norm: str = "batch",
+    training: bool = True,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    after_norm: Mapping[type, Callable[[Tensor], Tensor]] | None = None,
+) -> Reference:
+    """Loss, meta-gradients (`grad` of every value, and of `lr/<name>` for every rate) and statistics of a task batch.
+
+    Args:
+        model: the user's plain model; read, never changed.
+        tasks: (support_x, support_y, target_x, target_y) for each task, without a task axis.
+        rates: (steps,) for each adapted parameter; the parameters without one are not adapted.
+        step_weights: weight of the target loss after each step; its length is the number of steps. Where a weight is 0
+            no target pass is made.
+        values: initial values, by the user's names; a norm's may have a leading row axis. Default: the model's.
+        statistics: `<norm>.running_mean` and `.running_var` with a leading row axis. Default: the model's, one row.
+        norm: "batch", "running" or "support".
+        training: "running" normalises by the batch in training and by the running statistics otherwise; only training
+            folds statistics: those of every pass that normalises by its own, so under "support" those of the second
+            support pass stand where the target's would.
+        after_norm: what a norm of this exact class does after normalising.
+    """
+    model = copy.deepcopy(model).train(training)
+    own = dict(model.named_parameters())
+    start = {name: (values or own)[name].detach().clone() for name in own}
+    for name, parameter in own.items():
+        start[name].requires_grad_(parameter.requires_grad)
+    start_rates = {name: rate.detach().clone().requires_grad_() for name, rate in rates.items()}
+    machine = _Machine(model, statistics, after_norm or {})
+    result = Reference(torch.zeros(()), {}, machine.statistics)
+    losses = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for support_x, support_y, target_x, target_y in tasks:
+            fast = {name: value.clone() for name, value in start.items()}
+            total: Any = 0.0
+            per_step: list[Tensor | None] = []
+            for step, weight in enumerate(step_weights):
+                by_batch = "running" if norm == "running" and not training else "batch"
+                prediction, moments = machine.run(fast, step, support_x, by_batch)
+                if training:
+                    machine.fold(step, moments)
+                support_loss = loss_fn(prediction, support_y)
+                names = [name for name in start_rates if fast[name].requires_grad]
+                gradients = torch.autograd.grad(
+                    support_loss, [fast[name] for name in names], create_graph=second_order, allow_unused=True
+                )
+                fast = dict(fast)
+                for name, gradient in zip(names, gradients, strict=True):
+                    if gradient is not None:
+                        gradient = gradient if second_order else gradient.detach()
+                        rate = start_rates[name]
+                        fast[name] = fast[name] - rate[min(step, len(rate) - 1)] * gradient
+                per_step.append(None)
+                if weight == 0.0:
+                    continue
+                if norm == "support":
+                    _, moments = machine.run(fast, step, support_x, "batch")
+                    prediction, _ = machine.run(fast, step, target_x, moments)
+                else:
+                    prediction, moments = machine.run(fast, step, target_x, by_batch)
+                if training:
+                    machine.fold(step, moments)
+                target_loss = loss_fn(prediction, target_y)
+                per_step[-1] = target_loss.detach()
+                total = total + weight * target_loss
+            losses.append(total)
+            result.step_losses.append(per_step)
+            result.predictions.append(prediction.detach())
+            result.fast_weights.append({name: value.detach() for name, value in fast.items()})
+    result.loss = torch.stack(losses).mean()
+    leaves = {name: value for name, value in start.items() if value.requires_grad}
+    leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
+    gradients = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
+    result.gradients = dict(zip(leaves, gradients, strict=True))
+    result.loss = result.loss.detach()
+    return result
+
+
+class _Machine:
+    """Runs a copy of the model with given weights and hand-written batch norms."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Mapping[str, Tensor] | None,
+        after_norm: Mapping[type, Callable[[Tensor], Tensor]],
+    ) -> None:
+        self.model, self.norms = model, norms_of(model)
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.slots = [
+            (module, local, self.names[id(parameter)])
+            for module in model.modules()
+            for local, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.statistics: dict[str, Tensor] = {}
+        self.row, self.mode, self.seen = 0, "batch", {}
+        for name, norm in self.norms.items():
+            for kind in ("running_mean", "running_var"):
+                own = getattr(norm, kind)
+                if own is not None:
+                    given = own[None] if statistics is None else statistics[f"{name}.{kind}"]
+                    self.statistics[f"{name}.{kind}"] = given.detach().clone()
+            norm.forward = self._norm_forward(name, norm, after_norm.get(type(norm)))  # type: ignore[method-assign]
+
+    def run(self, weights: Mapping[str, Tensor], row: int, x: Any, mode: Any) -> tuple[Any, dict[str, list[Moments]]]:
+        """Output and, for each norm, the batch moments of its calls: mean, biased and unbiased variance."""
+        self.row, self.mode, self.seen = row, mode, {}
+        with self._lent(weights):
+            if isinstance(x, dict):
+                output = self.model(**x)
+            else:
+                output = self.model(*x) if isinstance(x, tuple) else self.model(x)
+        return output, self.seen
+
+    def fold(self, row: int, moments: Mapping[str, list[Moments]]) -> None:
+        for name, calls in moments.items():
+            for mean, _, unbiased in calls:
+                for kind, new in (("running_mean", mean), ("running_var", unbiased)):
+                    if (key := f"{name}.{kind}") in self.statistics:
+                        old = self.statistics[key]
+                        at, momentum = min(row, len(old) - 1), self.norms[name].momentum
+                        assert momentum is not None, "the oracle knows no cumulative averages"
+                        old[at] = (1 - momentum) * old[at] + momentum * new.detach()
+
+    @contextlib.contextmanager
+    def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        kept = [module._parameters[local] for module, local, _ in self.slots]
+        for module, local, name in self.slots:
+            module._parameters[local] = weights[name]  # type: ignore[assignment]
+        for module in self.model.modules():
+            if isinstance(module, nn.RNNBase):
+                module._flat_weights = [module._parameters[local] for local in module._flat_weights_names]
+        yield
+        for (module, local, _), parameter in zip(self.slots, kept, strict=True):
+            module._parameters[local] = parameter
+
+    def _norm_forward(
+        self, name: str, norm: _BatchNorm, after: Callable[[Tensor], Tensor] | None
+    ) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            axes = [0, *range(2, x.dim())]
+            view = [1, -1] + [1] * (x.dim() - 2)
+            mean = x.mean(axes)
+            var = ((x - mean.view(view)) ** 2).mean(axes)
+            count = math.prod(x.shape[axis] for axis in axes)
+            calls = self.seen.setdefault(name, [])
+            calls.append((mean, var, var * count / max(count - 1, 1)))
+            if isinstance(self.mode, dict):
+                mean, var, _ = self.mode[name][len(calls) - 1]
+            elif self.mode == "running" and f"{name}.running_mean" in self.statistics:
+                mean, var = (self._pick(self.statistics[f"{name}.{kind}"]) for kind in ("running_mean", "running_var"))
+            out = (x - mean.view(view)) / torch.sqrt(var.view(view) + norm.eps)
+            if norm.affine:
+                weight, bias = (self._pick(norm._parameters[kind], 2) for kind in ("weight", "bias"))
+                out = out * weight.view(view) + bias.view(view)
+            return out if after is None else after(out)
+
+        return forward
+
+    def _pick(self, rows: Any, axes_when_rows: int = 2) -> Tensor:
+        return rows[min(self.row, len(rows) - 1)] if rows.dim() == axes_when_rows else rows
+
+
+def conv4_meta_gradient(
+    tasks: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]],
+    values: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+    step_weights: list[float],
+) -> Reference:
+    """The same for the pooled Conv4 under norm="batch", second order, with nothing but tensors: no module at all."""
+    weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    speeds = {name: rate.detach().clone().requires_grad_() for name, rate in rates.items()}
+    rows = {name: value.detach().clone() for name, value in statistics.items()}
+
+    def network(x: Tensor, fast: Mapping[str, Tensor], step: int) -> Tensor:
+        for block in range(4):
+            x = F.conv2d(x, fast[f"conv{block}.conv.weight"], fast[f"conv{block}.conv.bias"], padding=1)
+            n, c, h, w = x.shape
+            mean = x.sum((0, 2, 3)) / (n * h * w)
+            centred = x - mean.reshape(1, c, 1, 1)
+            square = (centred * centred).sum((0, 2, 3))
+            for kind, new in (("running_mean", mean), ("running_var", square / (n * h * w - 1))):
+                row = rows[f"conv{block}.norm.{kind}"][step]
+                row.copy_(0.9 * row + 0.1 * new.detach())
+            x = centred * (square / (n * h * w) + 1e-5).rsqrt().reshape(1, c, 1, 1)
+            x = x * weights[f"conv{block}.norm.weight"][step].reshape(1, c, 1, 1)
+            x = x + weights[f"conv{block}.norm.bias"][step].reshape(1, c, 1, 1)
+            x = F.max_pool2d(torch.where(x > 0, x, 0.01 * x), 2)
+        return x.flatten(1) @ fast["linear.weight"].T + fast["linear.bias"]
+
+    total = torch.zeros((), dtype=torch.float64)
+    tasks = list(tasks)
+    predictions = []
+    for support_x, support_y, target_x, target_y in tasks:
+        fast = {name: weights[name] for name in speeds}
+        for step, weight in enumerate(step_weights):
+            support_loss = -F.log_softmax(network(support_x, fast, step), 1)[range(len(support_y)), support_y].mean()
+            gradients = torch.autograd.grad(support_loss, list(fast.values()), create_graph=True)
+            fast = {
+                name: fast[name] - speeds[name][step] * gradient for name, gradient in zip(fast, gradients, strict=True)
+            }
+            if weight:
+                logits = network(target_x, fast, step)
+                target_loss = -F.log_softmax(logits, 1)[range(len(target_y)), target_y].mean()
+                total = total + weight * target_loss / len(tasks)
+        predictions.append(logits.detach())
+    leaves = weights | {f"lr/{name}": rate for name, rate in speeds.items()}
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return Reference(total.detach(), dict(zip(leaves, gradients, strict=True)), rows, predictions=predictions)
+
+
+def worst_error(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> tuple[float, str]:
+    """The largest error and whose it is, as facts.md measures: max|a - b| over max(max|b|, 1e-3 * largest entry).
+
+    None counts as zero: an unused parameter may have no gradient at all.
+    """
+    largest = max(float(value.abs().max()) for value in expected.values() if value is not None)
+    worst = (0.0, "")
+    for name, value in expected.items():
+        got = found.get(name)
+        value = torch.zeros(()) if value is None else value
+        got = torch.zeros_like(value) if got is None else got
+        assert got.dim() == 0 or value.dim() == 0 or got.shape == value.shape, (name, got.shape, value.shape)
+        error = float((got.detach().cpu() - value.detach().cpu()).abs().max())
+        worst = max(worst, (error / max(float(value.abs().max()), 1e-3 * largest), name))
+        assert math.isfinite(error), name
+    return worst
+
+
+def assert_same_gradients(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float = 1e-9
+) -> None:
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    error, name = worst_error(found, expected)
+    assert error <= tolerance, f"{name}: relative error {error:.2e}, expected at most {tolerance:.0e}"

@@ -1,0 +1,231 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import metawrap
+from metawrap.cli import main
+from metawrap.cli.arguments import build_parser
+from metawrap.training.checkpoints import CheckpointFolder
+from metawrap.training.progress import Progress, duration, percent
+from metawrap.training.run_folder import read_run
+from metawrap.training.run_settings import RunSettings
+from metawrap.training.tables import render_table, result_table, seeds_table, summarise_seeds
+
+FLAGS = [
+    *("--model", "small_network:build", "--image-size", "8", "--inner-steps", "1", "--device", "cpu"),
+    *("--epochs", "1", "--iterations", "1", "--batch", "1", "--validation-tasks", "2", "--test-tasks", "2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _folder_with_a_network(tmp_path, monkeypatch):
+    (tmp_path / "small_network.py").write_text(
+        "from torch import nn\ndef build(ways): return nn.Sequential(nn.Flatten(), nn.Linear(64, ways))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "small_network", raising=False)
+    with torch.random.fork_rng():
+        yield
+
+
+def complaint(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(capsys):
+    assert main(["train", *FLAGS, "--out", "run"]) == 0
+    first = capsys.readouterr().out
+    for words in (
+        "before adaptation",
+        "after adaptation",
+        "batch (transductive) *",
+        "running",
+        "support",
+        "run/result.json",
+    ):
+        assert words in first
+    assert main(["evaluate", "run", "--out", "again.json"]) == 0
+    second = capsys.readouterr().out
+    assert second.strip().splitlines()[:6] == first.strip().splitlines()[:6]
+    assert json.loads(Path("again.json").read_text())["test"] == json.loads(Path("run/result.json").read_text())["test"]
+
+
+def test_resume_takes_the_stored_settings_and_refuses_other_ones(capsys):
+    assert main(["train", *FLAGS, "--out", "run"]) == 0
+    assert main(["train", "--out", "run", "--resume"]) == 0
+    assert main(["train", "--out", "run", "--resume", "--ways", "4"]) == 2
+    assert complaint(capsys).startswith("Error: ways: the run was started with 5, but is resumed with 4.")
+
+
+def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
+    assert main(["train", *FLAGS, "--out", "runs", "--seeds", "0,2"]) == 0
+    assert "mean over seeds 0, 2" in capsys.readouterr().out
+    assert read_run(Path("runs"))[1] == [0, 2]
+    assert main(["train", "--out", "runs", "--resume"]) == 0
+    assert "mean over seeds 0, 2" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["result.json", "run.json", "seed-0", "seed-2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["train", "--data", "no-such-data"], "'no-such-data' is neither a data set"),
+        (["train", "--ways", "1"], "ways: expected at least 2, but got 1"),
+        (["train", "--ways", "1000", "--device", "cpu"], "ways=1000, but there are only"),
+        (["train", "--model", "nothing"], "model: expected 'package.module:factory'"),
+        (["train", *FLAGS, "--preset", "mine"], "preset: expected one of"),
+        (["train", *FLAGS, "--set", "colour=1"], "has no option 'colour'"),
+        (["evaluate", "nowhere"], "There is no run in 'nowhere'"),
+    ],
+)
+def test_an_error_is_one_line_with_exit_code_2_and_no_traceback(capsys, flags, words):
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    assert words in lines[0]
+    assert not Path("runs").exists()
+
+
+def test_verbose_shows_the_traceback_too(capsys):
+    assert main(["evaluate", "nowhere", "-v"]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.strip().splitlines()[-1].startswith("Error: There is no run")
+
+
+def test_training_that_diverges_ends_with_an_explained_error(capsys):
+    flags = [*FLAGS, "--iterations", "9", "--inner-lr", "1e38", "--inner-steps", "4", "--engine", "functional"]
+    flags += ["--set", "max_skipped_steps=3"]
+    assert main(["train", *flags, "--out", "run"]) == 2
+    assert complaint(capsys).startswith("Error: ")
+    assert not list(Path("run").glob("checkpoints/*.pt"))
+
+
+def test_a_checkpoint_with_code_inside_is_refused_by_evaluate(capsys):
+    assert main(["train", *FLAGS, "--out", "run"]) == 0
+    torch.save({"format": "metawrap-checkpoint", "version": 1, "learner": Path("x")}, "run/checkpoints/epoch-0001.pt")
+    assert main(["evaluate", "run"]) == 2
+    assert complaint(capsys).startswith("Error: None of the 1 checkpoints")
+
+
+def test_an_interrupt_before_the_run_began_says_that_nothing_was_written(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metawrap.cli.commands.train", interrupted)
+    assert main(["train", *FLAGS, "--out", "run"]) == 130
+    assert "nothing was written" in complaint(capsys)
+
+
+def test_an_interrupt_in_the_middle_names_the_saved_epochs_and_the_command(capsys, monkeypatch):
+    flags = [*FLAGS, "--epochs", "3", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "end_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["train", *flags]) == 130
+    hint = complaint(capsys)
+    assert hint.startswith("Stopped. 1 of 3 epochs are saved; continue with: ")
+    assert hint.endswith("train --out run --resume")
+    assert main(["train", "--out", "run", "--resume"]) == 0
+    assert CheckpointFolder(Path("run/checkpoints"), 1, 1).epochs() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_fits_on_a_screen(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
+
+
+def test_flags_that_are_not_given_leave_no_setting_behind():
+    arguments = vars(build_parser().parse_args(["train"]))
+    assert not set(arguments) & set(RunSettings().to_dict())
+
+
+def test_every_setting_of_a_run_has_a_flag():
+    words = ["--data", "--data-root", "--split", "--preset", "--engine", "--model", "--device"]
+    numbers = ["--ways", "--shots", "--targets", "--filters", "--image-size", "--inner-steps", "--inner-lr"]
+    numbers += ["--meta-lr", "--epochs", "--iterations", "--batch", "--validation-tasks", "--test-tasks", "--seed"]
+    numbers += ["--keep", "--ensemble"]
+    given = [f"{flag}=x" for flag in words] + [f"{flag}=2" for flag in numbers]
+    given += ["--method=maml", "--norm=batch", "--backbone=conv4", "--set=a=1", "--no-rotations"]
+    assert set(RunSettings().to_dict()) <= set(vars(build_parser().parse_args(["train", *given])))
+
+
+def test_set_reads_numbers_switches_and_words():
+    arguments = build_parser().parse_args(["train", "--set=a=1.5", "--set=b=true", "--set=c=word", "--set=d=[1,2]"])
+    assert dict(arguments.options) == {"a": 1.5, "b": True, "c": "word", "d": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seeds", "0,x"], "expected whole numbers such as 0,1,2, but got '0,x'"),
+        (["--seeds", "1,1"], "expected different numbers"),
+        (["--seeds", "0,1", "--seed", "3"], "not allowed with"),
+        (["--set", "colour"], "expected NAME=VALUE"),
+        (["--method", "magic"], "invalid choice"),
+    ],
+)
+def test_flags_that_cannot_be_read_are_explained(capsys, flags, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *flags])
+    assert words in complaint(capsys)
+
+
+def test_the_module_runs_as_a_command():
+    environment = os.environ | {"PYTHONPATH": str(Path(metawrap.__file__).parents[1])}
+    command = [sys.executable, "-m", "metawrap", "--version"]
+    assert subprocess.check_output(command, env=environment, text=True) == f"metawrap {metawrap.__version__}\n"
+
+
+def test_columns_are_aligned_to_the_left_then_to_the_right():
+    table = render_table(["norm", "accuracy"], [["batch", "9 %"], ["running", "99.25 %"]])
+    assert table == "norm     accuracy\n-------  --------\nbatch         9 %\nrunning   99.25 %"
+
+
+def scores(before, after, **more):
+    return {
+        name: {"accuracy": value, "interval": 0.0125}
+        for name, value in dict(before=before, after=after, **more).items()
+    }
+
+
+def test_the_result_table_marks_the_trained_policy_and_names_the_ensemble():
+    test = {"tasks": 600, "epoch": 7, "ensemble_epochs": [7, 5, 2], "norms": {}}
+    test["norms"] = {norm: scores(0.2, 0.975, ensemble=0.98) for norm in ("batch", "running", "support")}
+    lines = result_table(RunSettings(), test, "running").splitlines()
+    assert lines[0] == "MAML++ on glyphs, 5-way 1-shot: 600 tasks of unseen classes, best epoch 7 of 10"
+    assert lines[2].split("  ")[-1] == "3 best averaged"
+    assert lines[4].endswith("   20.00 ± 1.25 %    97.50 ± 1.25 %   98.00 ± 1.25 %")
+    assert [line.startswith("running (inductive) *") for line in lines].count(True) == 1
+    assert "chance is 20 %" in lines[-1]
+    assert len({len(line) for line in lines[2:7]}) == 1
+
+
+def test_the_seeds_table_shows_mean_and_deviation_and_none_for_one_seed():
+    results = {seed: {"test": {"norms": {"batch": scores(0.2, after)}}} for seed, after in ((0, 0.9), (1, 0.94))}
+    assert "92.00 ± 2.83 %" in seeds_table(RunSettings(), summarise_seeds(results), "batch")
+    assert "90.00 %" in seeds_table(RunSettings(), summarise_seeds({0: results[0]}), "batch")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations_are_words(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_percent_rounds_and_knows_nothing_as_none():
+    assert percent(0.9765) == "97.7 %"
+    assert percent(None) == "none"

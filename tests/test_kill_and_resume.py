@@ -1,0 +1,204 @@
+"""A run that is killed at any moment resumes and ends with bit-identical weights: real processes, real SIGKILLs."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import metawrap
+from metawrap.training.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+EPOCHS = 6
+SECONDS_TO_WAIT = 400  # a busy machine takes its time to import torch
+
+# Dropout draws from torch's global generator, and batch norm has buffers: both must survive a kill. The module can also
+# kill its own process at the n-th call of a function of `os`, to hit the moments that a clock would miss.
+NETWORK = """
+import os, signal
+from torch import nn
+
+def build(ways):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, ways)
+    )
+
+def kill_at(name, count, after):
+    real = getattr(os, name)
+    def counting(*args, **keywords):
+        counting.calls += 1
+        if counting.calls == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **keywords)
+        if counting.calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    counting.calls = 0
+    setattr(os, name, counting)
+
+if "KILL_AT" in os.environ:
+    name, count, when = os.environ["KILL_AT"].split(":")
+    kill_at(name, int(count), when == "after")
+"""
+
+
+class Workplace:
+    """A folder with the user's network, where commands run as a user would type them."""
+
+    def __init__(self, path):
+        self.path = path
+        (path / "killable_network.py").write_text(NETWORK)
+        package = Path(metawrap.__file__).parents[1]
+        self.environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(self, out, *flags, **environment):
+        command = [sys.executable, "-m", "metawrap", "train", "--out", out, *flags]
+        return self.popen(command, **environment)
+
+    def popen(self, command, **environment):
+        return subprocess.Popen(
+            command,
+            cwd=self.path,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, out, *flags):
+        process = self.start(out, *flags)
+        printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
+        assert process.returncode == 0, complaints
+        return printed
+
+    def last(self, out):
+        return load_checkpoint(self.path / out / "checkpoints" / f"epoch-{EPOCHS:04d}.pt")
+
+    def log(self, out):
+        lines = (self.path / out / "log.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "seconds": None} for line in lines]
+
+    def kept(self, out):
+        return sorted(path.name for path in (self.path / out / "checkpoints").iterdir())
+
+
+FLAGS = [
+    *("--model", "killable_network:build", "--image-size", "8", "--inner-steps", "2", "--targets", "2"),
+    *("--epochs", str(EPOCHS), "--iterations", "12", "--batch", "2", "--validation-tasks", "4", "--test-tasks", "2"),
+    *("--keep", "2", "--device", "cpu", "--seed", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    place = Workplace(tmp_path_factory.mktemp("workplace"))
+    place.finish("uninterrupted", *FLAGS)
+    return place
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.005)
+
+
+def kill_during_training(workplace, out, epochs, delay):
+    """Starts or resumes the run and kills it `delay` seconds after that many epochs; returns whether it was alive."""
+    log = workplace.path / out / "log.jsonl"
+    before = log.stat().st_mtime_ns if log.exists() else None
+
+    def is_there():
+        begun = log.exists() and log.stat().st_mtime_ns != before
+        return process.poll() is not None or (begun and log.read_text().count("\n") >= epochs)
+
+    process = workplace.start(out, *FLAGS, "--resume")
+    wait_for(is_there)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    complaints = process.communicate()[1]
+    assert process.returncode in (0, -signal.SIGKILL), complaints
+    return process.returncode != 0
+
+
+def assert_same(left, right):
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for name in left:
+            assert_same(left[name], right[name])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def assert_ended_alike(workplace, out):
+    reference, resumed = workplace.last("uninterrupted"), workplace.last(out)
+    assert resumed.epoch == EPOCHS
+    for part in ("learner", "optimizer", "scheduler", "rng", "settings"):
+        assert_same(getattr(resumed, part), getattr(reference, part))
+    assert workplace.log(out) == workplace.log("uninterrupted")
+    assert workplace.kept(out) == workplace.kept("uninterrupted")
+    results = [json.loads((workplace.path / name / "result.json").read_text()) for name in ("uninterrupted", out)]
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(workplace):
+    seconds = json.loads((workplace.path / "uninterrupted" / "result.json").read_text())["seconds"]
+    moments = random.Random(0)
+    killed = [
+        kill_during_training(workplace, "random", epochs, moments.uniform(0, seconds / EPOCHS))
+        for epochs in (0, 1, 2, 4)
+    ]
+    assert sum(killed) >= 2, "the run was over before it could be killed"
+    workplace.finish("random", *FLAGS, "--resume")
+    assert_ended_alike(workplace, "random")
+
+
+def test_killed_while_saving_it_ends_with_the_same_bits(workplace):
+    # Each start writes run.json, the log, and then a checkpoint per epoch: an fsync, a replace and an fsync for each.
+    for moment in ("replace:4:before", "replace:5:after", "fsync:5:before"):
+        process = workplace.start("saving", *FLAGS, "--resume", KILL_AT=moment)
+        process.communicate(timeout=SECONDS_TO_WAIT)
+        assert process.returncode == -signal.SIGKILL, moment
+    workplace.finish("saving", *FLAGS, "--resume")
+    assert_ended_alike(workplace, "saving")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_in_one_line_how_to_continue_and_that_line_works(workplace, sent):
+    out = f"stopped by {sent.name}"  # the blank has to be quoted in the hint
+    process = workplace.start(out, *FLAGS)
+    log = workplace.path / out / "log.jsonl"
+    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text().count("\n") >= 2))
+    process.send_signal(sent)
+    printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
+    assert process.returncode == 130, complaints
+    assert "Traceback" not in complaints
+    assert not printed
+    hint = complaints.strip().splitlines()[-1]
+    assert hint.startswith("Stopped. ")
+    assert f"of {EPOCHS} epochs are saved" in hint
+    command = shlex.split(hint.partition("continue with: ")[2])
+    assert command[1:] == ["-m", "metawrap", "train", "--out", out, "--resume"]
+    if sent == signal.SIGTERM:  # what follows does not depend on the signal
+        return
+    process = workplace.popen([sys.executable, *command[1:]])
+    printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
+    assert process.returncode == 0, complaints
+    assert "after adaptation" in printed
+    assert_ended_alike(workplace, out)

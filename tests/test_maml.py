@@ -1,0 +1,512 @@
+"""The six parts of MAML++, each alone; presets, counters; the user's own optimizer, loss, inputs; state; precision."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from face import (
+    as_tasks,
+    assert_equals_reference,
+    assert_same_state,
+    build,
+    gradients_of,
+    last_only,
+    reference_for,
+    snapshot,
+    statistics_of,
+)
+from models import Conv4, LSTMClassifier, Mlp, NormedMlp, TwoInputs, class_tasks, seeded
+from oracle import assert_same_gradients, meta_gradient, msl_weights
+from test_engines import ENGINES, vision_transformer
+from torch import Tensor, nn
+
+from metawrap import FOMAML, MAML, MAMLPlusPlus, Task, TaskBatch
+
+BATCH = class_tasks((4,))
+
+
+def normed() -> nn.Module:
+    return seeded(NormedMlp)
+
+
+def small(**options: Any) -> Any:
+    return build(normed(), **{"multi_step_loss": False, "first_order_epochs": 0, "engine": "functional"} | options)
+
+
+def losses_of(learner: Any, batch: Any) -> float:
+    return float(learner(batch).loss.detach())
+
+
+# --- MSL -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epoch", "weights"),
+    [
+        (0, [0.2, 0.2, 0.2, 0.2, 0.2]),
+        (3, [0.14, 0.14, 0.14, 0.14, 0.44]),
+        (9, [0.02, 0.02, 0.02, 0.02, 0.92]),
+        (10, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        (73, [0.0, 0.0, 0.0, 0.0, 1.0]),
+    ],
+)
+def test_step_losses_are_weighted_as_in_the_authors_code(epoch: int, weights: list[float]) -> None:
+    learner = small(inner_steps=5, multi_step_loss=True, msl_epochs=10)
+    learner.epoch = epoch
+    output = learner(BATCH)
+    kept = [index for index, weight in enumerate(weights) if weight]
+    steps = output.step_losses.double()
+    assert steps.shape == (2, 5)
+    expected = sum(weights[index] * steps[:, index].mean() for index in kept)
+    torch.testing.assert_close(output.loss.detach(), expected, rtol=1e-12, atol=0)
+    assert torch.isfinite(steps[:, kept]).all()
+
+
+def test_early_step_weights_never_fall_below_the_floor() -> None:
+    # 1/3 - 19/60 = 1/60 would be above the floor 0.03/3 = 0.01; 1/3 - 99/300 = 1/300 is below it.
+    learner = small(inner_steps=3, multi_step_loss=True, msl_epochs=100)
+    learner.epoch = 99
+    output = learner(BATCH)
+    expected = (output.step_losses.mean(0) * torch.tensor([0.01, 0.01, 0.98], dtype=torch.float64)).sum()
+    torch.testing.assert_close(output.loss.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_one_inner_step_has_the_whole_weight() -> None:
+    learner = small(inner_steps=1, multi_step_loss=True, msl_epochs=10)
+    output = learner(BATCH)
+    torch.testing.assert_close(output.loss.detach(), output.step_losses.mean(), rtol=1e-12, atol=0)
+
+
+def test_multi_step_loss_off_means_the_last_step_at_every_epoch() -> None:
+    learner = small(multi_step_loss=False)
+    output = learner(BATCH)
+    torch.testing.assert_close(output.loss.detach(), output.step_losses[:, -1].mean(), rtol=1e-12, atol=0)
+
+
+def test_loss_in_eval_mode_is_the_last_steps() -> None:
+    learner = small(multi_step_loss=True, msl_epochs=10).eval()
+    output = learner(BATCH)
+    torch.testing.assert_close(output.loss.detach(), output.step_losses[:, -1].mean(), rtol=1e-12, atol=0)
+    assert not learner.training
+
+
+# --- DA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("epoch", "second_order"), [(0, False), (1, False), (2, True), (3, True)])
+def test_derivative_order_switches_at_the_set_epoch(epoch: int, second_order: bool, engine: str) -> None:
+    model = normed()
+    learner = small(first_order_epochs=2, engine=engine)
+    learner.epoch = epoch
+    reference = reference_for(model, learner, BATCH, last_only(2), second_order=second_order)
+    other = reference_for(model, learner, BATCH, last_only(2), second_order=not second_order)
+    metrics = learner.meta_step(BATCH)
+    assert_equals_reference(learner, metrics.loss, reference)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gradients_of(learner), other.gradients)
+
+
+def test_derivative_order_switches_by_itself_as_epochs_pass() -> None:
+    learner = small(first_order_epochs=1, iterations_per_epoch=2, epochs=4)
+    orders = []
+    for _ in range(4):
+        first = reference_for(normed(), learner, BATCH, last_only(2), second_order=False)
+        learner.meta_step(BATCH)
+        try:
+            assert_same_gradients(gradients_of(learner), first.gradients)
+            orders.append(1)
+        except AssertionError:
+            orders.append(2)
+    assert orders == [1, 1, 2, 2]
+
+
+# --- LSLR ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_rate_per_adapted_tensor_and_step() -> None:
+    learner = MAMLPlusPlus(normed(), inner_steps=3, inner_lr=0.25)
+    assert set(learner.learning_rates) == {"first.weight", "first.bias", "linear.weight", "linear.bias"}
+    for _, rate in learner.learning_rates.items():
+        torch.testing.assert_close(rate.detach(), torch.full((3,), 0.25, dtype=torch.float64))
+
+
+def test_learned_rates_move_and_fixed_rates_do_not() -> None:
+    for learned in (True, False):
+        learner = small(learn_inner_lr=learned)
+        before = {name: rate.detach().clone() for name, rate in learner.learning_rates.items()}
+        learner.meta_step(BATCH)
+        moved = {name for name, rate in learner.learning_rates.items() if not torch.equal(before[name], rate)}
+        # A bias before a norm has no effect, so its rate has no gradient.
+        assert moved - {"first.bias"} == ({"first.weight", "linear.weight", "linear.bias"} if learned else set())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fixed_rates_leave_the_other_gradients_as_the_oracle_has_them(engine: str) -> None:
+    learner = small(learn_inner_lr=False, engine=engine)
+    reference = reference_for(normed(), learner, BATCH, last_only(2))
+    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+
+
+def test_a_negative_rate_is_kept_and_used() -> None:
+    learner = small()
+    with torch.no_grad():
+        learner.learning_rates["linear.weight"].fill_(-0.3)
+    reference = reference_for(normed(), learner, BATCH, last_only(2))
+    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+
+
+# --- CA --------------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_annealing_per_epoch_holds_the_minimum_after_the_last() -> None:
+    learner = small(cosine_annealing=True, meta_lr=1e-2, min_meta_lr=1e-4, epochs=4, iterations_per_epoch=2)
+    seen = [learner.meta_step(BATCH).meta_lr for _ in range(16)]
+    by_epoch = [1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * min(epoch, 4) / 4)) / 2 for epoch in range(8)]
+    expected = [value for value in by_epoch for _ in range(2)]
+    assert seen == pytest.approx(expected, rel=1e-9)
+    assert seen[-1] == pytest.approx(1e-4, rel=1e-9)
+
+
+def test_cosine_annealing_off_keeps_the_rate() -> None:
+    learner = small(cosine_annealing=False, meta_lr=3e-3, epochs=2, iterations_per_epoch=1)
+    assert [learner.meta_step(BATCH).meta_lr for _ in range(4)] == pytest.approx([3e-3] * 4)
+
+
+def test_the_rate_reported_is_the_rate_used() -> None:
+    learner = small(cosine_annealing=True, meta_lr=0.1, min_meta_lr=0.02, epochs=2, iterations_per_epoch=1)
+    for _ in range(3):
+        metrics = learner.meta_step(BATCH)
+        assert {group["lr"] for group in learner.optimizer.param_groups} == {metrics.meta_lr}
+    learner = small(cosine_annealing=True, meta_lr=0.1, min_meta_lr=0.02, epochs=2, iterations_per_epoch=1)
+    before = learner.model.linear.bias.detach().clone()
+    learner.meta_step(BATCH)
+    # Adam's first step has the size of the rate.
+    torch.testing.assert_close((learner.model.linear.bias.detach() - before).abs(), torch.full((3,), 0.1).double())
+
+
+# --- counters, presets, methods --------------------------------------------------------------------------------------
+
+
+def test_epoch_counts_iterations_and_can_be_set() -> None:
+    learner = small(iterations_per_epoch=3)
+    seen = []
+    for _ in range(7):
+        seen.append(learner.epoch)
+        learner.meta_step(BATCH)
+    assert seen == [0, 0, 0, 1, 1, 1, 2]
+    learner.epoch = 9
+    assert learner.epoch == 9
+
+
+def test_presets_differ_in_the_norm_policy_and_an_argument_wins() -> None:
+    paper, code = MAMLPlusPlus(normed(), preset="paper"), MAMLPlusPlus(normed(), preset="authors_code")
+    assert paper.describe().settings["norm"] == "running"
+    assert code.describe().settings["norm"] == "batch"
+    assert MAMLPlusPlus(normed()).describe().settings["norm"] == "batch"
+    assert MAMLPlusPlus(normed(), preset="paper", norm="support").describe().settings["norm"] == "support"
+
+
+def test_paper_preset_is_first_order_for_its_first_fifty_epochs() -> None:
+    learner = build(normed(), preset="paper", multi_step_loss=False, engine="functional")
+    for epoch, second_order in ((49, False), (50, True)):
+        learner.epoch = epoch
+        reference = reference_for(normed(), learner, BATCH, last_only(2), second_order=second_order)
+        learner.zero_grad()
+        learner(BATCH).loss.backward()
+        assert_same_gradients(gradients_of(learner), reference.gradients)
+
+
+def test_authors_code_preset_is_second_order_from_the_start() -> None:
+    learner = build(normed(), preset="authors_code", engine="functional")
+    reference = reference_for(normed(), learner, BATCH, msl_weights(2, 0, 10))
+    learner(BATCH).loss.backward()
+    assert_same_gradients(gradients_of(learner), reference.gradients)
+
+
+def test_adam_betas_follow_the_preset_and_an_argument_wins() -> None:
+    def betas(**options: Any) -> tuple[float, float]:
+        learner = small(**options)
+        learner.meta_step(BATCH)
+        return tuple(learner.optimizer.param_groups[0]["betas"])
+
+    assert betas(preset="authors_code") == (0.9, 0.999)
+    assert betas(preset="paper") == (0.9, 0.99)
+    assert betas(betas=(0.8, 0.95)) == (0.8, 0.95)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_maml_and_fomaml_gradients_equal_the_oracle(engine: str) -> None:
+    for method, second_order in ((MAML, True), (FOMAML, False)):
+        learner = build(normed(), method=method, engine=engine, inner_lr=0.2)
+        reference = reference_for(normed(), learner, BATCH, last_only(2), second_order=second_order)
+        loss = learner.meta_step(BATCH).loss
+        assert_equals_reference(learner, loss, reference)
+
+
+def test_maml_has_fixed_rates_and_no_per_step_norms() -> None:
+    learner = MAML(normed(), inner_steps=3)
+    assert learner.model.norm.weight.shape == (6,)
+    assert not any(rate.requires_grad for _, rate in learner.learning_rates.items())
+
+
+def test_first_order_still_trains_the_rates() -> None:
+    learner = small(first_order_epochs=5, inner_steps=3, multi_step_loss=True, msl_epochs=3)
+    before = {name: rate.detach().clone() for name, rate in learner.learning_rates.items()}
+    learner.meta_step(BATCH)
+    for name, rate in learner.learning_rates.items():
+        assert rate.grad is not None
+        if name != "first.bias":  # a bias before a norm: its gradient is zero
+            assert (rate.grad != 0).all(), name
+            assert not torch.equal(before[name], rate), name
+
+
+# --- the user's own optimizer, scheduler, clipping -------------------------------------------------------------------
+
+
+def test_users_optimizer_gets_every_learned_parameter_once_and_is_used() -> None:
+    given: list[Tensor] = []
+
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        groups = list(params)
+        given.extend(p for g in groups for p in (g["params"] if isinstance(g, dict) else [g]))
+        return torch.optim.SGD(groups, lr=0.25)
+
+    learner = small(optimizer=optimizer, cosine_annealing=False)
+    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    learner.meta_step(BATCH)
+    assert isinstance(learner.optimizer, torch.optim.SGD)
+    assert len({id(p) for p in given}) == len(given)
+    assert {id(p) for p in given} == {id(p) for p in learner.parameters() if p.requires_grad}
+    for name, parameter in learner.named_parameters():
+        moved = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.25 * moved)
+
+
+def test_users_scheduler_is_stepped_once_per_epoch() -> None:
+    learner = small(
+        optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5),
+        iterations_per_epoch=2,
+    )
+    rates = []
+    for _ in range(6):
+        learner.meta_step(BATCH)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+    used = [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    # The step to the next epoch may come at the end of the old one or at the start of the new one.
+    assert rates in (used, [*used[1:], 0.125])
+
+
+def _raw_gradients(**options: Any) -> dict[str, Tensor]:
+    learner = small(optimizer=lambda params: torch.optim.SGD(params, lr=1.0), cosine_annealing=False, **options)
+    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    learner.meta_step(BATCH)
+    return {name: before[name] - p.detach() for name, p in learner.named_parameters()}
+
+
+def test_gradient_norm_and_values_are_clipped_before_the_update() -> None:
+    raw = _raw_gradients()
+    norm = float(torch.cat([g.flatten() for g in raw.values()]).norm())
+    clipped = _raw_gradients(max_grad_norm=norm / 4)
+    for name, gradient in raw.items():
+        torch.testing.assert_close(clipped[name], gradient / 4, rtol=1e-4, atol=1e-9)
+    largest = max(float(g.abs().max()) for g in raw.values())
+    by_value = _raw_gradients(max_grad_value=largest / 3)
+    for name, gradient in raw.items():
+        torch.testing.assert_close(by_value[name], gradient.clamp(-largest / 3, largest / 3))
+    unclipped = _raw_gradients(max_grad_norm=norm * 4, max_grad_value=largest * 3)
+    for name, gradient in raw.items():
+        torch.testing.assert_close(unclipped[name], gradient)
+
+
+# --- what a task may look like ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_regression_with_a_custom_loss_equals_the_oracle(engine: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(2, 2, 6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    batch = (x[0], y[0], x[1], y[1])
+    model = seeded(Mlp)
+    learner = build(model, loss_fn=F.mse_loss, engine=engine, multi_step_loss=False, inner_lr=0.05)
+    reference = reference_for(model, learner, batch, last_only(2), loss_fn=F.mse_loss)
+    output = learner(batch)
+    assert output.accuracy is None
+    metrics = learner.meta_step(batch)
+    assert metrics.accuracy is None
+    assert_equals_reference(learner, metrics.loss, reference)
+    result = learner.evaluate(batch)
+    assert result.accuracy is None
+    assert math.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_tuple_and_dict_inputs_reach_the_model_as_arguments(kind: str, engine: str) -> None:
+    left, right = class_tasks((2,), seed=1), class_tasks((3,), seed=2)
+
+    def inputs(index: int) -> Any:
+        return (left[index], right[index]) if kind == "tuple" else {"left": left[index], "right": right[index]}
+
+    model = seeded(TwoInputs)
+    learner = build(model, engine=engine, multi_step_loss=False)
+    batch = (inputs(0), left[1], inputs(2), left[3])
+    tasks = TaskBatch.stacked(*batch)
+    reference = reference_for(model, learner, [task.parts() for task in tasks], last_only(2))
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    adapted = learner.adapt(tasks[0].support_x, tasks[0].support_y)
+    target = tasks[0].target_x
+    assert (adapted(**target) if isinstance(target, dict) else adapted(*target)).shape == (6, 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tasks_of_different_sizes_equal_the_oracle(engine: str) -> None:
+    tasks = [
+        as_tasks(class_tasks((4,), tasks=1, shots=shots, targets=targets, seed=shots))[0]
+        for shots, targets in ((1, 2), (3, 1), (2, 4))
+    ]
+    learner = small(engine=engine)
+    reference = reference_for(normed(), learner, tasks, last_only(2))
+    assert_equals_reference(learner, learner.meta_step([Task(*task) for task in tasks]).loss, reference)
+
+
+def test_all_forms_of_a_task_batch_mean_the_same() -> None:
+    forms = [BATCH, TaskBatch.stacked(*BATCH), [Task(*task) for task in as_tasks(BATCH)], as_tasks(BATCH)]
+    losses = {losses_of(small(), form) for form in forms}
+    assert len(losses) == 1
+
+
+# --- which parameters are adapted ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapted_norm_affine_is_one_vector_and_equals_the_oracle(engine: str) -> None:
+    learner = small(adapt_norm=True, engine=engine)
+    assert learner.model.norm.weight.shape == (6,)
+    assert learner.model.norm.running_mean.shape == (2, 6)
+    assert {"norm.weight", "norm.bias"} <= set(learner.learning_rates)
+    reference = reference_for(normed(), learner, BATCH, last_only(2))
+    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_the_selected_parameters_are_adapted_and_all_are_learned(engine: str) -> None:
+    learner = small(adapt=["linear.*"], engine=engine)
+    assert set(learner.learning_rates) == {"linear.weight", "linear.bias"}
+    reference = reference_for(normed(), learner, BATCH, last_only(2))
+    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+    support_x, support_y, *_ = as_tasks(BATCH)[0]
+    adapted = learner.adapt(support_x, support_y)
+    assert torch.equal(adapted.first.weight, learner.model.first.weight)
+    assert not torch.equal(adapted.linear.weight, learner.model.linear.weight)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def _trained(steps: int, **options: Any) -> Any:
+    learner = small(iterations_per_epoch=2, epochs=4, first_order_epochs=1, multi_step_loss=True, **options)
+    for seed in range(steps):
+        learner.meta_step(class_tasks((4,), seed=seed))
+    return learner
+
+
+def test_state_dict_round_trips_with_counters() -> None:
+    old, new = _trained(5), _trained(0)
+    buffer = io.BytesIO()
+    torch.save(old.state_dict(), buffer)
+    buffer.seek(0)
+    new.load_state_dict(torch.load(buffer, weights_only=True))
+    assert new.epoch == old.epoch == 2
+    assert_same_state(dict(new.state_dict()), dict(old.state_dict()))
+    assert losses_of(new, BATCH) == losses_of(old, BATCH)
+    new.optimizer.load_state_dict(snapshot(old.optimizer.state_dict()))
+    one, other = old.meta_step(BATCH), new.meta_step(BATCH)
+    assert (one.loss, one.meta_lr, one.epoch, one.iteration) == (
+        other.loss,
+        other.meta_lr,
+        other.epoch,
+        other.iteration,
+    )
+    assert_same_state(dict(new.state_dict()), dict(old.state_dict()))
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_learner_can_be_copied_and_goes_on_like_the_original(how: str, engine: str) -> None:
+    old = _trained(3, engine=engine)
+    new = pickle.loads(pickle.dumps(old)) if how == "pickle" else copy.deepcopy(old)
+    weights = {name: p.detach().clone() for name, p in old.named_parameters()}
+    loss = new.meta_step(BATCH).loss
+    assert_same_state({name: p.detach() for name, p in old.named_parameters()}, weights)
+    assert old.meta_step(BATCH).loss == loss
+    assert_same_state(dict(new.state_dict()), dict(old.state_dict()))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_learner_with_users_lambdas_can_be_deepcopied_before_training(how: str) -> None:
+    old = small()
+    new = pickle.loads(pickle.dumps(old)) if how == "pickle" else copy.deepcopy(old)
+    assert new.meta_step(BATCH).loss == old.meta_step(BATCH).loss
+
+
+def test_learner_follows_to_another_dtype() -> None:
+    learner = small(engine="functional").float()
+    batch = tuple(part.float() if part.is_floating_point() else part for part in BATCH)
+    loss = learner.meta_step(batch).loss
+    assert loss == pytest.approx(small().meta_step(BATCH).loss, rel=1e-4)
+    assert all(p.dtype == torch.float32 for p in learner.parameters())
+
+
+# --- precision and fused kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_autocast_on_the_cpu_runs_and_is_close(engine: str) -> None:
+    batch = class_tasks((1, 16, 16))
+    batch32 = tuple(part.float() if part.is_floating_point() else part for part in batch)
+    learner = build(seeded(Conv4).float(), engine=engine, multi_step_loss=False, first_order_epochs=0)
+    exact = losses_of(learner, batch32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metrics = learner.meta_step(batch32)
+    assert metrics.loss == pytest.approx(exact, rel=0.1)
+    assert not metrics.skipped
+    assert all(p.dtype == torch.float32 for p in learner.parameters())
+    assert all(torch.isfinite(p).all() for p in learner.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("make", "shape"), [(LSTMClassifier, (4, 3)), (vision_transformer, (3, 16, 16))])
+def test_float32_second_order_equals_the_float64_oracle(make: Any, shape: tuple[int, ...], engine: str) -> None:
+    batch = class_tasks(shape)
+    batch32 = tuple(part.float() if part.is_floating_point() else part for part in batch)
+    model = seeded(make)
+    learner = build(copy.deepcopy(model).float(), engine=engine, multi_step_loss=False, first_order_epochs=0)
+    reference = meta_gradient(
+        model,
+        as_tasks(batch),
+        rates={name: rate.detach().double() for name, rate in learner.learning_rates.items()},
+        step_weights=last_only(2),
+    )
+    metrics = learner.meta_step(batch32)
+    assert metrics.loss == pytest.approx(float(reference.loss), rel=1e-5)
+    found = {name: None if g is None else g.double() for name, g in gradients_of(learner).items()}
+    assert_same_gradients(found, reference.gradients, tolerance=2e-3)
+
+
+def test_statistics_of_a_float32_learner_stay_finite_and_in_their_rows() -> None:
+    learner = small(inner_steps=3)
+    before = statistics_of(learner)
+    learner.meta_step(BATCH)
+    after = statistics_of(learner)
+    for name, rows in after.items():
+        assert rows.shape == before[name].shape == (3, 6)
+        assert (rows != before[name]).any(dim=1).all()

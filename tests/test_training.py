@@ -1,0 +1,361 @@
+import functools
+import json
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import metawrap.training.experiment
+import metawrap.training.run
+from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.results import EvaluationResult
+from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, load_checkpoint
+from metawrap.training.experiment import build_experiment, build_model
+from metawrap.training.final_test import final_test, score_of
+from metawrap.training.run import evaluate_run, train, train_seeds
+from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
+
+TINY = RunSettings(
+    image_size=16,
+    filters=4,
+    inner_steps=2,
+    epochs=3,
+    iterations_per_epoch=2,
+    tasks_per_batch=2,
+    validation_tasks=4,
+    test_tasks=4,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def _same_data_and_rng(monkeypatch, loaded_once):
+    monkeypatch.setattr(metawrap.training.experiment, "load_data", loaded_once)
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """So small a network is slower on two threads, above all when another process shares the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    return functools.lru_cache(metawrap.training.experiment.load_data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, loaded_once, _one_thread):
+    """An uninterrupted run: (folder, result)."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metawrap.training.experiment, "load_data", loaded_once)
+        return folder, train(replace(TINY, ensemble=2), folder)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_time(records):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_state(left, right):
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert_same_state(left[name], right[name])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same_state(one, other)
+    else:
+        assert left == right
+
+
+def test_a_run_leaves_a_log_line_and_a_checkpoint_per_epoch_and_a_result(finished):
+    folder, result = finished
+    records = log_of(folder)
+    assert [(record["epoch"], record["iteration"]) for record in records] == [(1, 2), (2, 4), (3, 6)]
+    for name in ("train_loss", "train_accuracy", "validation_accuracy", "validation_interval", "learning_rate"):
+        assert all(isinstance(record[name], float) for record in records)
+    assert records[0]["learning_rate"] > records[2]["learning_rate"]
+    assert [record["skipped_steps"] for record in records] == [0, 0, 0]
+    assert 0 < records[0]["seconds"] < records[1]["seconds"] < records[2]["seconds"] <= result["seconds"] + 1e-3
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        f"epoch-000{epoch}.pt" for epoch in (1, 2, 3)
+    ]
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert {"platform", "processor", "cores", "device", "python", "torch", "numpy", "metawrap"} <= set(
+        result["machine"]
+    )
+
+
+def test_the_result_has_every_policy_before_and_after_and_averaged(finished):
+    _, result = finished
+    assert list(result["test"]["norms"]) == ["batch", "running", "support"]
+    for scores in result["test"]["norms"].values():
+        assert list(scores) == ["before", "after", "ensemble"]
+        assert all(0 <= score["accuracy"] <= 1 and score["interval"] >= 0 for score in scores.values())
+    assert result["trained_norm"] == "batch"
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits_and_log(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    reference = CheckpointFolder(folder / "checkpoints", 9, 9).load(3)
+    real, calls = metawrap.training.run._validate, []
+
+    def interrupted_validate(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(metawrap.training.run, "_validate", interrupted_validate)
+    settings = replace(TINY, ensemble=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path)
+    assert CheckpointFolder(tmp_path / "checkpoints", 9, 9).epochs() == [1]
+    first_part = log_of(tmp_path)[0]["seconds"]
+    torch.manual_seed(123)
+    result = train(settings, tmp_path, resume=True)
+    resumed = CheckpointFolder(tmp_path / "checkpoints", 9, 9).load(3)
+    for part in ("settings", "learner", "optimizer", "scheduler", "rng"):
+        assert_same_state(getattr(resumed, part), getattr(reference, part))
+    assert without_time(log_of(tmp_path)) == without_time(log_of(folder))
+    assert log_of(tmp_path)[0]["seconds"] == first_part < log_of(tmp_path)[1]["seconds"]
+    assert result["test"] == finished[1]["test"]
+
+
+def test_log_lines_beyond_the_checkpoint_are_cut_when_resuming(tmp_path, monkeypatch):
+    train(replace(TINY, epochs=2), tmp_path)
+    reference = log_of(tmp_path)
+    (tmp_path / "checkpoints" / "epoch-0002.pt").unlink()
+    (tmp_path / "result.json").unlink()
+    with open(tmp_path / "log.jsonl", "a") as handle:
+        handle.write('{"epoch": 3, "torn')
+    train(replace(TINY, epochs=2), tmp_path, resume=True)
+    assert without_time(log_of(tmp_path)) == without_time(reference)
+
+
+def test_resuming_a_finished_run_returns_its_result_without_training(finished, monkeypatch, capsys):
+    folder, result = finished
+    monkeypatch.setattr(metawrap.training.run, "build_experiment", None)
+    assert train(replace(TINY, ensemble=2), folder, resume=True) == result
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_its_epoch_repeated(finished, tmp_path, capsys):
+    folder, _ = finished
+    settings = replace(TINY, ensemble=2)
+    train(settings, tmp_path)
+    newest = tmp_path / "checkpoints" / "epoch-0003.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(settings, tmp_path, resume=True)
+    assert "Skipped: " in capsys.readouterr().err
+    assert_same_state(load_checkpoint(newest).learner, load_checkpoint(folder / "checkpoints/epoch-0003.pt").learner)
+
+
+@pytest.mark.parametrize(
+    "change", [{"ways": 6}, {"seed": 1}, {"epochs": 4}, {"options": {"msl_epochs": 2}}, {"norm": "running"}]
+)
+def test_resuming_with_another_setting_is_refused_by_name_and_changes_nothing(finished, change):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    name = next(iter(change))
+    with pytest.raises(CheckpointError, match=f"^{name}: the run was started with .*--out"):
+        train(replace(TINY, **change), folder, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_settings_that_do_not_touch_training_may_change():
+    assert "device" in FREE_ON_RESUME
+    replace(TINY, device="cuda", keep=1, test_tasks=9).check_resumes(TINY.to_dict())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished):
+    with pytest.raises(CheckpointError, match=r"already has a run.*--resume.*--out"):
+        train(TINY, finished[0])
+
+
+def test_resuming_in_an_empty_folder_starts_the_run(tmp_path):
+    train(replace(TINY, epochs=1), tmp_path / "new", resume=True)
+    assert len(log_of(tmp_path / "new")) == 1
+
+
+def test_settings_survive_json_and_unknown_ones_are_named():
+    assert RunSettings.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
+    with pytest.raises(CheckpointError, match="'colour'"):
+        RunSettings.from_dict({**TINY.to_dict(), "colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ways": 1}, "ways: expected at least 2, but got 1"),
+        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"method": "mamba"}, r"method: expected one of maml\+\+, maml, fomaml, but got 'mamba'"),
+        ({"norm": "layer"}, "norm: expected one of batch, running, support"),
+        ({"seed": -1}, "seed: expected 0 or more"),
+    ],
+)
+def test_impossible_settings_name_the_argument_and_what_was_expected(change, words):
+    with pytest.raises(ArgumentError, match=words):
+        replace(TINY, **change)
+
+
+def test_an_unknown_method_option_is_named_with_the_known_ones():
+    with pytest.raises(ArgumentError, match=r"no option 'colour'; it has .*msl_epochs"):
+        build_experiment(replace(TINY, options={"colour": 1}))
+
+
+@pytest.mark.parametrize(("device", "words"), [("gpu7", "device: expected auto, cpu"), ("cuda:99", "cuda")])
+def test_an_impossible_device_is_named(device, words):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ArgumentError, match=words):
+        build_experiment(replace(TINY, device=device))
+
+
+def test_validation_and_test_tasks_do_not_depend_on_the_seed_but_training_tasks_do():
+    one, other = (build_experiment(replace(TINY, seed=seed)) for seed in (0, 1))
+    for name, same in (("validation", True), ("test", True), ("train", False)):
+        batches = [getattr(each, name).batch(0)[0].support_x for each in (one, other)]
+        assert torch.equal(*batches) is same
+    names = [set(getattr(one, name).images.class_names) for name in ("train", "validation", "test")]
+    assert len(names[0] | names[1] | names[2]) == len(names[0]) + len(names[1]) + len(names[2])
+
+
+def with_ways(ways):
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, ways))
+
+
+def without_ways():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 5))
+
+
+def not_a_module():
+    return "network"
+
+
+def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
+    images = build_experiment(TINY).train.images
+    assert build_model(replace(TINY, ways=7, model=f"{__name__}:with_ways"), images)[1].out_features == 7
+    assert build_model(replace(TINY, ways=7, model=f"{__name__}:without_ways"), images)[1].out_features == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("just_a_name", "expected 'package.module:factory'"),
+        ("no_such_module_here:build", "cannot import 'no_such_module_here'.*folder"),
+        (f"{__name__}:absent", "has no function or class named 'absent'"),
+        (f"{__name__}:not_a_module", "returned str, expected a torch.nn.Module"),
+    ],
+)
+def test_a_wrong_factory_is_explained(name, words):
+    with pytest.raises(ArgumentError, match=words):
+        build_model(replace(TINY, model=name), None)
+
+
+class RememberedLogits:
+    """A learner whose weights are its predictions: one (targets, ways) tensor per task."""
+
+    def load_state_dict(self, state):
+        self.logits = state["logits"]
+
+    def evaluate(self, tasks, *, norm=None, steps=None, keep_predictions=False):
+        labels = [task.target_y for batch in tasks for task in batch]
+        per_task = torch.stack([(p.argmax(1) == y).double().mean() for p, y in zip(self.logits, labels, strict=True)])
+        if steps == 0:
+            per_task = per_task * 0
+        return EvaluationResult.of("accuracy", per_task, per_task, norm=norm, steps=steps, predictions=self.logits)
+
+
+def test_the_best_checkpoint_is_tested_and_the_best_ones_are_averaged(tmp_path):
+    tasks = build_experiment(TINY).test
+    labels = [task.target_y for task in tasks.batch(0)]
+    generator = torch.Generator().manual_seed(5)
+    folder, history, logits = CheckpointFolder(tmp_path, 9, 9), [], []
+    for epoch, accuracy in enumerate([0.3, 0.9, 0.5, 0.1], start=1):
+        history.append({"epoch": epoch, "validation_accuracy": accuracy})
+        logits.append(torch.randn(4, 5, 5, generator=generator))
+        folder.save(Checkpoint({}, {"logits": logits[-1]}, {}, None, {}, list(history), 0.0))
+    learner = RememberedLogits()
+    test = final_test(learner, tasks, 4, folder, history, ensemble=2, norms=("batch",))
+    assert (test["epoch"], test["ensemble_epochs"], test["tasks"]) == (2, [2, 3], 4)
+    right = np.stack(labels).astype(int)
+    for column, chosen in (("after", logits[1]), ("ensemble", (logits[1] + logits[2]) / 2)):
+        per_task = (chosen.numpy().argmax(-1) == right).mean(axis=1)
+        assert test["norms"]["batch"][column]["accuracy"] == pytest.approx(per_task.mean())
+        expected = 1.96 * per_task.std(ddof=1) / np.sqrt(4)
+        assert test["norms"]["batch"][column]["interval"] == pytest.approx(expected)
+    assert test["norms"]["batch"]["before"]["accuracy"] == 0
+    assert torch.equal(learner.logits, logits[1])
+
+
+def test_a_lost_best_checkpoint_is_an_error_and_not_a_silent_second_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, 9, 9)
+    with pytest.raises(CheckpointError, match=r"best checkpoint \(epoch 1\) is not in"):
+        final_test(None, None, 4, folder, [{"validation_accuracy": 0.5}])
+
+
+def test_score_of_matches_a_count_by_hand():
+    logits = [torch.eye(2), torch.eye(2)]
+    score = score_of(logits, [torch.tensor([0, 1]), torch.tensor([0, 0])])
+    assert score["accuracy"] == 0.75
+    assert score["interval"] == pytest.approx(1.96 * statistics.stdev([1.0, 0.5]) / 2**0.5)
+
+
+def test_seeds_are_summarised_by_mean_and_sample_deviation_and_resume(tmp_path):
+    settings = replace(TINY, epochs=1)
+    summary = train_seeds(settings, [0, 3], tmp_path)
+    for norm in ("batch", "running", "support"):
+        values = [
+            json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text())["test"]["norms"][norm]["after"][
+                "accuracy"
+            ]
+            for seed in (0, 3)
+        ]
+        after = summary["summary"]["norms"][norm]["after"]
+        assert after["mean"] == pytest.approx(np.mean(values))
+        assert after["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert train_seeds(settings, [0, 3], tmp_path, resume=True)["summary"] == summary["summary"]
+    with pytest.raises(CheckpointError, match="already has a run"):
+        train_seeds(settings, [0, 3], tmp_path)
+    with pytest.raises(CheckpointError, match=r"one run per seed.*seed-0"):
+        evaluate_run(tmp_path)
+
+
+def test_evaluating_a_run_again_gives_the_result_of_its_final_test(finished):
+    folder, result = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = evaluate_run(folder)
+    assert again["test"] == result["test"]
+    assert again["settings"] == result["settings"]
+    only = evaluate_run(folder, ["support"], ensemble=0)
+    assert list(only["test"]["norms"]) == ["support"]
+    assert only["test"]["norms"]["support"]["after"] == result["test"]["norms"]["support"]["after"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_reason(finished):
+    with pytest.raises(CheckpointError, match=r"not the one that the checkpoint of epoch .*size mismatch.*same size"):
+        evaluate_run(finished[0], image_size=48)
+
+
+def test_evaluating_what_is_not_a_run_says_how_to_start_one(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no run in .*metawrap train --out"):
+        evaluate_run(tmp_path / "nothing")
