@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,7 +151,11 @@ class Description:
             f"learning rates:  {self.rates}",
             f"head:            {self.head or 'not seen yet (known after the first task)'}",
             f"engine:          {self.engine} ({self.engine_reason})",
-            "settings:        " + ", ".join(f"{key}={value!r}" for key, value in self.settings.items()),
+            textwrap.fill(
+                "settings:        " + ", ".join(f"{key}={value!r}" for key, value in self.settings.items()),
+                width=100,
+                subsequent_indent=" " * 17,
+            ),
         ]
         lines += [f"note: {note}" for note in self.notes] + [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
