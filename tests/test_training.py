@@ -14,7 +14,7 @@ from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import EvaluationResult
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_model
-from metawrap.training.final_test import final_test, score_of
+from metawrap.training.final_evaluation import final_test, score_of
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 

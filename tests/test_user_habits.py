@@ -63,6 +63,20 @@ def test_an_optimizer_that_needs_a_closure_is_refused_when_it_is_given() -> None
         MAMLPlusPlus(network(), optimizer=torch.optim.LBFGS)
 
 
+def test_an_assigned_optimizer_takes_over_and_one_of_the_users_own_model_is_refused() -> None:
+    model = network()
+    learner = MAMLPlusPlus(model, inner_steps=1)
+    with pytest.raises(ArgumentError, match=r"optimizer: .*learner\.parameters\(\)"):
+        learner.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert isinstance(learner.optimizer, torch.optim.Adam)
+    learner.optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
+    with pytest.raises(ArgumentError, match=r"scheduler: .*learner\.optimizer"):
+        learner.scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(learner.parameters(), lr=0.5), 1)
+    before = learner.model[3].weight.detach().clone()
+    assert learner.meta_step(BATCH).meta_lr == 0.5
+    assert torch.equal(learner.model[3].weight, before - 0.5 * learner.model[3].weight.grad)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("gate", [F.hardswish, F.hardsigmoid])
 def test_hard_gates_stand_in_with_the_same_values_and_first_derivatives(gate: object, inplace: bool) -> None:

@@ -24,9 +24,10 @@ from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.first_look import FirstLook, differ, same_randomness, support_gradient, warn_fallback, warn_unused
-from metawrap.methods.method import LossFunction, Method, Solved, autograd, solved_from, untouched_buffers, usable
+from metawrap.methods.method import LossFunction, Method
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.settings import NormPolicy, Settings, resolve
+from metawrap.methods.solved import Solved, autograd, solved_from, untouched_buffers, usable
 from metawrap.results import Description
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.inspect import find_head
@@ -175,6 +176,7 @@ class MAML(Method):
 
     def _predict_target(self, fast: FastWeights, step: int, unroll: _Unroll) -> Any:
         if unroll.norm == "support":
+            # This pass is recorded in the target's place: the target normalises by no statistics of its own.
             self._predict(fast, unroll.task.support_x, step, "capture", unroll)
             return self._predict(fast, unroll.task.target_x, step, "captured", unroll)
         return self._predict(fast, unroll.task.target_x, step, unroll.statistics, unroll)

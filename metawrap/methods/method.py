@@ -11,7 +11,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.layers.step_clock import Moments
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
-from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics, accuracy_of
+from metawrap.methods.solved import Solved, autograd, untouched_buffers, usable
+from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics
 from metawrap.surgery.copying import spare_cached_results
 from metawrap.tasks import (
     Inputs,
@@ -34,29 +33,10 @@ from metawrap.tasks import (
     as_task_batch,
     describe_value,
     iterate_task_batches,
-    map_tensors,
     same_device,
 )
 
 LossFunction = Callable[[Any, Any], Tensor]
-
-
-@dataclass
-class Solved:
-    """One task, solved. Only `loss` carries a graph.
-
-    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: what the norms saw, pass by pass.
-    """
-
-    loss: Tensor
-    step_losses: Tensor
-    prediction: Any
-    accuracy: Tensor | None
-    moments: list[Moments] = field(default_factory=list)
-
-    def detached(self) -> Solved:
-        """The same without its graph, so that the graph can be freed."""
-        return Solved(self.loss.detach(), self.step_losses, self.prediction, self.accuracy, self.moments)
 
 
 class Method(nn.Module, ABC):
@@ -198,13 +178,21 @@ class Method(nn.Module, ABC):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer of the learner's own parameters; has the usual state_dict."""
+        """The optimizer of the learner's own parameters, with the usual state_dict; assign your own to replace it."""
         return self.outer.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self.outer.take_over(optimizer, self.parameters())
 
     @property
     def scheduler(self) -> LRScheduler | None:
         """The user's scheduler, or None: the built-in cosine has no state but `epoch`."""
         return self.outer.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: LRScheduler) -> None:
+        self.outer.take_over_schedule(scheduler)
 
     @property
     def epoch(self) -> int:
@@ -342,47 +330,7 @@ def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | No
     return "loss", solved.loss.detach()
 
 
-def solved_from(loss: Tensor, step_losses: list[Tensor | None], prediction: Any, y: Any, moments: Any) -> Solved:
-    """Gathers a task's outcome; everything but the loss is detached."""
-    prediction = map_tensors(prediction, Tensor.detach)
-    missing = torch.full_like(loss.detach(), torch.nan)
-    losses = [missing if step is None else step.detach() for step in step_losses]
-    stacked = torch.stack(losses) if losses else missing.new_empty(0)
-    return Solved(loss, stacked, prediction, accuracy_of(prediction, y), moments)
-
-
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     if old is None or new is None:
         return new if old is None else old
     return old + new
-
-
-def usable(task: Task) -> Task:
-    """The task, with tensors that were made in inference mode cloned: they could not be saved for a backward pass."""
-    return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-
-
-@contextmanager
-def autograd(enabled: bool = True) -> Iterator[None]:
-    """Gradients on or off, whatever mode the caller is in, inference mode too."""
-    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        yield
-
-
-@contextmanager
-def untouched_buffers(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Puts every buffer back, whether it was edited in place or replaced."""
-    if not when:
-        yield
-        return
-    slots = [
-        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, version, value in slots:
-                if buffer._version != version:
-                    buffer.copy_(value)
-                module._buffers[name] = buffer

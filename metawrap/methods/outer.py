@@ -6,7 +6,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,28 @@ class OuterUpdate:
         self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
         # A user's optimizer or scheduler keeps its own rate; the cosine belongs to the Adam built here.
         self.anneals = settings.cosine_annealing and not (optimizer or scheduler)
+
+    def take_over(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+        """Puts the user's optimizer in place of the present one; the schedule of that one ends.
+
+        Raises:
+            ArgumentError: it is no usable optimizer, or holds a parameter that is not the learner's.
+        """
+        _check_optimizer(optimizer, "the assigned value")
+        own = {id(parameter) for parameter in parameters}
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ArgumentError(
+                "optimizer: it holds parameters that are not the learner's. The learner works on a copy of the model: "
+                "build the optimizer from learner.parameters()."
+            )
+        self.optimizer, self.scheduler, self.anneals = optimizer, None, False
+
+    def take_over_schedule(self, scheduler: Any) -> None:
+        """Puts the user's scheduler, of the present optimizer, in place of the present schedule."""
+        _check_scheduler(scheduler, "the assigned value")
+        if scheduler.optimizer is not self.optimizer:
+            raise ArgumentError("scheduler: it belongs to another optimizer. Build it from learner.optimizer.")
+        self.scheduler, self.anneals = scheduler, False
 
     def start(self, epoch: int) -> float:
         """Sets this epoch's rate where the cosine rules it; returns the rate in use."""
@@ -95,15 +117,19 @@ def _built(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
             f"lambda parameters: torch.optim.SGD(parameters, lr=0.1), but got {type(factory).__name__}. The learner "
             "works on a copy of the model, so an optimizer built beforehand holds other parameters."
         )
-    made = factory(parameters)
+    made: Optimizer = factory(parameters)
+    _check_optimizer(made, "what the function returned")
+    return made
+
+
+def _check_optimizer(made: Any, what: str) -> None:
     if not isinstance(made, Optimizer):
-        raise ArgumentError(f"optimizer: the function returned {type(made).__name__}, expected a torch optimizer.")
+        raise ArgumentError(f"optimizer: {what} is {type(made).__name__}, expected a torch optimizer.")
     if isinstance(made, torch.optim.LBFGS):
         raise ArgumentError(
             "optimizer: LBFGS evaluates the loss several times a step, which one meta-gradient cannot give. "
             "Use a first-order optimizer such as Adam or SGD."
         )
-    return made
 
 
 def _scheduled(factory: Any, optimizer: Optimizer) -> LRScheduler:
@@ -112,10 +138,14 @@ def _scheduled(factory: Any, optimizer: Optimizer) -> LRScheduler:
             "scheduler: expected a function from an optimizer to a scheduler, such as "
             f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), but got {type(factory).__name__}."
         )
-    made = factory(optimizer)
+    made: LRScheduler = factory(optimizer)
+    _check_scheduler(made, "what the function returned")
+    return made
+
+
+def _check_scheduler(made: Any, what: str) -> None:
     if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
         raise ArgumentError(
-            f"scheduler: expected a scheduler whose step() needs no metric, but got {type(made).__name__}. "
-            "Step it yourself on learner.optimizer, after each validation."
+            f"scheduler: {what} is {type(made).__name__}, expected a scheduler whose step() needs no metric. "
+            "Step others yourself on learner.optimizer, after each validation."
         )
-    return made

@@ -28,7 +28,7 @@ from metawrap.training.experiment import (
     fixed_tasks,
     load_splits,
 )
-from metawrap.training.final_test import final_test
+from metawrap.training.final_evaluation import final_test
 from metawrap.training.machine import command_line, describe_machine
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
