@@ -317,3 +317,13 @@ def test_running_policy_trained_for_a_while_evaluates_sensibly_and_without_nan()
         learner.meta_step(class_tasks((4,), seed=seed))
     result = learner.evaluate(class_tasks((4,), tasks=5, seed=99))
     assert math.isfinite(result.loss)
+
+
+def test_evaluation_reports_tasks_whose_inner_loop_diverged() -> None:
+    _, learner, batch, _ = wrapped("vectors", norm="running", engine="functional")
+    with torch.no_grad():
+        for _, rates in learner.learning_rates.items():
+            rates.fill_(math.inf)
+    said = r'of \d+ tasks ended with a loss that is not finite under norm="running"'
+    with pytest.warns(MetaWrapWarning, match=said):
+        learner.evaluate(batch)

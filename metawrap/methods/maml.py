@@ -315,9 +315,14 @@ class MAML(Method):
 
     def _norm_warnings(self) -> list[str]:
         s = self.settings
-        if not (self.wrapped.swapped and s.per_step_norm_affine and s.inner_steps > 1):
+        if not self.wrapped.swapped:
             return []
-        return [_first_order_warning(s)] if s.first_order_epochs > s.step_loss_epochs else []
+        rows = s.per_step_norm_affine and s.inner_steps > 1 and s.first_order_epochs > s.step_loss_epochs
+        stored = (
+            'norm="running" trains under batch statistics and adapts under stored ones in evaluation, where the inner '
+            'loop often diverges; norm="support" is inductive and the same in both'
+        )
+        return [_first_order_warning(s)] * rows + [stored] * (s.norm == "running")
 
 
 class MAMLPlusPlus(MAML):

@@ -173,6 +173,7 @@ class Method(nn.Module, ABC):
                         predictions.append(solved.prediction)
         if not values:
             raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
+        _warn_diverged(torch.stack(losses), policy)
         details = {"norm": policy, "steps": self.settings.inner_steps if steps is None else steps}
         return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
 
@@ -320,6 +321,17 @@ class Method(nn.Module, ABC):
         finally:
             for module, flag in flags:
                 module.training = flag
+
+
+def _warn_diverged(losses: Tensor, policy: str) -> None:
+    if diverged := int((~torch.isfinite(losses)).sum()):
+        warnings.warn(
+            f'{diverged} of {len(losses)} tasks ended with a loss that is not finite under norm="{policy}": the inner '
+            "loop diverged. Rates that were learned under batch statistics are known to do so under stored ones; "
+            'norm="support" is inductive too, and the same in training and evaluation.',
+            MetaWrapWarning,
+            stacklevel=3,
+        )
 
 
 def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | None) -> tuple[str, Any]:
