@@ -1,0 +1,64 @@
+"""The examples and benchmarks run, at a small size. What they print is theirs to show; that they work is tested here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{Path(path).stem}", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_users_own_cnn_learns_to_adapt_in_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=40, tasks_to_test=40)
+    assert accuracy > 0.4, "chance is 0.2"
+
+
+def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load("examples/sinusoid.py", monkeypatch).main(meta_steps=10, out=str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_meta_step_benchmark_writes_a_record_with_units_and_a_ratio(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("benchmarks/meta_step.py", monkeypatch)
+    small = bench.Case("A", ways=2, shots=1, targets=1, tasks=2, filters=2)
+    monkeypatch.setitem(bench.CASES, "A", small)
+    monkeypatch.setattr(
+        sys, "argv", ["meta_step.py", "--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "record.json")]
+    )
+    bench.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert set(record["median_s"]) == {"higher", "functional"}
+    assert record["ratio_to_functional"]["functional"] == 1
+    assert record["gradient_difference"] < 1e-9
+
+
+def test_the_omniglot_benchmark_reads_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("benchmarks/omniglot.py", monkeypatch)
+    asked: list[object] = []
+    monkeypatch.setattr(bench, "train", lambda settings, out, resume: asked.append((settings, out, resume)) or {})
+    monkeypatch.setattr(bench, "result_text", lambda result: "a table")
+    monkeypatch.setattr(
+        sys, "argv", ["omniglot.py", "--ways", "5", "--preset", "paper", "--seeds", "3", "--out", "here"]
+    )
+    bench.main()
+    ((settings, out, resume),) = asked
+    assert (settings.ways, settings.preset, settings.seed, settings.iterations_per_epoch) == (5, "paper", 3, 500)
+    assert (out, resume) == ("here", False)
