@@ -1,4 +1,4 @@
-"""The examples and benchmarks run, at a small size. What they print is theirs to show; that they work is tested here."""
+"""The examples and benchmarks run, at a small size; that they work is tested here, what they print is not."""
 
 from __future__ import annotations
 
