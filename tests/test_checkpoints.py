@@ -86,7 +86,16 @@ def test_content_reaches_the_disk_before_its_name_and_the_name_before_the_return
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
+@pytest.fixture
+def listens_to_ctrl_c():
+    # In a shell's background job, as CI may be, Ctrl-C is ignored from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_an_interrupt_while_saving_waits_until_the_file_is_whole(tmp_path):
     class Interrupts:
         def __reduce__(self):
