@@ -49,7 +49,7 @@ def main() -> None:
         epochs=args.epochs,
         iterations_per_epoch=args.iterations,
         tasks_per_batch=args.batch,
-        options={"msl_epochs": args.msl_epochs},
+        options={"msl_epochs": args.msl_epochs} if args.method == "maml++" else {},
         validation_tasks=args.validation_tasks,
         keep=args.keep,
         ensemble=args.ensemble,

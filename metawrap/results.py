@@ -7,7 +7,6 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -118,7 +117,8 @@ class EvaluationResult:
 class Description:
     """What wrapping found and did; `str()` of it is a text table.
 
-    adapted, kept: parameter names and shapes. swapped: norms that became per-step. frozen: parameters left frozen.
+    adapted, learned_only, frozen: parameter names and shapes. swapped, left_alone: names of batch norms.
+    rates: how many learning rates there are.
     """
 
     method: str
@@ -161,10 +161,17 @@ class Description:
         return "\n".join(lines)
 
 
+IGNORED = -100
+
+
 def accuracy_of(prediction: Any, y: Any) -> Tensor | None:
     """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
     if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
         return None
-    if y.is_floating_point() or prediction.ndim != y.ndim + 1:
+    fits = prediction.ndim == y.ndim + 1 and prediction.shape[:1] + prediction.shape[2:] == y.shape
+    if y.is_floating_point() or y.is_complex() or not fits or prediction.shape[1] < 2:
         return None
-    return (prediction.argmax(1) == y).to(torch.get_default_dtype()).mean()
+    # Cross-entropy ignores this label unless it is told otherwise.
+    labelled = y != IGNORED
+    right = (prediction.argmax(1) == y) & labelled
+    return right.sum() / labelled.sum()

@@ -7,8 +7,9 @@ any sizes. Inputs (`x`) are a tensor, or a tuple or dict of tensors that reach t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -105,7 +106,7 @@ def as_task_batch(batch: Any) -> TaskBatch:
         return batch
     if isinstance(batch, Task):
         return TaskBatch((batch,))
-    if isinstance(batch, tuple) and len(batch) == 4 and not isinstance(batch[0], Task):
+    if _is_stacked(batch):
         return TaskBatch.stacked(*batch)
     if isinstance(batch, Sequence) and batch and all(_is_task(item) for item in batch):
         return TaskBatch(tuple(item if isinstance(item, Task) else Task(*item) for item in batch))
@@ -123,7 +124,7 @@ def iterate_task_batches(tasks: Any) -> Iterator[TaskBatch]:
     and
     refused when they prove neither.
     """
-    if isinstance(tasks, TaskBatch | Task) or (isinstance(tasks, tuple) and len(tasks) == 4 and not _is_task(tasks[0])):
+    if isinstance(tasks, TaskBatch | Task) or _is_stacked(tasks):
         yield as_task_batch(tasks)
         return
     if isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks):
@@ -141,9 +142,14 @@ def iterate_task_batches(tasks: Any) -> Iterator[TaskBatch]:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to every tensor inside nested tuples, lists and dicts; anything else stays as it is."""
+    """Applies `change` to every tensor inside nested tuples, lists, dicts and dataclasses; all else stays as it is."""
     if isinstance(value, Tensor):
         return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)
+        for part in fields(value):
+            object.__setattr__(changed, part.name, map_tensors(getattr(value, part.name), change))
+        return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, tuple | list):
@@ -168,6 +174,11 @@ def describe_value(value: Any) -> str:
         inside = ", ".join(sorted({type(item).__name__ for item in value}))
         return f"a {type(value).__name__} of {len(value)} ({inside or 'empty'})"
     return f"{type(value).__name__} {value!r}"[:120]
+
+
+def _is_stacked(batch: Any) -> bool:
+    # A list, too: a DataLoader makes one of the tuple that it collates.
+    return isinstance(batch, tuple | list) and len(batch) == 4 and not any(_is_task(part) for part in batch)
 
 
 def _is_task(item: Any) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from metawrap import ArgumentError, MAMLPlusPlus, TaskBatch, TaskError
+from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, TaskBatch, TaskError, UnsupportedModuleError
 from metawrap.engines.calling import HardGates
+from metawrap.results import accuracy_of
 
 BATCH = TaskBatch.stacked(
     torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)),
@@ -108,3 +111,320 @@ def test_no_graph_outlives_a_meta_step(engine: str) -> None:
     gc.collect()
     assert graphs
     assert [ref for ref in graphs if ref() is not None] == []
+
+
+ENGINES = ["higher", "functional"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("part", ["model.1.weight", "model.0.weight", "learning_rates.3"])
+def test_what_is_frozen_after_a_meta_step_stays_where_it_is(part: str, engine: str) -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=2, engine=engine)  # type: ignore[arg-type]
+    learner.meta_step(BATCH)
+    frozen = [p for name, p in learner.named_parameters() if name.startswith(part)]
+    assert frozen
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before = [parameter.clone() for parameter in frozen]
+    for _ in range(2):
+        learner.meta_step(BATCH)
+    assert all(torch.equal(old, new) for old, new in zip(before, frozen, strict=True))
+
+
+def test_a_learner_that_is_frozen_for_deployment_adapts_all_the_same() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=2)
+    task = BATCH[0]
+    expected = learner.adapt(task.support_x, task.support_y)(task.target_x)
+    frozen = MAMLPlusPlus(network(), inner_steps=2).requires_grad_(False).eval()
+    assert torch.equal(frozen.adapt(task.support_x, task.support_y)(task.target_x), expected)
+
+
+class Counting(nn.Module):
+    """Doubles its hidden layer from the fifth call on, and keeps its last activation in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.calls = 0
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = F.relu(self.first(x))
+        self.seen = [hidden]
+        return self.last(hidden if self.calls < 5 else 2 * hidden)
+
+
+def test_what_forward_sets_on_its_module_stays_there_in_both_engines() -> None:
+    learners = {engine: MAMLPlusPlus(Counting(), inner_steps=2, engine=engine) for engine in ENGINES}  # type: ignore[arg-type]
+    losses = {engine: [learner.meta_step(BATCH).loss for _ in range(3)] for engine, learner in learners.items()}
+    assert losses["higher"] == losses["functional"]
+    for learner in learners.values():
+        # Three meta-steps, two tasks, two steps, a support and a target pass (MSL is on). The look does not count.
+        assert learner.model.calls == 3 * 2 * 2 * 2
+        learner.adapt(BATCH[0].support_x, BATCH[0].support_y)
+        copy.deepcopy(learner)
+
+
+def test_hooks_get_the_users_module_and_not_a_twin_of_it() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    seen = set()
+    learner.model[0].register_forward_hook(lambda module, args, output: seen.add(module))
+    model = network()
+    model[0].register_forward_hook(lambda module, args, output: seen.add(type(module)))
+    assert MAMLPlusPlus(model, inner_steps=1).describe().engine == "functional"
+
+
+def test_a_hook_on_a_parameter_is_carried_to_the_copy() -> None:
+    model = network()
+    model[3].weight.register_hook(lambda gradient: gradient * 0)
+    learner = MAMLPlusPlus(model, inner_steps=1)
+    before = learner.model[3].weight.detach().clone()
+    learner.meta_step(BATCH)
+    assert torch.equal(learner.model[3].weight, before)
+    assert not torch.equal(learner.model[0].weight, model[0].weight)
+
+
+def test_autocast_around_the_loop_trains_as_autocast_around_each_step() -> None:
+    def losses(*, around_loop: bool) -> list[float]:
+        learner = MAMLPlusPlus(
+            network(), inner_steps=2, adapt="3.*", inner_lr=0.01, optimizer=lambda p: torch.optim.SGD(p, lr=0.3)
+        )
+        found = []
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around_loop):
+            for _ in range(4):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    found.append(learner.meta_step(BATCH).loss)
+        return found
+
+    assert losses(around_loop=True) == losses(around_loop=False)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "y", "accuracy"),
+    [
+        (torch.tensor([[3.0], [-1.0]]), torch.tensor([1, 0]), None),  # one logit: no classes to choose from
+        (torch.zeros(2, 5, 7), torch.zeros(2, 5).long(), None),  # classes on the last axis
+        (torch.eye(3), torch.tensor([0, -100, 1]), 0.5),  # what the loss ignores does not count
+        (torch.eye(3), torch.tensor([0, 1, 2]), 1.0),
+    ],
+)
+def test_accuracy_is_of_classes_or_there_is_none(prediction: Tensor, y: Tensor, accuracy: float | None) -> None:
+    found = accuracy_of(prediction, y)
+    assert (found is None) == (accuracy is None)
+    assert accuracy is None or found == accuracy
+
+
+def test_a_replaced_module_is_reported_not_left_untrained() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    learner.meta_step(BATCH)
+    learner.model[3] = nn.Linear(8, 3)
+    with pytest.raises(ArgumentError, match=r"optimizer: it does not hold model\.3\.weight.*wrap the model again"):
+        learner.meta_step(BATCH)
+
+
+def test_a_rate_set_by_hand_is_not_overwritten_in_silence() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    learner.meta_step(BATCH)
+    learner.optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(ArgumentError, match=r"changed by hand to 0\.5.*cosine_annealing=False"):
+        learner.meta_step(BATCH)
+
+
+def test_setting_the_epoch_moves_the_rate_for_those_who_step_themselves() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1, epochs=10, meta_lr=1e-3, min_meta_lr=1e-5)
+    learner.epoch = 10
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+class TypeTest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.only = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x) * (1.0 if type(self.only) is nn.Linear else 0.5)
+
+
+def test_higher_is_checked_when_it_is_named_too() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r'engine="higher" cannot carry.*engine="functional"'):
+        MAMLPlusPlus(TypeTest(), inner_steps=1, engine="higher").meta_step(BATCH)
+
+
+def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1, keep_norm="1")
+    before = copy.deepcopy(dict(learner.model[1].named_buffers()))
+    learner.model.train()
+    learner.meta_step(BATCH)
+    assert all(torch.equal(value, before[name]) for name, value in learner.model[1].named_buffers())
+
+
+def test_a_frozen_norm_that_is_made_per_step_is_reported() -> None:
+    model = network()
+    model[1].eval()
+    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*keep_norm=\['1'\]"):
+        MAMLPlusPlus(model)
+
+
+class Closed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = self.layer = nn.Linear(4, 3)
+        self.forward = lambda x: layer(x)  # type: ignore[method-assign]
+
+
+def test_a_copied_learner_of_a_model_with_a_closure_trains_itself() -> None:
+    learner = MAMLPlusPlus(Closed(), inner_steps=1)
+    learner.meta_step(BATCH)
+    copied = copy.deepcopy(learner)
+    before = learner.model.layer.weight.detach().clone()
+    copied.meta_step(BATCH)
+    assert torch.equal(learner.model.layer.weight, before)
+    assert not torch.equal(copied.model.layer.weight, before)
+
+
+class EditsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.only = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        return self.only(x)
+
+
+def test_a_forward_that_edits_its_input_leaves_the_tasks_as_they_were() -> None:
+    task = BATCH[0]
+    before = task.map(Tensor.clone)
+    learner = MAMLPlusPlus(EditsInput(), inner_steps=2)
+    learner.meta_step(TaskBatch((task,)))
+    learner.evaluate(task)
+    learner.adapt(task.support_x, task.support_y)
+    assert all(torch.equal(a, b) for a, b in zip(before.parts(), task.parts(), strict=True))
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        if self.fails and self.mean.abs().sum() > 0:
+            raise KeyboardInterrupt
+        return self.only(x)
+
+
+def test_a_users_own_buffer_survives_an_interrupt_and_a_skipped_step() -> None:
+    learner = MAMLPlusPlus(RunningMean(), inner_steps=2)
+    learner.meta_step(BATCH)
+    before = learner.model.mean.clone()
+    nan = TaskBatch((BATCH[0].map(lambda x: x * float("nan") if x.is_floating_point() else x),))
+    assert learner.meta_step(nan).skipped
+    assert torch.equal(learner.model.mean, before)
+    learner.model.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        learner.meta_step(BATCH)
+    assert torch.equal(learner.model.mean, before)
+
+
+def test_an_interrupt_between_capture_and_use_leaves_no_statistics_behind() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1, norm="support")
+    learner.meta_step(BATCH)
+
+    def stop(module: nn.Module, args: object) -> None:
+        if learner.wrapped.clock.captured:
+            raise KeyboardInterrupt
+
+    learner.model[3].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        learner.meta_step(BATCH)
+    assert learner.wrapped.clock.captured == {}
+
+
+def test_a_data_loader_of_tasks_is_a_batch() -> None:
+    loader = DataLoader([task.parts() for task in BATCH], batch_size=2)
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    expected = learner.evaluate(BATCH).mean
+    assert learner.evaluate(loader).mean == expected
+    assert learner.evaluate(next(iter(loader))).mean == expected
+
+
+def test_a_parameter_may_be_called_items() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.items
+
+    learner = MAMLPlusPlus(Named(), inner_steps=1)
+    learner.meta_step(BATCH)
+    assert learner.learning_rates["items"].shape == (1,)
+
+
+def test_a_loss_with_weights_is_copied_and_the_users_own_left_alone() -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    learner = MAMLPlusPlus(network(), inner_steps=1, loss_fn=loss).double()
+    assert loss.weight is not None
+    assert loss.weight.dtype == torch.float32
+    learner.meta_step(TaskBatch(tuple(t.map(lambda x: x.double() if x.is_floating_point() else x) for t in BATCH)))
+
+
+def test_an_option_whose_part_is_off_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"msl_epochs: has no effect with multi_step_loss=False"):
+        MAMLPlusPlus(network(), multi_step_loss=False, msl_epochs=5)
+
+
+def test_a_module_used_on_its_own_follows_the_policy_as_its_unwrapped_form_does() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1).eval()
+    assert torch.equal(learner.model(BATCH[0].support_x), learner.unwrap().eval()(BATCH[0].support_x))
+
+
+def test_a_meta_step_in_inference_mode_leaves_the_learner_usable_outside() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    with torch.inference_mode():
+        learner.meta_step(BATCH)
+    learner.meta_step(BATCH)
+    assert learner.iteration == 2
+
+
+def test_predictions_in_a_dataclass_are_detached() -> None:
+    @dataclass
+    class Output:
+        logits: Tensor
+
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.only(x))
+
+    learner = MAMLPlusPlus(Returns(), inner_steps=1, loss_fn=lambda p, y: F.cross_entropy(p.logits, y))
+    assert not learner(BATCH).predictions[0].logits.requires_grad
+
+
+def test_embeddings_with_sparse_gradients_are_learned() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.only = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.only(self.table(x).mean(1))
+
+    words = torch.randint(0, 9, (2, 6, 5), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(3).repeat(2, 2)
+    learner = MAMLPlusPlus(Words(), inner_steps=1, adapt="only.*")
+    before = learner.model.table.weight.detach().clone()
+    learner.meta_step((words, labels, words, labels))
+    assert not torch.equal(learner.model.table.weight, before)

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def call_model(model: Any, inputs: Any) -> Any:
-    """`model(x)`, `model(*x)` for a tuple, `model(**x)` for a dict."""
+    """`model(x)`, `model(*x)` for a tuple (or a list: a DataLoader makes one of it), `model(**x)` for a dict."""
     if isinstance(inputs, dict):
         return model(**inputs)
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
 

@@ -8,7 +8,7 @@ from metawrap.engines.engine import Engine
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.higher import HigherEngine
 from metawrap.errors import ArgumentError, UnsupportedModuleError
-from metawrap.surgery.inspect import find_higher_hazards
+from metawrap.surgery.inspect import find_higher_hazards, find_hooks
 
 ENGINES: dict[str, type[Engine]] = {"higher": HigherEngine, "functional": FunctionalEngine}
 
@@ -27,6 +27,9 @@ def choose_engine(name: str, model: nn.Module) -> tuple[str, str]:
     if name == "functional":
         return name, "asked for"
     hazards = find_higher_hazards(model)
+    hooked = find_hooks(model) if name == "auto" else None
+    if not hazards and hooked is not None:
+        return "functional", f"higher would hand the hooks of '{hooked}' a twin of it in place of the module"
     if not hazards:
         return "higher", "asked for" if name == "higher" else "nothing found that higher gets wrong"
     if name == "higher":

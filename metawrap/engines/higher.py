@@ -30,7 +30,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-_OWN = {*_HOOKS, "_parameters", "_buffers", "_modules"}
+_OWN = {*_HOOKS, "_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"}
 
 
 class HigherEngine:
@@ -46,6 +46,7 @@ class HigherEngine:
         for module, twin in self._pairs:
             for attribute in (*_HOOKS, "_buffers"):
                 twin.__dict__[attribute] = module.__dict__[attribute]
+        self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
         """See `Engine.call`."""
@@ -58,6 +59,9 @@ class HigherEngine:
             return call_model(self._twin, inputs)
         finally:
             self._twin.update_params(list(originals.values()))
+            for (module, twin), own in zip(self._pairs, self._own, strict=True):
+                # Counters, caches: what the user's forward has set on itself belongs to the module.
+                module.__dict__.update((key, value) for key, value in twin.__dict__.items() if key not in own)
 
 
 def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

@@ -48,5 +48,5 @@ class LearningRates(nn.Module):
 
 
 def _key(name: str) -> str:
-    # torch refuses dots in a parameter's own name.
-    return name.replace(".", "/")
+    # torch refuses dots in a parameter's own name, and names that are already an attribute, such as "items".
+    return name.replace(".", "/") if "." in name else f"/{name}"

@@ -45,6 +45,9 @@ class StepClock:
         self.step, self.statistics, self.recorder = step, statistics, recorder
         try:
             yield
+        except BaseException:
+            self.captured = {}
+            raise
         finally:
             self.step, self.statistics, self.recorder = before
             if statistics == "captured":

@@ -23,17 +23,24 @@ from metawrap.engines import ENGINES, Engine, HardGates, choose_engine, differen
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.methods.first_look import FirstLook, differ, same_randomness, support_gradient, warn_fallback, warn_unused
+from metawrap.methods.first_look import (
+    FirstLook,
+    differ,
+    support_gradient,
+    unchanged,
+    warn_fallback,
+    warn_unused,
+)
 from metawrap.methods.method import LossFunction, Method
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.settings import NormPolicy, Settings, resolve
-from metawrap.methods.solved import Solved, autograd, solved_from, untouched_buffers, usable
+from metawrap.methods.solved import Solved, autograd, solved_from, usable
 from metawrap.results import Description
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
-from metawrap.tasks import Inputs, Task, same_device
+from metawrap.tasks import Inputs, Task, map_tensors, same_device, tensors_in
 
 FastWeights = dict[str, Tensor]
 Rates = Mapping[str, tuple[Tensor, ...]]
@@ -119,7 +126,9 @@ class MAML(Method):
         self._looks: dict[bool, FirstLook] = {}
         self._engine: Engine | None = None
         self._head = head
-        self._has_hard_gates = False
+        self._has_hard_gates = self._edits_inputs = False
+        # Used outside of an inner loop, too, the norms follow the policy.
+        wrapped.clock.statistics = "batch" if settings.norm == "batch" else None
         self.learning_rates = LearningRates(
             wrapped.adapted_parameters(), settings.inner_steps, settings.inner_lr, settings.learn_inner_lr
         )
@@ -157,7 +166,10 @@ class MAML(Method):
     def _initial_weights(self, differentiable: bool) -> FastWeights:
         # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
         copies = {name: parameter.clone() for name, parameter in self.wrapped.adapted_parameters()}
-        return copies if differentiable else {name: w.detach().requires_grad_() for name, w in copies.items()}
+        # One that was frozen after wrapping is still adapted, from where it is.
+        return {
+            name: w if differentiable and w.requires_grad else w.detach().requires_grad_() for name, w in copies.items()
+        }
 
     def _inner_step(self, fast: FastWeights, rates: Rates, step: int, unroll: _Unroll) -> FastWeights:
         with autograd(True):
@@ -183,6 +195,8 @@ class MAML(Method):
 
     def _predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, unroll: _Unroll) -> Any:
         assert self._engine is not None
+        if self._edits_inputs:
+            inputs = map_tensors(inputs, Tensor.clone)
         with self.wrapped.clock.at(step, statistics, unroll.moments if unroll.training else None):
             return self._engine.call(fast, inputs)
 
@@ -253,10 +267,11 @@ class MAML(Method):
         return self.__dict__ | {"_engine": None}
 
     def _prepare(self, task: Task) -> None:
+        self.wrapped.hold_kept_norms()
         mode = self.model.training
         if mode not in self._looks:
-            with autograd(True), same_randomness(self._device), untouched_buffers(self.model):
-                self._looks[mode] = self._first_look(task)
+            with autograd(True), unchanged(self.model, self._device):
+                self._looks[mode] = self._first_look(task.map(Tensor.clone))
         if self._engine is None:
             self._engine = ENGINES[self._chosen[0]](self.model)
 
@@ -266,31 +281,41 @@ class MAML(Method):
             unroll = _Unroll(task, self.settings.norm, training=False, differentiable=True, second_order=False)
 
             def prediction() -> Any:
-                return self._predict(self._initial_weights(True), task.support_x, 0, "batch", unroll)
+                return self._predict(self._initial_weights(False), task.support_x, 0, "batch", unroll)
 
+            versions = [tensor._version for tensor in tensors_in(task.support_x)]
             with HardGates() as gates:
                 unused = support_gradient(
-                    self._initial_weights(True),
+                    self._initial_weights(False),
                     lambda fast: self._loss(
                         self._predict(dict(fast), task.support_x, 0, "batch", unroll), task.support_y, "support"
                     ),
                 )
             self._has_hard_gates = self._has_hard_gates or gates.seen
+            self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
             self._head = self._head or find_head(self.model, prediction)
-            if self._asked_engine == "auto" and self._chosen[0] == "higher":
-                self._fall_back_if_wrong(task)
+            if self._chosen[0] == "higher":
+                self._leave_higher_if_wrong(task)
         finally:
             self._engine = None
         known = {name for earlier in self._looks.values() for name in earlier.unused}
         warn_unused([name for name in unused if name not in known])
         return FirstLook(unused)
 
-    def _fall_back_if_wrong(self, task: Task) -> None:
+    def _leave_higher_if_wrong(self, task: Task) -> None:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return
         reference = self._gradient_with("functional", task)
         try:
-            reason = "its gradient is not higher's" if differ(self._gradient_with("higher", task), reference) else ""
+            reason = (
+                "higher's gradient is not the module's own"
+                if differ(self._gradient_with("higher", task), reference)
+                else ""
+            )
         except Exception as error:  # Whatever breaks inside a third library is a reason to leave it.
-            reason = f"higher fails on this model ({type(error).__name__}: {error})"
+            reason = f"higher fails on this model ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        if reason and self._asked_engine == "higher":
+            raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
         if reason:
             self._chosen = ("functional", reason)
             warn_fallback(reason)
@@ -298,9 +323,10 @@ class MAML(Method):
     def _gradient_with(self, engine: str, task: Task) -> tuple[Tensor | None, ...]:
         self._engine = ENGINES[engine](self.model)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with same_randomness(self._device):
+        with unchanged(self.model, self._device):
             solved = self._solve(task, training=True, norm=self.settings.norm, steps=min(2, self.settings.inner_steps))
-            return torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+        return tuple(None if gradient is None else _dense(gradient) for gradient in gradients)
 
     def _support_statistics(self, fast: FastWeights, row: int, unroll: _Unroll) -> dict[str, tuple[Tensor, Tensor]]:
         self._predict(fast, unroll.task.support_x, row, "capture", unroll)

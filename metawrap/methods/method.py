@@ -23,9 +23,9 @@ from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWra
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
-from metawrap.methods.solved import Solved, autograd, untouched_buffers, usable
+from metawrap.methods.solved import Solved, autograd, restored_buffers, untouched_buffers, usable
 from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics
-from metawrap.surgery.copying import spare_cached_results
+from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.tasks import (
     Inputs,
     Task,
@@ -52,7 +52,8 @@ class Method(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.loss_fn = loss_fn
+        # A loss that is a module moves and trains with the learner; the user's own must not.
+        self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
         self.model = model
         self.iteration = 0
         # Total, in a row, and the longest row: on the device, so that counting does not synchronise.
@@ -92,35 +93,45 @@ class Method(nn.Module, ABC):
                 list of `Task`.
         Raises:
             TaskError: the batch has the wrong form, shapes, labels or device.
-            DivergedError: the last `max_skipped_steps` steps or more were skipped.
+            DivergedError: `max_skipped_steps` steps in a row were skipped; looked up once in as many steps.
         """
         if not self.training:
             raise MetaWrapError("meta_step needs training mode, but the learner is in eval(). Call learner.train().")
         batch = self._checked(task_batch)
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.outer.check_holds(self.named_parameters())
+        with autograd():
+            meta_lr = self.outer.start(self.epoch)
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            with restored_buffers(self.model) as restore:
+                solved, gradients = self._meta_gradient(batch, parameters)
+                norm, applied = self.outer.apply(parameters, gradients)
+                restore(~applied)
+            self._fold(solved, applied)
+            output = self._output(solved)
+            metrics = StepMetrics(
+                output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
+            )
+            self.iteration += 1
+            self.outer.end(self.iteration)
+            self._count_skipped(applied)
+        return metrics
+
+    def _meta_gradient(
+        self, batch: TaskBatch, parameters: list[nn.Parameter]
+    ) -> tuple[list[Solved], list[Tensor | None]]:
         total: list[Tensor | None] = [None] * len(parameters)
         solved: list[Solved] = []
-        with autograd():
-            batch = TaskBatch(tuple(usable(task) for task in batch))
-            self._prepare(batch[0])
-            for chunk in batch.chunks(self.settings.tasks_per_backward):
-                outcomes = [self._solve(task, training=True, norm=self.settings.norm) for task in chunk]
-                loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                total = [_sum(old, new) for old, new in zip(total, gradients, strict=True)]
-                solved += [outcome.detached() for outcome in outcomes]
-                del outcomes, loss
-        output = self._output(solved)
-        meta_lr = self.outer.start(self.epoch)
-        norm, applied = self.outer.apply(parameters, total)
-        self._fold(solved, applied)
-        metrics = StepMetrics(
-            output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
-        )
-        self.iteration += 1
-        self.outer.end(self.iteration)
-        self._count_skipped(applied)
-        return metrics
+        batch = TaskBatch(tuple(usable(task) for task in batch))
+        self._prepare(batch[0])
+        for chunk in batch.chunks(self.settings.tasks_per_backward):
+            outcomes = [self._solve(task, training=True, norm=self.settings.norm) for task in chunk]
+            loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            total = [_sum(old, new) for old, new in zip(total, gradients, strict=True)]
+            solved += [outcome.detached() for outcome in outcomes]
+            # Not kept for the next chunk: its graph would stand beside this one's.
+            del outcomes, loss
+        return solved, total
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.
@@ -167,7 +178,7 @@ class Method(nn.Module, ABC):
                 for task in self._checked(batch):
                     solved = self._solved_for_evaluation(task, policy, steps)
                     name, value = _measured(solved, task, metric)
-                    values.append(torch.as_tensor(value, dtype=torch.float64).cpu())
+                    values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
                     losses.append(solved.loss.detach().double().cpu())
                     if keep_predictions:
                         predictions.append(solved.prediction)
@@ -197,7 +208,7 @@ class Method(nn.Module, ABC):
 
     @property
     def epoch(self) -> int:
-        """Completed epochs of `iterations_per_epoch` meta-steps; set it to move the schedules."""
+        """Completed epochs of `iterations_per_epoch` meta-steps; set it to move all schedules but your own."""
         return self.iteration // self.settings.iterations_per_epoch
 
     @epoch.setter
@@ -205,6 +216,7 @@ class Method(nn.Module, ABC):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ArgumentError(f"epoch: expected a whole number of at least 0, but got {value!r}.")
         self.iteration = value * self.settings.iterations_per_epoch
+        self.outer.start(self.epoch)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Method:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -217,6 +229,7 @@ class Method(nn.Module, ABC):
         spare_cached_results(self, memo)
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        rebind_functions(copied, memo)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,9 +293,8 @@ class Method(nn.Module, ABC):
         if self.iteration % limit == 0 and int(self.skipped_steps[2]) >= limit:
             self.skipped_steps[1:] = 0
             raise DivergedError(
-                f"{limit} meta-steps in a row had a meta-gradient that is not finite, and were skipped. The weights "
-                f"are "
-                "those before them. Lower meta_lr or inner_lr, or set max_grad_norm."
+                f"At least {limit} meta-steps in a row had a meta-gradient that is not finite, and changed nothing. "
+                "The weights are finite. Lower meta_lr or inner_lr, or set max_grad_norm."
             )
 
     def _evaluation_policy(self, norm: str | None, steps: int | None) -> str:
@@ -336,7 +348,11 @@ def _warn_diverged(losses: Tensor, policy: str) -> None:
 
 def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | None) -> tuple[str, Any]:
     if metric is not None:
-        return getattr(metric, "__name__", type(metric).__name__), metric(solved.prediction, task.target_y)
+        value = metric(solved.prediction, task.target_y)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ArgumentError(f"metric: expected one number per task from {name}, but got {describe_value(value)}.")
+        return name, value
     if solved.accuracy is not None:
         return "accuracy", solved.accuracy
     return "loss", solved.loss.detach()

@@ -33,6 +33,7 @@ class OuterUpdate:
         scheduler: SchedulerFactory | None,
     ) -> None:
         self.settings = settings
+        self._last_rate: float | None = None
         self.optimizer = _built(optimizer, parameters) if optimizer else _adam(parameters, settings)
         self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
         # A user's optimizer or scheduler keeps its own rate; the cosine belongs to the Adam built here.
@@ -64,17 +65,41 @@ class OuterUpdate:
         """Sets this epoch's rate where the cosine rules it; returns the rate in use."""
         if self.anneals:
             s = self.settings
+            rate = cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
             for group in self.optimizer.param_groups:
-                group["lr"] = cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
+                if self._last_rate is not None and group["lr"] != self._last_rate:
+                    raise ArgumentError(
+                        f"meta_lr: the optimizer's learning rate was changed by hand to {group['lr']}, but the cosine "
+                        "schedule would set it again. Build the learner with cosine_annealing=False."
+                    )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._last_rate = rate
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raises ArgumentError when a parameter that is to be learned is not the optimizer's to move."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+        if missing:
+            raise ArgumentError(
+                f"optimizer: it does not hold {', '.join(missing)}, which would never be learned. Freeze them with "
+                "requires_grad_(False), give the optimizer all parameters, or wrap the model again if a module or "
+                "parameter of learner.model was replaced."
+            )
 
     def apply(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Puts the gradients in `.grad` and steps.
 
         Returns:
-            The L2 norm of the gradient before clipping, and a bool scalar: whether it was finite, so that the step
-            was taken.
+            The L2 norm of the gradient before clipping, and a bool scalar: whether it was finite and the step taken.
         """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                # One that was frozen since the last step would be moved by what it still holds.
+                parameter.grad = None
+        if not isinstance(self.optimizer, torch.optim.SparseAdam):
+            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         present = [gradient for gradient in gradients if gradient is not None]

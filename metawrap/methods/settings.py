@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from metawrap.errors import ArgumentError
 
 NormPolicy = Literal["batch", "running", "support"]
@@ -85,7 +87,7 @@ def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = 
     """
     if preset not in PRESETS:
         raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
-    explicit = {name: value for name, value in given.items() if value is not None}
+    explicit = {name: _plain(value) for name, value in given.items() if value is not None}
     if explicit.get("adapt_norm") and explicit.get("per_step_norm_affine"):
         raise ArgumentError(
             "adapt_norm=True adapts one scale and shift per norm in the inner loop, so they cannot also be per step. "
@@ -103,6 +105,11 @@ def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = 
         values["per_step_norm_affine"] = False
     for name, value in values.items():
         _check(name, value)
+    for name, switch in _BELONGS.items():
+        if name in explicit and not values[switch]:
+            raise ArgumentError(f"{name}: has no effect with {switch}=False. Leave it out, or pass {switch}=True.")
+    if "min_meta_lr" not in explicit:
+        values["min_meta_lr"] = min(values["min_meta_lr"], values["meta_lr"])
     values["betas"] = tuple(values["betas"])
     if values["min_meta_lr"] > values["meta_lr"]:
         raise ArgumentError(
@@ -117,6 +124,7 @@ def _check(name: str, value: Any) -> None:
         raise ArgumentError(f"{name}: expected {wanted[0]}, but got {value!r}.")
 
 
+_BELONGS = {"msl_epochs": "multi_step_loss", "min_meta_lr": "cosine_annealing"}
 _REPLACED = {
     "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing"),
     "scheduler": ("min_meta_lr", "cosine_annealing"),
@@ -125,6 +133,10 @@ _REPLACED = {
 
 def _count(lowest: int) -> tuple[str, Any]:
     return f"a whole number of at least {lowest}", lambda v: _is_int(v) and v >= lowest
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_int(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.results import accuracy_of
 from metawrap.tasks import Task, map_tensors
@@ -49,9 +50,44 @@ def usable(task: Task) -> Task:
 
 @contextmanager
 def autograd(enabled: bool = True) -> Iterator[None]:
-    """Gradients on or off, whatever mode the caller is in, inference mode too."""
-    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        yield
+    """Gradients on or off, whatever mode the caller is in, inference mode too; under autocast without its cache.
+
+    The cache holds casts of leaf tensors until the autocast block ends: stale ones after an optimizer step inside it,
+    and one of every fast weight.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
+def restored_buffers(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+    """Puts back the user's own buffers on an exception, and where the function it yields is told to.
+
+    The function takes a bool scalar on the model's device, so that nothing synchronises. Per-step norms are left out:
+    their statistics are folded as values, when all has gone well.
+    """
+    owners = [module for module in model.modules() if not isinstance(module, PerStepNorm)]
+    slots = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
+
+    @torch.no_grad()
+    def restore(where: Tensor | None = None) -> None:
+        for module, name, _, value in slots:
+            present = module._buffers[name]
+            if where is None or present is None:
+                module._buffers[name] = value
+            else:
+                present.copy_(torch.where(where, value, present))
+
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,17 +26,39 @@ def duplicate(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     spare_cached_results(model, memo)
     copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        _rebind_functions(module, memo)
+    rebind_functions(copied, memo)
     return copied
 
 
 def spare_cached_results(model: nn.Module, memo: dict[int, Any]) -> None:
     """Tells a `copy.deepcopy` with this memo how to copy computed tensors that are kept as plain attributes."""
     for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+        for attribute, value in module.__dict__.items():
+            if attribute not in ("_modules", "_parameters", "_buffers"):
+                for tensor in held_tensors(value):
+                    if not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach().clone()
+
+
+def held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Every tensor in nested plain containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | set) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from held_tensors(item, depth - 1)
+
+
+def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Rebuilds the functions and hooks on a copy's modules over the copy, where they enclose parts of the original."""
+    for module in copied.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, types.FunctionType):
+                module.__dict__[name] = _rebound(value, memo)
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                for key, hook in value.items():
+                    if isinstance(hook, types.FunctionType):
+                        value[key] = _rebound(hook, memo)
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -55,6 +78,10 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
             f"{type(model).__name__} cannot be copied: {error}. metawrap works on a copy of the model; make "
             "copy.deepcopy(model) work, for instance by not keeping files, locks or generators on it."
         ) from error
+    for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
+        # deepcopy leaves the hooks of a tensor behind.
+        for hook in (original._backward_hooks or {}).values():
+            parameter.register_hook(hook)  # type: ignore[no-untyped-call]
     for name, module in copied.named_modules():
         module.__dict__.pop("_compiled_call_impl", None)
         for child_name, child in list(module._modules.items()):
@@ -71,16 +98,6 @@ def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:
             return model
         notes.append(f"{where} was taken out of its {type(model).__name__}")
         model = inner
-
-
-def _rebind_functions(module: nn.Module, memo: dict[int, Any]) -> None:
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, types.FunctionType):
-            module.__dict__[name] = _rebound(value, memo)
-        elif name.endswith("_hooks") and isinstance(value, dict):
-            for key, hook in value.items():
-                if isinstance(hook, types.FunctionType):
-                    value[key] = _rebound(hook, memo)
 
 
 def _rebound(function: types.FunctionType, memo: dict[int, Any], depth: int = 3) -> types.FunctionType:

@@ -13,23 +13,32 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from metawrap.layers.per_step_norm import refuses_per_step
+from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import tensors_in
 
 
-def find_problems(model: nn.Module, keep: Collection[str] = ()) -> list[str]:
+def find_problems(model: nn.Module, keep: Collection[str] = (), affine: bool = True) -> list[str]:
     """Everything that no engine could adapt correctly, each as module, cause and fix; empty when all is well.
 
     Args:
         keep: names of batch norms that will be left alone.
+        affine: whether the scale and shift of the other norms will be per step.
     """
     swapped = {name: norm for name, norm in batch_norms(model).items() if name not in keep}
     problems = [problem for check in _CHECKS for problem in check(model)]
-    return problems + [problem for check in _NORM_CHECKS for problem in check(model, swapped)]
+    problems += _norms_that_cannot_be_per_step(model, swapped)
+    return problems + list(_norm_parameters_used_elsewhere(model, swapped) if affine else ())
 
 
 def find_higher_hazards(model: nn.Module) -> list[str]:
     """What `higher` is known to get wrong or to fail on, as module and cause; `functional` carries it."""
     return list(_higher_hazards(model))
+
+
+def find_hooks(model: nn.Module) -> str | None:
+    """A module with forward hooks, if there is one: `higher` runs them, but hands them its own twin of the module."""
+    hooked = (name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks)
+    return next(hooked, None)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -88,21 +97,13 @@ def _aliases(model: nn.Module) -> Iterator[str]:
         for attribute, value in vars(module).items():
             if attribute in _TORCH_OWN or (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
                 continue
-            for tensor in _held_tensors(value):
+            for tensor in held_tensors(value):
                 if id(tensor) in names:
                     yield (
                         f"{_label(path, module)} keeps the parameter '{names[id(tensor)]}' a second time in its plain "
                         f"attribute '{attribute}', where no fast weight can replace it. Read it from the module that "
                         "owns it, or use nn.ParameterList or nn.ParameterDict."
                     )
-
-
-def _held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple | set) and depth:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _held_tensors(item, depth - 1)
 
 
 def _norms_that_cannot_be_per_step(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[str]:
@@ -142,7 +143,6 @@ _CHECKS = (
     _aliases,
     _instance_statistics,
 )
-_NORM_CHECKS = (_norms_that_cannot_be_per_step, _norm_parameters_used_elsewhere)
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
 

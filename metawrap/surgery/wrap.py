@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -9,7 +10,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.step_clock import StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
@@ -22,9 +23,8 @@ Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 class Wrapped:
     """A copy of the user's module with per-step norms, and what was done to it.
 
-    adapted: names of the parameters that the inner loop changes. swapped, kept: names of norms. frozen_norms: the
-    kept ones,
-    which always run on their own stored statistics.
+    adapted: names of the parameters that the inner loop changes. swapped, kept: names of norms; the kept ones
+    always run on their own stored statistics. notes: what else was done.
     """
 
     model: nn.Module
@@ -70,14 +70,18 @@ def wrap(
     if swap:
         notes += [f"'{name}' was replaced by swap=" for name in replace_modules(copied, swap)]
     kept = _named("keep_norm", keep_norm, batch_norms(copied)) if keep_norm else []
-    if problems := find_problems(copied, kept):
+    if problems := find_problems(copied, kept, affine):
         raise UnsupportedModuleError("\n".join(problems))
     if head is not None and head not in dict(copied.named_modules()):
         raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {head!r}.")
     adapted = _selected(copied, adapt, adapt_norm)
     _check_devices(copied)
     clock = StepClock()
+    model_hooks = {name: p for name, p in copied.named_parameters() if p._backward_hooks}
+    _warn_of_frozen_norms(copied, kept)
     norms = make_per_step(copied, clock, steps, affine, statistics, kept)
+    lost = [name for name, p in model_hooks.items() if dict(copied.named_parameters())[name] is not p]
+    notes += [f"the hooks on '{name}' are not carried over: it has a row per step now" for name in lost]
     wrapped = Wrapped(copied, clock, adapted, [norm.per_step.name for norm in norms], kept, notes)
     wrapped.hold_kept_norms()
     return wrapped
@@ -113,6 +117,17 @@ def _named(argument: str, patterns: str | Iterable[str], names: Iterable[str]) -
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ArgumentError(f"{argument}: {pattern!r} matches none of {', '.join(names) or 'an empty list'}.")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def _warn_of_frozen_norms(model: nn.Module, kept: list[str]) -> None:
+    frozen = [name for name, norm in batch_norms(model).items() if not norm.training and name not in kept]
+    if model.training and frozen:
+        warnings.warn(
+            f"{', '.join(frozen)}: in eval mode in a model in training mode, as frozen norms are, but now per-step; "
+            f"norm= decides on the statistics. To leave them alone, pass keep_norm={frozen}.",
+            MetaWrapWarning,
+            stacklevel=4,
+        )
 
 
 def _check_devices(model: nn.Module) -> None:
