@@ -112,17 +112,15 @@ def as_task_batch(batch: Any) -> TaskBatch:
         return TaskBatch(tuple(item if isinstance(item, Task) else Task(*item) for item in batch))
     raise TaskError(
         "task_batch: expected a TaskBatch, a tuple (support_x, support_y, target_x, target_y) with a leading task "
-        "axis, "
-        f"or a list of Task, but got {describe_value(batch)}."
+        f"axis, or a list of Task, but got {describe_value(batch)}."
     )
 
 
 def iterate_task_batches(tasks: Any) -> Iterator[TaskBatch]:
     """Task batches from one batch (any accepted form) or from any iterable of them (a sampler, a data loader).
 
-    A plain list of four-tuples could mean single tasks or stacked batches. It is read as whichever the shapes prove,
-    and
-    refused when they prove neither.
+    A plain list of four-tuples could mean single tasks or stacked batches. It is read as whichever the shapes
+    prove, and refused when they prove neither.
     """
     if isinstance(tasks, TaskBatch | Task) or _is_stacked(tasks):
         yield as_task_batch(tasks)

@@ -28,8 +28,7 @@ def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
     """Makes what runs inside differentiable twice: fused attention, recurrent networks, and, if `hard`, hard gates.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
-    whose
-    derivative torch cannot differentiate, as relu6(x + 3) / 6.
+    whose derivative torch cannot differentiate, as relu6(x + 3) / 6.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

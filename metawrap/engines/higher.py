@@ -1,8 +1,8 @@
 """Differentiable fast-weight copies through the `higher` library, with its known losses put back.
 
 `higher` makes a patched twin of the module. The twin is made once, not per task: its classes are freed only by the
-garbage
-collector. It shares the module's hooks and buffers, which `higher` would drop and copy, and follows its attributes.
+garbage collector. It shares the module's hooks and buffers, which `higher` would drop and copy, follows its
+attributes, and hands back those that the user's forward sets.
 Fast weights are passed in rather than stepped by `higher.optim`: that differentiates with respect to every parameter,
 which for parameters that are not adapted walks back through all earlier inner steps.
 """

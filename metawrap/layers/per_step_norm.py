@@ -145,8 +145,7 @@ class PerStepNorm(_BatchNorm):
         if not waiting:
             raise UnsupportedModuleError(
                 f"'{self.per_step.name}' ({type(self).__name__}) ran more often on the target than on the support "
-                f"set, so "
-                'norm="support" has no statistics for it. Use norm="batch" or norm="running".'
+                'set, so norm="support" has no statistics for it. Use norm="batch" or norm="running".'
             )
         mean, variance = waiting.pop(0)
         shape = (1, -1, *(1,) * (input.ndim - 2))

@@ -372,12 +372,12 @@ class MAMLPlusPlus(MAML):
         learn_inner_lr: LSLR; without it the rates stay at `inner_lr`.
         cosine_annealing, meta_lr, min_meta_lr, epochs: CA, from `meta_lr` to `min_meta_lr` over `epochs` epochs.
         iterations_per_epoch: meta-steps that make an epoch, for every schedule.
-        norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "running" (stored ones in
-        evaluation)
-            or "support" (targets use their support set's).
+        norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "running" (stored ones
+            in evaluation) or "support" (targets use their support set's).
         betas: of the built-in Adam.
-        adapt: which parameters the inner loop adapts: names, wildcards, or a function of the name; all but norms if
-        None.
+        adapt: which parameters the inner loop adapts: names, wildcards, or a function of the name; all but the
+            batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
+            start that is no longer learned.
         adapt_norm: adapts batch-norm scale and shift in the inner loop too, as one (channels,) vector each.
         loss_fn: `loss_fn(prediction, y)` to a scalar.
         optimizer: function from parameters to an optimizer, in place of Adam; brings its own learning rate.
@@ -407,8 +407,7 @@ def _first_order_warning(settings: Settings) -> str:
     until = "the end" if math.isinf(settings.first_order_epochs) else f"epoch {settings.first_order_epochs}"
     return (
         f"from epoch {settings.step_loss_epochs} to {until} the gradient is first-order and only the last step "
-        f"counts, so "
-        f"batch-norm rows 0..{settings.inner_steps - 2} get no gradient"
+        f"counts, so batch-norm rows 0..{settings.inner_steps - 2} get no gradient"
     )
 
 

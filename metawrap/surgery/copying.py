@@ -18,10 +18,8 @@ def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy, in two points deeper than `copy.deepcopy`.
 
     Computed tensors kept as plain attributes (legacy weight_norm leaves one), which deepcopy refuses, are copied
-    without their
-    graph. Functions, which deepcopy keeps as they are, are rebuilt over the copy where they enclose a part of the
-    model: a
-    closure or lambda on a module would go on calling the original.
+    without their graph. Functions, which deepcopy keeps as they are, are rebuilt over the copy where they enclose a
+    part of the model: a closure or lambda on a module would go on calling the original.
     """
     memo: dict[int, Any] = {}
     spare_cached_results(model, memo)

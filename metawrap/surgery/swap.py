@@ -85,8 +85,7 @@ def plain_copy(
     statistics: Mapping[str, tuple[Tensor, Tensor]] | None,
     keep_statistics: bool,
 ) -> nn.Module:
-    """A module of the user's own class: ordinary norms at one step's row, and the given weights. `model` stays as it "
-    "is.
+    """A module of the user's own class: ordinary norms at one step's row, and the given weights.
 
     Args:
         weights: values by parameter name; parameters that are not named keep the model's.
