@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/first
 # Chosen to end within five minutes on two CPU cores.
-TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 8 --iterations 50 --meta-lr 0.003 \
+TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
 
 .PHONY: help train test test-all lint format types bench clean
