@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.methods.settings import Settings
 from metawrap.schedules import cosine_meta_lr
 
@@ -33,7 +34,6 @@ class OuterUpdate:
         scheduler: SchedulerFactory | None,
     ) -> None:
         self.settings = settings
-        self._last_rate: float | None = None
         self.optimizer = _built(optimizer, parameters) if optimizer else _adam(parameters, settings)
         self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
         # A user's optimizer or scheduler keeps its own rate; the cosine belongs to the Adam built here.
@@ -64,18 +64,21 @@ class OuterUpdate:
     def start(self, epoch: int) -> float:
         """Sets this epoch's rate where the cosine rules it; returns the rate in use."""
         if self.anneals:
-            s = self.settings
-            rate = cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
+            rate = self._cosine(epoch)
             for group in self.optimizer.param_groups:
-                if self._last_rate is not None and group["lr"] != self._last_rate:
-                    raise ArgumentError(
-                        f"meta_lr: the optimizer's learning rate was changed by hand to {group['lr']}, but the cosine "
-                        "schedule would set it again. Build the learner with cosine_annealing=False."
+                if group["lr"] != rate and group["lr"] not in map(self._cosine, range(self.settings.epochs + 1)):
+                    warnings.warn(
+                        f"Learning rate {group['lr']} is not one of the cosine schedule, and is set to {rate:.3g}. "
+                        "To rule it yourself, build the learner with cosine_annealing=False.",
+                        MetaWrapWarning,
+                        stacklevel=3,
                     )
-            for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self._last_rate = rate
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def _cosine(self, epoch: int) -> float:
+        s = self.settings
+        return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
 
     def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Raises ArgumentError when a parameter that is to be learned is not the optimizer's to move."""
