@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -38,13 +39,12 @@ class Reference:
 
 
 def msl_weights(steps: int, epoch: int, anneal_epochs: int) -> list[float]:
-    """The formula of facts.md, in plain floats."""
-    if epoch >= anneal_epochs:
-        return [0.0] * (steps - 1) + [1.0]
-    floor = 0.03 / steps
-    early = max(1 / steps - epoch / (steps * anneal_epochs), floor)
-    last = min(1 / steps + epoch * (steps - 1) / (steps * anneal_epochs), 1 - (steps - 1) * floor)
-    return [early] * (steps - 1) + [last]
+    """MSL as it happens, in exact fractions: each epoch every early step hands a share to the last, down to a floor."""
+    share, floor = Fraction(1, steps * max(anneal_epochs, 1)), Fraction(3, 100 * steps)
+    early = Fraction(1, steps) if anneal_epochs > epoch else Fraction(0)
+    for _ in range(epoch if early else 0):
+        early = max(early - share, floor)
+    return [float(early)] * (steps - 1) + [float(1 - (steps - 1) * early)]
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
