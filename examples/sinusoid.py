@@ -54,7 +54,7 @@ def plot(learner: MAMLPlusPlus, task: Task, path: str) -> None:
         name = f"after {steps} inner step{'' if steps == 1 else 's'}"
         axes.plot(x, fitted, style, color="tab:red", alpha=0.4 + 0.12 * steps, lw=2, label=name)
     axes.set(xlabel="x", ylabel="y", title="A sinusoid fitted from ten points")
-    axes.legend(frameon=False, ncols=2)
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
