@@ -3,5 +3,15 @@
 from metawrap.engines.calling import HardGates, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
+from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule, clipped
 
-__all__ = ["ENGINES", "Engine", "HardGates", "choose_engine", "differentiable_twice"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "HardGates",
+    "InnerOptimizer",
+    "UpdateRule",
+    "choose_engine",
+    "clipped",
+    "differentiable_twice",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,6 +22,40 @@ def call_model(model: Any, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+class EditedBuffers:
+    """Lends each call a copy of the buffers that forward edits in place, and keeps what the call left in them.
+
+    A backward pass through several calls needs the values that each of them saw. A buffer is known from the first call
+    that edits it; the graph of that call keeps the buffer itself, and the module goes on with a copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tables = [module._buffers for module in model.modules()]
+        self._edited: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """For the time of one call."""
+        slots = [(table, name, b) for table in self._tables for name, b in table.items() if b is not None]
+        copies = {id(b): b.clone() for _, _, b in slots if id(b) in self._edited} if self._edited else {}
+        versions = [b._version for _, _, b in slots]
+        for table, name, buffer in slots if copies else ():
+            table[name] = copies.get(id(buffer), buffer)
+        try:
+            yield
+        finally:
+            fresh: dict[int, Tensor] = {}
+            for (table, name, buffer), version in zip(slots, versions, strict=True):
+                lent = copies.get(id(buffer))
+                if lent is not None and table[name] is lent:
+                    with torch.no_grad():
+                        table[name] = buffer.copy_(lent) if lent._version else buffer
+                elif buffer._version != version and table[name] is buffer:
+                    table[name] = fresh.setdefault(id(buffer), buffer.detach().clone())
+            for buffer in fresh.values():
+                self._edited[id(buffer)] = buffer
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule
+
 
 class Engine(Protocol):
     """Runs one module with some of its parameters replaced. Everything else is as the module has it, at each call."""
@@ -22,4 +24,8 @@ class Engine(Protocol):
             weights: fast weights; gradients flow back to them. Parameters that are not named are used as they are.
             inputs: a tensor, or a tuple or dict of them, passed as `model(x)`, `model(*x)` or `model(**x)`.
         """
+        ...
+
+    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
+        """What updates the fast weights of one task by this rule."""
         ...

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import call_model
+from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.errors import UnsupportedModuleError
 from metawrap.surgery.swap import parameter_slots
 
 
@@ -20,6 +22,8 @@ class FunctionalEngine:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._slots = parameter_slots(model)
+        self._known = [(name, module, set(module._parameters)) for name, module in model.named_modules()]
+        self._buffers = EditedBuffers(model)
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
@@ -28,8 +32,13 @@ class FunctionalEngine:
         originals = [module._parameters[local] for module, local, _ in slots]
         try:
             for module, local, tensor in slots:
+                # What torch's own tensors in the place of parameters are marked by: `isinstance(_, nn.Parameter)` asks.
+                tensor._is_param = True
                 module._parameters[local] = tensor  # type: ignore[assignment]
-            return call_model(self.model, inputs)
+            with self._buffers.lent():
+                output = call_model(self.model, inputs)
+            self._refuse_new_parameters()
+            return output
         finally:
             for (module, local, _), original in zip(slots, originals, strict=True):
                 module._parameters[local] = original
@@ -38,3 +47,18 @@ class FunctionalEngine:
                 # hold on to this call's graph.
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
                 module._flat_weight_refs = [weakref.ref(w) for w in module._flat_weights if w is not None]
+
+    def _refuse_new_parameters(self) -> None:
+        for name, module, known in self._known:
+            if len(module._parameters) > len(known):
+                new = min(module._parameters.keys() - known)
+                del module._parameters[new]
+                raise UnsupportedModuleError(
+                    f"'{name or 'the model itself'}' ({type(module).__name__}) is given a weight as its attribute "
+                    f"'{new}' in forward, which makes it a parameter, and a fast weight cannot be one. Keep it in a "
+                    "local variable, or assign a computed tensor: weight * 1."
+                )
+
+    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
+        """See `Engine.inner_optimizer`."""
+        return OwnInnerOptimizer(rule)

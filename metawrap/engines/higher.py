@@ -3,8 +3,9 @@
 `higher` makes a patched twin of the module. The twin is made once, not per task: its classes are freed only by the
 garbage collector. It shares the module's hooks and buffers, which `higher` would drop and copy, follows its
 attributes, and hands back those that the user's forward sets.
-Fast weights are passed in rather than stepped by `higher.optim`: that differentiates with respect to every parameter,
-which for parameters that are not adapted walks back through all earlier inner steps.
+Fast weights are passed in, and `higher.optim` is handed their gradients rather than the loss: left to itself it
+differentiates with respect to every parameter, which for parameters that are not adapted walks back through all earlier
+inner steps, and it knows no first order that still trains the initial weights.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from metawrap.engines.calling import call_model
+from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, UpdateRule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from higher.optim import DifferentiableOptimizer, get_diff_optim
     from higher.patch import monkeypatch
 
 _HOOKS = (
@@ -46,6 +50,7 @@ class HigherEngine:
         for module, twin in self._pairs:
             for attribute in (*_HOOKS, "_buffers"):
                 twin.__dict__[attribute] = module.__dict__[attribute]
+        self._buffers = EditedBuffers(model)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
@@ -56,12 +61,50 @@ class HigherEngine:
         try:
             # In every submodule now, not as each is called: hooks run before that and may read parameters.
             self._twin.update_params([weights.get(name, original) for name, original in originals.items()])
-            return call_model(self._twin, inputs)
+            with self._buffers.lent():
+                return call_model(self._twin, inputs)
         finally:
             self._twin.update_params(list(originals.values()))
             for (module, twin), own in zip(self._pairs, self._own, strict=True):
                 # Counters, caches: what the user's forward has set on itself belongs to the module.
                 module.__dict__.update((key, value) for key, value in twin.__dict__.items() if key not in own)
+
+    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
+        """See `Engine.inner_optimizer`."""
+        return HigherInnerOptimizer(rule)
+
+
+class HigherInnerOptimizer:
+    """A rule through `higher.optim`."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule
+        self._optimizer: DifferentiableOptimizer | None = None
+
+    def step(self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `InnerOptimizer.step`."""
+        if self._optimizer is None:
+            self._optimizer = _differentiable(self.rule, len(fast))
+        nothing = torch.zeros((), requires_grad=True)
+        updated = self._optimizer.step(
+            nothing,
+            params=list(fast.values()),
+            override={"lr": [rates[name] for name in fast]},
+            grad_callback=lambda _: [gradients[name] for name in fast],
+        )
+        return dict(zip(fast, updated, strict=True))
+
+
+def _differentiable(rule: UpdateRule, count: int) -> DifferentiableOptimizer:
+    # It copies its parameters, and asks them for no more than their number: empty ones cost nothing.
+    places = [torch.empty(0, requires_grad=True) for _ in range(count)]
+    groups = [{"params": [place]} for place in places]
+    plain: torch.optim.Optimizer = (
+        torch.optim.Adam(groups, betas=rule.betas, eps=rule.eps)
+        if rule.name == "adam"
+        else torch.optim.SGD(groups, lr=1.0, momentum=rule.momentum)
+    )
+    return get_diff_optim(plain, places)
 
 
 def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
