@@ -60,12 +60,15 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         self._check_size(input)
-        seen = self._empty_statistics() if tracks else {}
+        seen: dict[str, Any] = self._empty_statistics() if tracks else {}
         # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
         with self._lent(seen, training=True, momentum=1.0):
             output = super().forward(input, *args, **kwargs)
+            # Read from the slots: the user's forward may have replaced the statistics rather than edited them.
+            seen = {name: self._buffers[name] for name in seen}
         if self.per_step.clock.recorder is not None and tracks:
-            moments = Moments(self.per_step.name, self.per_step.row(), seen["running_mean"], seen["running_var"])
+            mean, variance = (seen[kind].detach() for kind in ("running_mean", "running_var"))
+            moments = Moments(self.per_step.name, self.per_step.row(), mean, variance)
             self.per_step.clock.recorder.append(moments)
         return output
 
@@ -78,7 +81,8 @@ class PerStepNorm(_BatchNorm):
         assert variance is not None
         if count is not None:
             count[row] += keep
-        rate: Any = self.momentum if self.momentum is not None else 1.0 / count[row].clamp(min=1)  # type: ignore[index]
+        # In the statistics' own precision: a quotient of whole numbers would be float32.
+        rate: Any = self.momentum if self.momentum is not None else 1.0 / count[row].clamp(min=1).to(mean.dtype)  # type: ignore[index]
         for stored, seen in ((mean, moments.mean), (variance, moments.variance)):
             stored[row] = torch.where(keep, (1 - rate) * stored[row] + rate * seen, stored[row])
 
@@ -136,7 +140,8 @@ class PerStepNorm(_BatchNorm):
 
     def _neutral_statistics(self, input: Tensor) -> dict[str, Tensor]:
         # Mean 0 and variance 1 - eps: the user's forward then divides by one, and its scale and shift still apply.
-        like = _wide(input)
+        # In the norm's own dtype: a norm in half precision takes no statistics in single precision.
+        like = next((t for t in (self._parameters.get("weight"), self.running_mean) if t is not None), _wide(input))
         neutral = {"running_mean": like.new_zeros(self.num_features)}
         return neutral | {"running_var": like.new_full((self.num_features,), 1 - self.eps)}
 

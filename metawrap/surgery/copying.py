@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import types
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from metawrap.errors import UnsupportedModuleError
 
@@ -15,17 +19,29 @@ _WRAPPERS: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParal
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, in two points deeper than `copy.deepcopy`.
+    """A deep copy, in four points deeper than `copy.deepcopy`.
 
     Computed tensors kept as plain attributes (legacy weight_norm leaves one), which deepcopy refuses, are copied
-    without their graph. Functions, which deepcopy keeps as they are, are rebuilt over the copy where they enclose a
-    part of the model: a closure or lambda on a module would go on calling the original.
+    without their graph. Values in `__slots__`, which torch leaves behind, are copied. Functions, which deepcopy keeps
+    as they are, are rebuilt over the copy where they enclose a part of the model: a closure or lambda on a module would
+    go on calling the original. So are the classes that torch makes for parametrized modules, one for each module.
     """
     memo: dict[int, Any] = {}
     spare_cached_results(model, memo)
     copied = copy.deepcopy(model, memo)
+    _copy_slots(model, memo)
     rebind_functions(copied, memo)
+    for module in copied.modules():
+        give_own_class(module)
     return copied
+
+
+def give_own_class(module: nn.Module) -> None:
+    """Gives a parametrized module a class that no other module has; any other module keeps the user's."""
+    if parametrize.is_parametrized(module):
+        # remove_parametrizations deletes the parameter's property from the class: from a shared one, for all copies.
+        cls: Any = type(module)
+        module.__class__ = type(cls)(cls.__name__, cls.__bases__, dict(vars(cls)))
 
 
 def spare_cached_results(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -39,24 +55,26 @@ def spare_cached_results(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Every tensor in nested plain containers."""
+    """Every tensor in nested plain containers and dataclasses."""
     if isinstance(value, Tensor):
         yield value
+    elif is_dataclass(value) and not isinstance(value, type) and depth:
+        for part in fields(value):
+            yield from held_tensors(getattr(value, part.name, None), depth - 1)
     elif isinstance(value, dict | list | tuple | set) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from held_tensors(item, depth - 1)
 
 
 def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Rebuilds the functions and hooks on a copy's modules over the copy, where they enclose parts of the original."""
+    """Rebuilds the functions and hooks on a copy's modules over the copy, where they enclose parts of the original.
+
+    Those in containers and under `functools.partial`, too.
+    """
     for module in copied.modules():
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, types.FunctionType):
-                module.__dict__[name] = _rebound(value, memo)
-            elif name.endswith("_hooks") and isinstance(value, dict):
-                for key, hook in value.items():
-                    if isinstance(hook, types.FunctionType):
-                        value[key] = _rebound(hook, memo)
+            if name not in ("_modules", "_parameters", "_buffers"):
+                module.__dict__[name] = _translated(value, memo)
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -68,7 +86,9 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
         UnsupportedModuleError: the module cannot be copied.
     """
     notes: list[str] = []
-    model = _unwrapped(model, "the model", notes)
+    model = _unwrapped(model, _place(""), notes)
+    compiled = [name for name, module in model.named_modules() if module.__dict__.get("_compiled_call_impl")]
+    notes += [f"{_place(name)} was taken out of its compile()" for name in compiled]
     try:
         copied = duplicate(model)
     except Exception as error:
@@ -85,30 +105,78 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
         for child_name, child in list(module._modules.items()):
             if child is not None:
                 path = f"{name}.{child_name}" if name else child_name
-                module._modules[child_name] = _unwrapped(child, f"'{path}'", notes)
+                module._modules[child_name] = _unwrapped(child, _place(path), notes)
     return copied, notes
+
+
+def _place(name: str) -> str:
+    return f"'{name}'" if name else "the model"
+
+
+def _copy_slots(model: nn.Module, memo: dict[int, Any]) -> None:
+    for module in model.modules():
+        names = {name for cls in type(module).__mro__ for name in _names(vars(cls).get("__slots__", ()))}
+        twin = memo.get(id(module))
+        for name in names:
+            if twin is not None and hasattr(module, name) and not hasattr(twin, name):
+                setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:
     while True:
-        inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
+        inner = dict(model.named_children()).get("_orig_mod") or (
+            model.module if isinstance(model, _WRAPPERS) else None
+        )
         if not isinstance(inner, nn.Module):
             return model
         notes.append(f"{where} was taken out of its {type(model).__name__}")
         model = inner
 
 
-def _rebound(function: types.FunctionType, memo: dict[int, Any], depth: int = 3) -> types.FunctionType:
-    """The function with every enclosed original replaced by its copy; the function itself if it encloses none."""
-
-    def translate(value: Any) -> Any:
-        if isinstance(value, nn.Module | nn.Parameter):
-            return memo.get(id(value), value)
-        if isinstance(value, types.MethodType) and id(value.__self__) in memo:
-            return types.MethodType(value.__func__, memo[id(value.__self__)])
-        if isinstance(value, types.FunctionType) and depth:
-            return _rebound(value, memo, depth - 1)
+def _translated(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
+    """The value over the copy: every original in it replaced. It is the same object where there is none."""
+    if isinstance(value, nn.Module | Tensor | list | dict | set) and id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+        return types.MethodType(value.__func__, memo[id(value.__self__)])
+    if not depth:
         return value
+    if isinstance(value, types.FunctionType):
+        return _rebound(value, memo, depth - 1)
+    if isinstance(value, dict):
+        items = {key: _translated(item, memo, depth - 1) for key, item in value.items()}
+        if all(items[key] is item for key, item in value.items()):
+            return value
+        changed = copy.copy(value)
+        changed.update(items)
+        return changed
+    if type(value) in (list, tuple, set):
+        parts = [_translated(item, memo, depth - 1) for item in value]
+        return value if all(map(operator.is_, parts, value)) else type(value)(parts)
+    if type(value) is functools.partial:
+        whole = (value.func, value.args, value.keywords)
+        function, arguments, keywords = (_translated(part, memo, depth - 1) for part in whole)
+        same = function is value.func and arguments is value.args and keywords is value.keywords
+        return value if same else functools.partial(function, *arguments, **keywords)
+    if isinstance(value, type | types.ModuleType | nn.Module) or not hasattr(value, "__dict__"):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    # An object of the user's own that holds a module: deepcopy did not see it where only a closure does.
+    held = {name: _translated(item, memo, depth - 1) for name, item in vars(value).items()}
+    if all(held[name] is item for name, item in vars(value).items()):
+        return value
+    memo[id(value)] = changed = copy.copy(value)
+    changed.__dict__.update(held)
+    return changed
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any], depth: int) -> types.FunctionType:
+    """The function with every enclosed original replaced by its copy; the function itself if it encloses none."""
 
     def contents(cell: types.CellType) -> Any:
         try:
@@ -120,8 +188,8 @@ def _rebound(function: types.FunctionType, memo: dict[int, Any], depth: int = 3)
     defaults = function.__defaults__ or ()
     keywords = function.__kwdefaults__ or {}
     before = [*map(contents, cells), *defaults, *keywords.values()]
-    after = [translate(value) for value in before]
-    if all(old is new for old, new in zip(before, after, strict=True)):
+    after = [_translated(value, memo, depth) for value in before]
+    if all(map(operator.is_, after, before)):
         return function
     new_cells = tuple(types.CellType(value) for value in after[: len(cells)])
     new_defaults = tuple(after[len(cells) : len(cells) + len(defaults)]) or None

@@ -82,6 +82,16 @@ def _scripted(model: nn.Module) -> Iterator[str]:
             return
 
 
+def _quantised(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        kind = type(module).__module__
+        if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            yield (
+                f"{_label(name, module)} is quantised: its weights are whole numbers, and no gradient passes through "
+                "it. Wrap the model before quantising it, and quantise what adapt() or unwrap() returns."
+            )
+
+
 def _uninitialised(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if any(is_lazy(p) for p in module._parameters.values()):
@@ -139,6 +149,7 @@ def _instance_statistics(model: nn.Module) -> Iterator[str]:
 
 _CHECKS = (
     _scripted,
+    _quantised,
     _uninitialised,
     _aliases,
     _instance_statistics,
@@ -154,6 +165,8 @@ def _higher_hazards(model: nn.Module) -> Iterator[str]:
             yield f"{where} has its forward replaced on the instance"
         if any(child is None for child in module._modules.values()):
             yield f"{where} has a child registered as None"
+        if type(module) is nn.Module:
+            yield f"{where} is a bare nn.Module"
         if type(type(module)) is not type:
             yield f"{where} has the metaclass {type(type(module)).__name__}"
         if any("__slots__" in vars(cls) for cls in type(module).__mro__[:-1] if cls is not nn.Module):

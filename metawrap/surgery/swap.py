@@ -6,15 +6,17 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import ArgumentError
 from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, per_step_class
 from metawrap.layers.step_clock import StepClock
-from metawrap.surgery.copying import duplicate
+from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms
 
 Factory = Callable[[nn.Module], nn.Module]
 _Made = dict[int, tuple[nn.Parameter, nn.Parameter]]
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -> list[str]:
@@ -71,7 +73,7 @@ def make_per_step(
             if (parameter := norm._parameters.get(local)) is not None:
                 # The old parameter is kept beside the new one: a freed one's id could come back as another's.
                 norm._parameters[local] = rows.setdefault(id(parameter), (parameter, _repeated(parameter, steps)))[1]
-        for local in ("running_mean", "running_var", "num_batches_tracked") if statistics else ():
+        for local in _STATISTICS if statistics else ():
             if (buffer := norm._buffers.get(local)) is not None:
                 norm._buffers[local] = torch.stack([buffer] * steps)
         norms.append(norm)
@@ -93,41 +95,44 @@ def plain_copy(
         statistics: running mean and variance by norm name, in place of the stored rows.
         keep_statistics: whether the norms keep running statistics; without them they use each batch's own.
     """
-    plain = duplicate(model)
-    for name, slots in parameter_slots(plain).items():
-        if name in weights:
-            old = slots[0][0]._parameters[slots[0][1]]
-            assert old is not None
-            new = nn.Parameter(weights[name].detach().clone(), requires_grad=old.requires_grad)
-            for module, local in slots:
-                module._parameters[local] = new
-    rows: _Made = {}
-    for norm in [module for module in plain.modules() if isinstance(module, PerStepNorm)]:
-        name = norm.per_step.name
-        _make_plain(norm, step, rows)
-        if not keep_statistics:
-            norm.track_running_stats = False
-            norm._buffers.update(dict.fromkeys(("running_mean", "running_var", "num_batches_tracked")))
-        elif statistics and name in statistics:
-            mean, variance = statistics[name]
-            norm.track_running_stats = True
-            count = torch.zeros((), dtype=torch.long, device=mean.device)
-            norm._buffers.update(
-                {"running_mean": mean.detach().clone(), "running_var": variance.detach().clone()}
-                | ({"num_batches_tracked": count} if norm._buffers.get("num_batches_tracked") is None else {})
-            )
+    with torch.inference_mode(False), torch.no_grad():
+        plain = duplicate(model)
+        parameters = dict(plain.named_parameters())
+        for name, weight in weights.items():
+            # Into the parameter that is there: what else holds it (a recurrent layer's list) need not be found.
+            parameters[name].copy_(weight)
+        rows: _Made = {}
+        for norm in [module for module in plain.modules() if isinstance(module, PerStepNorm)]:
+            name = norm.per_step.name
+            _make_plain(norm, step, rows)
+            if not keep_statistics:
+                norm.track_running_stats = False
+                norm._buffers.update(dict.fromkeys(_STATISTICS))
+            elif statistics and name in statistics:
+                _hold(norm, *statistics[name])
     return plain
 
 
 def parameter_slots(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Where each parameter sits: (owner, local name) pairs by its first name; several where it is shared."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # torch's own, not one that the user's class may have in its place to name fewer.
+    names = {id(parameter): name for name, parameter in nn.Module.named_parameters(model)}
     slots: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
     for module in model.modules():
         for local, parameter in module._parameters.items():
             if parameter is not None:
                 slots[names[id(parameter)]].append((module, local))
     return slots
+
+
+def _hold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Makes a plain norm normalise by the given moments."""
+    # Moments of half-precision inputs come in single precision, which a norm in half precision cannot take.
+    like = next((t for t in (norm.running_mean, norm.weight) if t is not None), mean)
+    norm.track_running_stats = True
+    norm._buffers.update(running_mean=mean.to(like, copy=True), running_var=variance.to(like, copy=True))
+    if norm._buffers.get("num_batches_tracked") is None:
+        norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
 
 
 def _make_plain(norm: PerStepNorm, step: int, rows: _Made) -> None:
@@ -138,9 +143,10 @@ def _make_plain(norm: PerStepNorm, step: int, rows: _Made) -> None:
             value = nn.Parameter(parameter.detach()[row].clone(), requires_grad=parameter.requires_grad)
             norm._parameters[local] = rows.setdefault(id(parameter), (parameter, value))[1]
     for local, buffer in norm._buffers.items():
-        if state.statistics and local in ("running_mean", "running_var", "num_batches_tracked"):
+        if state.statistics and local in _STATISTICS:
             norm._buffers[local] = None if buffer is None else buffer[row].clone()
     norm.__class__ = type(norm).original_class  # type: ignore[attr-defined]
+    give_own_class(norm)
 
 
 def _repeated(parameter: Tensor, steps: int) -> nn.Parameter:
