@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from metawrap.description import Description, ModuleRow
 from metawrap.errors import (
     ArgumentError,
     CheckpointError,
@@ -13,7 +14,7 @@ from metawrap.errors import (
     UnsupportedModuleError,
 )
 from metawrap.methods import FOMAML, MAML, MAMLPlusPlus
-from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
 try:
@@ -34,6 +35,7 @@ __all__ = [
     "MetaOutput",
     "MetaWrapError",
     "MetaWrapWarning",
+    "ModuleRow",
     "StepMetrics",
     "Task",
     "TaskBatch",

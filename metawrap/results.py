@@ -1,9 +1,8 @@
-"""What a learner hands back: metrics of a step, the differentiable output, an evaluation, a description."""
+"""What a learner hands back: metrics of a step, the differentiable output, an evaluation."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,54 +110,6 @@ class EvaluationResult:
         else:
             value = f"{self.metric} {self.mean:.4g} +- {self.interval:.2g}"
         return f'{value} (95 %, {self.tasks} tasks, {self.steps} inner steps, norm="{self.norm}", {kind})'
-
-
-@dataclass(frozen=True)
-class Description:
-    """What wrapping found and did; `str()` of it is a text table.
-
-    adapted, learned_only, frozen: parameter names and shapes. swapped, left_alone: names of batch norms.
-    rates: how many learning rates there are.
-    """
-
-    method: str
-    model: str
-    settings: dict[str, Any]
-    adapted: dict[str, tuple[int, ...]]
-    learned_only: dict[str, tuple[int, ...]]
-    frozen: dict[str, tuple[int, ...]]
-    swapped: list[str]
-    left_alone: list[str]
-    head: str | None
-    engine: str
-    engine_reason: str
-    rates: int
-    notes: list[str]
-    warnings: list[str]
-
-    def __str__(self) -> str:
-        groups = (("adapted", self.adapted), ("meta-learned only", self.learned_only), ("frozen", self.frozen))
-        lines = [f"{self.method} around {self.model}", ""]
-        for title, parameters in groups:
-            numbers = sum(math.prod(shape) for shape in parameters.values())
-            lines.append(f"{title}: {len(parameters)} tensors, {numbers:,} numbers")
-            width = max((len(name) for name in parameters), default=0)
-            lines += [f"  {name:<{width}}  {' x '.join(map(str, shape))}" for name, shape in parameters.items()]
-        lines += [
-            "",
-            f"per-step norms:  {', '.join(self.swapped) or 'none'}",
-            f"norms left alone: {', '.join(self.left_alone) or 'none'}",
-            f"learning rates:  {self.rates}",
-            f"head:            {self.head or 'not seen yet (known after the first task)'}",
-            f"engine:          {self.engine} ({self.engine_reason})",
-            textwrap.fill(
-                "settings:        " + ", ".join(f"{key}={value!r}" for key, value in self.settings.items()),
-                width=100,
-                subsequent_indent=" " * 17,
-            ),
-        ]
-        lines += [f"note: {note}" for note in self.notes] + [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
 
 
 IGNORED = -100

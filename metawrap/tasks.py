@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,32 +18,40 @@ from torch import Tensor
 from metawrap.errors import TaskError
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
+TaskId: TypeAlias = str | int
 Stacked: TypeAlias = tuple[Inputs, Tensor, Inputs, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One episode: inputs are (examples, ...), labels are (examples, ...); support and target sizes may differ."""
+    """One episode: inputs are (examples, ...), labels are (examples, ...); support and target sizes may differ.
+
+    id: what the task is called where something is kept for it (`head_init="stored"`); None where nothing is.
+    """
 
     support_x: Inputs
     support_y: Any
     target_x: Inputs
     target_y: Any
+    id: TaskId | None = None
 
     def __post_init__(self) -> None:
+        if self.id is not None and (not isinstance(self.id, str | int) or isinstance(self.id, bool)):
+            raise TaskError(f"id: expected a string or a whole number, but got {describe_value(self.id)}.")
         for part in ("support", "target"):
             _check_same_length(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Task:
         """The same task with `change` applied to every tensor."""
-        return Task(*(map_tensors(part, change) for part in self.parts()))
+        names = ("support_x", "support_y", "target_x", "target_y")
+        return replace(self, **{name: map_tensors(getattr(self, name), change) for name in names})
 
     def to(self, *args: Any, **kwargs: Any) -> Task:
         """The same task on another device; only the arguments of `Tensor.to`."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def parts(self) -> tuple[Inputs, Any, Inputs, Any]:
-        """The four parts, in the order of the constructor."""
+        """Support and target set, in the order of the constructor."""
         return self.support_x, self.support_y, self.target_x, self.target_y
 
 

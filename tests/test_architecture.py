@@ -16,6 +16,7 @@ LAYERS = {
     "metawrap.errors": 0,
     "metawrap.tasks": 0,
     "metawrap.results": 0,
+    "metawrap.description": 0,
     "metawrap.schedules": 1,
     "metawrap.engines": 1,
     "metawrap.surgery": 1,
@@ -33,6 +34,7 @@ ROOT_IMPORT_FROM = 3  # `from metawrap import __version__`
 PEERS = {
     "metawrap.tasks": {"metawrap.errors"},
     "metawrap.results": {"metawrap.errors"},
+    "metawrap.description": {"metawrap.errors"},
     "metawrap.engines": {"metawrap.layers", "metawrap.surgery"},
     "metawrap.surgery": {"metawrap.layers"},
 }

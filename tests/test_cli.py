@@ -30,6 +30,7 @@ def _folder_with_a_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "small_network", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     with torch.random.fork_rng():
         yield
 
@@ -82,6 +83,11 @@ def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
         (["train", *FLAGS, "--preset", "mine"], "preset: expected one of"),
         (["train", *FLAGS, "--set", "colour=1"], "has no option 'colour'"),
         (["evaluate", "nowhere"], "There is no run in 'nowhere'"),
+        (["inspect", "--model", "nothing"], "model: expected 'package.module:factory'"),
+        (["inspect", "--model", "small_network:build", "--set", "colour=1"], "has no option 'colour'"),
+        (["inspect", "--model", "small_network:build", "--input-shape", "3,3"], "without the batch axis"),
+        (["inspect", "--model", "torch.nn:Identity"], "Identity has no parameter to adapt"),
+        (["inspect", "--model", "small_network:build", "--html", "no/page.html"], "html: cannot write 'no/page.html'"),
     ],
 )
 def test_an_error_is_one_line_with_exit_code_2_and_no_traceback(capsys, flags, words):
@@ -138,13 +144,81 @@ def test_an_interrupt_in_the_middle_names_the_saved_epochs_and_the_command(capsy
     assert CheckpointFolder(Path("run/checkpoints"), 1, 1).epochs() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "inspect"])
 def test_help_fits_on_a_screen(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 120
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert listed == ["train", "evaluate", "inspect"]
+
+
+def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
+    assert main(["inspect", "--model", "small_network:build", "--ways", "3", "--inner-steps", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "\x1b" not in printed.out
+    lines = printed.out.splitlines()
+    assert lines[0] == 'MAMLPlusPlus(preset="authors_code") around Sequential'
+    assert lines[4].split() == ["1", "Linear", "3x64,", "3", "195", "4", "adapted"]
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("head ")] == ["known after the first task"]
+
+
+def test_inspect_with_an_input_shape_looks_at_a_task(capsys):
+    flags = ["--model", "small_network:build", "--input-shape", "1,8,8", "--method", "maml", "--set", "adapt_norm=true"]
+    assert main(["inspect", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('MAML(preset="maml") around Sequential')
+    assert "adapted, the head" in printed
+    assert "its gradient is that of functional" in printed
+    assert "adapt_norm=True" in printed
+
+
+def test_inspect_colours_a_terminal_unless_it_is_asked_not_to(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    flags = ["inspect", "--model", "small_network:build"]
+    assert main(flags) == 0
+    assert "\x1b[32madapted" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(flags) == 0
+    assert "\x1b[32m" not in capsys.readouterr().out
+
+
+def test_inspect_writes_json_and_a_page(capsys):
+    flags = ["--model", "small_network:build", "--input-shape", "64", "--json", "--html", "page.html"]
+    assert main(["inspect", *flags, "--method", "fomaml"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["head"] == "1"
+    assert [row["numbers"] for row in found["modules"]] == [0, 0, 5 * 64 + 5]
+    page = Path("page.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "FOMAML(preset=&quot;fomaml&quot;) around Sequential" in page
+
+
+def test_inspect_says_unused_parameters_in_the_table_alone(capsys):
+    Path("aside.py").write_text(
+        "from torch import nn\nclass Aside(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 5)\n"
+        "        self.spare = nn.Linear(2, 2)\n"
+    )
+    assert main(["inspect", "--model", "aside:Aside", "--input-shape", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "the support loss does not depend on 'spare.weight'" in printed.out
+
+
+def test_inspect_prints_the_refusal_of_a_module(capsys):
+    Path("refused.py").write_text("from torch import nn\ndef lazy(): return nn.Sequential(nn.LazyLinear(5))\n")
+    assert main(["inspect", "--model", "refused:lazy"]) == 2
+    assert complaint(capsys).startswith("Error: '0' (LazyLinear) is lazy and not initialised yet. Run the model once")
 
 
 def test_flags_that_are_not_given_leave_no_setting_behind():
@@ -181,6 +255,13 @@ def test_flags_that_cannot_be_read_are_explained(capsys, flags, words):
     with pytest.raises(SystemExit, match="2"):
         main(["train", *flags])
     assert words in complaint(capsys)
+
+
+@pytest.mark.parametrize("shape", ["3,x", "3,0", ""])
+def test_an_input_shape_that_cannot_be_read_is_explained(capsys, shape):
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "--model", "small_network:build", "--input-shape", shape])
+    assert "expected positive whole numbers such as 3,84,84" in complaint(capsys)
 
 
 def test_the_module_runs_as_a_command():

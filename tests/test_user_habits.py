@@ -432,3 +432,24 @@ def test_embeddings_with_sparse_gradients_are_learned() -> None:
     before = learner.model.table.weight.detach().clone()
     learner.meta_step((words, labels, words, labels))
     assert not torch.equal(learner.model.table.weight, before)
+
+
+class Observed(nn.Module):
+    """Hooks its layers at its first call, as transformers does where hidden states are asked for, and keeps a log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.log: dict[str, list[int]] = {"hidden": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "observed"):
+            self.observed = self.first.register_forward_hook(lambda _, args, output: self.log["hidden"].append(1))
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_the_first_look_leaves_no_hooks_and_no_entries_in_the_models_containers() -> None:
+    learner = MAMLPlusPlus(Observed(), inner_steps=2, engine="functional", multi_step_loss=False)
+    learner.meta_step(BATCH)
+    assert len(learner.model.first._forward_hooks) == 1
+    assert len(learner.model.log["hidden"]) == 2 * (2 + 1)  # Tasks, support passes and target pass.

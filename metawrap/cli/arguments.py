@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -62,15 +63,17 @@ def _add_data_flags(group: Any) -> None:
 
 
 def _add_method_flags(group: Any) -> None:
+    _add_learner_flags(group)
+    group.add_argument("--backbone", choices=BACKBONES, metavar="NAME", help="conv4 (default) or conv4-strided")
+    group.add_argument("--filters", type=int, metavar="N", help="channels of the backbone (64)")
+    _add_model(group)
+
+
+def _add_learner_flags(group: Any) -> None:
     group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help="maml++ (default), maml or fomaml")
     group.add_argument("--preset", metavar="NAME", help="authors_code (default) or paper")
     group.add_argument("--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support")
     group.add_argument("--engine", metavar="NAME", help="auto (default), functional or higher")
-    group.add_argument("--backbone", choices=BACKBONES, metavar="NAME", help="conv4 (default) or conv4-strided")
-    group.add_argument("--filters", type=int, metavar="N", help="channels of the backbone (64)")
-    group.add_argument(
-        "--model", metavar="MODULE:NAME", help="your own network: called as NAME(), or NAME(ways=...) if it takes ways"
-    )
     group.add_argument("--inner-steps", type=int, metavar="N", help="updates per task (5)")
     group.add_argument("--inner-lr", type=float, metavar="X", help="first inner learning rate (0.1)")
     group.add_argument("--meta-lr", type=float, metavar="X", help="learning rate of the outer Adam (0.001)")
@@ -81,6 +84,15 @@ def _add_method_flags(group: Any) -> None:
         type=_option,
         metavar="NAME=VALUE",
         help="any other keyword of the method",
+    )
+
+
+def _add_model(group: Any, **options: Any) -> None:
+    group.add_argument(
+        "--model",
+        metavar="MODULE:NAME",
+        help="your own network: called as NAME(), or NAME(ways=...) if it takes ways",
+        **options,
     )
 
 
@@ -136,6 +148,29 @@ def _add_evaluate(commands: Any) -> None:
     _add_verbose(parser)
 
 
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what wrapping a network finds and does",
+        usage="metawrap inspect --model MODULE:NAME [options]",
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_model(parser, required=True)
+    _add_learner_flags(parser)
+    parser.add_argument("--ways", type=int, metavar="N", help="classes of the network and of the task (5)")
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        default=None,
+        metavar="C,H,W",
+        help="of one example: a random task then shows the head, unused parameters and a faulty engine",
+    )
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON in place of a table")
+    parser.add_argument("--html", default=None, metavar="FILE", help="also write the table as an HTML page")
+    _add_verbose(parser)
+
+
 def _add_verbose(parser: Any) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")
 
@@ -148,6 +183,16 @@ def _integers(text: str) -> list[int]:
     if len(set(numbers)) != len(numbers):
         raise argparse.ArgumentTypeError(f"expected different numbers, but got '{text}'")
     return numbers
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = (0,)
+    if min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 3,84,84, but got '{text}'")
+    return shape
 
 
 def _option(text: str) -> tuple[str, Any]:

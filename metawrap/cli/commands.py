@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 an error that metawrap explains, 130 stopped by Ctrl-C or 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -18,9 +19,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from metawrap.cli.arguments import build_parser
-from metawrap.errors import MetaWrapError
+from metawrap.description import Description
+from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.training.checkpoints import CheckpointFolder, write_json
+from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import program
 from metawrap.training.progress import say
 from metawrap.training.run import evaluate_run, train, train_seeds
@@ -37,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    command = {"train": _train, "evaluate": _evaluate}[arguments.command]
+    command = {"train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
             command(arguments)
@@ -72,6 +77,30 @@ def _evaluate(arguments: Namespace) -> None:
     print(f"\n{result_text(result)}")
     if arguments.out is not None:
         write_json(Path(arguments.out), result)
+
+
+def _inspect(arguments: Namespace) -> None:
+    description = inspect_model(replace(RunSettings(), **_settings_in(arguments)), arguments.input_shape)
+    if arguments.html is not None:
+        _write_page(Path(arguments.html), description)
+    console = Console()
+    if arguments.json:
+        print(json.dumps(description.to_dict(), indent=2))
+    elif console.is_terminal:
+        console.print(description)
+    else:
+        print(description)
+
+
+def _write_page(path: Path, description: Description) -> None:
+    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>metawrap inspect</title>'
+    body = f'<body style="margin: 2em; font-family: system-ui, sans-serif">{description._repr_html_()}</body>'
+    try:
+        path.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"html: cannot write '{path}' ({error.strerror}). Name a file in a folder of yours."
+        ) from error
 
 
 def _settings_in(arguments: Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.methods.solved import untouched_buffers
+from metawrap.tasks import tensors_in
 
 Gradients = Sequence[Tensor | None]
 _HOOKS_REFUSED = "metawrap: saved-tensor hooks are refused here"
@@ -24,9 +26,13 @@ class FirstLook:
     """What the first task showed.
 
     unused: adapted parameters that the support loss does not depend on.
+    differentiable: whether it was looked at with gradients to come.
+    once: why the model cannot be differentiated twice; None if it can, or need not.
     """
 
     unused: list[str]
+    differentiable: bool = False
+    once: str | None = None
 
 
 def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
@@ -53,6 +59,26 @@ def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping
     if len(unused) == len(fast):
         raise UnsupportedModuleError(_NO_GRADIENT)
     return unused
+
+
+def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Checks that a prediction with fast weights does not depend on the parameters that these stand for.
+
+    Raises:
+        UnsupportedModuleError: forward reads one of them past its module.
+    """
+    outputs = [tensor.abs().sum().float() for tensor in tensors_in(prediction) if tensor.requires_grad]
+    read = [(name, parameter) for name, parameter in adapted if parameter.requires_grad]
+    if not outputs or not read:
+        return
+    gradients = torch.autograd.grad(torch.stack(outputs).sum(), [p for _, p in read], allow_unused=True)
+    names = [f"'{name}'" for (name, _), gradient in zip(read, gradients, strict=True) if gradient is not None]
+    if names:
+        raise UnsupportedModuleError(
+            f"The model's forward reads {', '.join(names)} from somewhere else than the module that owns it, such as "
+            "another object's attribute, a closure or a global: no fast weight can replace it there. Read it from its "
+            "module, or leave it out of the inner loop with adapt=."
+        )
 
 
 def differ(found: Gradients, reference: Gradients) -> bool:
@@ -84,6 +110,15 @@ def warn_unused(unused: list[str]) -> None:
         )
 
 
+def warn_once(reason: str, epoch: float) -> None:
+    """Reports that training will stop when second-order gradients begin."""
+    warnings.warn(
+        f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
+        MetaWrapWarning,
+        stacklevel=5,
+    )
+
+
 def warn_fallback(reason: str) -> None:
     """Reports that `auto` leaves `higher` for `functional`."""
     warnings.warn(
@@ -95,9 +130,12 @@ def warn_fallback(reason: str) -> None:
 
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts back random state, buffers, and plain attributes that forward sets: a look must not count as a call."""
+    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call."""
     index: list[Any] = [device] if device.type == "cuda" else []
+    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = [(module, dict(module.__dict__)) for module in model.modules()]
+    seen: set[int] = set()
+    containers = [(live, live.copy()) for _, attributes in before for live in _containers(attributes, seen)]
     try:
         with torch.random.fork_rng(index), untouched_buffers(model):
             yield
@@ -105,8 +143,27 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for live, kept in containers:
+            live.clear()
+            (live.update if hasattr(live, "update") else live.extend)(kept)
+        with torch.no_grad():
+            for parameter, value in weights:
+                if not torch.equal(parameter, value):
+                    parameter.copy_(value)
 
 
+def _containers(attributes: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
+    """Every plain container in a module's attributes, its tables of hooks included, which a forward may extend."""
+    waiting = list(attributes.values())
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _PLAIN and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+            yield value
+
+
+_PLAIN = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _NO_GRADIENT = (
     "No adapted parameter gets a gradient from the support loss. The model may compute under no_grad, detach its "
     "output, or run on parameters other than its own (a closure over another module, say). Make forward read its "

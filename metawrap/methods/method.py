@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
 from metawrap.methods.solved import Solved, autograd, restored_buffers, untouched_buffers, usable
-from metawrap.results import Description, EvaluationResult, MetaOutput, StepMetrics
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.tasks import (
     Inputs,
@@ -60,7 +61,9 @@ class Method(nn.Module, ABC):
         self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
 
     @abstractmethod
-    def _solve(self, task: Task, *, training: bool, norm: str, steps: int | None = None) -> Solved:
+    def _solve(
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None
+    ) -> Solved:
         """Adapts to one task's support set and judges on its target set.
 
         The loss is differentiable with respect to the learner's parameters wherever gradients are enabled.
@@ -157,6 +160,7 @@ class Method(nn.Module, ABC):
         *,
         norm: str | None = None,
         steps: int | None = None,
+        mask_unused_outputs: bool | None = None,
         metric: Callable[[Any, Any], Any] | None = None,
         keep_predictions: bool = False,
     ) -> EvaluationResult:
@@ -166,6 +170,8 @@ class Method(nn.Module, ABC):
             tasks: a task batch in any accepted form, or an iterable of them.
             norm: batch-norm policy; the learner's own if None.
             steps: inner steps; as in training if None, 0 for before adaptation, and more than in training is fine.
+            mask_unused_outputs: as in the constructor, which decides if None: for tasks with fewer ways than the model
+                has outputs.
             metric: `metric(prediction, target_y)` of one task; accuracy if None and labels are classes, else the loss.
             keep_predictions: whether the result holds each task's prediction.
         Returns:
@@ -176,7 +182,7 @@ class Method(nn.Module, ABC):
         with self._evaluating(), torch.no_grad():
             for batch in iterate_task_batches(tasks):
                 for task in self._checked(batch):
-                    solved = self._solved_for_evaluation(task, policy, steps)
+                    solved = self._solved_for_evaluation(task, policy, steps, mask_unused_outputs)
                     name, value = _measured(solved, task, metric)
                     values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
                     losses.append(solved.loss.detach().double().cpu())
@@ -316,11 +322,11 @@ class Method(nn.Module, ABC):
             raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {steps!r}.")
         return steps
 
-    def _solved_for_evaluation(self, task: Task, norm: str, steps: int | None) -> Solved:
+    def _solved_for_evaluation(self, task: Task, norm: str, steps: int | None, mask: bool | None) -> Solved:
         with autograd(False):
             task = usable(task)
             self._prepare(task)
-            return self._solve(task, training=False, norm=norm, steps=steps)
+            return self._solve(task, training=False, norm=norm, steps=steps, mask=mask)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

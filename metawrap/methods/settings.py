@@ -9,9 +9,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from metawrap.engines import UpdateRule
 from metawrap.errors import ArgumentError
 
 NormPolicy = Literal["batch", "running", "support"]
+HeadInit = Literal["learned", "zeros", "random", "stored"]
+InnerOptimizerName = Literal["sgd", "adam"]
 
 _OFF: dict[str, Any] = {
     "multi_step_loss": False,
@@ -27,6 +30,13 @@ _OFF: dict[str, Any] = {
     "iterations_per_epoch": 500,
     "norm": "batch",
     "betas": (0.9, 0.999),
+}
+_RULE = UpdateRule()
+_INNER: dict[str, Any] = {
+    "inner_optimizer": _RULE.name,
+    "inner_momentum": _RULE.momentum,
+    "inner_betas": _RULE.betas,
+    "inner_eps": _RULE.eps,
 }
 _ALL_PARTS = dict.fromkeys(
     ("multi_step_loss", "per_step_norm_statistics", "per_step_norm_affine", "learn_inner_lr", "cosine_annealing"), True
@@ -65,6 +75,19 @@ class Settings:
     max_grad_value: float | None
     tasks_per_backward: int
     max_skipped_steps: int
+    inner_optimizer: InnerOptimizerName
+    inner_momentum: float
+    inner_betas: tuple[float, float]
+    inner_eps: float
+    inner_max_grad_norm: float | None
+    inner_max_grad_value: float | None
+    head_init: HeadInit
+    mask_unused_outputs: bool
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """The update of an inner step."""
+        return UpdateRule(self.inner_optimizer, self.inner_momentum, self.inner_betas, self.inner_eps)
 
     @property
     def step_loss_epochs(self) -> int:
@@ -100,17 +123,24 @@ def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = 
                 f"given. "
                 f"Set it there, and leave {name} out."
             )
-    values: dict[str, Any] = dict.fromkeys(given) | PRESETS[preset] | explicit
+    values: dict[str, Any] = dict.fromkeys(given) | _INNER | PRESETS[preset] | explicit
     if values["adapt_norm"]:
         values["per_step_norm_affine"] = False
     for name, value in values.items():
         _check(name, value)
+    for name, rule in _BELONGS_TO_RULE.items():
+        if name in explicit and explicit[name] and values["inner_optimizer"] != rule:
+            raise ArgumentError(
+                f'{name}: has no effect with inner_optimizer="{values["inner_optimizer"]}". Leave it out, or pass '
+                f'inner_optimizer="{rule}".'
+            )
     for name, switch in _BELONGS.items():
         if name in explicit and not values[switch]:
             raise ArgumentError(f"{name}: has no effect with {switch}=False. Leave it out, or pass {switch}=True.")
     if "min_meta_lr" not in explicit:
         values["min_meta_lr"] = min(values["min_meta_lr"], values["meta_lr"])
-    values["betas"] = tuple(values["betas"])
+    for name in ("betas", "inner_betas"):
+        values[name] = tuple(values[name])
     if values["min_meta_lr"] > values["meta_lr"]:
         raise ArgumentError(
             f"min_meta_lr: expected at most meta_lr={values['meta_lr']}, but got {values['min_meta_lr']}."
@@ -124,6 +154,7 @@ def _check(name: str, value: Any) -> None:
         raise ArgumentError(f"{name}: expected {wanted[0]}, but got {value!r}.")
 
 
+_BELONGS_TO_RULE = {"inner_momentum": "sgd", "inner_betas": "adam", "inner_eps": "adam"}
 _BELONGS = {"msl_epochs": "multi_step_loss", "min_meta_lr": "cosine_annealing"}
 _REPLACED = {
     "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing"),
@@ -150,6 +181,18 @@ def _is_number(value: Any) -> bool:
 _SWITCH = ("True or False", lambda v: isinstance(v, bool))
 _POSITIVE = ("a positive number", lambda v: _is_number(v) and v > 0)
 _CLIP = ("a positive number or None", lambda v: v is None or (_is_number(v) and v > 0))
+_BETAS = (
+    "two numbers from 0 up to, not including, 1",
+    lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+)
+
+
+def _one_of(choices: Any) -> tuple[str, Any]:
+    names = get_args(choices)
+    listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+    return listed, lambda v: isinstance(v, str) and v in names
+
+
 _WANTED: dict[str, tuple[str, Any]] = {
     "inner_steps": _count(1),
     "inner_lr": ("a finite number", _is_number),
@@ -167,16 +210,21 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "min_meta_lr": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
     "epochs": _count(1),
     "iterations_per_epoch": _count(1),
-    "norm": ("'batch', 'running' or 'support'", lambda v: isinstance(v, str) and v in get_args(NormPolicy)),
-    "betas": (
-        "two numbers from 0 up to, not including, 1",
-        lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
-    ),
+    "norm": _one_of(NormPolicy),
+    "betas": _BETAS,
     "adapt_norm": _SWITCH,
     "max_grad_norm": _CLIP,
     "max_grad_value": _CLIP,
     "tasks_per_backward": _count(1),
     "max_skipped_steps": _count(1),
+    "inner_optimizer": _one_of(InnerOptimizerName),
+    "inner_momentum": ("a number from 0 up to, not including, 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "inner_betas": _BETAS,
+    "inner_eps": _POSITIVE,
+    "inner_max_grad_norm": _CLIP,
+    "inner_max_grad_value": _CLIP,
+    "head_init": _one_of(HeadInit),
+    "mask_unused_outputs": _SWITCH,
 }
 
 

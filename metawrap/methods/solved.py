@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.results import accuracy_of
-from metawrap.tasks import Task, map_tensors
+from metawrap.tasks import Task, TaskId, map_tensors
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Solved:
     """One task, solved. Only `loss` carries a graph.
 
     loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: what the norms saw, pass by pass.
+    head: the adapted head, where it is to be stored for the task.
     """
 
     loss: Tensor
@@ -28,19 +29,33 @@ class Solved:
     prediction: Any
     accuracy: Tensor | None
     moments: list[Moments] = field(default_factory=list)
+    task_id: TaskId | None = None
+    head: dict[str, Tensor] = field(default_factory=dict)
 
     def detached(self) -> Solved:
         """The same without its graph, so that the graph can be freed."""
-        return Solved(self.loss.detach(), self.step_losses, self.prediction, self.accuracy, self.moments)
+        return replace(self, loss=self.loss.detach())
 
 
-def solved_from(loss: Tensor, step_losses: list[Tensor | None], prediction: Any, y: Any, moments: Any) -> Solved:
+def solved_from(
+    loss: Tensor,
+    step_losses: list[Tensor | None],
+    prediction: Any,
+    task: Task,
+    moments: list[Moments],
+    head: dict[str, Tensor],
+) -> Solved:
     """Gathers a task's outcome; everything but the loss is detached."""
     prediction = map_tensors(prediction, Tensor.detach)
     missing = torch.full_like(loss.detach(), torch.nan)
     losses = [missing if step is None else step.detach() for step in step_losses]
     stacked = torch.stack(losses) if losses else missing.new_empty(0)
-    return Solved(loss, stacked, prediction, accuracy_of(prediction, y), moments)
+    return Solved(loss, stacked, prediction, accuracy_of(prediction, task.target_y), moments, task.id, head)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient as an ordinary tensor: some embeddings have sparse ones."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def usable(task: Task) -> Task:
@@ -80,6 +95,8 @@ def restored_buffers(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
             present = module._buffers[name]
             if where is None or present is None:
                 module._buffers[name] = value
+            elif present.layout != torch.strided or present.shape != value.shape:  # No torch.where between these.
+                module._buffers[name] = value if bool(where) else present
             else:
                 present.copy_(torch.where(where, value, present))
 
@@ -92,18 +109,27 @@ def restored_buffers(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
 
 @contextmanager
 def untouched_buffers(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Puts every buffer back, whether it was edited in place or replaced."""
+    """Puts every buffer back, whether it was edited in place or replaced, and what `max_norm` edits: embeddings."""
     if not when:
         yield
         return
-    slots = [
-        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
+    tables: list[dict[str, Any]] = [m._buffers for m in model.modules()]
+    tables += [m._parameters for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    slots = [(table, name, t, t._version, t.clone()) for table in tables for name, t in table.items() if t is not None]
+    empty = [(table, name) for table in tables for name, tensor in table.items() if tensor is None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, value in slots:
-                if buffer._version != version:
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
+            for table, name, tensor, version, value in slots:
+                # torch's batch_norm edits its statistics without raising their version.
+                if tensor._version != version or not _equal(tensor, value):
+                    tensor.copy_(value)
+                table[name] = tensor
+            for table, name in empty:
+                table[name] = None
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    # Sparse tensors cannot be compared, and batch_norm takes none.
+    return tensor.layout != torch.strided or torch.equal(tensor, value)

@@ -101,6 +101,16 @@ def _uninitialised(model: nn.Module) -> Iterator[str]:
             )
 
 
+def _unnamed(model: nn.Module) -> Iterator[str]:
+    own = {id(parameter) for _, parameter in model.named_parameters()}
+    unnamed = [name for name, parameter in nn.Module.named_parameters(model) if id(parameter) not in own]
+    if unnamed:
+        yield (
+            f"{_label('', model)} has a named_parameters() of its own, which leaves out {', '.join(unnamed)}. Take it "
+            "away; freeze what should not be trained with requires_grad_(False), and choose what to adapt with adapt=."
+        )
+
+
 def _aliases(model: nn.Module) -> Iterator[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
@@ -151,6 +161,7 @@ _CHECKS = (
     _scripted,
     _quantised,
     _uninitialised,
+    _unnamed,
     _aliases,
     _instance_statistics,
 )

@@ -115,8 +115,7 @@ def plain_copy(
 
 def parameter_slots(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Where each parameter sits: (owner, local name) pairs by its first name; several where it is shared."""
-    # torch's own, not one that the user's class may have in its place to name fewer.
-    names = {id(parameter): name for name, parameter in nn.Module.named_parameters(model)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     slots: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
     for module in model.modules():
         for local, parameter in module._parameters.items():

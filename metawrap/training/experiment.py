@@ -108,7 +108,7 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
 def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:
     """The user's network if `model` is set, else the backbone, sized for these images."""
     if settings.model is not None:
-        return _call_factory(settings.model, settings.ways)
+        return call_factory(settings.model, settings.ways)
     channels, height, width = images.images.shape[1:]
     if height != width:
         raise ArgumentError(
@@ -146,7 +146,12 @@ def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.
     )
 
 
-def _call_factory(name: str, ways: int) -> nn.Module:
+def call_factory(name: str, ways: int) -> nn.Module:
+    """The network that "package.module:factory" makes, called with `ways` if it takes that.
+
+    Raises:
+        ArgumentError: there is no such function, or it returns no module.
+    """
     factory = _find_factory(name)
     takes_ways = "ways" in inspect.signature(factory).parameters
     model = factory(ways=ways) if takes_ways else factory()

@@ -1,0 +1,49 @@
+"""The settings of a run and a network of the user's -> what wrapping finds and does, without training or data."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from metawrap.description import Description
+from metawrap.errors import ArgumentError, MetaWrapError, MetaWrapWarning, TaskError
+from metawrap.methods.describing import look_at
+from metawrap.tasks import Task
+from metawrap.training.experiment import build_learner, call_factory
+from metawrap.training.run_settings import RunSettings
+
+
+def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = None) -> Description:
+    """Wraps the network that `settings.model` names, on the CPU, and describes it.
+
+    Args:
+        input_shape: of one example, without the batch axis. If it is given, the learner looks at a task of
+            `settings.ways` random examples, a class each, which shows the head, unused parameters and a faulty engine.
+    Raises:
+        ArgumentError: there is no such network, or it fails on inputs of that shape.
+        UnsupportedModuleError: the network has something that no engine can adapt correctly.
+    """
+    if settings.model is None:
+        raise ArgumentError("model: expected 'package.module:factory', but got none.")
+    torch.manual_seed(settings.seed)
+    learner = build_learner(settings, call_factory(settings.model, settings.ways))
+    if input_shape is not None:
+        dtype = next(learner.model.parameters()).dtype
+        x, y = torch.randn(settings.ways, *input_shape, dtype=dtype), torch.arange(settings.ways)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MetaWrapWarning)  # The description holds them.
+                look_at(learner, Task(x, y, x, y))
+        except TaskError as error:
+            raise ArgumentError(f"ways: {error} --ways sets how many classes the task has.") from error
+        except MetaWrapError:
+            raise
+        except Exception as error:  # Whatever the user's own forward raises.
+            shape = ", ".join(map(str, x.shape))
+            raise ArgumentError(
+                f"input-shape: the network fails on random numbers of shape ({shape}): {type(error).__name__}: "
+                f"{' '.join(str(error).split()).rstrip('.')}. Give the shape of one example, without the batch axis, "
+                "or leave it out."
+            ) from error
+    return learner.describe()  # type: ignore[no-any-return]
