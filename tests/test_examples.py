@@ -34,6 +34,15 @@ def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = load("examples/negative_rates.py", monkeypatch).main(meta_steps=200)
+    assert float(learner.learning_rates["weight"].detach()[0]) < -0.5
+    before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "target loss" in line)
+    assert after < before / 3
+
+
 def test_the_meta_step_benchmark_writes_a_record_with_units_and_a_ratio(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
