@@ -7,11 +7,12 @@ OUT ?= runs/first
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
 
-.PHONY: help train test test-all lint format types bench clean
+.PHONY: help train test test-all zoo lint format types bench clean
 
 help:
 	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
 	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
+	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
 	@echo "make lint      ruff; make format lets it change files"
 	@echo "make types     mypy --strict"
 	@echo "make bench     time one meta-step"
@@ -26,6 +27,10 @@ test: $(VENV)/installed-test
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+# One process with one thread: the largest networks take 10 GB each.
+zoo: $(VENV)/installed-zoo
+	$(BIN)/python -m pytest -m "" tests/zoo --write-table docs/supported-models.md $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -56,3 +61,7 @@ $(VENV)/installed: pyproject.toml setup.py | $(BIN)/python
 $(VENV)/installed-test: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	@touch $(VENV)/installed $@
+
+$(VENV)/installed-zoo: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,zoo]"
+	@touch $(VENV)/installed $(VENV)/installed-test $@

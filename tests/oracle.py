@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -21,21 +21,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Moments = tuple[Tensor, Tensor, Tensor]
+# By their formulas: torch's own have no second derivative.
+PLAIN_GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Hardsigmoid: lambda x: torch.clamp(x / 6 + 0.5, 0, 1),
+    nn.Hardswish: lambda x: x * torch.clamp(x / 6 + 0.5, 0, 1),
+}
 
 
 @dataclass
 class Reference:
     """What one pass over a task batch must give.
 
-    step_losses and predictions hold None where no target pass is due. `statistics` are the rows after the pass.
+    step_losses hold None where no target pass is due, predictions where the prediction is not a tensor. `statistics`
+    are the rows after the pass, `buffers` the model's other buffers and its frozen parameters.
     """
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
     statistics: dict[str, Tensor]
     step_losses: list[list[Tensor | None]] = field(default_factory=list)
-    predictions: list[Tensor] = field(default_factory=list)
+    predictions: list[Tensor | None] = field(default_factory=list)
     fast_weights: list[dict[str, Tensor]] = field(default_factory=list)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def msl_weights(steps: int, epoch: int, anneal_epochs: int) -> list[float]:
@@ -68,6 +75,8 @@ def meta_gradient(
     training: bool = True,
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     after_norm: Mapping[type, Callable[[Tensor], Tensor]] | None = None,
+    kept: Collection[str] = (),
+    in_place: bool = False,
 ) -> Reference:
     """Loss, meta-gradients (`grad` of every value, and of `lr/<name>` for every rate) and statistics of a task batch.
 
@@ -84,19 +93,24 @@ def meta_gradient(
             folds statistics: those of every pass that normalises by its own, so under "support" those of the second
             support pass stand where the target's would.
         after_norm: what a norm of this exact class does after normalising.
+        kept: norms that stay torch's own, on their stored statistics.
+        in_place: works on the model itself, for models that copy.deepcopy does not copy whole, such as closures.
     """
-    model = copy.deepcopy(model).train(training)
+    model = (model if in_place else copy.deepcopy(model)).train(training)
     own = dict(model.named_parameters())
     start = {name: (values or own)[name].detach().clone() for name in own}
     for name, parameter in own.items():
         start[name].requires_grad_(parameter.requires_grad)
+        for hook in (parameter._backward_hooks or {}).values():
+            start[name].register_hook(hook)
     start_rates = {name: rate.detach().clone().requires_grad_() for name, rate in rates.items()}
-    machine = _Machine(model, statistics, after_norm or {})
+    machine = _Machine(model, statistics, after_norm or {}, kept)
     result = Reference(torch.zeros(()), {}, machine.statistics)
     losses = []
     with sdpa_kernel(SDPBackend.MATH):
         for support_x, support_y, target_x, target_y in tasks:
-            fast = {name: value.clone() for name, value in start.items()}
+            # What is not adapted is the model's own, and what forward does to it in place stays.
+            fast = {name: value.clone() if name in start_rates else value for name, value in start.items()}
             total: Any = 0.0
             per_step: list[Tensor | None] = []
             for step, weight in enumerate(step_weights):
@@ -130,14 +144,18 @@ def meta_gradient(
                 total = total + weight * target_loss
             losses.append(total)
             result.step_losses.append(per_step)
-            result.predictions.append(prediction.detach())
+            result.predictions.append(prediction.detach() if isinstance(prediction, Tensor) else None)
             result.fast_weights.append({name: value.detach() for name, value in fast.items()})
     result.loss = torch.stack(losses).mean()
     leaves = {name: value for name, value in start.items() if value.requires_grad}
     leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
     gradients = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
-    result.gradients = dict(zip(leaves, gradients, strict=True))
+    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+    result.gradients = dict(zip(leaves, dense, strict=True))
     result.loss = result.loss.detach()
+    normed = {f"{name}.{local}" for name, norm in norms_of(model).items() for local in norm._buffers}
+    result.buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in normed}
+    result.buffers |= {name: value for name, value in start.items() if not value.requires_grad}
     return result
 
 
@@ -149,8 +167,10 @@ class _Machine:
         model: nn.Module,
         statistics: Mapping[str, Tensor] | None,
         after_norm: Mapping[type, Callable[[Tensor], Tensor]],
+        kept: Collection[str],
     ) -> None:
-        self.model, self.norms = model, norms_of(model)
+        self.model = model
+        self.norms = {name: norm for name, norm in norms_of(model).items() if name not in kept}
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.slots = [
             (module, local, self.names[id(parameter)])
@@ -160,17 +180,29 @@ class _Machine:
         ]
         self.statistics: dict[str, Tensor] = {}
         self.row, self.mode, self.seen = 0, "batch", {}
-        for name, norm in self.norms.items():
+        self.folds: dict[tuple[str, int], int] = {}  # of each row so far
+        for name, norm in norms_of(model).items():
             for kind in ("running_mean", "running_var"):
                 own = getattr(norm, kind)
                 if own is not None:
                     given = own[None] if statistics is None else statistics[f"{name}.{kind}"]
                     self.statistics[f"{name}.{kind}"] = given.detach().clone()
+                    if name in kept:
+                        own.copy_(given[0])
+            if name in kept:
+                norm.eval()
+                continue
             norm.forward = self._norm_forward(name, norm, after_norm.get(type(norm)))  # type: ignore[method-assign]
+        for module in model.modules():
+            if type(module) in PLAIN_GATES:
+                module.forward = PLAIN_GATES[type(module)]  # type: ignore[method-assign]
 
     def run(self, weights: Mapping[str, Tensor], row: int, x: Any, mode: Any) -> tuple[Any, dict[str, list[Moments]]]:
         """Output and, for each norm, the batch moments of its calls: mean, biased and unbiased variance."""
         self.row, self.mode, self.seen = row, mode, {}
+        fresh = {id(b): b.clone() for b in self.model.buffers()}  # Earlier passes keep the values that they saw.
+        for module in self.model.modules():
+            module._buffers.update((n, fresh[id(b)]) for n, b in module._buffers.items() if b is not None)
         with self._lent(weights):
             if isinstance(x, dict):
                 output = self.model(**x)
@@ -185,13 +217,16 @@ class _Machine:
                     if (key := f"{name}.{kind}") in self.statistics:
                         old = self.statistics[key]
                         at, momentum = min(row, len(old) - 1), self.norms[name].momentum
-                        assert momentum is not None, "the oracle knows no cumulative averages"
+                        folded = self.folds[key, at] = self.folds.get((key, at), 0) + 1
+                        if momentum is None:  # A cumulative average: each of n batches weighs 1 / n.
+                            momentum = 1 / (int(self.norms[name].num_batches_tracked) + folded)  # type: ignore[arg-type]
                         old[at] = (1 - momentum) * old[at] + momentum * new.detach()
 
     @contextlib.contextmanager
     def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         kept = [module._parameters[local] for module, local, _ in self.slots]
         for module, local, name in self.slots:
+            weights[name]._is_param = True  # type: ignore[attr-defined]  # isinstance(_, nn.Parameter) holds
             module._parameters[local] = weights[name]  # type: ignore[assignment]
         for module in self.model.modules():
             if isinstance(module, nn.RNNBase):
@@ -281,13 +316,15 @@ def worst_error(found: Mapping[str, Tensor | None], expected: Mapping[str, Tenso
 
     None counts as zero: an unused parameter may have no gradient at all.
     """
-    largest = max(float(value.abs().max()) for value in expected.values() if value is not None)
+    largest = max(float(value.abs().max()) for value in expected.values() if value is not None and value.numel())
     worst = (0.0, "")
     for name, value in expected.items():
         got = found.get(name)
         value = torch.zeros(()) if value is None else value
         got = torch.zeros_like(value) if got is None else got
         assert got.dim() == 0 or value.dim() == 0 or got.shape == value.shape, (name, got.shape, value.shape)
+        if not value.numel():
+            continue
         error = float((got.detach().cpu() - value.detach().cpu()).abs().max())
         worst = max(worst, (error / max(float(value.abs().max()), 1e-3 * largest), name))
         assert math.isfinite(error), name
@@ -296,7 +333,8 @@ def worst_error(found: Mapping[str, Tensor | None], expected: Mapping[str, Tenso
 
 def assert_same_gradients(
     found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float = 1e-9
-) -> None:
+) -> float:
     assert set(found) == set(expected), set(found) ^ set(expected)
     error, name = worst_error(found, expected)
     assert error <= tolerance, f"{name}: relative error {error:.2e}, expected at most {tolerance:.0e}"
+    return error

@@ -1,0 +1,152 @@
+"""`--write-table PATH`: what the zoo found, as a page of the documentation; failures and skips are on it, too."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchvision_nets import LIMIT, builders_below_limit
+
+ENGINES, EVALUATION = ("functional", "auto", "higher"), "evaluation"
+PACKAGES = ("torch", "torchvision", "higher", "transformers")
+COLUMNS = (
+    *("network", "parameters", "engine of `auto`", "`higher`", "`functional`", "evaluation"),
+    *("worst error", "seconds", "note"),
+)
+HEAD = """\
+# Supported models
+
+Written by `make zoo` from the run of its tests; do not edit.
+
+For every network below, in float64, metawrap wraps it and takes two second-order inner steps under the multi-step
+loss. The meta-loss, the meta-gradient of every parameter and every inner learning rate, and the running statistics
+are compared with a plain loop written by hand ([tests/oracle.py](../tests/oracle.py); it shares no code with metawrap).
+
+- `equal`: the relative error is at most 1e-9, with the network's own dropout and stochastic depth on, and the module
+  that was passed in is unchanged. The worst error stands beside it; 0 is equality to the last bit.
+- `refused`: metawrap raised the error that names module, cause and fix, as it must there.
+- engine of `auto`: the one that `engine="auto"`, the default, ran, with an equal result.
+- evaluation: `equal` where `learner.evaluate` and the modules of `learner.adapt` were compared as well.
+
+Sizes are as small as each network takes, and weights are random: this is about gradients, not about accuracy.
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", type=Path, metavar="PATH", help="write the zoo's results to this Markdown file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("write_table", default=None)
+    if path is not None:
+        config.pluginmanager.register(_Table(path), "zoo-table")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "entry" in values:
+            entry, column = values["entry"], values.get("engine", EVALUATION)
+            row = {"family": entry.family, "name": entry.name, "note": entry.note, "column": column}
+            item.user_properties.append(("row", row))  # Here, because a skipped test never runs.
+
+
+@dataclass
+class _Row:
+    family: str
+    name: str
+    note: str
+    results: dict[str, str] = field(default_factory=dict)  # By engine, and evaluation: see HEAD, "FAILED", "skipped".
+    taken: str = ""
+    parameters: int | None = None
+    errors: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return set(self.results) >= set(ENGINES) and set(self.results.values()) <= {"equal", "refused"}
+
+    def line(self) -> str:
+        cells = [
+            self.name,
+            _short(self.parameters),
+            self.taken or self.results.get("auto", "not run"),
+            *(self.results.get(engine, "not run") for engine in ("higher", "functional")),
+            self.results.get(EVALUATION, ""),
+            f"{max(self.errors):.0e}" if any(self.errors) else "0" if self.errors else "",
+            f"{self.seconds:.1f}",
+            self.note,
+        ]
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+class _Table:
+    """Collects the reports, also those of pytest-xdist's workers, and writes the page at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found: dict[str, Any] = dict(report.user_properties)  # type: ignore[arg-type]
+        if "row" not in found or (report.when != "call" and report.passed):
+            return
+        about, outcome = dict(found["row"]), found.get("outcome", {"result": "equal"})
+        column = about.pop("column")
+        row = self.rows.setdefault(about["name"], _Row(**about))
+        row.results[column] = "FAILED" if report.failed else "skipped" if report.skipped else outcome["result"]
+        row.seconds += report.duration
+        if report.passed and column in ENGINES:
+            row.parameters = outcome["parameters"]
+            row.taken = outcome["engine"] if column == "auto" else row.taken
+            row.errors += [] if outcome["error"] is None else [outcome["error"]]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join(self._page()) + "\n")
+        terminalreporter.write_line(f"zoo: {self._count(list(self.rows.values()))}, written to {self.path}")
+
+    def _page(self) -> Iterator[str]:
+        rows = list(self.rows.values())
+        yield HEAD
+        yield f"{self._count(rows)}, in {sum(row.seconds for row in rows) / 60:.0f} minutes."
+        builders = builders_below_limit()
+        passed = sum(row.passed and row.name in builders for row in rows)
+        yield (
+            f"Of torchvision's {len(builders)} classification builders with fewer than {LIMIT // 1_000_000} million "
+            f"parameters, {passed} pass."
+        )
+        yield f"\nRun with {', '.join(map(_version, PACKAGES))}, Python {platform.python_version()},"
+        yield f"on a {platform.machine()} CPU with {os.cpu_count()} cores, one thread."
+        for family in dict.fromkeys(row.family for row in rows):
+            members = [row for row in rows if row.family == family]
+            yield f"\n## {family[:1].upper()}{family[1:]}\n\n{self._count(members)}.\n"
+            yield f"| {' | '.join(COLUMNS)} |"
+            yield "| --- | --: | --- | --- | --- | --- | --: | --: | --- |"
+            yield from (row.line() for row in members)
+
+    @staticmethod
+    def _count(rows: list[_Row]) -> str:
+        failed = sum("FAILED" in row.results.values() for row in rows)
+        skipped = sum("skipped" in row.results.values() for row in rows)
+        return f"{sum(row.passed for row in rows)} of {len(rows)} networks pass, {failed} failed, {skipped} skipped"
+
+
+def _short(count: int | None) -> str:
+    if count is None:
+        return ""
+    scale, unit = (1e6, " M") if count >= 1e6 else (1e3, " k") if count >= 1e3 else (1, "")
+    return f"{count / scale:.3g}{unit}"
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"

@@ -1,0 +1,285 @@
+"""Buffers that forward edits, hooks of every kind, and wrappers around modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from entry import Entry
+from pieces import VECTORS, Body
+from torch import Tensor, nn
+
+
+# --- buffers ---------------------------------------------------------------------------------------------------------
+class Counts(Body):
+    """Counts its calls and averages its input, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("average", torch.zeros(6))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.average.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return torch.tanh(x - self.average)
+
+
+class Rescales(Counts):
+    """Multiplies by what it edits in place: the backward pass needs the value of its own call."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return super().between(x * (1 + self.average) * (1 + 0.1 * self.calls))
+
+
+class DividesInPlace(Body):
+    """Divides by a running scale that it edits in place: each backward pass needs the value of its own call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(6))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.mul_(0.9).add_(x.detach().abs().mean(0), alpha=0.1)
+        return torch.tanh(x / self.scale)
+
+
+class Replaces(Counts):
+    """Replaces its buffers by new ones."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls = self.calls + 1
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        return torch.tanh(x * (1 + self.average))
+
+
+class Shares(Body):
+    """One buffer, edited in place, under two names, and its value is needed by the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(6, dtype=torch.float64))
+        self.other = nn.Linear(6, 6)
+        self.other.register_buffer("scale", self.scale)
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.mul_(1.1)
+        return torch.tanh(self.other(x) * self.other.scale)
+
+
+class Codebook(Body):
+    """Vector quantisation with a codebook that is a moving average, and straight-through gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, 6))
+
+    def between(self, x: Tensor) -> Tensor:
+        nearest = (x.detach()[:, None] - self.codes).square().sum(2).argmin(1)
+        chosen = self.codes[nearest]
+        if self.training:
+            with torch.no_grad():
+                self.codes.index_add_(0, nearest, 0.1 * (x - chosen))
+        return torch.tanh(x + (chosen - x).detach() + 0.1 * x * chosen)
+
+
+class Grows(Body):
+    """A memory that grows by each call's examples, and one that the first call fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(0, 6))
+        self.register_buffer("centre", None)
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.centre is None:
+            self.centre = x.detach().mean(0)
+        if self.training:
+            self.memory = torch.cat([self.memory, x.detach()])
+        return torch.tanh(x - self.centre + (self.memory.mean(0) if len(self.memory) else 0))
+
+
+class CountsInPython(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen = 0, None
+
+    def between(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = x.detach()
+        return torch.tanh(x) if self.calls % 2 else torch.tanh(1.1 * x)
+
+
+class Remembers(Body):
+    """Assigns a weight to an attribute in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recent = self.first.weight
+        return self.last(torch.tanh(F.linear(x, self.recent, self.first.bias)))
+
+
+class Momentum(Body):
+    """A slow copy of its own layer, moved at each call, as momentum contrast does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = nn.Linear(4, 6).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                for slow, fast in zip(self.slow.parameters(), self.first.parameters(), strict=True):
+                    slow.mul_(0.9).add_(0.1 * fast)
+        return self.last(torch.tanh(self.first(x) * self.slow(x)))
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+def hooked(register: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    return partial(_hooked, register)
+
+
+def _hooked(register: Callable[[Any], Any]) -> nn.Module:
+    model = Body()
+    register(model)
+    return model
+
+
+def _halve_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (args[0] / 2,)
+
+
+def _bend(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.tanh(output) + 0.2 * output
+
+
+def _with_keywords(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return (args[0] * 1.5,), kwargs
+
+
+def _bend_with_keywords(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    return output * module.weight.mean()
+
+
+def _closure_over_the_model(model: Any) -> Any:
+    return model.first.register_forward_hook(lambda module, args, out: out * model.last.weight.mean())
+
+
+def _scale_gradient(module: nn.Module, into: Any, out: Any) -> Any:
+    return tuple(None if g is None else 0.5 * g for g in into)
+
+
+def _scale_gradient_before(module: nn.Module, out: Any) -> Any:
+    return tuple(None if g is None else 2 * g for g in out)
+
+
+class Keeper:
+    """A hook that is an object, and keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.seen.append(tuple(output.shape))
+        return output * 1.2
+
+
+class Extracts(Body):
+    """Reads its features from where a hook of its own put them, as feature extractors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        self.first.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept["first"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first(x)
+        return self.last(torch.tanh(self.kept.pop("first")))
+
+
+class HooksInForward(Body):
+    """Registers a hook for the time of one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        handle = self.first.register_forward_hook(_bend)
+        try:
+            return super().forward(x)
+        finally:
+            handle.remove()
+
+
+class TensorHook(Body):
+    def between(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: 0.5 * gradient)
+        return x
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda model: model.first.register_forward_hook(_bend),
+    "forward of the model itself": lambda model: model.register_forward_hook(_bend),
+    "forward, an object": lambda model: model.first.register_forward_hook(Keeper()),
+    "forward, a partial": lambda model: model.first.register_forward_hook(partial(_bend)),
+    "forward, over the model": _closure_over_the_model,
+    "before forward": lambda model: model.first.register_forward_pre_hook(_halve_input),
+    "before forward, with keywords": lambda model: model.first.register_forward_pre_hook(
+        _with_keywords, with_kwargs=True
+    ),
+    "forward, with keywords": lambda model: model.first.register_forward_hook(_bend_with_keywords, with_kwargs=True),
+    "forward, two of them, the last first": lambda model: (
+        model.first.register_forward_hook(_bend),
+        model.first.register_forward_hook(Keeper(), prepend=True),
+    ),
+    "full backward": lambda model: model.last.register_full_backward_hook(_scale_gradient),
+    "before full backward": lambda model: model.last.register_full_backward_pre_hook(_scale_gradient_before),
+    "on a parameter": lambda model: model.first.weight.register_hook(lambda gradient: gradient * 0.5),
+    "on a parameter, over the model": lambda model: model.first.bias.register_hook(
+        lambda g: g * model.first.bias.detach()
+    ),
+    "after accumulation on a parameter": lambda m: m.first.bias.register_post_accumulate_grad_hook(
+        lambda parameter: None
+    ),
+    "state dict": lambda model: (
+        model.register_state_dict_post_hook(lambda module, state, prefix, local: None),
+        model.register_load_state_dict_pre_hook(lambda *args: None),
+        model.register_load_state_dict_post_hook(lambda module, keys: None),
+        model.register_state_dict_pre_hook(lambda module, prefix, keep: None),
+    ),
+}
+
+
+_entry = partial(Entry, family="state", tasks=VECTORS, quick=True)
+
+PATTERNS = [
+    _entry("counts in buffers", make=Counts),
+    _entry("multiplies by a buffer that it edits", make=Rescales),
+    _entry("divides by a buffer that it edits", make=DividesInPlace),
+    _entry("buffers that grow", make=Grows, adapted_alone=False),
+    _entry("replaces its buffers", make=Replaces),
+    _entry("one edited buffer under two names", make=Shares),
+    _entry("codebook", make=Codebook),
+    _entry("counts in Python", make=CountsInPython, adapted_alone=False),
+    _entry(
+        "assigns a weight to an attribute",
+        make=Remembers,
+        refused=r"\(Remembers\) is given a weight as its attribute 'recent'.*local",
+    ),
+    _entry("slow copy of its own layer", make=Momentum),
+    *(
+        _entry(f"hook: {name}", make=hooked(register), higher=name != "forward, over the model")
+        for name, register in HOOKS.items()
+    ),
+    _entry("hook that keeps features", make=Extracts),
+    _entry("hook for the time of a call", make=HooksInForward),
+    _entry("hook on a hidden value", make=TensorHook),
+]

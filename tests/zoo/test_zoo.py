@@ -1,0 +1,58 @@
+"""Every network of the zoo under every engine: the gradient of a plain float64 loop, or a refusal that says why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+from entry import Entry, check, check_evaluation
+from hugging_face import HUGGING_FACE
+from patterns import PATTERNS
+from torchvision_nets import TORCHVISION, builders_below_limit
+
+ENTRIES: list[Entry] = [*PATTERNS, *TORCHVISION, *HUGGING_FACE]
+# Evaluation has no second derivatives to get wrong: the large ones need not repeat it.
+EVALUATED = [entry for entry in [*PATTERNS, *HUGGING_FACE] if entry.refused is None]
+EVALUATED += [entry for entry in TORCHVISION if entry.quick]
+
+
+def _marks(entry: Entry) -> list[Any]:
+    absent = bool(entry.needs) and find_spec(entry.needs) is None
+    needed = pytest.mark.skipif(absent, reason=f"{entry.needs} is not installed: pip install -e '.[test,zoo]'")
+    return [needed] if entry.quick else [needed, pytest.mark.zoo]
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(entry, engine, id=f"{entry.name}-{engine}", marks=_marks(entry))
+        for entry in ENTRIES
+        for engine in ("functional", "auto", "higher")
+    ]
+
+
+def test_names_are_unique() -> None:
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_every_small_classifier_of_torchvision_is_here() -> None:
+    assert builders_below_limit() - {entry.name for entry in TORCHVISION} == set()
+
+
+@pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
+@pytest.mark.parametrize(("entry", "engine"), _cases())
+def test_meta_gradient_equals_the_plain_loop(
+    entry: Entry, engine: str, record_property: Callable[[str, object], None]
+) -> None:
+    start = time.perf_counter()
+    outcome = check(entry, engine)
+    record_property("outcome", {**asdict(outcome), "seconds": time.perf_counter() - start})
+
+
+@pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name, marks=_marks(entry)) for entry in EVALUATED])
+def test_evaluation_and_adapted_modules_equal_the_plain_loop(entry: Entry) -> None:
+    check_evaluation(entry, "auto")
