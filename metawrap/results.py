@@ -112,17 +112,23 @@ class EvaluationResult:
         return f'{value} (95 %, {self.tasks} tasks, {self.steps} inner steps, norm="{self.norm}", {kind})'
 
 
+# The label that cross-entropy ignores unless it is told otherwise.
 IGNORED = -100
 
 
-def accuracy_of(prediction: Any, y: Any) -> Tensor | None:
-    """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
-    if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
-        return None
+def are_logits(prediction: Any, y: Any) -> bool:
+    """Whether these are (examples, classes, ...) logits and (examples, ...) labels."""
+    if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)) or y.is_floating_point() or y.is_complex():
+        return False
     fits = prediction.ndim == y.ndim + 1 and prediction.shape[:1] + prediction.shape[2:] == y.shape
-    if y.is_floating_point() or y.is_complex() or not fits or prediction.shape[1] < 2:
+    return bool(fits) and prediction.shape[1] > 1
+
+
+def accuracy_of(prediction: Any, y: Any, ignored: int = IGNORED) -> Tensor | None:
+    """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
+    if not are_logits(prediction, y):
         return None
-    # Cross-entropy ignores this label unless it is told otherwise.
-    labelled = y != IGNORED
+    labelled = y != ignored
     right = (prediction.argmax(1) == y) & labelled
-    return right.sum() / labelled.sum()
+    accuracy: Tensor = right.sum() / labelled.sum()
+    return accuracy

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +37,9 @@ class Task:
     id: TaskId | None = None
 
     def __post_init__(self) -> None:
-        if self.id is not None and (not isinstance(self.id, str | int) or isinstance(self.id, bool)):
+        if isinstance(self.id, Integral) and not isinstance(self.id, bool):
+            object.__setattr__(self, "id", int(self.id))  # numpy's whole numbers, too
+        elif self.id is not None and not isinstance(self.id, str):
             raise TaskError(f"id: expected a string or a whole number, but got {describe_value(self.id)}.")
         for part in ("support", "target"):
             _check_same_length(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))

@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,6 +177,56 @@ def test_tasks_without_an_id_are_refused_before_anything_changes() -> None:
     assert not learner.head_start.stored
 
 
+class GatedOutput(nn.Module):
+    """Its prediction is no module's output, and the last module to run is not the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.gate = nn.Linear(4, 3), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * torch.sigmoid(self.gate(x))
+
+
+@pytest.mark.parametrize("start", ["zeros", "random", "stored"])
+def test_a_head_that_is_a_guess_must_be_named(start: str) -> None:
+    with pytest.raises(ArgumentError, match=r"not known for sure.*head="):
+        learner_of(model=seeded(GatedOutput), head_init=start).meta_step(TASKS)
+    learner = learner_of(model=seeded(GatedOutput), head_init=start, head="head")
+    learner.meta_step(TASKS)
+    assert set(learner.head_start.names) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_stored_heads_need_no_id_outside_of_training(engine: str) -> None:
+    learner = learner_of(engine, head_init="stored")
+    support_x, support_y, *_ = TASKS[0].parts()
+    fresh = learner.adapt(support_x, support_y, steps=0)
+    assert torch.equal(fresh.linear.weight, learner.model.linear.weight)
+    assert learner.evaluate(BATCH).tasks == 2
+
+
+def test_a_head_that_is_not_finite_is_not_stored() -> None:
+    learner = learner_of(head_init="stored", head="linear")
+    spoilt = Task(TASKS[0].support_x * torch.nan, *TASKS[0].parts()[1:], id="a")
+    learner([spoilt, TASKS[1]])
+    assert set(learner.head_start.stored) == {"b"}
+
+
+def test_stored_heads_of_another_dtype_are_loaded() -> None:
+    learner = learner_of(head_init="stored", head="linear")
+    learner.meta_step(TASKS)
+    state = learner.state_dict()
+    learner.meta_step(TASKS)
+    assert not torch.equal(
+        state["head_start._extra_state"]["stored"]["a"]["linear.bias"], learner.head_start.stored["a"]["linear.bias"]
+    ), "a saved state does not change"
+    other = learner_of(head_init="stored", head="linear").float()
+    other.load_state_dict(state)
+    batch = [Task(*(p.float() if p.is_floating_point() else p for p in task.parts()), id=task.id) for task in TASKS]
+    assert not other.meta_step(batch).skipped
+
+
 class TiedOutput(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -195,12 +246,33 @@ class OwnHead(nn.Module):
         return self.scale * self.body(x)
 
 
+def deep_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def spectral_head() -> nn.Module:
+    model = NormedMlp()
+    nn.utils.spectral_norm(model.linear)
+    return model
+
+
+def normed_head() -> nn.Module:
+    model = NormedMlp()
+    nn.utils.parametrizations.weight_norm(model.linear)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         (TiedOutput, {"head": "second", "head_init": "zeros"}, r"'second' shares 'first.weight'"),
         (NormedMlp, {"head": "linear", "head_init": "zeros", "adapt": "first.*"}, r"'linear' has no adapted parameter"),
         (OwnHead, {"head": "", "head_init": "random"}, r"OwnHead, which owns 'scale', has no reset_parameters"),
+        (deep_head, {"head": "1", "head_init": "zeros"}, r"several layers, with 1.0.weight, 1.0.bias, 1.2.weight"),
+        (NormedMlp, {"head": "linear", "head_init": "zeros", "adapt": "*.weight"}, r"bias of the head is not adapted"),
+        (spectral_head, {"head": "linear", "head_init": "zeros"}, r"computes a weight from its parameters"),
+        (spectral_head, {"head": "linear", "head_init": "random"}, r"computes a weight from its parameters"),
+        (normed_head, {"head": "linear", "head_init": "zeros"}, r"original0', computes a weight"),
         (NormedMlp, {"head_init": "ones"}, r"head_init: expected 'learned', 'zeros', 'random' or 'stored'"),
     ],
 )
@@ -299,8 +371,50 @@ def test_labels_that_cannot_be_masked_are_refused(change: Any, message: str) -> 
         learner.meta_step([change(TASKS[0])])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_whole_dtype_are_masked(dtype: torch.dtype) -> None:
+    learner = learner_of(model=wide(), mask_unused_outputs=True, loss_fn=lambda p, y: F.cross_entropy(p, y.long()))
+    tasks = relabelled(TASKS)
+    expected = learner.evaluate(tasks).loss
+    small = [Task(t.support_x, t.support_y.to(dtype), t.target_x, t.target_y.to(dtype)) for t in tasks]
+    assert learner.evaluate(small).loss == expected
+
+
+def test_the_losss_own_ignored_label_is_no_class() -> None:
+    learner = learner_of(model=wide(), mask_unused_outputs=True, loss_fn=nn.CrossEntropyLoss(ignore_index=255))
+    tasks = relabelled(TASKS)
+    labels = tasks[0].support_y.clone()
+    labels[0] = 255
+    targets = tasks[0].target_y.clone()
+    targets[:2] = 255
+    result = learner.evaluate([Task(tasks[0].support_x, labels, tasks[0].target_x, targets)], keep_predictions=True)
+    right = result.predictions[0].argmax(1)[2:] == targets[2:]
+    assert result.accuracy == pytest.approx(float(right.double().mean()))
+
+
+def test_label_smoothing_under_a_mask_is_refused_not_infinite() -> None:
+    learner = learner_of(model=wide(), mask_unused_outputs=True, loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.raises(TaskError, match="label smoothing"):
+        learner.meta_step(relabelled(TASKS))
+    assert learner.iteration == 0
+
+
+def test_classes_on_another_axis_are_not_masked_in_silence() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6)))
+    loss = lambda prediction, y: F.cross_entropy(prediction.transpose(1, 2), y)
+    x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(0, 3, (4, 3))
+    with pytest.raises(TaskError, match=r"\(examples, classes, ...\)"):
+        learner_of(model=model, loss_fn=loss, mask_unused_outputs=True).meta_step([Task(x, y, x, y)])
+
+
+def test_a_mask_that_is_no_switch_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="mask_unused_outputs"):
+        learner_of(model=wide()).evaluate(TASKS, mask_unused_outputs="no")
+
+
 def test_task_ids_travel_with_their_tasks() -> None:
     batch = TaskBatch(tuple(TASKS)).to(torch.float64)
     assert [task.id for task in batch] == ["a", "b"]
+    assert type(Task(*TASKS[0].parts(), id=np.int64(3)).id) is int
     with pytest.raises(TaskError, match="id"):
         Task(*TASKS[0].parts(), id=1.5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,14 @@ from metawrap.methods.solved import Solved, autograd, dense
 from metawrap.schedules import is_second_order
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Task, tensors_in
+from metawrap.tasks import Task, TaskBatch, tensors_in
+
+_PLAIN_RULE: dict[str, Any] = {
+    "inner_optimizer": "sgd",
+    "inner_momentum": 0.0,
+    "inner_max_grad_norm": None,
+    "inner_max_grad_value": None,
+}
 
 
 class GradientBased(Method):
@@ -60,8 +68,12 @@ class GradientBased(Method):
             self.head_start.find(wrapped.model, head, wrapped.adapted)
 
     @abstractmethod
-    def _support_prediction(self, fast: Mapping[str, Tensor], task: Task, mask: bool | None = None) -> Any:
-        """The prediction on a support set as at the first inner step; the model's own output if `mask` is False."""
+    def _support_prediction(self, fast: Mapping[str, Tensor], task: Task) -> Any:
+        """The model's own prediction on a support set, as at the first inner step."""
+
+    @abstractmethod
+    def _support_loss(self, fast: Mapping[str, Tensor], task: Task) -> Tensor:
+        """Its loss."""
 
     def describe(self) -> Description:
         """What wrapping found and did."""
@@ -90,6 +102,10 @@ class GradientBased(Method):
         # An engine holds classes made at run time; it is made again when needed.
         return self.__dict__ | {"_engine": None}
 
+    def _check_trainable(self, batch: TaskBatch) -> None:
+        for task in batch:
+            self.head_start.check(task.id)
+
     def _fold(self, solved: Sequence[Solved], applied: Tensor) -> None:
         super()._fold(solved, applied)
         self.head_start.keep(solved, applied)
@@ -112,10 +128,10 @@ class GradientBased(Method):
             learned = {name: p.detach().clone().requires_grad_() for name, p in self.wrapped.adapted_parameters()}
 
             def prediction(fast: Mapping[str, Tensor] = learned) -> Any:
-                return self._support_prediction(fast, task, mask=False)
+                return self._support_prediction(fast, task)
 
             def support_loss(fast: Mapping[str, Tensor]) -> Tensor:
-                return self._loss(self._support_prediction(fast, task), task.support_y, "support")
+                return self._support_loss(fast, task)
 
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             with HardGates() as gates:
@@ -123,8 +139,9 @@ class GradientBased(Method):
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
             refuse_bypassed(prediction(), self.wrapped.adapted_parameters())
-            self._head = self._head or find_head(self.model, prediction)
-            self.head_start.find(self.model, self._head, self.wrapped.adapted)
+            if self._head is None:
+                self._head, exact = find_head(self.model, prediction)
+                self.head_start.find(self.model, self._head if exact else None, self.wrapped.adapted)
             once = None
             if differentiable and not math.isinf(self.settings.first_order_epochs):
                 with differentiable_twice(self.model, self._has_hard_gates):
@@ -165,7 +182,13 @@ class GradientBased(Method):
     def _gradient_with(self, engine: str, task: Task) -> tuple[Tensor | None, ...]:
         self._engine = ENGINES[engine](self.model)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with unchanged(self.model, self._device):
-            solved = self._solve(task, training=True, norm=self.settings.norm, steps=min(2, self.settings.inner_steps))
-            gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+        settings, steps = self.settings, min(2, self.settings.inner_steps)
+        try:
+            # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
+            self.settings = replace(settings, **_PLAIN_RULE)
+            with unchanged(self.model, self._device):
+                solved = self._solve(task, training=True, norm=settings.norm, steps=steps)
+                gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+        finally:
+            self.settings = settings
         return tuple(None if gradient is None else dense(gradient) for gradient in gradients)

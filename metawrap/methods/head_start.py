@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError
 from metawrap.methods.solved import Solved
@@ -65,7 +66,10 @@ class _OwnStart(HeadStart):
             return
         asked = f'head_init="{self.kind}"'
         if head is None:
-            raise ArgumentError(f"{asked}: no head was found by watching a forward pass. Name it with head=.")
+            raise ArgumentError(
+                f"{asked}: no module's output is the prediction itself, so the head is not known for sure. Name it "
+                "with head=."
+            )
         owner, slots = model.get_submodule(head), parameter_slots(model)
         inside = {id(module) for module in owner.modules()}
         names = [name for name in adapted if any(id(module) in inside for module, _ in slots[name])]
@@ -80,19 +84,46 @@ class _OwnStart(HeadStart):
                     f"{asked}: the head '{head}' shares '{name}' with {', '.join(shared)}, which must not start anew "
                     'with it. Give the head its own parameter, or use head_init="learned".'
                 )
-            self._check_owner(name, slots[name][0][0])
         local = {id(parameter): name for name, parameter in owner.named_parameters()}
         parameters = dict(model.named_parameters())
+        self._check_owners({name: slots[name][0][0] for name in names})
         self.head, self.names = head, {name: local[id(parameters[name])] for name in names}
 
-    def _check_owner(self, name: str, owner: nn.Module) -> None:
-        pass
+    def _check_owners(self, owners: Mapping[str, nn.Module]) -> None:
+        """Raises ArgumentError when the module that owns a parameter cannot start in this way."""
+
+    def _refuse_reparametrized(self, owners: Mapping[str, nn.Module]) -> None:
+        for name, owner in owners.items():
+            if isinstance(owner, ParametrizationList) or owner._forward_pre_hooks:
+                raise ArgumentError(
+                    f"head_init={self.kind!r}: {type(owner).__name__}, which owns '{name}', computes a weight from its "
+                    "parameters (weight_norm, spectral_norm, a pre-hook): they cannot start anew by themselves. Use "
+                    'head_init="learned" or "stored", or a plain head.'
+                )
 
 
 class ZeroHead(_OwnStart):
-    """`head_init="zeros"`: no output is preferred, whatever the order of the labels."""
+    """`head_init="zeros"`: no output is preferred, whatever the order of the labels.
+
+    Of one layer, all of it adapted: a product of zeros has no gradient, and would stay zero for ever.
+    """
 
     kind = "zeros"
+
+    def _check_owners(self, owners: Mapping[str, nn.Module]) -> None:
+        self._refuse_reparametrized(owners)
+        if len({id(owner) for owner in owners.values()}) > 1:
+            raise ArgumentError(
+                f'head_init="zeros": the head holds several layers, with {", ".join(owners)}. Products of zeros have '
+                "no gradient: it would stay zero for ever. Name its last layer with head=, or use "
+                'head_init="random".'
+            )
+        for owner in owners.values():
+            if left := [name for name, _ in owner.named_parameters(recurse=False) if not _ends(owners, name)]:
+                raise ArgumentError(
+                    f'head_init="zeros": {", ".join(left)} of the head is not adapted, and would keep its value. Adapt '
+                    'all of the head, or use head_init="learned".'
+                )
 
     def values(self, model: nn.Module, task_id: TaskId | None) -> Mapping[str, Tensor]:
         """Zeros."""
@@ -107,6 +138,10 @@ class ZeroHead(_OwnStart):
                 "a task first."
             )
         return self.values(model, None)
+
+
+def _ends(names: Iterable[str], local: str) -> bool:
+    return any(name.rpartition(".")[2] == local for name in names)
 
 
 class RandomHead(_OwnStart):
@@ -128,12 +163,14 @@ class RandomHead(_OwnStart):
         drawn = dict(fresh.named_parameters())
         return {name: drawn[local].detach() for name, local in self.names.items()}
 
-    def _check_owner(self, name: str, owner: nn.Module) -> None:
-        if not callable(getattr(owner, "reset_parameters", None)):
-            raise ArgumentError(
-                f"head_init=\"random\": {type(owner).__name__}, which owns '{name}', has no reset_parameters() to draw "
-                'fresh values with. Give it one, or use head_init="zeros".'
-            )
+    def _check_owners(self, owners: Mapping[str, nn.Module]) -> None:
+        self._refuse_reparametrized(owners)
+        for name, owner in owners.items():
+            if not callable(getattr(owner, "reset_parameters", None)):
+                raise ArgumentError(
+                    f"head_init=\"random\": {type(owner).__name__}, which owns '{name}', has no reset_parameters() to "
+                    'draw fresh values with. Give it one, or use head_init="zeros".'
+                )
 
 
 class StoredHead(_OwnStart):
@@ -149,8 +186,10 @@ class StoredHead(_OwnStart):
         self.stored: Heads = {}
 
     def values(self, model: nn.Module, task_id: TaskId | None) -> Mapping[str, Tensor]:
-        """The stored head, if there is one."""
-        return {} if task_id is None else self.stored.get(task_id, {})
+        """The stored head, if there is one, where the model is now and in its dtype."""
+        parameters = dict(model.named_parameters())
+        stored = {} if task_id is None else self.stored.get(task_id, {})
+        return {name: value.to(parameters[name]) for name, value in stored.items()}
 
     def check(self, task_id: TaskId | None) -> None:
         """Raises TaskError when there is no id to store under."""
@@ -165,13 +204,14 @@ class StoredHead(_OwnStart):
         return {name: fast[name].detach().clone() for name in self.names}
 
     def keep(self, solved: Iterable[Solved], applied: Tensor) -> None:
-        """Stores each task's head. Waits for the device: a step that was skipped must leave the old ones."""
-        if bool(applied):
-            self.stored |= {one.task_id: one.head for one in solved if one.task_id is not None and one.head}
+        """Stores each task's head. Waits for the device: what was skipped or is not finite must leave the old ones."""
+        for one in solved if bool(applied) else ():
+            if one.task_id is not None and all(bool(value.isfinite().all()) for value in one.head.values()):
+                self.stored[one.task_id] = one.head
 
     def get_extra_state(self) -> dict[str, Heads]:
         """The stored heads, for state_dict."""
-        return {"stored": self.stored}
+        return {"stored": {key: dict(head) for key, head in self.stored.items()}}
 
     def set_extra_state(self, state: dict[str, Heads]) -> None:
         """Restores the stored heads."""

@@ -101,6 +101,7 @@ class Method(nn.Module, ABC):
         if not self.training:
             raise MetaWrapError("meta_step needs training mode, but the learner is in eval(). Call learner.train().")
         batch = self._checked(task_batch)
+        self._check_trainable(batch)
         self.outer.check_holds(self.named_parameters())
         with autograd():
             meta_lr = self.outer.start(self.epoch)
@@ -144,6 +145,8 @@ class Method(nn.Module, ABC):
         In `eval()` mode it is the last step's loss under the evaluation policy, and nothing changes.
         """
         batch = self._checked(task_batch)
+        if self.training:
+            self._check_trainable(batch)
         differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
             batch = TaskBatch(tuple(usable(task) for task in batch))
@@ -166,6 +169,9 @@ class Method(nn.Module, ABC):
     ) -> EvaluationResult:
         """Adapts to each task and measures on its target set; changes nothing.
 
+        What draws random numbers in evaluation (head_init="random", say) draws from torch's global generator: seed it
+        to repeat a figure.
+
         Args:
             tasks: a task batch in any accepted form, or an iterable of them.
             norm: batch-norm policy; the learner's own if None.
@@ -177,7 +183,7 @@ class Method(nn.Module, ABC):
         Returns:
             The mean over tasks with a 95 % confidence interval.
         """
-        policy = self._evaluation_policy(norm, steps)
+        policy = self._evaluation_policy(norm, steps, mask_unused_outputs)
         name, values, losses, predictions = "loss", [], [], []
         with self._evaluating(), torch.no_grad():
             for batch in iterate_task_batches(tasks):
@@ -261,6 +267,9 @@ class Method(nn.Module, ABC):
         same_device(batch, self._device)
         return batch
 
+    def _check_trainable(self, batch: TaskBatch) -> None:
+        """Raises TaskError when a task lacks what training needs of it."""
+
     def _loss(self, prediction: Any, y: Any, part: str) -> Tensor:
         try:
             loss = self.loss_fn(prediction, y)
@@ -303,9 +312,11 @@ class Method(nn.Module, ABC):
                 "The weights are finite. Lower meta_lr or inner_lr, or set max_grad_norm."
             )
 
-    def _evaluation_policy(self, norm: str | None, steps: int | None) -> str:
+    def _evaluation_policy(self, norm: str | None, steps: int | None, mask: bool | None) -> str:
         policy = self.settings.norm if norm is None else norm
         check_choice("norm", policy)
+        if mask is not None:
+            check_choice("mask_unused_outputs", mask)
         if steps is not None:
             self._checked_steps(steps)
         if policy != self.settings.norm and any(isinstance(m, PerStepNorm) for m in self.model.modules()):

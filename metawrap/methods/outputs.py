@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metawrap.errors import TaskError
-from metawrap.results import IGNORED
+from metawrap.results import IGNORED, are_logits
 from metawrap.tasks import Task, describe_value
 
 
-def used_labels(task: Task) -> Tensor:
+def ignored_label(loss_fn: Any) -> int:
+    """The label that a loss ignores: its own `ignore_index`, or torch's."""
+    keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
+    return int(keywords.get("ignore_index", getattr(loss_fn, "ignore_index", IGNORED)))
+
+
+def used_labels(task: Task, ignored: int = IGNORED) -> Tensor:
     """The classes of the support set, ascending.
 
     Raises:
@@ -26,7 +33,7 @@ def used_labels(task: Task) -> Tensor:
                 f"mask_unused_outputs=True needs whole numbers as labels, but {part}_y is {describe_value(labels)}. "
                 "Leave it False for regression."
             )
-        found.append(torch.unique(labels[labels != IGNORED]))
+        found.append(torch.unique(labels[labels != ignored]).long())
     support, target = found
     if missing := sorted(set(target.tolist()) - set(support.tolist())):
         raise TaskError(
@@ -36,17 +43,18 @@ def used_labels(task: Task) -> Tensor:
     return support
 
 
-def mask_unused(prediction: Any, used: Tensor) -> Tensor:
+def mask_unused(prediction: Any, y: Any, used: Tensor) -> Tensor:
     """Logits with minus infinity for every class but `used`: their probability, and their gradient, is zero.
 
     Args:
-        prediction: (examples, classes, ...).
+        prediction: (examples, classes, ...). y: (examples, ...).
         used: class indices.
     """
-    if not isinstance(prediction, Tensor) or prediction.ndim < 2:
+    if not are_logits(prediction, y):
         raise TaskError(
-            "mask_unused_outputs=True needs logits of shape (examples, classes, ...), but the model returns "
-            f"{describe_value(prediction)}. Leave it False, and mask in loss_fn."
+            "mask_unused_outputs=True needs logits of shape (examples, classes, ...) for labels of shape "
+            f"(examples, ...), but the model returns {describe_value(prediction)} for {describe_value(y)}. Leave it "
+            "False, and mask in loss_fn."
         )
     classes = prediction.shape[1]
     if len(used) and not 0 <= int(used[0]) <= int(used[-1]) < classes:
@@ -56,4 +64,14 @@ def mask_unused(prediction: Any, used: Tensor) -> Tensor:
         )
     unused = torch.ones(classes, dtype=torch.bool, device=prediction.device)
     unused[used] = False
-    return prediction.masked_fill(unused.view(1, -1, *(1,) * (prediction.ndim - 2)), -torch.inf)
+    masked: Tensor = prediction.masked_fill(unused.view(1, -1, *(1,) * (prediction.ndim - 2)), -torch.inf)
+    return masked
+
+
+def check_masked_loss(loss: Tensor, prediction: Tensor, used: Tensor) -> None:
+    """Raises TaskError where a loss is infinite because of the mask alone."""
+    if bool(loss.isinf()) and bool(prediction.detach()[:, used].isfinite().all()):
+        raise TaskError(
+            "mask_unused_outputs=True: the loss is infinite, because it asks masked outputs for a probability, as "
+            "label smoothing does. Use a loss that looks at the label's own output, or leave it False."
+        )

@@ -44,13 +44,14 @@ def solved_from(
     task: Task,
     moments: list[Moments],
     head: dict[str, Tensor],
+    ignored: int,
 ) -> Solved:
-    """Gathers a task's outcome; everything but the loss is detached."""
+    """Gathers a task's outcome; everything but the loss is detached. ignored: the label that does not count."""
     prediction = map_tensors(prediction, Tensor.detach)
     missing = torch.full_like(loss.detach(), torch.nan)
     losses = [missing if step is None else step.detach() for step in step_losses]
     stacked = torch.stack(losses) if losses else missing.new_empty(0)
-    return Solved(loss, stacked, prediction, accuracy_of(prediction, task.target_y), moments, task.id, head)
+    return Solved(loss, stacked, prediction, accuracy_of(prediction, task.target_y, ignored), moments, task.id, head)
 
 
 def dense(gradient: Tensor) -> Tensor:
