@@ -101,6 +101,127 @@ def test_an_error_is_one_line_with_exit_code_2_and_no_traceback(capsys, flags, w
     assert not Path("runs").exists()
 
 
+FAULTY = """
+from torch import nn
+class Sized(nn.Linear):
+    def __init__(self, width): super().__init__(width, 5)
+class Both(Sized):
+    def __init__(self, ways, *, width): super().__init__(width)
+def three(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+def fails(): raise RuntimeError("first\\nsecond.")
+def leaves(): raise SystemExit
+def lacks(): import absent_package
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Sized", "cannot be called without arguments (missing a required argument: 'width'). Write a function that"),
+        ("Both", "cannot be called with ways alone (missing a required"),
+        ("fails", "'faulty:fails' fails when it is called: RuntimeError: first second. Correct it"),
+        ("leaves", "'faulty:leaves' fails when it is called: SystemExit. Correct it"),
+        ("lacks", "fails when it is called: ModuleNotFoundError: No module named 'absent_package'. "),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "train"])
+def test_a_factory_that_fails_is_explained_in_one_line(capsys, monkeypatch, command, name, words):
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    Path("faulty.py").write_text(FAULTY)
+    assert main([command, "--model", f"faulty:{name}"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith("Error: model: ")
+    assert words in printed
+    assert "\n" not in printed
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def build(:", "SyntaxError: invalid syntax (faulty.py, line 1)). Correct it there; -v shows the line."),
+        ("1 / 0", "ZeroDivisionError: division by zero). Correct it"),
+        ("raise SystemExit(3)", "SystemExit: 3). Correct it"),
+        ("from torch import absent", "ImportError: cannot import name 'absent' from 'torch'"),
+        (
+            "import absent_package",
+            "'absent_package'). Install 'absent_package', or correct the import.",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_explained_in_one_line(capsys, monkeypatch, text, words):
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    Path("faulty.py").write_text(text)
+    assert main(["inspect", "--model", "faulty:build"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith("Error: model: cannot import 'faulty' (")
+    assert words in printed
+    assert "folder" not in printed
+    assert "\n" not in printed
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.inner", "small_network.inner"])
+def test_only_a_file_that_is_not_there_is_looked_for_in_another_folder(capsys, name):
+    assert main(["inspect", "--model", f"{name}:build"]) == 2
+    assert complaint(capsys).endswith("Run from the folder that holds it, or install it.")
+
+
+@pytest.mark.parametrize("name", ["loss_fn", "optimizer", "scheduler", "swap"])
+def test_options_that_take_python_objects_are_not_offered(capsys, name):
+    flags = ["inspect", "--model", "small_network:build", "--set"]
+    assert main([*flags, f"{name}=x"]) == 2
+    refused = complaint(capsys)
+    assert refused.startswith(f"Error: options: '{name}' takes Python objects, which a run cannot store.")
+    assert main([*flags, "colour=1"]) == 2
+    offered = [line.partition(", ")[2].rstrip(".").split(", ") for line in (refused, complaint(capsys))]
+    assert all("msl_epochs" in names and name not in names[1:] for names in offered)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--set", "head_init=stored"], 'options: head_init="stored" keeps a head for each task'),
+        (["--image-size", "9"], "model: the network fails on inputs of shape (5, 1, 9, 9): RuntimeError: "),
+        (["--model", "faulty:three"], "ways: support_y holds labels 0..4, but the model has 3 outputs."),
+        (["--set", "inner_betas=1"], "inner_betas: expected two numbers"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "0,1"]])
+def test_what_cannot_be_trained_leaves_no_folder_behind(capsys, monkeypatch, flags, words, seeds):
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    Path("faulty.py").write_text(FAULTY)
+    assert main(["train", *FLAGS, *flags, *seeds, "--out", "run"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith(f"Error: {words}")
+    assert "\n" not in printed
+    assert not Path("run").exists()
+
+
+def test_inspect_hints_at_ways_only_where_the_network_has_fewer_outputs(capsys):
+    Path("outputs.py").write_text(
+        "from torch import nn\ndef three(): return nn.Linear(4, 3)\n"
+        "def flat(): return nn.Sequential(nn.Linear(4, 5), nn.Flatten(0))\n"
+    )
+    hint = "--ways sets how many classes the task has."
+    for options in ([], ["--set", "mask_unused_outputs=true"]):
+        assert main(["inspect", "--model", "outputs:three", "--input-shape", "4", *options]) == 2
+        assert complaint(capsys).endswith(hint)
+    assert main(["inspect", "--model", "outputs:flat", "--input-shape", "4", *options]) == 2
+    told = complaint(capsys)
+    assert told.startswith("Error: mask_unused_outputs=True needs logits of shape")
+    assert "--ways" not in told
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert main(["inspect", "--model", "small_network:build"]) == 141
+        unread.write("what is still in the buffer")
+    assert capsys.readouterr().err == ""
+
+
 def test_verbose_shows_the_traceback_too(capsys):
     assert main(["evaluate", "nowhere", "-v"]) == 2
     printed = capsys.readouterr().err

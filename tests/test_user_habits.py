@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, TaskBatch, TaskError, UnsupportedModuleError
+from metawrap import (
+    FOMAML,
+    MAML,
+    ArgumentError,
+    MAMLPlusPlus,
+    MetaWrapWarning,
+    TaskBatch,
+    TaskError,
+    UnsupportedModuleError,
+)
 from metawrap.engines.calling import HardGates
 from metawrap.results import accuracy_of
 
@@ -165,6 +174,99 @@ def test_what_forward_sets_on_its_module_stays_there_in_both_engines() -> None:
         assert learner.model.calls == 3 * 2 * 2 * 2
         learner.adapt(BATCH[0].support_x, BATCH[0].support_y)
         copy.deepcopy(learner)
+
+
+class Averaging(nn.Module):
+    """Averages its hidden layer in a buffer: through `.data`, in place, or in place with its graph."""
+
+    def __init__(self, how: str, alias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("ema", torch.ones(8))
+        self.how = how
+        if alias:
+            self.alias = self.ema
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.training and self.how == "data":
+            self.ema.data.mul_(0.9).add_(0.1 * hidden.data.mean(0))
+        elif self.training:
+            self.ema.mul_(0.9).add_(0.1 * (hidden.mean(0) if self.how == "graph" else hidden.detach().mean(0)))
+        return self.last(torch.tanh(hidden * self.ema))
+
+
+def averaging_by_hand(model: nn.Module) -> list[Tensor]:
+    """The final buffer, and the meta-gradient of `first.weight` and `last.weight`: two steps, no module is called."""
+    names = ["first.weight", "first.bias", "last.weight", "last.bias"]
+    start = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    ema, total = torch.ones(8).double(), torch.zeros(()).double()
+
+    def loss(fast: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        nonlocal ema
+        hidden = x.double() @ fast["first.weight"].T + fast["first.bias"]
+        ema = 0.9 * ema + 0.1 * hidden.detach().mean(0)
+        return F.cross_entropy(torch.tanh(hidden * ema) @ fast["last.weight"].T + fast["last.bias"], y)
+
+    for task in BATCH:
+        fast = dict(start)
+        for _ in range(2):
+            gradients = torch.autograd.grad(
+                loss(fast, task.support_x, task.support_y), [fast[n] for n in names], create_graph=True
+            )
+            fast = {n: fast[n] - 0.125 * g for n, g in zip(names, gradients, strict=True)}
+        total = total + loss(fast, task.target_x, task.target_y) / len(BATCH)
+    return [ema, *torch.autograd.grad(total, [start["first.weight"], start["last.weight"]])]
+
+
+@pytest.mark.parametrize("change", ["none", "dtype", "copy"])
+@pytest.mark.parametrize("how", ["data", "in place"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buffers_that_are_edited_behind_torchs_back_are_followed_after_every_change(
+    engine: str, how: str, change: str
+) -> None:
+    learner = MAML(Averaging(how), inner_steps=2, inner_lr=0.125, engine=engine)  # type: ignore[arg-type]
+    batch = TaskBatch(tuple(t.map(lambda x: x.double() if x.is_floating_point() else x) for t in BATCH))
+    if change != "none":  # The first look sees other tensors than the meta-step.
+        learner.eval()
+        learner(BATCH)
+        learner.train()
+        learner(BATCH)
+        learner.model.ema.fill_(1)
+    if change == "copy":
+        learner = copy.deepcopy(learner)
+    learner.double()
+    expected = averaging_by_hand(learner.model)
+    learner(batch).loss.backward()
+    model = learner.model
+    found = [model.ema, model.first.weight.grad, model.last.weight.grad]
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+def test_a_buffer_that_is_edited_and_aliased_is_refused_at_every_try_and_may_be_evaluated(how: str) -> None:
+    learner = MAMLPlusPlus(Averaging(how, alias=True), inner_steps=2)
+    learner.evaluate(BATCH)  # In eval mode it is not edited.
+    for _ in range(2):
+        with pytest.raises(UnsupportedModuleError, match=r"'ema', which forward edits.*\(Averaging\).*'alias'"):
+            learner.meta_step(BATCH)
+
+
+@pytest.mark.parametrize("kind", [MAMLPlusPlus, FOMAML])
+def test_a_buffer_that_carries_its_graph_is_refused_by_name_at_every_try(kind: type[MAML]) -> None:
+    learner = kind(Averaging("graph"), inner_steps=2)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModuleError, match=r"a graph into its buffer 'ema'.*detach\(\)"):
+            learner.meta_step(BATCH)
+
+
+def test_a_model_that_edits_no_buffer_is_lent_none() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=2)
+    learner.meta_step(BATCH)
+    learner.evaluate(BATCH)
+    assert learner._buffer_edits.edited == set()
 
 
 def test_hooks_get_the_users_module_and_not_a_twin_of_it() -> None:

@@ -1,6 +1,7 @@
 """The command line: flags -> RunSettings -> training, and errors -> one line with the fix.
 
-Exit codes: 0 done, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM, 141 nobody reads
+the output any more, as in `metawrap inspect ... | head`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from metawrap.training.run_settings import METHODS, NORMS, RunSettings
 from metawrap.training.tables import result_text
 
 INTERRUPTED = 130
+UNREAD = 141
 FAILED = 2
 
 
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
             command(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python's own last flush complains.
+            return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments))
             return INTERRUPTED

@@ -1,12 +1,13 @@
 """Engines: how a user's module is run with fast weights in place of its parameters."""
 
-from metawrap.engines.calling import HardGates, differentiable_twice
+from metawrap.engines.calling import BufferEdits, HardGates, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
 from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule, clipped
 
 __all__ = [
     "ENGINES",
+    "BufferEdits",
     "Engine",
     "HardGates",
     "InnerOptimizer",

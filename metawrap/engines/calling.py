@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from metawrap.errors import UnsupportedModuleError
 
 
 def call_model(model: Any, inputs: Any) -> Any:
@@ -24,38 +26,80 @@ def call_model(model: Any, inputs: Any) -> Any:
     return model(inputs)
 
 
+@dataclass
+class BufferEdits:
+    """What forward was seen to do to buffers, by name; a learner keeps it, its engines and first looks add to it.
+
+    aliased: buffers that stand somewhere else, too, and the error that is due if forward edits one. edited: buffers
+    that forward edits in place. carried: those of them that it left with a graph.
+    """
+
+    aliased: dict[str, str] = field(default_factory=dict)
+    edited: set[str] = field(default_factory=set)
+    carried: set[str] = field(default_factory=set)
+
+    def add(self, edited: set[str]) -> None:
+        """Takes note of buffers that were edited.
+
+        Raises:
+            UnsupportedModuleError: one is aliased: a copy in its place would leave the alias behind.
+        """
+        if refused := edited & self.aliased.keys():
+            raise UnsupportedModuleError(self.aliased[min(refused)])
+        self.edited |= edited
+
+
 class EditedBuffers:
     """Lends each call a copy of the buffers that forward edits in place, and keeps what the call left in them.
 
-    A backward pass through several calls needs the values that each of them saw. A buffer is known from the first call
-    that edits it; the graph of that call keeps the buffer itself, and the module goes on with a copy.
+    A backward pass through several calls needs the values that each of them saw. A buffer is known from the first
+    look at a task or else from the first call that edits it; the graph of that call keeps the buffer itself, and the
+    module goes on with a copy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tables = [module._buffers for module in model.modules()]
-        self._edited: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
+        modules = model.named_modules()
+        self._tables = [(f"{path}." if path else "", module._buffers) for path, module in modules]
+        self._edits = edits or BufferEdits()
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """For the time of one call."""
-        slots = [(table, name, b) for table in self._tables for name, b in table.items() if b is not None]
-        copies = {id(b): b.clone() for _, _, b in slots if id(b) in self._edited} if self._edited else {}
-        versions = [b._version for _, _, b in slots]
-        for table, name, buffer in slots if copies else ():
+        known = self._edits.edited
+        slots = [(path, table, name, b) for path, table in self._tables for name, b in table.items() if b is not None]
+        copies = {id(b): b.clone() for path, _, name, b in slots if path + name in known} if known else {}
+        versions = [b._version for *_, b in slots]
+        for _, table, name, buffer in slots if copies else ():
             table[name] = copies.get(id(buffer), buffer)
+        fresh: dict[int, Tensor] = {}
+        found: set[str] = set()
         try:
             yield
         finally:
-            fresh: dict[int, Tensor] = {}
-            for (table, name, buffer), version in zip(slots, versions, strict=True):
+            for (path, table, name, buffer), version in zip(slots, versions, strict=True):
                 lent = copies.get(id(buffer))
                 if lent is not None and table[name] is lent:
+                    self._note_graph(path + name, lent)
                     with torch.no_grad():
-                        table[name] = buffer.copy_(lent) if lent._version else buffer
+                        # An edit through .data, or by batch_norm, does not raise the version.
+                        table[name] = buffer.copy_(lent) if lent._version or not same_value(lent, buffer) else buffer
                 elif buffer._version != version and table[name] is buffer:
+                    self._note_graph(path + name, buffer)
                     table[name] = fresh.setdefault(id(buffer), buffer.detach().clone())
-            for buffer in fresh.values():
-                self._edited[id(buffer)] = buffer
+                    found.add(path + name)
+        if found:
+            self._edits.add(found)
+
+    def _note_graph(self, name: str, buffer: Tensor) -> None:
+        if buffer.grad_fn is not None:
+            self._edits.carried.add(name)
+
+
+def same_value(tensor: Tensor, value: Tensor) -> bool:
+    """Whether two tensors are equal in all respects; sparse ones, which torch cannot compare, count as equal."""
+    if tensor.layout != torch.strided or value.layout != torch.strided:
+        return tensor.layout == value.layout
+    return tensor.dtype == value.dtype and tensor.device == value.device and torch.equal(tensor, value)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from metawrap.engines.calling import BufferEdits
 from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule
 
 
@@ -15,7 +16,9 @@ class Engine(Protocol):
 
     name: str
 
-    def __init__(self, model: nn.Module) -> None: ...
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
+        """Args: edits: what is known of the buffers that the model's forward edits; calls add to it."""
+        ...
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
         """The model's prediction with `weights` (by parameter name) in place of the parameters of those names.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
 from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.errors import UnsupportedModuleError
 from metawrap.surgery.swap import parameter_slots
@@ -19,11 +19,11 @@ class FunctionalEngine:
 
     name = "functional"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
         self.model = model
         self._slots = parameter_slots(model)
         self._known = [(name, module, set(module._parameters)) for name, module in model.named_modules()]
-        self._buffers = EditedBuffers(model)
+        self._buffers = EditedBuffers(model, edits)
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
 from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, UpdateRule
 
 with warnings.catch_warnings():
@@ -42,7 +42,7 @@ class HigherEngine:
 
     name = "higher"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
         self.model = model
         # Without tracking, the twin holds the latest fast weights only; the graph lives in the tensors themselves.
         self._twin = monkeypatch(model, copy_initial_weights=False, track_higher_grads=False)
@@ -50,7 +50,7 @@ class HigherEngine:
         for module, twin in self._pairs:
             for attribute in (*_HOOKS, "_buffers"):
                 twin.__dict__[attribute] = module.__dict__[attribute]
-        self._buffers = EditedBuffers(model)
+        self._buffers = EditedBuffers(model, edits)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
 
     def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metawrap.engines import BufferEdits
+from metawrap.engines.calling import same_value
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.methods.solved import untouched_buffers
 from metawrap.tasks import tensors_in
@@ -81,6 +83,39 @@ def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]
         )
 
 
+def refuse_carried_graphs(model: nn.Module, carried: Collection[str], support_loss: Callable[[], Tensor]) -> None:
+    """Checks, after a first pass, that a second one does not differentiate through what the first left in a buffer.
+
+    Args:
+        carried: buffers that the first pass edited in place, and that had a graph then.
+
+    Raises:
+        UnsupportedModuleError: it does: the gradient would go through every earlier call, of other tasks, too.
+    """
+    names, leaves, stand_ins = [], [], {}
+    for path, module in model.named_modules():
+        for local, buffer in module._buffers.items():
+            name = f"{path}.{local}" if path else local
+            if buffer is not None and (buffer.grad_fn is not None or name in carried):
+                if id(buffer) not in stand_ins:
+                    names.append(name)
+                    leaves.append(buffer.detach().clone().requires_grad_())
+                    stand_ins[id(buffer)] = (buffer, leaves[-1].clone())
+                module._buffers[local] = stand_ins[id(buffer)][1]
+    if not leaves:
+        return
+    gradients = torch.autograd.grad(support_loss(), leaves, allow_unused=True)
+    found = [
+        f"'{name}'" for name, g in zip(names, gradients, strict=True) if g is not None and float(g.abs().sum()) > 0
+    ]
+    if found:
+        raise UnsupportedModuleError(
+            f"The model's forward writes values with a graph into its buffer {', '.join(found)}, and differentiates "
+            "through them at its next call, back through every earlier one. Detach what is written: "
+            "self.buffer = 0.9 * self.buffer + 0.1 * value.detach()."
+        )
+
+
 def differ(found: Gradients, reference: Gradients) -> bool:
     """Whether two gradients of the same parameters differ by more than rounding."""
     pairs = list(zip(found, reference, strict=True))
@@ -129,16 +164,23 @@ def warn_fallback(reason: str) -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call."""
+def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None = None) -> Iterator[None]:
+    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call.
+
+    Args:
+        edits: takes note of the buffers that were edited in place, also where torch does not: through `.data`.
+    """
     index: list[Any] = [device] if device.type == "cuda" else []
     weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     seen: set[int] = set()
+    buffers = [(name, b, b._version, b.clone()) for name, b in model.named_buffers(remove_duplicate=False)]
+    edited: set[str] = set()
     containers = [(live, live.copy()) for _, attributes in before for live in _containers(attributes, seen)]
     try:
         with torch.random.fork_rng(index), untouched_buffers(model):
             yield
+            edited = {name for name, b, version, value in buffers if b._version != version or not same_value(b, value)}
     finally:
         for module, attributes in before:
             module.__dict__.clear()
@@ -150,6 +192,11 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             for parameter, value in weights:
                 if not torch.equal(parameter, value):
                     parameter.copy_(value)
+        for _, buffer, _, _ in buffers:
+            if buffer.grad_fn is not None:  # Its value is back; the graph that forward wrote into it is not wanted.
+                buffer.detach_()
+    if edits is not None:
+        edits.add(edited)
 
 
 def _containers(attributes: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metawrap.description import Description
-from metawrap.engines import ENGINES, Engine, HardGates, choose_engine, differentiable_twice
+from metawrap.engines import ENGINES, BufferEdits, Engine, HardGates, choose_engine, differentiable_twice
 from metawrap.errors import UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.describing import describe_learner
@@ -23,6 +23,7 @@ from metawrap.methods.first_look import (
     FirstLook,
     differ,
     refuse_bypassed,
+    refuse_carried_graphs,
     support_gradient,
     unchanged,
     warn_fallback,
@@ -35,7 +36,7 @@ from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Settings
 from metawrap.methods.solved import Solved, autograd, dense
 from metawrap.schedules import is_second_order
-from metawrap.surgery.inspect import find_head
+from metawrap.surgery.inspect import find_buffer_aliases, find_head
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
 
@@ -60,6 +61,7 @@ class GradientBased(Method):
         self.preset, self.wrapped = preset, wrapped
         self._asked_engine, self._chosen = engine, chosen
         self._engine: Engine | None = None
+        self._buffer_edits = BufferEdits(find_buffer_aliases(wrapped.model))
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
         self._has_hard_gates = self._edits_inputs = False
@@ -115,15 +117,16 @@ class GradientBased(Method):
         mode = self.model.training
         differentiable = torch.is_grad_enabled()
         if mode not in self._looks or (differentiable and not self._looks[mode].differentiable):
-            with autograd(True), unchanged(self.model, self._device):
-                self._looks[mode] = self._first_look(task.map(Tensor.clone), differentiable)
+            with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
+                look = self._first_look(task.map(Tensor.clone), differentiable)
+            self._looks[mode] = look
         if differentiable:
             self._refuse_second_order(self._looks[mode].once)
         if self._engine is None:
-            self._engine = ENGINES[self._chosen[0]](self.model)
+            self._engine = ENGINES[self._chosen[0]](self.model, self._buffer_edits)
 
     def _first_look(self, task: Task, differentiable: bool) -> FirstLook:
-        self._engine = ENGINES["functional"](self.model)
+        self._engine = ENGINES["functional"](self.model, self._buffer_edits)
         try:
             learned = {name: p.detach().clone().requires_grad_() for name, p in self.wrapped.adapted_parameters()}
 
@@ -134,10 +137,13 @@ class GradientBased(Method):
                 return self._support_loss(fast, task)
 
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
+            self._buffer_edits.carried.clear()
             with HardGates() as gates:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
+            if differentiable:
+                refuse_carried_graphs(self.model, self._buffer_edits.carried, lambda: support_loss(learned))
             refuse_bypassed(prediction(), self.wrapped.adapted_parameters())
             if self._head is None:
                 self._head, exact = find_head(self.model, prediction)
@@ -180,7 +186,7 @@ class GradientBased(Method):
             warn_fallback(reason)
 
     def _gradient_with(self, engine: str, task: Task) -> tuple[Tensor | None, ...]:
-        self._engine = ENGINES[engine](self.model)
+        self._engine = ENGINES[engine](self.model, self._buffer_edits)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         settings, steps = self.settings, min(2, self.settings.inner_steps)
         try:

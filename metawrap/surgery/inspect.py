@@ -41,16 +41,62 @@ def find_hooks(model: nn.Module) -> str | None:
     return next(hooked, None)
 
 
+def find_buffer_aliases(model: nn.Module) -> dict[str, str]:
+    """The buffers that are held somewhere else, too, and what is wrong with that if forward edits them in place.
+
+    One tensor that is registered as several buffers is fine.
+    """
+    buffers = [(name, b) for name, b in model.named_buffers(remove_duplicate=False) if type(b) is Tensor]
+    held: dict[int, list[tuple[str, Tensor, bool]]] = {}
+    for name, buffer in buffers:
+        held.setdefault(_storage(buffer), []).append((f"the buffer '{name}'", buffer, True))
+    for path, module in model.named_modules() if buffers else ():
+        for attribute, value in vars(module).items():
+            for tensor in held_tensors(value) if attribute not in _TORCH_OWN else ():
+                if type(tensor) is Tensor:
+                    where = f"{_label(path, module)} in its plain attribute '{attribute}'"
+                    held.setdefault(_storage(tensor), []).append((where, tensor, False))
+    return {
+        name: (
+            f"The buffer '{name}', which forward edits in place, is also held by {where}. Each call is lent a copy of "
+            "it, which would not stand there. Read it from the module that owns it, or register the same tensor there "
+            "as a buffer (register_buffer)."
+        )
+        for name, buffer in buffers
+        for where, other, is_buffer in held[_storage(buffer)]
+        if (not is_buffer if other is buffer else _overlap(buffer, other))
+    }
+
+
+def _storage(tensor: Tensor) -> int:
+    strided = tensor.layout == torch.strided and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if strided else id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors in one storage."""
+    (start, end), (other_start, other_end) = _memory(one), _memory(other)
+    return start < other_end and other_start < end
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + tensor.element_size() * (last + 1) if tensor.numel() else start
+
+
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm of the model by name; one that is registered twice appears once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def find_head(model: nn.Module, call: Callable[[], Any]) -> str | None:
-    """The name of the module whose output is the prediction, found by watching one forward pass.
+def find_head(model: nn.Module, call: Callable[[], Any]) -> tuple[str | None, bool]:
+    """The name of the module that makes the prediction, found by watching one forward pass.
 
     Args:
         call: runs the model once and returns its prediction.
+    Returns:
+        The name, and whether the prediction is that module's very output; if not, it is the last module that ran.
     """
     seen: list[tuple[str, list[Tensor]]] = []
 
@@ -65,7 +111,7 @@ def find_head(model: nn.Module, call: Callable[[], Any]) -> str | None:
         for handle in handles:
             handle.remove()
     exact = [name for name, outputs in seen if any(out is p for out in outputs for p in prediction)]
-    return exact[-1] if exact else (seen[-1][0] if seen else None)
+    return (exact[-1], True) if exact else (seen[-1][0] if seen else None, False)
 
 
 def _label(name: str, module: nn.Module) -> str:

@@ -15,12 +15,17 @@ from torch import nn
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
 from metawrap.data import DataSplits, EpisodeSampler, LabelledImages, load_data
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.methods.describing import look_at
+from metawrap.tasks import Task
 from metawrap.training.run_settings import METHODS, RunSettings
 
 # Validation and test tasks are the same for every run, whatever its seed, so that results can be compared.
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 1_000_002
+
+# Keywords of a method that take functions or classes: no run.json can hold these.
+PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "swap"})
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,27 @@ class Experiment:
 
 
 def build_experiment(settings: RunSettings) -> Experiment:
-    """Everything that the settings describe, freshly initialised.
+    """Everything that the settings describe, freshly initialised; the learner has looked at its first task.
 
     Sets torch's global seed, which the initial weights and dropout are drawn from.
 
     Raises:
         ArgumentError, DataError, UnsupportedModuleError: the settings ask for something that does not exist or work.
     """
+    if settings.options.get("head_init") == "stored":
+        raise ArgumentError(
+            'options: head_init="stored" keeps a head for each task that comes back under its id, but the tasks of a '
+            "run are drawn anew and have none. Use learned, zeros or random."
+        )
     device = find_device(settings.device)
     splits = load_splits(settings)
     torch.manual_seed(settings.seed)
     learner = build_learner(settings, build_model(settings, splits.train)).to(device)
+    train = _train_sampler(settings, splits.train, device)
+    show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.")
     return Experiment(
         learner=learner,
-        train=_train_sampler(settings, splits.train, device),
+        train=train,
         validation=fixed_tasks(settings, splits.validation, settings.validation_tasks, VALIDATION_SEED, device),
         test=fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device),
         device=device,
@@ -85,7 +97,7 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
     """The method around the network.
 
     Raises:
-        ArgumentError: `options` has a keyword that the method does not take.
+        ArgumentError: `options` has a keyword that the method does not take, or one that takes no plain value.
     """
     method = getattr(methods, METHODS[settings.method])
     chosen = {
@@ -98,8 +110,14 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
         "epochs": settings.epochs,
         "iterations_per_epoch": settings.iterations_per_epoch,
     }
-    allowed = [name for name in inspect.signature(method).parameters if name not in {"model", "settings", *chosen}]
+    parameters = inspect.signature(method).parameters
+    allowed = [name for name in parameters if name not in {"model", *chosen, *PYTHON_ONLY}]
     for name in settings.options:
+        if name in PYTHON_ONLY:
+            raise ArgumentError(
+                f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
+                f"for it; the options of a run are {', '.join(allowed)}."
+            )
         if name not in allowed:
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'; it has {', '.join(allowed)}.")
     return method(model, **{name: value for name, value in chosen.items() if value is not None}, **settings.options)
@@ -146,15 +164,53 @@ def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.
     )
 
 
+def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
+    """Lets a learner look at a task, so that what cannot be trained is refused before anything is written.
+
+    Args:
+        argument, fix: what to blame, and what to do, when the network fails on the task's inputs.
+    Raises:
+        ArgumentError: it fails on them, or has fewer outputs than the task has classes.
+        TaskError, UnsupportedModuleError: as the first meta-step would.
+    """
+    try:
+        look_at(learner, task)
+    except MetaWrapError as error:
+        if "holds labels" not in str(error):
+            raise
+        raise ArgumentError(f"ways: {error} --ways sets how many classes the task has.") from error
+    except Exception as error:  # Whatever the user's own forward raises.
+        shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
+        raise ArgumentError(
+            f"{argument}: the network fails on inputs of shape ({shape}): {_in_one_line(error)}. {fix}"
+        ) from error
+
+
 def call_factory(name: str, ways: int) -> nn.Module:
     """The network that "package.module:factory" makes, called with `ways` if it takes that.
 
     Raises:
-        ArgumentError: there is no such function, or it returns no module.
+        ArgumentError: there is no such function, it fails or needs other arguments, or it returns no module.
     """
     factory = _find_factory(name)
-    takes_ways = "ways" in inspect.signature(factory).parameters
-    model = factory(ways=ways) if takes_ways else factory()
+    given: dict[str, int] = {}
+    try:
+        signature = inspect.signature(factory)
+        given = {"ways": ways} if "ways" in signature.parameters else {}
+        signature.bind(**given)
+    except TypeError as error:
+        raise ArgumentError(
+            f"model: '{name}' cannot be called {'with ways alone' if given else 'without arguments'} ({error}). Write "
+            f"a function that fills in the rest, such as def build(): return {name.partition(':')[2]}(...)."
+        ) from error
+    except ValueError:  # A built-in without a signature: calling it tells.
+        pass
+    try:
+        model = factory(**given)
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(
+            f"model: '{name}' fails when it is called: {_in_one_line(error)}. Correct it there; -v shows the line."
+        ) from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"model: '{name}' returned {type(model).__name__}, expected a torch.nn.Module. "
@@ -169,11 +225,20 @@ def _find_factory(name: str) -> Callable[..., Any]:
         raise ArgumentError(f"model: expected 'package.module:factory', but got '{name}'.")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ArgumentError(
-            f"model: cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it."
-        ) from error
+    except (Exception, SystemExit) as error:  # Importing runs the user's file; a script may even exit.
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            fix = "Run from the folder that holds it, or install it."
+        elif missing:
+            fix = f"Install '{missing}', or correct the import."
+        else:
+            fix = "Correct it there; -v shows the line."
+        raise ArgumentError(f"model: cannot import '{module_name}' ({_in_one_line(error)}). {fix}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ArgumentError(f"model: '{module_name}' has no function or class named '{attribute}'.")
     return factory  # type: ignore[no-any-return]
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")

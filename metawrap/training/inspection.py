@@ -7,10 +7,9 @@ import warnings
 import torch
 
 from metawrap.description import Description
-from metawrap.errors import ArgumentError, MetaWrapError, MetaWrapWarning, TaskError
-from metawrap.methods.describing import look_at
+from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.tasks import Task
-from metawrap.training.experiment import build_learner, call_factory
+from metawrap.training.experiment import build_learner, call_factory, show_task
 from metawrap.training.run_settings import RunSettings
 
 
@@ -31,19 +30,8 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
     if input_shape is not None:
         dtype = next(learner.model.parameters()).dtype
         x, y = torch.randn(settings.ways, *input_shape, dtype=dtype), torch.arange(settings.ways)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", MetaWrapWarning)  # The description holds them.
-                look_at(learner, Task(x, y, x, y))
-        except TaskError as error:
-            raise ArgumentError(f"ways: {error} --ways sets how many classes the task has.") from error
-        except MetaWrapError:
-            raise
-        except Exception as error:  # Whatever the user's own forward raises.
-            shape = ", ".join(map(str, x.shape))
-            raise ArgumentError(
-                f"input-shape: the network fails on random numbers of shape ({shape}): {type(error).__name__}: "
-                f"{' '.join(str(error).split()).rstrip('.')}. Give the shape of one example, without the batch axis, "
-                "or leave it out."
-            ) from error
+        fix = "Give the shape of one example, without the batch axis, or leave it out."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MetaWrapWarning)  # The description holds them.
+            show_task(learner, Task(x, y, x, y), "input-shape", fix)
     return learner.describe()  # type: ignore[no-any-return]

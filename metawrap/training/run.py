@@ -80,8 +80,10 @@ def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, re
     path = Path(out)
     if resume and (path / "run.json").exists():
         settings.check_resumes(read_run(path)[0].to_dict())
-    elif not resume:
-        refuse_existing_run(path)
+    else:
+        if not resume:
+            refuse_existing_run(path)
+        build_experiment(replace(settings, seed=seeds[0]))  # What cannot be built leaves no folder behind.
     write_run(path, settings, seeds)
     results: dict[int, dict[str, Any]] = {}
     for seed, folder in seed_folders(path, settings, seeds).items():

@@ -74,6 +74,88 @@ class Shares(Body):
         return torch.tanh(self.other(x) * self.other.scale)
 
 
+class EditsData(DividesInPlace):
+    """Edits its buffers through `.data`, which torch does not count as an edit, or puts other data into them."""
+
+    def __init__(self, assigns: bool) -> None:
+        super().__init__()
+        self.assigns = assigns
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training and self.assigns:
+            self.scale.data = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
+        elif self.training:
+            self.scale.data.mul_(0.9).add_(x.data.abs().mean(0), alpha=0.1)
+        return torch.tanh(x / self.scale)
+
+
+class EditsByFunction(Counts):
+    """Has torch's batch norm as a function edit its buffers, which raises no version, and multiplies by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(6))
+
+    def between(self, x: Tensor) -> Tensor:
+        F.batch_norm(x.detach(), self.average, self.spread, training=self.training)
+        return torch.tanh((x - self.average) * self.spread)
+
+
+class Alias(Body):
+    """Holds a buffer in a plain attribute, too, whole or in part, and reads it there; `edits` it where it owns it."""
+
+    def __init__(self, part: bool = False, edits: Callable[[Tensor, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.ones(6, dtype=torch.float64))  # double() would leave the other as it is
+        self.edits = edits
+        self.also = [self.ema[:3] if part else self.ema]
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training and self.edits:
+            self.edits(self.ema, x.detach().mean(0))
+        return torch.tanh(x * self.also[0].mean())
+
+
+def _edit(buffer: Tensor, value: Tensor) -> None:
+    buffer.mul_(0.9).add_(value, alpha=0.1)
+
+
+def _edit_data(buffer: Tensor, value: Tensor) -> None:
+    buffer.data.mul_(0.9).add_(value, alpha=0.1)
+
+
+class KeepsGraph(Body):
+    """Averages its hidden layer with its graph, in place or into a new tensor, and reads the average at later calls."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.zeros(6))
+        self.in_place = in_place
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training and self.in_place:
+            self.ema.mul_(0.9).add_(x.mean(0) * 0.1)
+        elif self.training:
+            self.ema = 0.9 * self.ema + 0.1 * x.mean(0)
+        return torch.tanh(x - self.ema)
+
+
+class KeepsLast(Body):
+    """Keeps its hidden layer's mean with its graph, in place or as a new tensor, and reads it in the same call only."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("recent", torch.zeros(6))
+        self.in_place = in_place
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.recent.copy_(x.mean(0))
+        else:
+            self.recent = x.mean(0)
+        return torch.tanh(x * (1 + self.recent))
+
+
 class Codebook(Body):
     """Vector quantisation with a codebook that is a moving average, and straight-through gradients."""
 
@@ -267,6 +349,38 @@ PATTERNS = [
     _entry("buffers that grow", make=Grows, adapted_alone=False),
     _entry("replaces its buffers", make=Replaces),
     _entry("one edited buffer under two names", make=Shares),
+    _entry("edits a buffer's data", make=partial(EditsData, assigns=False)),
+    _entry("assigns a buffer's data", make=partial(EditsData, assigns=True)),
+    _entry("edits buffers by batch_norm", make=EditsByFunction),
+    _entry("a buffer that is held twice", make=Alias),
+    _entry("a buffer that is held in part", make=partial(Alias, part=True)),
+    *(
+        _entry(
+            f"a buffer that is {name}",
+            make=partial(Alias, part, edits),
+            refused=r"buffer 'ema', which forward edits.*'the model itself' \(Alias\).*'also'.*register_buffer",
+        )
+        for name, part, edits in [
+            ("edited and held twice", False, _edit),
+            ("edited and held in part", True, _edit),
+            ("edited as data and held twice", False, _edit_data),
+        ]
+    ),
+    *(
+        entry
+        for name, in_place in [("in place", True), ("anew", False)]
+        for entry in [
+            _entry(
+                f"writes a graph into a buffer {name}",
+                make=partial(KeepsGraph, in_place),
+                refused=r"graph into its buffer 'ema'.*Detach",
+            ),
+            # A copy of a model with a graph in a buffer cannot be made.
+            _entry(
+                f"writes a graph {name} for the same call", make=partial(KeepsLast, in_place), adapted_alone=in_place
+            ),
+        ]
+    ),
     _entry("codebook", make=Codebook),
     _entry("counts in Python", make=CountsInPython, adapted_alone=False),
     _entry(
