@@ -657,6 +657,12 @@ def test_adapt_accepts_names_patterns_and_a_predicate() -> None:
         assert set(MAMLPlusPlus(seeded(Body), adapt=adapt).learning_rates) == {"linear.weight", "linear.bias"}
 
 
+@pytest.mark.parametrize("options", [{"adapt": 3}, {"keep_norm": True}, {"head": ["linear"]}, {"adapt": [1]}])
+def test_a_selection_that_is_no_name_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        MAMLPlusPlus(seeded(Conv4), **options)
+
+
 def test_wrapping_draws_nothing_from_the_global_rng() -> None:
     model = seeded(Conv4)
     torch.manual_seed(5)

@@ -72,7 +72,7 @@ def wrap(
     kept = _named("keep_norm", keep_norm, batch_norms(copied)) if keep_norm else []
     if problems := find_problems(copied, kept, affine):
         raise UnsupportedModuleError("\n".join(problems))
-    if head is not None and head not in dict(copied.named_modules()):
+    if head is not None and (not isinstance(head, str) or head not in dict(copied.named_modules())):
         raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {head!r}.")
     adapted = _selected(copied, adapt, adapt_norm)
     _check_devices(copied)
@@ -110,6 +110,8 @@ def _selected(model: nn.Module, adapt: Selection, adapt_norm: bool) -> tuple[str
 def _named(argument: str, patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
     """The names that match any of the patterns (shell wildcards), in order; every pattern must match something."""
     names = list(names)
+    if not isinstance(patterns, Iterable):
+        raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {patterns!r}.")
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in wanted:
         if not isinstance(pattern, str):
