@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from metawrap import MAMLPlusPlus, MetaWrapError, MetaWrapWarning, UnsupportedModuleError
+from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapError, MetaWrapWarning, UnsupportedModuleError
 
 BATCH = class_tasks((4,))
 OPTIONS: dict[str, Any] = {"multi_step_loss": False, "first_order_epochs": 0, "inner_steps": 2}
