@@ -17,6 +17,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,12 +63,14 @@ def make_batch(case: Case, device: str, dtype: torch.dtype) -> TaskBatch:
     return TaskBatch.stacked(*part(case.shots), *part(case.targets))
 
 
-def make_learner(case: Case, engine: str, device: str, dtype: torch.dtype, first_order: bool) -> MAMLPlusPlus:
+def make_learner(
+    case: Case, engine: str, device: str, dtype: torch.dtype, first_order: bool, **options: Any
+) -> MAMLPlusPlus:
     """The same initial weights for every engine."""
     torch.manual_seed(0)
     model = Conv4(case.channels, case.side, case.ways, case.filters).to(device, dtype)
     epochs = 1_000 if first_order else 0
-    return MAMLPlusPlus(model, engine=engine, first_order_epochs=epochs, epochs=max(epochs, 1) + 1)
+    return MAMLPlusPlus(model, engine=engine, first_order_epochs=epochs, epochs=max(epochs, 1) + 1, **options)
 
 
 def check_gradients(case: Case, device: str) -> float:

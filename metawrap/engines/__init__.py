@@ -3,7 +3,7 @@
 from metawrap.engines.calling import BufferEdits, HardGates, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
-from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule, clipped
+from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, clipped
 
 __all__ = [
     "ENGINES",
@@ -11,6 +11,7 @@ __all__ = [
     "Engine",
     "HardGates",
     "InnerOptimizer",
+    "State",
     "UpdateRule",
     "choose_engine",
     "clipped",

@@ -11,6 +11,7 @@ inner steps, and it knows no first order that still trains the initial weights.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
-from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, UpdateRule
+from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, State, UpdateRule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -81,10 +82,14 @@ class HigherInnerOptimizer:
         self.rule = rule
         self._optimizer: DifferentiableOptimizer | None = None
 
-    def step(self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def step(
+        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+    ) -> tuple[dict[str, Tensor], State]:
         """See `InnerOptimizer.step`."""
-        if self._optimizer is None:
+        if self._optimizer is None or len(self._optimizer.state) != len(fast):
             self._optimizer = _differentiable(self.rule, len(fast))
+        # One group for each weight, so a group's state is that of its only weight.
+        self._optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
         nothing = torch.zeros((), requires_grad=True)
         updated = self._optimizer.step(
             nothing,
@@ -92,7 +97,8 @@ class HigherInnerOptimizer:
             override={"lr": [rates[name] for name in fast]},
             grad_callback=lambda _: [gradients[name] for name in fast],
         )
-        return dict(zip(fast, updated, strict=True))
+        after = {name: group[0] for name, group in zip(fast, self._optimizer.state, strict=True)}
+        return dict(zip(fast, updated, strict=True)), after
 
 
 def _differentiable(rule: UpdateRule, count: int) -> DifferentiableOptimizer:

@@ -1,7 +1,7 @@
 """How a gradient becomes the next fast weight: SGD, with momentum or without, and Adam, each differentiable.
 
-A rule holds the numbers. An inner optimizer applies it to one task, and carries that task's state, with its graph, from
-step to step. The learning rates come from outside, one scalar per tensor and step, so every rule can learn them.
+A rule holds the numbers. An inner optimizer applies it, and holds nothing else: a task's state goes in and comes out,
+with its graph. The learning rates come from outside, one scalar per tensor and step, so every rule can learn them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Gradients = Mapping[str, Tensor | None]
+# By parameter name: what the rule remembers of it, tensors and counts; nothing before the first step.
+State = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class UpdateRule:
 
 
 class InnerOptimizer(Protocol):
-    """The update of one task's fast weights. Made anew for each task: it holds that task's state."""
+    """The update of fast weights by one rule."""
 
-    def step(self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The next fast weights; a tensor without a gradient stays as it is, and so does its state.
+    def step(
+        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """The next fast weights and state; a tensor without a gradient stays as it is, and so does its state.
 
         Args:
             fast, gradients: by parameter name, real.
             rates: this step's learning rate of each, scalar.
+            state: what the step before returned; {} at the first.
         """
         ...
 
@@ -46,36 +51,36 @@ class OwnInnerOptimizer:
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule
         self._update = {"sgd": self._sgd, "adam": self._adam}[rule.name]
-        self._count: dict[str, int] = {}
-        self._first: dict[str, Tensor] = {}
-        self._second: dict[str, Tensor] = {}
 
-    def step(self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def step(
+        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+    ) -> tuple[dict[str, Tensor], State]:
         """See `InnerOptimizer.step`."""
-        return {
-            name: weight if (g := gradients[name]) is None else weight - rates[name] * self._update(name, g)
-            for name, weight in fast.items()
-        }
+        updated, after = dict(fast), dict(state)
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                direction, after[name] = self._update(gradient, state.get(name, {}))
+                updated[name] = fast[name] - rates[name] * direction
+        return updated, after
 
-    def _sgd(self, name: str, gradient: Tensor) -> Tensor:
+    def _sgd(self, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+        if not self.rule.momentum:
+            return gradient, state
         # As in torch: the first velocity is the gradient itself.
-        if self.rule.momentum:
-            before = self._first.get(name)
-            gradient = gradient if before is None else self.rule.momentum * before + gradient
-            self._first[name] = gradient
-        return gradient
+        velocity = self.rule.momentum * state["velocity"] + gradient if state else gradient
+        return velocity, {"velocity": velocity}
 
-    def _adam(self, name: str, gradient: Tensor) -> Tensor:
+    def _adam(self, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         # Kingma & Ba 2015, arXiv:1412.6980, in the order at the end of section 2: eps is added before the correction.
-        (beta1, beta2), step = self.rule.betas, self._count.get(name, 0) + 1
+        (beta1, beta2), step = self.rule.betas, state.get("step", 0) + 1
         zero = torch.zeros_like(gradient)
-        mean = beta1 * self._first.get(name, zero) + (1 - beta1) * gradient
-        square = beta2 * self._second.get(name, zero) + (1 - beta2) * gradient * gradient
-        self._count[name], self._first[name], self._second[name] = step, mean, square
+        mean = beta1 * state.get("mean", zero) + (1 - beta1) * gradient
+        square = beta2 * state.get("square", zero) + (1 - beta2) * gradient * gradient
         # The root has no derivative at zero; an entry that never had a gradient takes no part.
         nothing = square == 0
         root = torch.where(nothing, zero, torch.where(nothing, torch.ones_like(square), square).sqrt())
-        return mean / (root + self.rule.eps) * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        direction = mean / (root + self.rule.eps) * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        return direction, {"step": step, "mean": mean, "square": square}
 
 
 def clipped(gradients: Gradients, max_norm: float | None, max_value: float | None) -> dict[str, Tensor | None]:

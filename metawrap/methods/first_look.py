@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,11 +179,14 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
     buffers = [(name, b, b._version, b.clone()) for name, b in model.named_buffers(remove_duplicate=False)]
     edited: set[str] = set()
     containers = [(live, live.copy()) for _, attributes in before for live in _containers(attributes, seen)]
+    others = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(index), untouched_buffers(model):
             yield
             edited = {name for name, b, version, value in buffers if b._version != version or not same_value(b, value)}
     finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)

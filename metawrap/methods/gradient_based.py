@@ -33,7 +33,7 @@ from metawrap.methods.first_look import (
 from metawrap.methods.head_start import HEAD_STARTS, HeadStart
 from metawrap.methods.method import LossFunction, Method
 from metawrap.methods.second_derivative import missing_second_derivative
-from metawrap.methods.settings import Settings
+from metawrap.methods.settings import Memory, Settings
 from metawrap.methods.solved import Solved, autograd, dense
 from metawrap.schedules import is_second_order
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
@@ -155,6 +155,8 @@ class GradientBased(Method):
                 self._refuse_second_order(once)
             if self._chosen[0] == "higher":
                 self._leave_higher_if_wrong(task)
+            if self.settings.memory == "flat" and differentiable:
+                self._refuse_flat_if_wrong(task)
         finally:
             self._engine = None
         known = {name for earlier in self._looks.values() for name in earlier.unused}
@@ -185,13 +187,22 @@ class GradientBased(Method):
             self._chosen = ("functional", reason)
             warn_fallback(reason)
 
-    def _gradient_with(self, engine: str, task: Task) -> tuple[Tensor | None, ...]:
+    def _refuse_flat_if_wrong(self, task: Task) -> None:
+        engine = self._chosen[0]
+        if differ(self._gradient_with(engine, task, "flat"), self._gradient_with(engine, task)):
+            raise UnsupportedModuleError(
+                'memory="flat" runs each support pass a second time, and this model does not do the same then: its '
+                "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
+                'back. Keep it in a buffer or a plain attribute, or use memory="unrolled".'
+            )
+
+    def _gradient_with(self, engine: str, task: Task, memory: Memory = "unrolled") -> tuple[Tensor | None, ...]:
         self._engine = ENGINES[engine](self.model, self._buffer_edits)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         settings, steps = self.settings, min(2, self.settings.inner_steps)
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
-            self.settings = replace(settings, **_PLAIN_RULE)
+            self.settings = replace(settings, memory=memory, **_PLAIN_RULE)
             with unchanged(self.model, self._device):
                 solved = self._solve(task, training=True, norm=settings.norm, steps=steps)
                 gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)

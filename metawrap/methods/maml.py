@@ -9,26 +9,27 @@ Read `_solve` first; each method below it is one arrow of the path.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines import InnerOptimizer, clipped, differentiable_twice
+from metawrap.engines import InnerOptimizer, State, clipped, differentiable_twice
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
+from metawrap.methods.flat import Judge, Tape, tensors_of
 from metawrap.methods.gradient_based import GradientBased
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
-from metawrap.methods.solved import Solved, autograd, dense, solved_from, usable
+from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
@@ -36,27 +37,27 @@ from metawrap.tasks import Inputs, Task, TaskId, map_tensors, same_device
 
 FastWeights = dict[str, Tensor]
 Rates = Mapping[str, tuple[Tensor, ...]]
+NO_STATE: State = {}
 
 
 @dataclass
 class _Unroll:
-    """What stays the same while one task is unrolled, and what its norms and its inner optimizer saw.
+    """What stays the same while one task is unrolled, and what its norms saw.
 
-    used: the classes whose outputs are not masked; None for all.
+    statistics: by which norms normalise. differentiable: whether the fast weights carry a graph. second_order: whether
+    their gradients do. judge: what takes the target losses' gradients as values; None where they are part of the graph.
+    used: the classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
     """
 
     task: Task
     norm: str
-    training: bool
+    statistics: Statistics
     differentiable: bool
     second_order: bool
     optimizer: InnerOptimizer
+    judge: Judge | None = None
     used: Tensor | None = None
-    moments: list[Moments] = field(default_factory=list)
-
-    @property
-    def statistics(self) -> Statistics:
-        return "running" if self.norm == "running" and not self.training else "batch"
+    moments: list[Moments] | None = None
 
 
 class MAML(GradientBased):
@@ -101,6 +102,7 @@ class MAML(GradientBased):
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
         engine: Literal["auto", "higher", "functional"] = "auto",
+        memory: Literal["unrolled", "flat"] = "unrolled",
         tasks_per_backward: int = 1,
         swap: Mapping[type[nn.Module], Factory] | None = None,
         head: str | None = None,
@@ -136,38 +138,67 @@ class MAML(GradientBased):
             warnings.warn(f"first_order_epochs: {first_order_warning(settings)}", MetaWrapWarning, stacklevel=2)
 
     def _solve(
-        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None
+        self,
+        task: Task,
+        *,
+        training: bool,
+        norm: str,
+        steps: int | None = None,
+        mask: bool | None = None,
+        whole_graph: bool = True,
     ) -> Solved:
         steps = self.settings.inner_steps if steps is None else steps
         unroll = self._unroll(task, training, norm, mask)
+        flat = unroll.second_order and self.settings.memory == "flat"
+        tape = Tape(self.model, self._device) if flat else None
+        if unroll.differentiable and (flat or not whole_graph):
+            unroll.judge = Judge(self._learned_only())
         weights = self._step_weights(steps, training)
         losses: list[Tensor | None] = [None] * steps
         with differentiable_twice(self.model, self._has_hard_gates) if unroll.second_order else nullcontext():
             rates = self.learning_rates.per_step()
-            fast = self._initial_weights(unroll)
+            start = self._initial_weights(unroll)
+            sweep = replace(unroll, differentiable=False, second_order=False) if flat else unroll
+            fast, state = start, NO_STATE
             for step, weight in enumerate(weights):
-                fast = self._inner_step(fast, rates, step, unroll)
+                if tape:
+                    tape.remember(fast, state)
+                fast, state = self._inner_step(fast, state, rates, step, sweep)
                 if weight:
-                    prediction = self._predict_target(fast, step, unroll)
-                    prediction, losses[step] = self._judged(prediction, task.target_y, "target", unroll)
+                    prediction, losses[step] = self._target_loss(fast, step, weight, unroll)
             if steps:
                 total = torch.stack(
                     [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
                 ).sum()
             else:
-                prediction = self._predict_target(fast, 0, unroll)
-                prediction, total = self._judged(prediction, task.target_y, "target", unroll)
+                prediction, total = self._target_loss(fast, 0, 1.0, unroll)
+            if tape and unroll.judge:
+                total = attached(total, self._pulled_back(tape, start, unroll, unroll.judge))
+            elif unroll.judge:
+                total = attached(total, unroll.judge.pairs())
         head = self.head_start.adapted(fast)
-        return solved_from(total, losses, prediction, task, unroll.moments, head, ignored_label(self.loss_fn))
+        return solved_from(total, losses, prediction, task, unroll.moments or [], head, ignored_label(self.loss_fn))
 
     def _unroll(self, task: Task, training: bool, norm: str, mask: bool | None = None) -> _Unroll:
         assert self._engine is not None
         differentiable = torch.is_grad_enabled()
-        second_order = differentiable and is_second_order(self.epoch, self.settings.first_order_epochs)
         masked = self.settings.mask_unused_outputs if mask is None else mask
-        optimizer = self._engine.inner_optimizer(self.settings.update_rule)
-        used = used_labels(task, ignored_label(self.loss_fn)) if masked else None
-        return _Unroll(task, norm, training, differentiable, second_order, optimizer, used)
+        return _Unroll(
+            task,
+            norm,
+            statistics="running" if norm == "running" and not training else "batch",
+            differentiable=differentiable,
+            second_order=differentiable and is_second_order(self.epoch, self.settings.first_order_epochs),
+            optimizer=self._engine.inner_optimizer(self.settings.update_rule),
+            used=used_labels(task, ignored_label(self.loss_fn)) if masked else None,
+            moments=[] if training else None,
+        )
+
+    def _learned_only(self) -> list[nn.Parameter]:
+        """What a target loss depends on besides the fast weights."""
+        adapted = {id(parameter) for _, parameter in self.wrapped.adapted_parameters()}
+        rates = {id(rate) for _, rate in self.learning_rates.items()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in adapted | rates]
 
     def _step_weights(self, steps: int, training: bool) -> list[float]:
         return step_loss_weights(steps, self.epoch, self.settings.step_loss_epochs if training else 0) if steps else []
@@ -182,7 +213,9 @@ class MAML(GradientBased):
             for name, w in copies.items()
         }
 
-    def _inner_step(self, fast: FastWeights, rates: Rates, step: int, unroll: _Unroll) -> FastWeights:
+    def _inner_step(
+        self, fast: FastWeights, state: State, rates: Rates, step: int, unroll: _Unroll
+    ) -> tuple[FastWeights, State]:
         with autograd(True):
             prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll)
             _, loss = self._judged(prediction, unroll.task.support_y, "support", unroll)
@@ -191,12 +224,21 @@ class MAML(GradientBased):
                 loss, tuple(fast.values()), create_graph=unroll.second_order, allow_unused=True
             )
         row = min(step, self.settings.inner_steps - 1)
-        updated = self._updated(fast, gradients, {name: rates[name][row] for name in fast}, unroll.optimizer)
-        return updated if unroll.differentiable else {name: w.detach().requires_grad_() for name, w in updated.items()}
+        updated, state = self._updated(
+            fast, gradients, {name: rates[name][row] for name in fast}, state, unroll.optimizer
+        )
+        if not unroll.differentiable:
+            updated = {name: weight.detach().requires_grad_() for name, weight in updated.items()}
+        return updated, state
 
     def _updated(
-        self, fast: FastWeights, gradients: Sequence[Tensor | None], rates: FastWeights, optimizer: InnerOptimizer
-    ) -> FastWeights:
+        self,
+        fast: FastWeights,
+        gradients: Sequence[Tensor | None],
+        rates: FastWeights,
+        state: State,
+        optimizer: InnerOptimizer,
+    ) -> tuple[FastWeights, State]:
         s = self.settings
         named = {name: None if g is None else dense(g) for name, g in zip(fast, gradients, strict=True)}
         # A complex entry is two numbers to an update rule, as it is to torch's own optimizers.
@@ -204,8 +246,46 @@ class MAML(GradientBased):
         real = {name: torch.view_as_real(w) if name in pairs else w for name, w in fast.items()}
         named |= {name: torch.view_as_real(g) for name in pairs if (g := named[name]) is not None}
         named = clipped(named, s.inner_max_grad_norm, s.inner_max_grad_value)
-        updated = optimizer.step(real, named, rates)
-        return {name: torch.view_as_complex(w) if name in pairs else w for name, w in updated.items()}
+        updated, state = optimizer.step(real, named, rates, state)
+        return {name: torch.view_as_complex(w) if name in pairs else w for name, w in updated.items()}, state
+
+    def _target_loss(self, fast: FastWeights, step: int, weight: float, unroll: _Unroll) -> tuple[Any, Tensor]:
+        if unroll.judge is None:
+            return self._judged(self._predict_target(fast, step, unroll), unroll.task.target_y, "target", unroll)
+        leaves = unroll.judge.apart(fast)
+        with autograd(True):
+            prediction = self._predict_target(leaves, step, unroll)
+            prediction, loss = self._judged(prediction, unroll.task.target_y, "target", unroll)
+            unroll.judge.take(weight * loss, fast, leaves, step)
+        return prediction, loss.detach()
+
+    def _pulled_back(
+        self, tape: Tape, start: FastWeights, unroll: _Unroll, judge: Judge
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each tensor that the initial weights, the rates and the rest of the learner hold, with its gradient."""
+        replay = replace(unroll, moments=None)
+        rates = [rate for _, rate in self.learning_rates.items() if rate.requires_grad]
+        others = [*rates, *judge.others]
+        direct: list[Tensor | None] = [*(None for _ in rates), *judge.direct]
+        behind: dict[Any, Tensor | None] = {}
+        for step in reversed(range(len(tape.starts))):
+            with tape.replayed(step) as (fast, state):
+                updated, after = self._inner_step(fast, state, self.learning_rates.per_step(), step, replay)
+            inputs: dict[Any, Tensor] = fast | tensors_of(state)
+            outputs: dict[Any, Tensor] = updated | tensors_of(after)
+            judged: dict[Any, Tensor | None] = {**judge.of_step(step)}
+            pull = {key: added(behind.get(key), judged.get(key)) for key in outputs}
+            reached = [key for key in outputs if pull[key] is not None]
+            found = torch.autograd.grad(
+                [outputs[key] for key in reached],
+                [*inputs.values(), *others],
+                [pull[key] for key in reached],
+                allow_unused=True,
+            )
+            behind = dict(zip(inputs, found, strict=False))
+            direct = [added(old, new) for old, new in zip(direct, found[len(inputs) :], strict=True)]
+        yield from ((start[name], behind[name]) for name in start)
+        yield from zip(others, direct, strict=True)
 
     def _predict_target(self, fast: FastWeights, step: int, unroll: _Unroll) -> Any:
         if unroll.norm == "support":
@@ -218,7 +298,7 @@ class MAML(GradientBased):
         assert self._engine is not None
         if self._edits_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
-        with self.wrapped.clock.at(step, statistics, unroll.moments if unroll.training else None):
+        with self.wrapped.clock.at(step, statistics, unroll.moments):
             return self._engine.call(fast, inputs)
 
     def _judged(self, prediction: Any, y: Any, part: str, unroll: _Unroll) -> tuple[Any, Tensor]:
@@ -261,9 +341,9 @@ class MAML(GradientBased):
             same_device([task], self._device)
             self._prepare(task)
             unroll = self._unroll(task, False, self.settings.norm, mask_unused_outputs)
-            rates, fast = self.learning_rates.per_step(), self._initial_weights(unroll)
+            rates, fast, state = self.learning_rates.per_step(), self._initial_weights(unroll), NO_STATE
             for step in range(steps):
-                fast = self._inner_step(fast, rates, step, unroll)
+                fast, state = self._inner_step(fast, state, rates, step, unroll)
             row = max(0, min(steps, self.settings.inner_steps) - 1)
             statistics = self._support_statistics(fast, row, unroll) if unroll.norm == "support" else None
             return plain_copy(self.model, fast, row, statistics, keep_statistics=unroll.norm != "batch")
@@ -333,6 +413,8 @@ class MAMLPlusPlus(MAML):
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         max_grad_norm, max_grad_value: clipping of the meta-gradient, by norm or by entry.
         engine: "auto", "higher" or "functional".
+        memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
+            pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed.
         swap: module class to factory(module), for norms that cannot become per-step as they are.
         head: name of the module that makes the prediction; found by watching a forward pass if None.

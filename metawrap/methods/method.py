@@ -24,7 +24,7 @@ from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWra
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
-from metawrap.methods.solved import Solved, autograd, restored_buffers, untouched_buffers, usable
+from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.tasks import (
@@ -62,11 +62,19 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def _solve(
-        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None
+        self,
+        task: Task,
+        *,
+        training: bool,
+        norm: str,
+        steps: int | None = None,
+        mask: bool | None = None,
+        whole_graph: bool = True,
     ) -> Solved:
         """Adapts to one task's support set and judges on its target set.
 
-        The loss is differentiable with respect to the learner's parameters wherever gradients are enabled.
+        The loss is differentiable with respect to the learner's parameters wherever gradients are enabled. Without the
+        whole graph it need not be with respect to anything else, so that parts of it can be freed at once.
         """
 
     @abstractmethod
@@ -128,10 +136,10 @@ class Method(nn.Module, ABC):
         batch = TaskBatch(tuple(usable(task) for task in batch))
         self._prepare(batch[0])
         for chunk in batch.chunks(self.settings.tasks_per_backward):
-            outcomes = [self._solve(task, training=True, norm=self.settings.norm) for task in chunk]
+            outcomes = [self._solve(task, training=True, norm=self.settings.norm, whole_graph=False) for task in chunk]
             loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            total = [_sum(old, new) for old, new in zip(total, gradients, strict=True)]
+            total = [added(old, new) for old, new in zip(total, gradients, strict=True)]
             solved += [outcome.detached() for outcome in outcomes]
             # Not kept for the next chunk: its graph would stand beside this one's.
             del outcomes, loss
@@ -373,9 +381,3 @@ def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | No
     if solved.accuracy is not None:
         return "accuracy", solved.accuracy
     return "loss", solved.loss.detach()
-
-
-def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    if old is None or new is None:
-        return new if old is None else old
-    return old + new

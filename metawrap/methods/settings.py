@@ -14,6 +14,7 @@ from metawrap.errors import ArgumentError
 
 NormPolicy = Literal["batch", "running", "support"]
 HeadInit = Literal["learned", "zeros", "random", "stored"]
+Memory = Literal["unrolled", "flat"]
 InnerOptimizerName = Literal["sgd", "adam"]
 
 _OFF: dict[str, Any] = {
@@ -83,6 +84,7 @@ class Settings:
     inner_max_grad_value: float | None
     head_init: HeadInit
     mask_unused_outputs: bool
+    memory: Memory
 
     @property
     def update_rule(self) -> UpdateRule:
@@ -225,6 +227,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "inner_max_grad_value": _CLIP,
     "head_init": _one_of(HeadInit),
     "mask_unused_outputs": _SWITCH,
+    "memory": _one_of(Memory),
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
@@ -52,6 +53,34 @@ def solved_from(
     losses = [missing if step is None else step.detach() for step in step_losses]
     stacked = torch.stack(losses) if losses else missing.new_empty(0)
     return Solved(loss, stacked, prediction, accuracy_of(prediction, task.target_y, ignored), moments, task.id, head)
+
+
+def attached(value: Tensor, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The value, as a tensor whose gradient with respect to each tensor is the one beside it; differentiable once.
+
+    For gradients that were made as values, while their graph still stood.
+    """
+    present = [(tensor, g) for tensor, g in pairs if g is not None and tensor.requires_grad]
+    return _Attached.apply(value, [g for _, g in present], *(tensor for tensor, _ in present))  # type: ignore[no-any-return]
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        return None, None, *(outer * gradient for gradient in ctx.gradients)
+
+
+def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, where None is zero."""
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""The batch norm with its own second derivative: against the formula, and against finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from metawrap.layers.batch_norm import batch_norm
+
+SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
+
+
+def inputs(shape: tuple[int, ...], affine: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return [draw(*shape), *([draw(shape[1]), draw(shape[1])] if affine else [])]
+
+
+def ours(x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
+    return batch_norm(x, weight, bias, None, None, 1e-3)
+
+
+def formula(x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
+    over, wide = [0, *range(2, x.ndim)], (1, -1, *(1,) * (x.ndim - 2))
+    centred = x - x.mean(over, keepdim=True)
+    normal = centred / (centred.square().mean(over, keepdim=True) + 1e-3).sqrt()
+    return normal if weight is None else normal * weight.view(wide) + bias.view(wide)
+
+
+def derivatives(norm: Any, tensors: list[Tensor], asked: list[int]) -> list[Tensor | None]:
+    """The gradient with respect to the asked inputs, and its derivative along a direction with respect to all."""
+    generator = torch.Generator().manual_seed(1)
+    output = norm(*tensors)
+    upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64).requires_grad_()
+    first = torch.autograd.grad(output, [tensors[i] for i in asked], upstream, create_graph=True)
+    along = sum((g * torch.randn(g.shape, generator=generator, dtype=torch.float64)).sum() for g in first)
+    second = torch.autograd.grad(along, [*tensors, upstream], create_graph=True, allow_unused=True)
+    return [output, *first, *second]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("asked", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
+def test_both_derivatives_equal_those_of_the_formula(shape: tuple[int, ...], asked: list[int]) -> None:
+    for found, expected in zip(
+        derivatives(ours, inputs(shape), asked), derivatives(formula, inputs(shape), asked), strict=True
+    ):
+        if found is None or expected is None:
+            assert all(g is None or not g.any() for g in (found, expected))
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_derivatives_equal_finite_differences(shape: tuple[int, ...], affine: bool) -> None:
+    assert gradcheck(ours, inputs(shape, affine))
+    assert gradgradcheck(ours, inputs(shape, affine), atol=1e-4)
+
+
+def test_a_scale_of_zero_has_a_derivative_too() -> None:
+    x, weight, bias = inputs((5, 3, 2))
+    with torch.no_grad():
+        weight[1] = 0
+    assert gradgradcheck(ours, [x, weight, bias])
+
+
+def test_channels_last_gives_the_same() -> None:
+    x, weight, bias = inputs((3, 2, 4, 3))
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    for found, expected in zip(
+        derivatives(ours, [last, weight, bias], [0]), derivatives(formula, [x, weight, bias], [0]), strict=True
+    ):
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_are_the_batchs_mean_and_unbiased_variance(shape: tuple[int, ...]) -> None:
+    x, weight, bias = inputs(shape)
+    mean, variance = torch.zeros(shape[1]).double(), torch.zeros(shape[1]).double()
+    batch_norm(x, weight, bias, mean, variance, 1e-3)
+    flat = x.detach().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, flat.mean(1), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(variance, flat.var(1, unbiased=True), rtol=1e-12, atol=1e-14)
+
+
+def test_a_third_derivative_is_refused_as_torch_refuses_it() -> None:
+    x, weight, bias = inputs((5, 3, 2))
+    first = torch.autograd.grad(ours(x, weight, bias).square().sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.autograd.grad(second.sum(), [x, weight], allow_unused=True)

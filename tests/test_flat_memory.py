@@ -1,0 +1,180 @@
+"""memory="flat": the same gradients, and memory that does not grow with inner steps."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from face import as_tasks, assert_equals_reference, build, gradients_of, last_only, reference_for
+from models import Conv4, NormedMlp, class_tasks, seeded
+from oracle import assert_same_gradients, msl_weights
+from test_engines import ANNEAL_EPOCHS, CASES, ENGINES, EPOCH, STEPS, _learner, _reference
+from test_inner_optimizers import BATCH, RULES, by_hand, learner_of
+from torch import Tensor, nn
+
+from metawrap import ArgumentError, MAMLPlusPlus, Task, UnsupportedModuleError
+
+NETWORKS = ["conv4", "vision transformer", "lstm", "tied weights", "user hooks", "norm with activation"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_meta_step_and_forward_equal_the_oracle(name: str, engine: str) -> None:
+    case = CASES[name]
+    for way in ("meta_step", "forward"):
+        learner = _learner(case, seeded(case.make), engine, memory="flat")
+        learner.epoch = EPOCH
+        if way == "meta_step":
+            loss: Any = learner.meta_step(case.batch()).loss
+        else:
+            output = learner(case.batch())
+            output.loss.backward()
+            loss = output.loss.detach()
+        assert_equals_reference(learner, loss, _reference(name))
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "running"])
+@pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
+def test_every_norm_policy_and_order_equals_the_oracle(norm: str, second_order: bool) -> None:
+    model, batch = seeded(NormedMlp), class_tasks((4,))
+    learner = build(
+        model, norm=norm, memory="flat", first_order_epochs=0 if second_order else 99, msl_epochs=ANNEAL_EPOCHS
+    )
+    reference = reference_for(
+        model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm, second_order=second_order
+    )
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_update_rule_equals_the_loop_by_hand(rule: str, engine: str) -> None:
+    learner = learner_of(rule, engine, memory="flat")
+    loss, expected = by_hand(learner, rule, second_order=True)
+    assert learner.meta_step(BATCH).loss == pytest.approx(float(loss), rel=1e-12)
+    assert_same_gradients(gradients_of(learner), expected)
+
+
+class Noisy(nn.Module):
+    """Draws from every generator, counts its calls, and keeps an average of what it saw: a replay must see the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.4)
+        self.register_buffer("average", torch.zeros(6))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = self.drop(torch.tanh(self.first(x))) * (1 + random.random()) + float(np.random.rand())
+        self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+        return self.linear(hidden - self.average) / (1 + 0.1 * self.calls)
+
+
+def seed_all() -> None:
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_replay_sees_the_same_draws_counts_and_buffers(engine: str) -> None:
+    model, batch = seeded(Noisy), class_tasks((4,))
+    learner = build(model, engine=engine, inner_steps=3, memory="flat", multi_step_loss=False)
+    seed_all()
+    reference = reference_for(model, learner, batch, last_only(3))
+    seed_all()
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert learner.model.calls == 8, "three support passes and one target pass for either task; replays do not count"
+
+
+class Remembers(nn.Module):
+    """Keeps its calls in a list, which nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 3), [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[0] += 1
+        return self.linear(x) / self.seen[0]
+
+
+@pytest.mark.parametrize("head_init", ["zeros", "random", "stored"])
+def test_heads_that_start_per_task_have_the_unrolled_gradient(head_init: str) -> None:
+    found = []
+    for memory in ("unrolled", "flat"):
+        learner = build(seeded(NormedMlp), memory=memory, head_init=head_init, head="linear", engine="functional")
+        torch.manual_seed(0)
+        tasks = [Task(*parts, id=index) for index, parts in enumerate(as_tasks(class_tasks((4,))))]
+        for _ in range(2):
+            learner.meta_step(tasks)
+        found.append(gradients_of(learner))
+    assert_same_gradients(found[1], found[0])
+
+
+@dataclass(eq=False)
+class _Saved:
+    tensor: Tensor
+
+
+class LiveGraph:
+    """Counts the bytes that graphs hold for their backward passes."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        saved, size = _Saved(tensor), tensor.nbytes
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(saved, self.free, size)
+        return saved
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+    @staticmethod
+    def unpack(saved: _Saved) -> Tensor:
+        return saved.tensor
+
+
+def peak_of_graphs(steps: int, **options: Any) -> int:
+    learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **options)
+    batch = class_tasks((1, 16, 16), tasks=2, targets=2)
+    learner.meta_step(batch)
+    gc.collect()
+    live = LiveGraph()
+    with torch.autograd.graph.saved_tensors_hooks(live.pack, live.unpack):
+        learner.meta_step(batch)
+    assert live.peak > 0
+    return live.peak
+
+
+def test_graphs_of_ten_steps_hold_no_more_than_those_of_one() -> None:
+    assert peak_of_graphs(10, memory="flat") <= 1.3 * peak_of_graphs(1, memory="flat")
+    assert peak_of_graphs(10) > 3 * peak_of_graphs(1), "the unrolled graph does grow: the count counts"
+
+
+def test_target_graphs_are_freed_step_by_step() -> None:
+    with_all_targets = peak_of_graphs(5, multi_step_loss=True)
+    with_the_last_only = peak_of_graphs(5, multi_step_loss=False)
+    assert with_all_targets < 1.1 * with_the_last_only
+
+
+def test_a_model_that_cannot_be_replayed_is_refused() -> None:
+    learner = MAMLPlusPlus(seeded(Remembers), memory="flat", engine="functional")
+    with pytest.raises(UnsupportedModuleError, match=r'memory="unrolled"'):
+        learner.meta_step(class_tasks((4,)))
+
+
+def test_an_unknown_memory_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="memory"):
+        MAMLPlusPlus(seeded(NormedMlp), memory="little")
