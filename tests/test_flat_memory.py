@@ -120,6 +120,23 @@ def test_heads_that_start_per_task_have_the_unrolled_gradient(head_init: str) ->
     assert_same_gradients(found[1], found[0])
 
 
+@pytest.mark.parametrize("memory", ["unrolled", "flat"])
+@pytest.mark.parametrize("name", ["model.first.weight", "model.norm.weight", "model.linear.weight", "rate"])
+def test_a_hook_on_a_parameter_sees_its_whole_gradient_once(name: str, memory: str) -> None:
+    gradients, seen = [], []
+    for hooked in (False, True):
+        learner = build(seeded(NormedMlp), memory=memory, adapt="linear.*")
+        rates = learner.learning_rates["linear.weight"]
+        parameter = rates if name == "rate" else dict(learner.named_parameters())[name]
+        if hooked:
+            parameter.register_hook(lambda gradient: seen.append(gradient.clone()) or 0.5 * gradient)
+        learner.meta_step(class_tasks((4,), tasks=1))
+        gradients.append(parameter.grad.clone())
+    # The first look differentiates too; the last call is the meta-step's.
+    torch.testing.assert_close(seen[-1], gradients[0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(gradients[1], 0.5 * gradients[0], rtol=1e-12, atol=1e-15)
+
+
 @dataclass(eq=False)
 class _Saved:
     tensor: Tensor

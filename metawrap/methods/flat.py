@@ -43,7 +43,8 @@ class Judge:
 
     def take(self, loss: Tensor, fast: Mapping[str, Tensor], leaves: Mapping[str, Tensor], step: int) -> None:
         """Takes the gradient of a weighted target loss that was computed on `leaves`."""
-        found = torch.autograd.grad(loss, [*leaves.values(), *self.others], allow_unused=True)
+        with without_hooks(self.others):
+            found = torch.autograd.grad(loss, [*leaves.values(), *self.others], allow_unused=True)
         self._taken[step] = [(name, fast[name], g) for name, g in zip(leaves, found, strict=False)]
         self.direct = [added(old, new) for old, new in zip(self.direct, found[len(leaves) :], strict=True)]
 
@@ -90,6 +91,19 @@ class Tape:
             yield {name: _leaf(weight) for name, weight in start.fast.items()}, _leaves_of(start.state)
         finally:
             present.restore(copies=False)
+
+
+@contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Takes off the hooks on the tensors' gradients for a while: they belong to the whole, not to each part of it."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    try:
+        for tensor, _ in hooked:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
 
 
 def _leaves_of(state: State) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
-from metawrap.methods.flat import Judge, Tape, tensors_of
+from metawrap.methods.flat import Judge, Tape, tensors_of, without_hooks
 from metawrap.methods.gradient_based import GradientBased
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
@@ -276,12 +276,13 @@ class MAML(GradientBased):
             judged: dict[Any, Tensor | None] = {**judge.of_step(step)}
             pull = {key: added(behind.get(key), judged.get(key)) for key in outputs}
             reached = [key for key in outputs if pull[key] is not None]
-            found = torch.autograd.grad(
-                [outputs[key] for key in reached],
-                [*inputs.values(), *others],
-                [pull[key] for key in reached],
-                allow_unused=True,
-            )
+            with without_hooks(others):
+                found = torch.autograd.grad(
+                    [outputs[key] for key in reached],
+                    [*inputs.values(), *others],
+                    [pull[key] for key in reached],
+                    allow_unused=True,
+                )
             behind = dict(zip(inputs, found, strict=False))
             direct = [added(old, new) for old, new in zip(direct, found[len(inputs) :], strict=True)]
         yield from ((start[name], behind[name]) for name in start)
