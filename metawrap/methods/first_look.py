@@ -19,6 +19,7 @@ from metawrap.engines import BufferEdits
 from metawrap.engines.calling import same_value
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.methods.solved import untouched_buffers
+from metawrap.surgery.inspect import registered_buffers
 from metawrap.tasks import tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -176,7 +177,7 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
     weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     seen: set[int] = set()
-    buffers = [(name, b, b._version, b.clone()) for name, b in model.named_buffers(remove_duplicate=False)]
+    buffers = [(name, b, b._version, b.clone()) for name, b in registered_buffers(model)]
     edited: set[str] = set()
     containers = [(live, live.copy()) for _, attributes in before for live in _containers(attributes, seen)]
     others = random.getstate(), np.random.get_state()

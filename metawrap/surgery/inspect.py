@@ -41,12 +41,23 @@ def find_hooks(model: nn.Module) -> str | None:
     return next(hooked, None)
 
 
+def registered_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every buffer of every module by name; a tensor that several modules register comes for each of them.
+
+    `named_buffers(remove_duplicate=False)` would walk a module that holds itself for ever.
+    """
+    for path, module in model.named_modules():
+        for local, buffer in module._buffers.items():
+            if buffer is not None:
+                yield f"{path}.{local}" if path else local, buffer
+
+
 def find_buffer_aliases(model: nn.Module) -> dict[str, str]:
     """The buffers that are held somewhere else, too, and what is wrong with that if forward edits them in place.
 
     One tensor that is registered as several buffers is fine.
     """
-    buffers = [(name, b) for name, b in model.named_buffers(remove_duplicate=False) if type(b) is Tensor]
+    buffers = [(name, buffer) for name, buffer in registered_buffers(model) if type(buffer) is Tensor]
     held: dict[int, list[tuple[str, Tensor, bool]]] = {}
     for name, buffer in buffers:
         held.setdefault(_storage(buffer), []).append((f"the buffer '{name}'", buffer, True))
