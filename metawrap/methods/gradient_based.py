@@ -146,8 +146,10 @@ class GradientBased(Method):
                 refuse_carried_graphs(self.model, self._buffer_edits.carried, lambda: support_loss(learned))
             refuse_bypassed(prediction(), self.wrapped.adapted_parameters())
             if self._head is None:
-                self._head, exact = find_head(self.model, prediction)
-                self.head_start.find(self.model, self._head if exact else None, self.wrapped.adapted)
+                head, exact = find_head(self.model, prediction)
+                # Before it is remembered: a head that was refused must be refused again.
+                self.head_start.find(self.model, head if exact else None, self.wrapped.adapted)
+                self._head = head
             once = None
             if differentiable and not math.isinf(self.settings.first_order_epochs):
                 with differentiable_twice(self.model, self._has_hard_gates):
