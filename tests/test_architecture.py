@@ -17,6 +17,7 @@ LAYERS = {
     "metawrap.tasks": 0,
     "metawrap.results": 0,
     "metawrap.description": 0,
+    "metawrap.allocator": 0,
     "metawrap.schedules": 1,
     "metawrap.engines": 1,
     "metawrap.surgery": 1,

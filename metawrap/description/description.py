@@ -35,7 +35,7 @@ class Description:
     rates: how many inner learning rates there are; rate_range: their lowest and highest value at present.
     head: the module that makes the prediction. seen: whether the learner has looked at a task; before that the head
     (unless it was named), unused parameters and a fault of the engine are not known. modules: a row for each module of
-    the network, in order.
+    the network, in order. speed: how tasks are run, and why so.
     """
 
     method: str
@@ -55,6 +55,7 @@ class Description:
     modules: list[ModuleRow]
     rate_range: tuple[float, float] | None
     seen: bool
+    speed: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; a number that is not finite is a word."""
@@ -118,6 +119,7 @@ class Description:
             ("batch norm", self._norm_text()),
             ("gradient", _order(self.settings)),
             ("engine", self._engine_text()),
+            ("speed", self.speed),
         ]
         return [(label, text) for label, text in facts if text]
 

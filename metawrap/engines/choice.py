@@ -13,10 +13,13 @@ from metawrap.surgery.inspect import find_higher_hazards, find_hooks
 ENGINES: dict[str, type[Engine]] = {"higher": HigherEngine, "functional": FunctionalEngine}
 
 
-def choose_engine(name: str, model: nn.Module) -> tuple[str, str]:
+def choose_engine(name: str, model: nn.Module, threads: bool = False) -> tuple[str, str]:
     """The name of the engine for a model, and why it was chosen.
 
     `"auto"` takes `higher` where inspection finds nothing that it gets wrong, else `functional`.
+
+    Args:
+        threads: whether tasks may be solved at the same time, which `higher` does not.
 
     Raises:
         ArgumentError: there is no engine of that name.
@@ -26,6 +29,8 @@ def choose_engine(name: str, model: nn.Module) -> tuple[str, str]:
         raise ArgumentError(f"engine: expected 'auto', {' or '.join(map(repr, ENGINES))}, but got {name!r}.")
     if name == "functional":
         return name, "asked for"
+    if threads and name == "auto":
+        return "functional", "it runs tasks in threads"
     hazards = find_higher_hazards(model)
     hooked = find_hooks(model) if name == "auto" else None
     if not hazards and hooked is not None:

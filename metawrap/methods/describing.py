@@ -29,12 +29,14 @@ def describe_learner(
     head: str | None,
     engine: tuple[str, str],
     looks: Mapping[bool, FirstLook],
+    speed: str,
 ) -> Description:
     """What wrapping found and did.
 
     Args:
         engine: its name, and why it was chosen.
         looks: what the first task showed, in training mode (True) and in eval mode.
+        speed: how tasks are run.
     """
     unused = [set(look.unused) for look in looks.values()]
     never = set.intersection(*unused) if unused else set()
@@ -59,6 +61,7 @@ def describe_learner(
         modules=list(_rows(wrapped, fates, rates)),
         rate_range=_range(rates),
         seen=bool(looks),
+        speed=speed,
     )
 
 

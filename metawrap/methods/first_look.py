@@ -33,11 +33,13 @@ class FirstLook:
     unused: adapted parameters that the support loss does not depend on.
     differentiable: whether it was looked at with gradients to come.
     once: why the model cannot be differentiated twice; None if it can, or need not.
+    traces: what a pass leaves behind, so that tasks must be solved one after another; None if nothing.
     """
 
     unused: list[str]
     differentiable: bool = False
     once: str | None = None
+    traces: str | None = None
 
 
 def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
@@ -64,6 +66,23 @@ def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping
     if len(unused) == len(fast):
         raise UnsupportedModuleError(_NO_GRADIENT)
     return unused
+
+
+def refuse_other_layout(prediction: Callable[[], Any]) -> None:
+    """Checks that a forward pass takes images in channels_last.
+
+    Raises:
+        UnsupportedModuleError: it looks at a tensor in a way that the layout does not allow.
+    """
+    try:
+        prediction()
+    except RuntimeError as error:
+        if "view size is not compatible" in str(error):
+            raise UnsupportedModuleError(
+                "channels_last=True: the model's forward calls .view() on images, which needs the usual layout. Use "
+                ".reshape() or .flatten() there, or leave channels_last out."
+            ) from error
+        raise
 
 
 def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -152,6 +171,16 @@ def warn_once(reason: str, epoch: float) -> None:
     """Reports that training will stop when second-order gradients begin."""
     warnings.warn(
         f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
+        MetaWrapWarning,
+        stacklevel=5,
+    )
+
+
+def warn_alone(workers: int | str, reason: str) -> None:
+    """Reports that tasks are solved one after another although more workers were asked for."""
+    warnings.warn(
+        f'workers={workers}: tasks are solved one after another, because {reason}. Pass workers="auto" to silence '
+        "this.",
         MetaWrapWarning,
         stacklevel=5,
     )

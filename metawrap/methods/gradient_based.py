@@ -7,36 +7,41 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metawrap.description import Description
 from metawrap.engines import ENGINES, BufferEdits, Engine, HardGates, choose_engine, differentiable_twice
-from metawrap.errors import UnsupportedModuleError
+from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.describing import describe_learner
 from metawrap.methods.first_look import (
     FirstLook,
+    Gradients,
     differ,
     refuse_bypassed,
     refuse_carried_graphs,
+    refuse_other_layout,
     support_gradient,
     unchanged,
+    warn_alone,
     warn_fallback,
     warn_once,
     warn_unused,
 )
 from metawrap.methods.head_start import HEAD_STARTS, HeadStart
-from metawrap.methods.method import LossFunction, Method
+from metawrap.methods.method import Chunk, LossFunction, Method, Result
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
-from metawrap.methods.solved import Solved, autograd, dense
+from metawrap.methods.solved import Solved, autograd, dense, usable
+from metawrap.methods.tuning import Speed, fastest
+from metawrap.methods.workers import Traces, has_modes, in_threads, replica
 from metawrap.schedules import is_second_order
-from metawrap.surgery.inspect import find_buffer_aliases, find_head
+from metawrap.surgery.inspect import find_buffer_aliases, find_head, find_hooks
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
 
@@ -56,7 +61,13 @@ class GradientBased(Method):
     def __init__(
         self, wrapped: Wrapped, settings: Settings, loss_fn: LossFunction, preset: str, engine: str, head: str | None
     ) -> None:
-        chosen = choose_engine(engine, wrapped.model)
+        threads = settings.tune or settings.workers != 1
+        chosen = choose_engine(engine, wrapped.model, threads)
+        if settings.workers != 1 and engine == "higher":
+            raise ArgumentError(
+                f'workers: expected 1 with engine="higher", which runs in one thread, but got {settings.workers!r}. '
+                'Leave it out, or pass engine="functional".'
+            )
         super().__init__(wrapped.model, settings, loss_fn)
         self.preset, self.wrapped = preset, wrapped
         self._asked_engine, self._chosen = engine, chosen
@@ -65,6 +76,7 @@ class GradientBased(Method):
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
         self._has_hard_gates = self._edits_inputs = False
+        self._tuned: Speed | None = None
         self.head_start: HeadStart = HEAD_STARTS[settings.head_init]()
         if head is not None:
             self.head_start.find(wrapped.model, head, wrapped.adapted)
@@ -87,6 +99,7 @@ class GradientBased(Method):
             head=self.head,
             engine=self._chosen,
             looks=self._looks,
+            speed=self._speed_text(),
         )
 
     @property
@@ -120,6 +133,8 @@ class GradientBased(Method):
             with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
                 look = self._first_look(task.map(Tensor.clone), differentiable)
             self._looks[mode] = look
+            if mode and self.settings.workers not in (1, "auto") and (reason := self._alone()):
+                warn_alone(self.settings.workers, reason)
         if differentiable:
             self._refuse_second_order(self._looks[mode].once)
         if self._engine is None:
@@ -136,9 +151,11 @@ class GradientBased(Method):
             def support_loss(fast: Mapping[str, Tensor]) -> Tensor:
                 return self._support_loss(fast, task)
 
+            if self.speed.channels_last:
+                refuse_other_layout(prediction)
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates:
+            with HardGates() as gates, Traces(self.model) as traces:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
@@ -165,7 +182,90 @@ class GradientBased(Method):
         warn_unused([name for name in unused if name not in known])
         if once:
             warn_once(once, self.settings.first_order_epochs)
-        return FirstLook(unused, differentiable, once)
+        threads = differentiable and self.model.training and self.settings.workers != 1
+        left = traces.found or (self._replica_differs(task) if threads else None)
+        return FirstLook(unused, differentiable, once, left)
+
+    def _meta_gradient(
+        self, batch: TaskBatch, parameters: list[nn.Parameter]
+    ) -> tuple[list[Solved], list[Tensor | None]]:
+        if self.settings.tune and self._tuned is None:
+            self._tune(batch, parameters)
+        return super()._meta_gradient(batch, parameters)
+
+    def _tune(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> None:
+        """Chooses by the time of this batch's meta-gradient, of second order where training comes to that."""
+        settings, cores = self.settings, torch.get_num_threads()
+        order = math.inf if math.isinf(settings.first_order_epochs) else 0
+        few = TaskBatch(batch.tasks[: 2 * cores * settings.tasks_per_backward])
+
+        def run(speed: Speed) -> Gradients:
+            self._tuned = speed
+            with unchanged(self.model, self._device):
+                return super(GradientBased, self)._meta_gradient(few, parameters)[1]
+
+        images = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules())
+        chosen = None
+        try:
+            self._prepare(usable(few[0]))
+            self.settings = replace(settings, first_order_epochs=order)
+            counts = [] if self._alone() else [n for n in range(2, cores + 1) if cores % n == 0]
+            chosen = fastest(run, [True] if images else [], counts)
+        finally:
+            self.settings, self._tuned = settings, chosen
+
+    @property
+    def speed(self) -> Speed:
+        """How tasks are run: as the constructor was told, or as was measured."""
+        return self._tuned or Speed(self.settings.workers, self.settings.channels_last)
+
+    def _speed_text(self) -> str:
+        if self.settings.tune and self._tuned is None:
+            return "measured in the first meta-step"
+        if self.speed.workers != 1 and (reason := self._alone()):
+            return f"{replace(self.speed, workers=1)}: {reason}"
+        return str(self.speed)
+
+    def _alone(self) -> str | None:
+        """Why tasks cannot be solved at the same time, or None."""
+        if self._device.type != "cpu":
+            return "threads are for the CPU"
+        if self._chosen[0] != "functional":
+            return f'engine="{self._chosen[0]}" runs in one thread'
+        if self._buffer_edits.edited:
+            return f"forward edits the buffer '{min(self._buffer_edits.edited)}'"
+        if (look := self._looks.get(True)) and look.traces:
+            return look.traces
+        if (hooked := find_hooks(self.model)) is not None:
+            return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
+        if any(parameter._backward_hooks for parameter in self.parameters()):
+            return "a parameter has a hook on its gradient"
+        return "it is called in a mode that belongs to one thread" if has_modes() else None
+
+    def _in_order(self, work: Callable[[Any, Chunk], Result], chunks: Sequence[Chunk]) -> Iterator[Result]:
+        count = self.speed.number_of_workers(len(chunks))
+        if count < 2 or self._alone():
+            yield from super()._in_order(work, chunks)
+            return
+        replicas = [self._replica() for _ in range(count)]
+        # What this sets for the whole process must be set before the first worker begins, and put back after the last.
+        with differentiable_twice(self.model, self._has_hard_gates):
+            yield from in_threads(work, chunks, replicas)
+
+    def _replica(self) -> GradientBased:
+        made = replica(self, shared=[self.outer])
+        made._engine = ENGINES[self._chosen[0]](made.model, made._buffer_edits)
+        return made
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The counters and what was measured, for state_dict."""
+        return super().get_extra_state() | ({} if self._tuned is None else {"speed": asdict(self._tuned)})
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restores the counters; what was measured, too, where this learner would measure."""
+        super().set_extra_state(state)
+        if self.settings.tune and "speed" in state:
+            self._tuned = Speed(**state["speed"])
 
     def _refuse_second_order(self, once: str | None) -> None:
         if once and is_second_order(self.epoch, self.settings.first_order_epochs):
@@ -197,6 +297,14 @@ class GradientBased(Method):
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
                 'back. Keep it in a buffer or a plain attribute, or use memory="unrolled".'
             )
+
+    def _replica_differs(self, task: Task) -> str | None:
+        engine = self._chosen[0]
+        try:
+            same = not differ(self._replica()._gradient_with(engine, task), self._gradient_with(engine, task))
+        except Exception as error:  # A copy of the user's own that does not run, in whatever way.
+            return f"a replica of it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        return None if same else "a replica of it does not give the same gradient"
 
     def _gradient_with(self, engine: str, task: Task, memory: Memory = "unrolled") -> tuple[Tensor | None, ...]:
         self._engine = ENGINES[engine](self.model, self._buffer_edits)

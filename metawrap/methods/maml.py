@@ -30,6 +30,7 @@ from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
 from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
+from metawrap.methods.tuning import to_channels_last
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
@@ -103,6 +104,10 @@ class MAML(GradientBased):
         max_grad_value: float | None = None,
         engine: Literal["auto", "higher", "functional"] = "auto",
         memory: Literal["unrolled", "flat"] = "unrolled",
+        workers: int | Literal["auto"] = 1,
+        channels_last: bool = False,
+        tune: bool = False,
+        allocator: bool = True,
         tasks_per_backward: int = 1,
         swap: Mapping[type[nn.Module], Factory] | None = None,
         head: str | None = None,
@@ -181,6 +186,9 @@ class MAML(GradientBased):
 
     def _unroll(self, task: Task, training: bool, norm: str, mask: bool | None = None) -> _Unroll:
         assert self._engine is not None
+        if self.speed.channels_last:
+            images = {part: map_tensors(getattr(task, part), to_channels_last) for part in ("support_x", "target_x")}
+            task = replace(task, **images)
         differentiable = torch.is_grad_enabled()
         masked = self.settings.mask_unused_outputs if mask is None else mask
         return _Unroll(
@@ -358,7 +366,8 @@ class MAML(GradientBased):
         return plain_copy(self.model, start, 0, None, keep_statistics=self.settings.norm != "batch")
 
     def _support_prediction(self, fast: Mapping[str, Tensor], task: Task) -> Any:
-        return self._predict(dict(fast), task.support_x, 0, "batch", self._unroll(task, False, "batch", mask=False))
+        unroll = self._unroll(task, False, "batch", mask=False)
+        return self._predict(dict(fast), unroll.task.support_x, 0, "batch", unroll)
 
     def _support_loss(self, fast: Mapping[str, Tensor], task: Task) -> Tensor:
         prediction = self._support_prediction(fast, task)
@@ -417,6 +426,15 @@ class MAMLPlusPlus(MAML):
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed.
+        workers: threads that solve tasks at the same time, on a CPU; "auto" for one a core. The cores are shared out
+            between them, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same, added in
+            the same order. A model that draws random numbers, changes buffers or attributes, or has hooks, is solved
+            one task after another; `describe()` says so.
+        channels_last: hands 4- and 5-dimensional inputs to the model with the channels of a pixel side by side, which
+            convolutions and pooling often run faster on; the gradients are the same up to rounding.
+        tune: times these two in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint
+            holds it.
+        allocator: on Linux, lets this process keep the memory that it frees, from the first meta-step on.
         swap: module class to factory(module), for norms that cannot become per-step as they are.
         head: name of the module that makes the prediction; found by watching a forward pass if None.
         head_init: where the head starts in each task: "learned"; "zeros"; "random", drawn by its reset_parameters(); or

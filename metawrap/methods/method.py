@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from metawrap.allocator import keep_memory
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
@@ -38,6 +39,8 @@ from metawrap.tasks import (
 )
 
 LossFunction = Callable[[Any, Any], Tensor]
+Chunk = tuple[Task, ...]
+Result = TypeVar("Result")
 
 
 class Method(nn.Module, ABC):
@@ -111,6 +114,8 @@ class Method(nn.Module, ABC):
         batch = self._checked(task_batch)
         self._check_trainable(batch)
         self.outer.check_holds(self.named_parameters())
+        if self.settings.allocator and self._device.type == "cpu":
+            keep_memory(one_arena=self.settings.workers != 1 or self.settings.tune)
         with autograd():
             meta_lr = self.outer.start(self.epoch)
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -135,15 +140,29 @@ class Method(nn.Module, ABC):
         solved: list[Solved] = []
         batch = TaskBatch(tuple(usable(task) for task in batch))
         self._prepare(batch[0])
-        for chunk in batch.chunks(self.settings.tasks_per_backward):
-            outcomes = [self._solve(task, training=True, norm=self.settings.norm, whole_graph=False) for task in chunk]
-            loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        chunks = list(batch.chunks(self.settings.tasks_per_backward))
+
+        def gradient(learner: Method, chunk: Chunk) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
+            return learner._chunk_gradient(chunk, parameters, len(batch))
+
+        for outcomes, gradients in self._in_order(gradient, chunks):
             total = [added(old, new) for old, new in zip(total, gradients, strict=True)]
-            solved += [outcome.detached() for outcome in outcomes]
-            # Not kept for the next chunk: its graph would stand beside this one's.
-            del outcomes, loss
+            solved += outcomes
         return solved, total
+
+    def _in_order(self, work: Callable[[Any, Chunk], Result], chunks: Sequence[Chunk]) -> Iterator[Result]:
+        """`work(learner, chunk)` for each chunk of tasks, in their order."""
+        for chunk in chunks:
+            yield work(self, chunk)
+
+    def _chunk_gradient(
+        self, chunk: Chunk, parameters: list[nn.Parameter], tasks: int
+    ) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
+        outcomes = [self._solve(task, training=True, norm=self.settings.norm, whole_graph=False) for task in chunk]
+        loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / tasks
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # Without its graph, which would stand beside the next chunk's.
+        return [outcome.detached() for outcome in outcomes], gradients
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.
@@ -255,11 +274,11 @@ class Method(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
 
-    def get_extra_state(self) -> dict[str, int]:
+    def get_extra_state(self) -> dict[str, Any]:
         """The counters, for state_dict."""
         return {"iteration": self.iteration}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores the counters."""
         self.iteration = int(state["iteration"])
 

@@ -104,8 +104,11 @@ class OuterUpdate:
         if not isinstance(self.optimizer, torch.optim.SparseAdam):
             gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        present = [gradient for gradient in gradients if gradient is not None]
+            parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient)
+            # What was saved before the parameter's layout changed is loaded as it was.
+            state = self.optimizer.state.get(parameter, {})
+            state.update({key: _laid_out_as(parameter, v) for key, v in state.items() if isinstance(v, Tensor)})
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(present)
         finite = torch.isfinite(norm)
         if self.settings.max_grad_value is not None:
@@ -131,6 +134,13 @@ class OuterUpdate:
                 del optimizer.grad_scale, optimizer.found_inf
         elif bool(finite):
             optimizer.step()
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the parameter's layout in memory; torch's fused optimizers take it for granted, unchecked."""
+    if tensor.layout != torch.strided or tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _adam(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:

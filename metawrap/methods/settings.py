@@ -85,6 +85,10 @@ class Settings:
     head_init: HeadInit
     mask_unused_outputs: bool
     memory: Memory
+    workers: int | str
+    channels_last: bool
+    tune: bool
+    allocator: bool
 
     @property
     def update_rule(self) -> UpdateRule:
@@ -136,6 +140,8 @@ def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = 
                 f'{name}: has no effect with inner_optimizer="{values["inner_optimizer"]}". Leave it out, or pass '
                 f'inner_optimizer="{rule}".'
             )
+    if values["tune"] and (chosen := [name for name, plain in _TUNED.items() if explicit.get(name) != plain]):
+        raise ArgumentError(f"{chosen[0]}: is chosen by measurement with tune=True. Leave it out, or tune=True.")
     for name, switch in _BELONGS.items():
         if name in explicit and not values[switch]:
             raise ArgumentError(f"{name}: has no effect with {switch}=False. Leave it out, or pass {switch}=True.")
@@ -157,6 +163,7 @@ def _check(name: str, value: Any) -> None:
 
 
 _BELONGS_TO_RULE = {"inner_momentum": "sgd", "inner_betas": "adam", "inner_eps": "adam"}
+_TUNED = {"workers": 1, "channels_last": False}
 _BELONGS = {"msl_epochs": "multi_step_loss", "min_meta_lr": "cosine_annealing"}
 _REPLACED = {
     "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing"),
@@ -228,6 +235,10 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "head_init": _one_of(HeadInit),
     "mask_unused_outputs": _SWITCH,
     "memory": _one_of(Memory),
+    "workers": ('a whole number of at least 1, or "auto"', lambda v: v == "auto" or (_is_int(v) and v >= 1)),
+    "channels_last": _SWITCH,
+    "tune": _SWITCH,
+    "allocator": _SWITCH,
 }
 
 

@@ -1,0 +1,41 @@
+"""How the C library's allocator is told to keep the memory that a meta-step will ask for again.
+
+A second-order meta-step frees and takes blocks of up to 100 MB at every operation. glibc gives such blocks back to the
+system each time, and the system clears every page of them again: half the time of a meta-step on 84x84 images.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import cache
+
+# The parameters of mallopt(3), from malloc.h.
+_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8
+
+
+def keep_memory(one_arena: bool = False) -> bool:
+    """Lets this process keep the memory that it frees, up to its peak; on Linux with glibc, elsewhere nothing happens.
+
+    Nothing happens either where the environment sets glibc's allocator already (`MALLOC_...` or `GLIBC_TUNABLES`).
+
+    Args:
+        one_arena: all threads allocate from one pool, so that a block that one frees serves another.
+    Returns:
+        Whether it was done.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return False
+    kept = _set(_MMAP_MAX, 0) and _set(_TRIM_THRESHOLD, -1)
+    return kept and (not one_arena or _set(_ARENA_MAX, 1))
+
+
+@cache
+def _set(parameter: int, value: int) -> bool:
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
+    except (OSError, AttributeError):
+        return False

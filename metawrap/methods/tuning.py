@@ -1,0 +1,92 @@
+"""How tasks are run, which changes their time and never their result: chosen by measurement where that is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metawrap.methods.first_look import Gradients, differ
+
+# What has to be gained before the plain way is left: less would be noise.
+_GAIN = 0.97
+_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """workers: threads that solve tasks at the same time; "auto": one a core. channels_last: the layout of images."""
+
+    workers: int | str = 1
+    channels_last: bool = False
+    why: str = ""
+
+    def number_of_workers(self, chunks: int) -> int:
+        """No more than there is work for; chunks: what can be run at the same time."""
+        return min(torch.get_num_threads() if isinstance(self.workers, str) else self.workers, chunks)
+
+    def __str__(self) -> str:
+        threads = "one task after another" if self.workers == 1 else f"{_threads(self.workers)}, a task in each"
+        layout = ", images in channels_last" if self.channels_last else ""
+        return threads + layout + (f" ({self.why})" if self.why else "")
+
+
+def _threads(workers: int | str) -> str:
+    return "one thread a core" if isinstance(workers, str) else f"{workers} threads"
+
+
+def to_channels_last(tensor: Tensor) -> Tensor:
+    """Images (batch, channels, height, width), or volumes, with the channels of a pixel side by side in memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim not in formats or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        return tensor
+    # Not .contiguous(): with one channel a tensor is already so by torch's rule, and convolutions do not take it so.
+    return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
+
+
+def fastest(run: Callable[[Speed], Gradients], layouts: Iterable[bool], workers: Iterable[int]) -> Speed:
+    """The fastest of the ways that give the same gradient: first the layout with one worker, then the workers.
+
+    Args:
+        run: the meta-gradient of one batch.
+        layouts, workers: what may be tried besides the plain way.
+    """
+    plain = Speed()
+    reference = run(plain)
+    seconds = {plain: _seconds(run, plain)}
+
+    def best(candidates: Iterable[Speed], so_far: Speed) -> Speed:
+        for candidate in candidates:
+            if candidate not in seconds and _same(run, candidate, reference):
+                seconds[candidate] = _seconds(run, candidate)
+                if seconds[candidate] < _GAIN * seconds[so_far]:
+                    so_far = candidate
+        return so_far
+
+    chosen = best((Speed(1, layout) for layout in layouts), plain)
+    chosen = best((Speed(count, chosen.channels_last) for count in workers), chosen)
+    why = f"measured: {seconds[chosen]:.3g} s for a meta-gradient"
+    if chosen != plain:
+        why += f", {seconds[plain]:.3g} s one after another" + (" in the usual layout" if chosen.channels_last else "")
+    return Speed(chosen.workers, chosen.channels_last, why)
+
+
+def _same(run: Callable[[Speed], Gradients], candidate: Speed, reference: Gradients) -> bool:
+    try:
+        return not differ(run(candidate), reference)
+    except RuntimeError:
+        # A `view` of the usual layout, say.
+        return False
+
+
+def _seconds(run: Callable[[Speed], Any], speed: Speed) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run(speed)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,415 @@
+"""Tasks in threads, the other layout, measured choices: the same meta-gradient, at whatever speed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from face import assert_equals_reference, assert_same_values, build, fingerprint, gradients_of, reference_for
+from models import Conv4, NormedMlp, class_tasks, hooked_conv4, seeded
+from oracle import assert_same_gradients, msl_weights
+from test_engines import ANNEAL_EPOCHS, CASES, EPOCH, STEPS, _learner, _reference
+from torch import Tensor, nn
+
+import metawrap.methods.gradient_based as gradient_based
+from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, TaskBatch, UnsupportedModuleError
+from metawrap.methods.tuning import Speed, fastest, to_channels_last
+from metawrap.methods.workers import in_threads
+
+WAYS: dict[str, dict[str, Any]] = {
+    "threads": {"workers": 2},
+    "more threads than tasks": {"workers": 7},
+    "one a core": {"workers": "auto"},
+    "two tasks each": {"workers": 2, "tasks_per_backward": 2},
+    "flat": {"workers": 2, "memory": "flat"},
+    "channels_last": {"channels_last": True},
+    "both": {"workers": 2, "channels_last": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if case.shape[-1] >= 32 else name for name, case in CASES.items()],
+)
+def test_every_network_in_threads_equals_the_oracle(name: str) -> None:
+    case = CASES[name]
+    learner = _learner(case, seeded(case.make), "functional", workers="auto")
+    learner.epoch = EPOCH
+    assert_equals_reference(learner, learner.meta_step(case.batch()).loss, _reference(name))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
+def test_every_way_equals_the_oracle(way: str, second_order: bool) -> None:
+    model, batch = seeded(Conv4), CASES["conv4"].batch()
+    learner = build(
+        model, inner_steps=STEPS, first_order_epochs=0 if second_order else 99, msl_epochs=ANNEAL_EPOCHS, **WAYS[way]
+    )
+    reference = reference_for(
+        model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm="batch", second_order=second_order
+    )
+    threads = torch.get_num_threads()
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "running"])
+def test_every_norm_policy_in_threads_equals_the_oracle(norm: str) -> None:
+    model, batch = seeded(NormedMlp), class_tasks((4,))
+    learner = build(model, norm=norm, inner_steps=STEPS, workers=2, msl_epochs=ANNEAL_EPOCHS)
+    reference = reference_for(model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm)
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+
+
+def test_threads_are_bit_for_bit_one_thread() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        learners = [build(seeded(Conv4).float(), workers=workers) for workers in (1, 2)]
+        for _ in range(3):
+            for learner in learners:
+                learner.meta_step(floats(CASES["conv4"].batch()))
+        assert fingerprint(learners[0], ids=False) == fingerprint(learners[1], ids=False)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def floats(batch: Any) -> Any:
+    return tuple(t.float() if t.is_floating_point() else t for t in batch)
+
+
+class Watched(nn.Module):
+    """Takes note of how many threads are in a forward pass at the same time, and how many tasks are alive."""
+
+    most, inside, lock = 0, 0, threading.Lock()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Watched.lock:
+            Watched.inside += 1
+            Watched.most = max(Watched.most, Watched.inside)
+        time.sleep(0.002)
+        with Watched.lock:
+            Watched.inside -= 1
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_tasks_run_at_once_as_there_are_workers(workers: int) -> None:
+    Watched.most = 0
+    learner = build(seeded(Watched), workers=workers, engine="functional")
+    learner.meta_step(class_tasks((4,), tasks=8))
+    assert Watched.most == workers
+
+
+class Mark:
+    """Lives as long as the graph that it is in."""
+
+
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mark: Mark) -> Tensor:
+        ctx.mark = mark
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_graphs_of_no_more_tasks_than_workers_are_alive(workers: int) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+    lock = threading.Lock()
+
+    def loss_fn(prediction: Tensor, y: Tensor) -> Tensor:
+        nonlocal most
+        loss = F.cross_entropy(Noted.apply(prediction, mark := Mark()), y)
+        with lock:
+            alive.add(mark)
+            del mark
+            gc.collect()
+            most = max(most, len(alive))
+        return loss
+
+    learner = build(seeded(Watched), workers=workers, engine="functional", loss_fn=loss_fn, multi_step_loss=False)
+    learner.meta_step(class_tasks((4,), tasks=5))
+    # Of one task: a support loss for each step, and a target loss.
+    assert most <= workers * (learner.settings.inner_steps + 1)
+
+
+class Counting(Watched):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+class Collecting(Watched):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(x.sum()))
+        return super().forward(x)
+
+
+class Averaging(Watched):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        self.average.mul_(0.9).add_(0.1 * result.detach().mean(0))
+        return result
+
+
+class Dropping(Watched):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.3, self.training))
+
+
+HAZARDS: dict[str, tuple[Any, str]] = {
+    "random draws": (Dropping, "random numbers"),
+    "an attribute that changes": (Counting, "changes 'calls'"),
+    "a list that grows": (Collecting, "changes 'seen'"),
+    "an edited buffer": (Averaging, "buffer 'average'"),
+    "hooks": (hooked_conv4, "has hooks"),
+}
+
+
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str) -> None:
+    make, reason = HAZARDS[hazard]
+    batch = CASES["conv4"].batch() if make is hooked_conv4 else class_tasks((4,), tasks=4)
+    Watched.most = 0
+    alone, asked = (build(seeded(make), workers=n, engine="functional") for n in (1, 2))
+    torch.manual_seed(3)
+    alone.meta_step(batch)
+    torch.manual_seed(3)
+    with pytest.warns(MetaWrapWarning, match=reason):
+        asked.meta_step(batch)
+    assert Watched.most <= 1
+    assert reason in str(asked.describe()).replace("\n", " ").replace("             ", "")
+    assert_same_values(tensors(asked), tensors(alone))
+
+
+def tensors(learner: Any) -> list[Tensor]:
+    return [*learner.parameters(), *learner.buffers()]
+
+
+def test_auto_takes_one_worker_for_such_a_model_without_a_word() -> None:
+    build(seeded(Dropping), workers="auto").meta_step(class_tasks((4,)))
+
+
+def test_a_hook_that_comes_later_is_seen() -> None:
+    learner = build(seeded(Watched), workers=2)
+    learner.meta_step(class_tasks((4,)))
+    seen: list[Tensor] = []
+    next(learner.parameters()).register_hook(seen.append)
+    Watched.most = 0
+    learner.meta_step(class_tasks((4,)))
+    assert Watched.most == 1
+    assert seen
+
+
+class Torn(Watched):
+    """Its copies compute something else."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Torn:
+        copied = Torn()
+        copied.__dict__.update(self.__dict__)
+        copied._modules = {name: copy.deepcopy(m, memo) for name, m in self._modules.items()}
+        copied.scale = getattr(self, "scale", 0.5) + 0.5
+        return copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * getattr(self, "scale", 1.0)
+
+
+def test_a_model_whose_copy_differs_is_solved_in_order() -> None:
+    learner = build(seeded(Torn), workers=2)
+    with pytest.warns(MetaWrapWarning, match="replica"):
+        learner.meta_step(class_tasks((4,)))
+
+
+def test_a_failing_task_leaves_all_as_it_was() -> None:
+    learner, batch = build(seeded(NormedMlp), workers=2), class_tasks((4,), tasks=4)
+    learner.meta_step(batch)
+    before, threads = fingerprint(learner), torch.get_num_threads()
+    tasks = TaskBatch.stacked(*batch).tasks
+    broken = Task(tasks[2].support_x, tasks[2].support_y + 50, tasks[2].target_x, tasks[2].target_y)
+    with pytest.raises(Exception, match="support_y"):
+        learner.meta_step([tasks[0], tasks[1], broken, tasks[3]])
+    assert fingerprint(learner) == before
+    assert torch.get_num_threads() == threads
+    assert not [t for t in threading.enumerate() if t.name.startswith("metawrap-worker")]
+
+
+def test_results_come_in_order_and_modes_are_the_callers() -> None:
+    def work(_: nn.Module, item: int) -> tuple[int, bool, bool, torch.dtype]:
+        time.sleep(0.01 * (item % 3 == 0))
+        return item, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        found = list(in_threads(work, range(7), [nn.Identity() for _ in range(3)]))
+    assert found == [(item, False, True, torch.float16) for item in range(7)]
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.conv(x))
+        return self.linear(hidden.view(len(hidden), -1))
+
+
+def images() -> Any:
+    return class_tasks((1, 28, 28), tasks=2)
+
+
+def test_a_model_that_takes_only_the_usual_layout_is_refused_by_name() -> None:
+    learner = build(seeded(Viewing), channels_last=True)
+    before = fingerprint(learner)
+    with pytest.raises(UnsupportedModuleError, match=r"channels_last=True.*view.*reshape"):
+        learner.meta_step(images())
+    assert fingerprint(learner) == before
+
+
+def test_tuning_passes_over_a_layout_that_the_model_does_not_take() -> None:
+    learner, plain = build(seeded(Viewing), tune=True), build(seeded(Viewing))
+    learner.meta_step(images())
+    plain.meta_step(images())
+    assert not learner.speed.channels_last
+    assert_same_gradients(gradients_of(learner), gradients_of(plain))
+
+
+def test_channels_last_reaches_the_first_convolution() -> None:
+    image = to_channels_last(torch.rand(3, 1, 8, 8))
+    assert image.stride() == (64, 1, 8, 1)
+    out = F.conv2d(image, torch.rand(4, 1, 3, 3))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not out.is_contiguous()
+    assert to_channels_last(torch.rand(2, 3, 4, 5, 6)).is_contiguous(memory_format=torch.channels_last_3d)
+    for other in (torch.rand(3, 4), torch.randint(9, (2, 3, 4, 5)), torch.rand(2, 3, 4, 5).to_sparse()):
+        assert to_channels_last(other) is other
+
+
+def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    cost = {(1, False): 10.0, (1, True): 1.0, (2, False): 8.0, (4, False): 7.9, (8, False): 2.0}
+
+    def run(speed: Speed) -> list[Tensor]:
+        nonlocal clock
+        if speed.workers == 8:
+            raise RuntimeError("not this one")
+        clock += cost[speed.workers, speed.channels_last]  # type: ignore[index]
+        return [torch.tensor([1.0, 2.0 + speed.channels_last])]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    # The other layout is fastest and wrong, eight workers fail, and four gain too little over two.
+    found = fastest(run, [True], [2, 4, 8])
+    assert (found.workers, found.channels_last) == (2, False)
+    assert "8" in found.why
+    assert "10" in found.why
+
+
+def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Speed(2, True, "measured: so")
+    calls: list[Any] = []
+
+    def choose(run: Any, layouts: Any, workers: Any) -> Speed:
+        calls.append((list(layouts), list(workers)))
+        for speed in (Speed(1, False), chosen):
+            run(speed)
+        return chosen
+
+    monkeypatch.setattr(gradient_based, "fastest", choose)
+    learner = build(seeded(Conv4), tune=True)
+    assert "measured in the first meta-step" in str(learner.describe())
+    batch = CASES["conv4"].batch()
+    plain = build(seeded(Conv4))
+    plain.meta_step(batch)
+    learner.meta_step(batch)
+    learner.meta_step(batch)
+    plain.meta_step(batch)
+    assert len(calls) == 1
+    assert_same_values(tensors(learner), tensors(plain))
+    assert "2 threads" in str(learner.describe())
+    assert "channels_last" in str(learner.describe())
+    resumed = build(seeded(Conv4), tune=True)
+    resumed.load_state_dict(learner.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(learner.optimizer.state_dict()))
+    assert resumed.speed == chosen
+    resumed.meta_step(batch)
+    learner.meta_step(batch)
+    assert_same_values(tensors(resumed), tensors(learner), tolerance=0)
+    assert len(calls) == 1
+    untuned = build(seeded(Conv4))
+    untuned.load_state_dict(learner.state_dict())
+    assert untuned.speed == Speed()
+
+
+@pytest.mark.parametrize("change", ["images", "parameters"])
+def test_the_outer_update_is_right_in_any_layout(change: str) -> None:
+    # torch's fused Adam reads gradient and state as if they lay in memory as the parameter does.
+    plain, other = build(seeded(Conv4)), build(seeded(Conv4))
+    batch = CASES["conv4"].batch()
+    for _ in range(3):
+        plain.meta_step(batch)
+        other.meta_step([t.map(to_channels_last) for t in TaskBatch.stacked(*batch)] if change == "images" else batch)
+        if change == "parameters":
+            other.to(memory_format=torch.channels_last)
+    assert_same_values(tensors(other), tensors(plain))
+
+
+def test_tuning_draws_no_random_numbers_and_changes_nothing() -> None:
+    learners = [build(seeded(Dropping), tune=tune) for tune in (False, True)]
+    for learner in learners:
+        torch.manual_seed(5)
+        learner.meta_step(class_tasks((4,)))
+    assert_same_values(tensors(learners[0]), tensors(learners[1]))
+
+
+def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -> None:
+    tuned, plain = (build(seeded(NormedMlp), tune=tune, first_order_epochs=2) for tune in (True, False))
+    for learner in (tuned, plain):
+        learner.meta_step(class_tasks((4,)))
+    assert tuned.settings.first_order_epochs == 2
+    assert_same_values(tensors(tuned), tensors(plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers: expected a whole number"),
+        ({"workers": True}, "workers: expected"),
+        ({"workers": "all"}, "workers: expected"),
+        ({"workers": 2, "engine": "higher"}, "workers: expected 1 with engine"),
+        ({"workers": 2, "tune": True}, "workers: is chosen by measurement"),
+        ({"channels_last": True, "tune": True}, "channels_last: is chosen by measurement"),
+        ({"channels_last": 1}, "channels_last: expected True or False"),
+        ({"tune": "yes"}, "tune: expected True or False"),
+        ({"allocator": "tuned"}, "allocator: expected True or False"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        MAMLPlusPlus(seeded(NormedMlp), **options)
