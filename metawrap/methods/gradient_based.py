@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from metawrap.description import Description
 from metawrap.engines import ENGINES, BufferEdits, Engine, HardGates, choose_engine, differentiable_twice
@@ -238,6 +239,8 @@ class GradientBased(Method):
             return look.traces
         if (hooked := find_hooks(self.model)) is not None:
             return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
+        if any(parametrize.is_parametrized(module) for module in self.model.modules()):
+            return "torch caches the results of parametrizations for all threads together"
         if any(parameter._backward_hooks for parameter in self.parameters()):
             return "a parameter has a hook on its gradient"
         return "it is called in a mode that belongs to one thread" if has_modes() else None

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metawrap.errors import UnsupportedModuleError
+
 Learner = TypeVar("Learner", bound=nn.Module)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,9 +28,16 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def replica(learner: Learner, shared: Iterable[Any] = ()) -> Learner:
-    """A copy of the learner that shares its parameters, its buffers and what else is named."""
+    """A copy of the learner that shares its parameters, its buffers and what else is named.
+
+    Raises:
+        UnsupportedModuleError: a module has a `__deepcopy__` of its own that copies those.
+    """
     tensors: list[Any] = [*learner.parameters(), *learner.buffers()]
-    return copy.deepcopy(learner, {id(value): value for value in [*tensors, *shared]})
+    made = copy.deepcopy(learner, {id(value): value for value in [*tensors, *shared]})
+    if list(map(id, [*made.parameters(), *made.buffers()])) != list(map(id, tensors)):
+        raise UnsupportedModuleError("a copy of the model does not share its parameters, so it needs workers=1")
+    return made
 
 
 def in_threads(
@@ -132,11 +141,11 @@ def _unequal(before: Any, after: Any) -> bool:
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Every plain attribute of every module by its identity, with the contents of plain containers by theirs."""
+    """Every attribute and buffer of every module by its identity, with the contents of plain containers by theirs."""
     return {
         f"{path}.{name}" if path else name: _identity(value)
         for path, module in model.named_modules()
-        for name, value in module.__dict__.items()
+        for name, value in [*module.__dict__.items(), *module._buffers.items()]
         # A recurrent module caches its weights; the engine puts the cache right after each call.
         if name not in _TABLES and not (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
     }

@@ -74,7 +74,7 @@ class Outcome:
 
 
 def check(entry: Entry, engine: str) -> Outcome:
-    """Tries one network under one engine: "auto", "functional" or "higher"."""
+    """Tries one network under one engine: "auto", "functional", "higher", or "threads": functional with two workers."""
     if engine == "higher" and entry.higher and entry.refused is None:
         chosen = _check(entry, "auto")
         if chosen.engine == "higher":  # The very run that a named `higher` would be.
@@ -166,11 +166,12 @@ def _reference(entry: Entry, training: bool = True) -> Reference:
 
 
 def _learner(entry: Entry, model: nn.Module, engine: str) -> Any:
+    threads: dict[str, Any] = {"engine": "functional", "workers": 2} if engine == "threads" else {"engine": engine}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetaWrapWarning)
         return build(
             model,
-            engine=engine,
+            **threads,
             inner_steps=STEPS,
             inner_lr=entry.inner_lr,
             multi_step_loss=True,

@@ -52,6 +52,13 @@ def test_meta_gradient_equals_the_plain_loop(
     record_property("outcome", {**asdict(outcome), "seconds": time.perf_counter() - start})
 
 
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name, marks=_marks(entry)) for entry in EVALUATED])
+def test_meta_gradient_in_threads_equals_the_plain_loop(entry: Entry) -> None:
+    check(entry, "threads")
+
+
 @pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name, marks=_marks(entry)) for entry in EVALUATED])
 def test_evaluation_and_adapted_modules_equal_the_plain_loop(entry: Entry) -> None:
