@@ -61,7 +61,7 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         self._check_size(input)
-        seen: dict[str, Any] = self._empty_statistics() if tracks else {}
+        seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
         # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
         with self._lent(seen, training=True, momentum=1.0):
             output = self._quick(input) if self._is_plain(input) else super().forward(input, *args, **kwargs)
@@ -148,10 +148,12 @@ class PerStepNorm(_BatchNorm):
         # Contiguous clones: a backward pass may still need them after the next fold.
         return {name: b[row].clone() for name in names if (b := self._buffers.get(name)) is not None}
 
-    def _empty_statistics(self) -> dict[str, Tensor]:
+    def _empty_statistics(self, input: Tensor) -> dict[str, Tensor]:
         mean, count = self._buffers["running_mean"], self._buffers.get("num_batches_tracked")
         assert mean is not None
-        empty = {name: mean.new_zeros(self.num_features) for name in ("running_mean", "running_var")}
+        # Of the input's kind: under vmap there is one set for each task.
+        names = ("running_mean", "running_var")
+        empty = {name: input.new_zeros(self.num_features, dtype=mean.dtype) for name in names}
         if count is not None:
             empty["num_batches_tracked"] = count.new_zeros(())
         return empty

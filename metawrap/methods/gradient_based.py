@@ -5,9 +5,10 @@ A look runs once for each mode, before the first task is solved: what inspection
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,20 @@ import torch
 from torch import Tensor
 
 from metawrap.description import Description
-from metawrap.engines import ENGINES, BufferEdits, Engine, HardGates, choose_engine, differentiable_twice
-from metawrap.errors import UnsupportedModuleError
+from metawrap.engines import (
+    ENGINES,
+    BatchedEngine,
+    BufferEdits,
+    Engine,
+    HardGates,
+    cannot,
+    choose_engine,
+    differentiable_twice,
+)
+from metawrap.engines.batched import first_line
+from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
+from metawrap.methods.batched_look import refuse_impure, twin_of, without_dropout
 from metawrap.methods.describing import describe_learner
 from metawrap.methods.first_look import (
     FirstLook,
@@ -35,11 +47,13 @@ from metawrap.methods.method import LossFunction, Method
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
 from metawrap.methods.solved import Solved, autograd, dense
+from metawrap.methods.together import stacked
 from metawrap.schedules import is_second_order
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
 
+_DOUBLE, _SINGLE = 1e-6, 1e-3
 _PLAIN_RULE: dict[str, Any] = {
     "inner_optimizer": "sgd",
     "inner_momentum": 0.0,
@@ -57,10 +71,17 @@ class GradientBased(Method):
         self, wrapped: Wrapped, settings: Settings, loss_fn: LossFunction, preset: str, engine: str, head: str | None
     ) -> None:
         chosen = choose_engine(engine, wrapped.model)
+        if engine == "batched" and settings.mask_unused_outputs:
+            raise ArgumentError(
+                'mask_unused_outputs: cannot be True with engine="batched", where the tasks of a batch would each mask '
+                'others. Use engine="functional", or ask for it in evaluate and adapt, which go task by task.'
+            )
         super().__init__(wrapped.model, settings, loss_fn)
         self.preset, self.wrapped = preset, wrapped
         self._asked_engine, self._chosen = engine, chosen
         self._engine: Engine | None = None
+        # Of all tasks at once; None until a look has shown that it carries the model.
+        self._batched: BatchedEngine | None = None
         self._buffer_edits = BufferEdits(find_buffer_aliases(wrapped.model))
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
@@ -72,6 +93,10 @@ class GradientBased(Method):
     @abstractmethod
     def _support_prediction(self, fast: Mapping[str, Tensor], task: Task) -> Any:
         """The model's own prediction on a support set, as at the first inner step."""
+
+    @abstractmethod
+    def _batched_calls(self, stack: Task) -> Iterator[Callable[[], Any]]:
+        """Calls of the batched engine on a stack's support and target inputs."""
 
     @abstractmethod
     def _support_loss(self, fast: Mapping[str, Tensor], task: Task) -> Tensor:
@@ -102,7 +127,7 @@ class GradientBased(Method):
 
     def __getstate__(self) -> dict[str, Any]:
         # An engine holds classes made at run time; it is made again when needed.
-        return self.__dict__ | {"_engine": None}
+        return self.__dict__ | {"_engine": None, "_batched": None}
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:
@@ -122,8 +147,14 @@ class GradientBased(Method):
             self._looks[mode] = look
         if differentiable:
             self._refuse_second_order(self._looks[mode].once)
+        if self._chosen[0] == "batched" and mode and self._batched is None:
+            with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
+                self._refuse_impure(task.map(Tensor.clone))
+                shown = self._carried_at_once(task.map(Tensor.clone), differentiable)
+            if shown:
+                self._batched = BatchedEngine(self.model, self._buffer_edits)
         if self._engine is None:
-            self._engine = ENGINES[self._chosen[0]](self.model, self._buffer_edits)
+            self._engine = ENGINES[_of_one_task(self._chosen[0])](self.model, self._buffer_edits)
 
     def _first_look(self, task: Task, differentiable: bool) -> FirstLook:
         self._engine = ENGINES["functional"](self.model, self._buffer_edits)
@@ -157,7 +188,7 @@ class GradientBased(Method):
                 self._refuse_second_order(once)
             if self._chosen[0] == "higher":
                 self._leave_higher_if_wrong(task)
-            if self.settings.memory == "flat" and differentiable:
+            if self.settings.memory == "flat" and differentiable and self._chosen[0] != "batched":
                 self._refuse_flat_if_wrong(task)
         finally:
             self._engine = None
@@ -174,11 +205,11 @@ class GradientBased(Method):
     def _leave_higher_if_wrong(self, task: Task) -> None:
         if not any(parameter.requires_grad for parameter in self.parameters()):
             return
-        reference = self._gradient_with("functional", task)
+        reference = self._gradient_with("functional", [task])
         try:
             reason = (
                 "higher's gradient is not the module's own"
-                if differ(self._gradient_with("higher", task), reference)
+                if differ(self._gradient_with("higher", [task]), reference)
                 else ""
             )
         except Exception as error:  # Whatever breaks inside a third library is a reason to leave it.
@@ -191,23 +222,93 @@ class GradientBased(Method):
 
     def _refuse_flat_if_wrong(self, task: Task) -> None:
         engine = self._chosen[0]
-        if differ(self._gradient_with(engine, task, "flat"), self._gradient_with(engine, task)):
+        if differ(self._gradient_with(engine, [task], "flat"), self._gradient_with(engine, [task])):
             raise UnsupportedModuleError(
                 'memory="flat" runs each support pass a second time, and this model does not do the same then: its '
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
                 'back. Keep it in a buffer or a plain attribute, or use memory="unrolled".'
             )
 
-    def _gradient_with(self, engine: str, task: Task, memory: Memory = "unrolled") -> tuple[Tensor | None, ...]:
-        self._engine = ENGINES[engine](self.model, self._buffer_edits)
+    def _refuse_impure(self, task: Task) -> None:
+        if edited := self._buffer_edits.edited:
+            raise UnsupportedModuleError(
+                cannot(f"its forward edits the buffer '{min(edited)}', once for all tasks, not for each")
+            )
+        try:
+            with without_dropout(self.model):
+                self._batched = BatchedEngine(self.model, self._buffer_edits)
+                for call in self._batched_calls(stacked([task, twin_of(task)])):
+                    refuse_impure(self.model, self._batched, call)
+        finally:
+            self._batched = None
+
+    def _carried_at_once(self, task: Task, differentiable: bool) -> bool:
+        """Whether two tasks at once have the gradient that they have one by one; False where it is not finite.
+
+        Raises:
+            UnsupportedModuleError: they have another, or none.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return True
+        once = self._looks[self.model.training].once
+        order = self.settings.first_order_epochs if once or math.isinf(self.settings.first_order_epochs) else 0
+        probe, sample, tolerance = self._for_probing(task)
+        with without_dropout(probe.model):
+            try:
+                pair = [sample, twin_of(sample)]
+                reference = probe._gradient_with("functional", pair, first_order_epochs=order)
+            except Exception:  # Labels that may not be exchanged: then both tasks are the same.
+                pair = [sample, sample]
+                reference = probe._gradient_with("functional", pair, first_order_epochs=order)
+            if not all(bool(g.isfinite().all()) for g in reference if g is not None):
+                return False
+            try:
+                found = probe._gradient_with("batched", pair, self.settings.memory, first_order_epochs=order)
+            except (UnsupportedModuleError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
+        if differ(found, reference, tolerance):
+            raise UnsupportedModuleError(
+                cannot("its meta-gradient for two tasks at once is not that of one after the other")
+            )
+        return True
+
+    def _for_probing(self, task: Task) -> tuple[GradientBased, Task, float]:
+        """A learner and a task in double precision, where rounding hides nothing, and how far gradients may differ."""
+        numbers = [p for p in self.parameters() if p.is_floating_point() or p.is_complex()]
+        if all(p.dtype in (torch.float64, torch.complex128) for p in numbers):
+            return self, task, _DOUBLE
+        try:
+            probe = copy.deepcopy(self).double()
+            sample = task.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+            probe._gradient_with("functional", [sample], first_order_epochs=math.inf)
+        except Exception:  # A forward that insists on single precision, say.
+            return self, task, _SINGLE
+        return probe, sample, _DOUBLE
+
+    def _gradient_with(
+        self, engine: str, tasks: Sequence[Task], memory: Memory = "unrolled", first_order_epochs: float | None = None
+    ) -> tuple[Tensor | None, ...]:
+        settings, before = self.settings, self._batched
+        order = settings.first_order_epochs if first_order_epochs is None else first_order_epochs
+        self._engine = ENGINES[_of_one_task(engine)](self.model, self._buffer_edits)
+        self._batched = BatchedEngine(self.model, self._buffer_edits) if engine == "batched" else None
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        settings, steps = self.settings, min(2, self.settings.inner_steps)
+        steps = min(2, settings.inner_steps)
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
-            self.settings = replace(settings, memory=memory, **_PLAIN_RULE)
+            self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)
             with unchanged(self.model, self._device):
-                solved = self._solve(task, training=True, norm=settings.norm, steps=steps)
-                gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+                loss, _ = self._solve_all(tasks, training=True, norm=settings.norm)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
-            self.settings = settings
+            self.settings, self._batched = settings, before
         return tuple(None if gradient is None else dense(gradient) for gradient in gradients)
+
+    def _tasks_at_once(self, tasks: int) -> int:
+        return self.settings.tasks_per_backward or (tasks if self._chosen[0] == "batched" else 1)
+
+
+def _of_one_task(engine: str) -> str:
+    return "functional" if engine == "batched" else engine

@@ -77,6 +77,17 @@ class Method(nn.Module, ABC):
         whole graph it need not be with respect to anything else, so that parts of it can be freed at once.
         """
 
+    def _solve_all(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
+    ) -> tuple[Tensor, list[Solved]]:
+        """The sum of the tasks' losses, differentiable as in `_solve`, and the outcome of each."""
+        solved = [self._solve(task, training=training, norm=norm, whole_graph=whole_graph) for task in tasks]
+        return torch.stack([outcome.loss for outcome in solved]).sum(), [outcome.detached() for outcome in solved]
+
+    def _tasks_at_once(self, tasks: int) -> int:
+        """How many tasks of a batch are unrolled before a backward pass."""
+        return self.settings.tasks_per_backward or 1
+
     @abstractmethod
     def _prepare(self, task: Task) -> None:
         """Looks at the first task; changes nothing that a later one would notice."""
@@ -119,7 +130,7 @@ class Method(nn.Module, ABC):
                 norm, applied = self.outer.apply(parameters, gradients)
                 restore(~applied)
             self._fold(solved, applied)
-            output = self._output(solved)
+            output = self._output(solved, torch.stack([outcome.loss for outcome in solved]).sum() / len(solved))
             metrics = StepMetrics(
                 output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
             )
@@ -135,14 +146,13 @@ class Method(nn.Module, ABC):
         solved: list[Solved] = []
         batch = TaskBatch(tuple(usable(task) for task in batch))
         self._prepare(batch[0])
-        for chunk in batch.chunks(self.settings.tasks_per_backward):
-            outcomes = [self._solve(task, training=True, norm=self.settings.norm, whole_graph=False) for task in chunk]
-            loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / len(batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for chunk in batch.chunks(self._tasks_at_once(len(batch))):
+            loss, outcomes = self._solve_all(chunk, training=True, norm=self.settings.norm, whole_graph=False)
+            gradients = torch.autograd.grad(loss / len(batch), parameters, allow_unused=True)
             total = [added(old, new) for old, new in zip(total, gradients, strict=True)]
-            solved += [outcome.detached() for outcome in outcomes]
+            solved += outcomes
             # Not kept for the next chunk: its graph would stand beside this one's.
-            del outcomes, loss
+            del loss
         return solved, total
 
     def forward(self, task_batch: Any) -> MetaOutput:
@@ -159,8 +169,8 @@ class Method(nn.Module, ABC):
         with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
             batch = TaskBatch(tuple(usable(task) for task in batch))
             self._prepare(batch[0])
-            solved = [self._solve(task, training=self.training, norm=self.settings.norm) for task in batch]
-        output = self._output(solved)
+            loss, solved = self._solve_all(batch.tasks, training=self.training, norm=self.settings.norm)
+            output = self._output(solved, loss / len(batch))
         if self.training:
             self._fold(solved, torch.ones((), dtype=torch.bool, device=self._device))
         return output
@@ -293,10 +303,10 @@ class Method(nn.Module, ABC):
             raise ArgumentError(f"loss_fn: expected a scalar tensor from it, but got {describe_value(loss)}.")
         return loss
 
-    def _output(self, solved: Sequence[Solved]) -> MetaOutput:
+    def _output(self, solved: Sequence[Solved], loss: Tensor) -> MetaOutput:
         accuracies = [outcome.accuracy for outcome in solved if outcome.accuracy is not None]
         return MetaOutput(
-            loss=torch.stack([outcome.loss for outcome in solved]).sum() / len(solved),
+            loss=loss,
             step_losses=torch.stack([outcome.step_losses for outcome in solved]),
             predictions=[outcome.prediction for outcome in solved],
             accuracy=torch.stack(accuracies).mean() if accuracies else None,
