@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from metawrap.engines import BatchedEngine, cannot
 from metawrap.errors import UnsupportedModuleError
-from metawrap.methods.first_look import containers_of
+from metawrap.methods.first_look import containers_in, containers_of
 from metawrap.tasks import Task, map_tensors
 
 
@@ -47,39 +47,80 @@ def refuse_impure(model: nn.Module, engine: BatchedEngine, call: Callable[[], An
     """
     call()  # Fills what is filled at a first call.
     engine.changed.clear()
-    containers = [
-        (live, list(live.values()) if isinstance(live, dict) else list(live))
-        for live in containers_of(*model.modules())
-    ]
-    drawn, others = torch.get_rng_state(), (random.getstate(), np.random.get_state())
-    device = next(model.parameters()).device
-    drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    before = _Traces(model)
     call()
     if engine.changed:
-        raise UnsupportedModuleError(
-            cannot(f"each call of its forward changes '{min(engine.changed)}', once for all tasks, not for each")
-        )
-    for live, kept in containers:
-        now = list(live.values()) if isinstance(live, dict) else list(live)
-        if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
-            held = (name for name, m in model.named_modules() if any(live is c for c in containers_of(m)))
+        raise UnsupportedModuleError(cannot(f"each call of its forward changes '{min(engine.changed)}', {_ONCE}"))
+    before.refuse_changes()
+
+
+class _Traces:
+    """What a forward may change besides attributes and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        hooked = list(_containers_of_hooks(model))
+        self._containers = [(live, _items(live)) for live in [*containers_of(*model.modules()), *hooked]]
+        self._hooked = {id(container) for container in hooked}
+        self._versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+        self._device = next(model.parameters()).device
+        self._drawn, self._others = self._torch_state(), (random.getstate(), np.random.get_state())
+
+    def refuse_changes(self) -> None:
+        """Raises UnsupportedModuleError where something is not as it was."""
+        for live, kept in self._containers:
+            now = _items(live)
+            if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
+                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {_ONCE}"))
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {_ONCE}"))
+        if not all(map(torch.equal, self._drawn, self._torch_state())):
+            raise UnsupportedModuleError(
+                cannot("its forward draws random numbers, not through torch's dropout, so that it cannot be checked")
+            )
+        there, here = self._others, (random.getstate(), np.random.get_state())
+        if there[0] != here[0] or not all(map(np.array_equal, there[1], here[1])):
             raise UnsupportedModuleError(
                 cannot(
-                    f"each call of its forward changes a container in '{next(held) or 'the model itself'}', once for "
-                    "all tasks, not for each"
+                    "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout"
                 )
             )
-    moved = not torch.equal(drawn, torch.get_rng_state())
-    if drawn_there is not None:
-        moved = moved or not torch.equal(drawn_there, torch.cuda.get_rng_state(device))
-    if moved:
-        raise UnsupportedModuleError(
-            cannot("its forward draws random numbers, not through torch's dropout, so that it cannot be checked")
-        )
-    if others[0] != random.getstate() or not all(map(np.array_equal, others[1], np.random.get_state())):
-        raise UnsupportedModuleError(
-            cannot("its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout")
-        )
+
+    def _owner(self, container: Any) -> str:
+        if id(container) in self._hooked:
+            return "a container that a hook writes to"
+        held = (path for path, m in self._model.named_modules() if any(container is c for c in containers_of(m)))
+        return f"a container of '{next(held) or 'the model itself'}'"
+
+    def _torch_state(self) -> list[Tensor]:
+        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
+    """Those that hooks enclose, or hold as objects: where features are kept."""
+    found: list[Any] = []
+    for module in model.modules():
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
+            function = getattr(hook, "__func__", hook)
+            found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+            holder = getattr(hook, "__self__", hook)
+            found += () if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {}).values()
+            if isinstance(hook, partial):
+                found += [*hook.args, *hook.keywords.values()]
+    return containers_in(found)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -113,6 +154,7 @@ def _attention(
     return func(query, key, value, attn_mask, 0.0, *args, **more)
 
 
+_ONCE = "once for all tasks, not for each"
 _DROPOUTS = {
     F.dropout,
     F.dropout1d,

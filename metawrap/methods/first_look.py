@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +212,13 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
 
 def containers_of(*modules: nn.Module) -> Iterator[Any]:
     """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
+    return containers_in(value for module in modules for value in module.__dict__.values())
+
+
+def containers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """The plain containers among the values, and those in them."""
     seen: set[int] = set()
-    waiting = [value for module in modules for value in module.__dict__.values()]
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         if type(value) in _PLAIN and id(value) not in seen:

@@ -27,7 +27,7 @@ from metawrap.engines import (
     differentiable_twice,
 )
 from metawrap.engines.batched import first_line
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapError, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.batched_look import refuse_impure, twin_of, without_dropout
 from metawrap.methods.describing import describe_learner
@@ -239,6 +239,10 @@ class GradientBased(Method):
                 self._batched = BatchedEngine(self.model, self._buffer_edits)
                 for call in self._batched_calls(stacked([task, twin_of(task)])):
                     refuse_impure(self.model, self._batched, call)
+        except (MetaWrapError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # It has just run as one task, so that whatever breaks now is due to two of them.
+            raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
         finally:
             self._batched = None
 
@@ -264,7 +268,7 @@ class GradientBased(Method):
                 return False
             try:
                 found = probe._gradient_with("batched", pair, self.settings.memory, first_order_epochs=order)
-            except (UnsupportedModuleError, torch.OutOfMemoryError):
+            except (MetaWrapError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
