@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
@@ -313,10 +314,13 @@ class Method(nn.Module, ABC):
         )
 
     def _fold(self, solved: Sequence[Solved], applied: Tensor) -> None:
-        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        passes: dict[str, list[Moments]] = {}
         for outcome in solved:
             for moments in outcome.moments:
-                norms[moments.norm].fold(moments, applied)
+                passes.setdefault(moments.norm, []).append(moments)
+        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        for name, seen in passes.items():
+            norms[name].fold(seen, applied)
 
     def _count_skipped(self, applied: Tensor) -> None:
         total, row, longest = self.skipped_steps.unbind()
