@@ -7,6 +7,7 @@ task is one norm over (tasks * channels) channels, which takes a third of the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
+from metawrap.engines.grouped_convolution import grouped_convolution
 from metawrap.layers.batch_norm import batch_norm
 
 Convolution = Literal["grouped", "unfolded"]
-_PLANE = 4  # Axes of a batch of images: what can be unfolded.
+_PLANE = 4  # Axes of a batch of images.
 
 
 class TaskAxis(TorchFunctionMode):
@@ -26,7 +28,7 @@ class TaskAxis(TorchFunctionMode):
 
     def __init__(self, convolution: Convolution = "grouped") -> None:
         super().__init__()
-        self._forms = _FORMS if convolution == "grouped" else _FORMS | _UNFOLDED
+        self._forms = _FORMS | {torch.conv2d: _grouped if convolution == "grouped" else _unfolded}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
@@ -68,15 +70,13 @@ def _normalised_each(
     tasks: int, dims: Sequence[int | None], x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Any:
     x_dim, *affine_dims = dims[:3]
-    # Beside the channels: there a grouped convolution leaves the tasks, so that nothing is moved.
-    x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if x_dim is None else x.movedim(x_dim, 1)
+    x = _beside_channels(tasks, x_dim, x)
     scale, shift = (
         None if value is None else value.repeat(tasks) if dim is None else value.movedim(dim, 0).flatten()
         for value, dim in zip((weight, bias), affine_dims, strict=True)
     )
-    output, mean, variance = _normalised(x.flatten(1, 2), scale, shift, eps)
-    shape = (tasks, x.shape[2])
-    return (output.view(x.shape), mean.view(shape), variance.view(shape)), (1, 0, 0)
+    output, mean, variance = _normalised(x, scale, shift, eps)
+    return (_apart(tasks, output), mean.view(tasks, -1), variance.view(tasks, -1)), (1, 0, 0)
 
 
 def _batch_norm(
@@ -162,7 +162,64 @@ def _torch_embedding(
     return _embedding(indices, weight, named, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
 
-def _conv2d(
+def _beside_channels(tasks: int, dim: int | None, x: Tensor) -> Tensor:
+    """(images, tasks * channels, ...): where a grouped convolution leaves the tasks, so that nothing is moved."""
+    x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
+    return x.flatten(1, 2)
+
+
+def _apart(tasks: int, x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], tasks, -1, *x.shape[2:])
+
+
+def _grouped(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if not is_batched(weight) or input.ndim != _PLANE or padding == "same" or torch.is_autocast_enabled(_device(input)):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    sizes = [list(_pair(size)) for size in (stride, 0 if padding == "valid" else padding, dilation)]
+    output: Tensor = _InSight.apply(_grouped_each, input, weight, sizes, groups)
+    return output if bias is None else output + bias.view(1, -1, 1, 1)
+
+
+def _grouped_each(
+    tasks: int, dims: Sequence[int | None], x: Tensor, weight: Tensor, sizes: Sequence[list[int]], groups: int
+) -> Any:
+    assert dims[1] is not None
+    weight = weight.movedim(dims[1], 0)
+    stride, padding, dilation = sizes
+    geometry = (stride, padding, dilation, tasks * groups)
+    output = grouped_convolution(_beside_channels(tasks, dims[0], x), weight.flatten(0, 1), geometry)
+    return _apart(tasks, output), 1
+
+
+def _device(tensor: Tensor) -> str:
+    return tensor.device.type
+
+
+def _pooled(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of each channel alone, and so with the tasks beside the channels."""
+
+    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_batched(input) or input.ndim != _PLANE:
+            return func(input, *args, **kwargs)
+        output: Tensor = _InSight.apply(_pooled_each, input, partial(func, **kwargs), args)
+        return output
+
+    return pool
+
+
+def _pooled_each(tasks: int, dims: Sequence[int | None], x: Tensor, func: Callable[..., Tensor], args: Any) -> Any:
+    return _apart(tasks, func(_beside_channels(tasks, dims[0], x), *args)), 1
+
+
+def _unfolded(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -208,6 +265,6 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     torch.instance_norm: _torch_instance_norm,
     F.embedding: _embedding,
     torch.embedding: _torch_embedding,
+    **{func: _pooled(func) for func in (torch.max_pool2d, F.avg_pool2d)},
     **{getattr(torch, name): _recurrent(name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")},
 }
-_UNFOLDED: dict[Any, Callable[..., Any]] = {torch.conv2d: _conv2d}
