@@ -25,9 +25,11 @@ from face import (
 from models import Conv4, Mlp, NormedMlp, TwoInputs, class_tasks, hooked_conv4, seeded
 from oracle import Reference, msl_weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metawrap import ArgumentError, MAMLPlusPlus, Task, UnsupportedModuleError
 from metawrap.engines import BatchedEngine
+from metawrap.engines.grouped_convolution import grouped_convolution
 
 STEPS, EPOCH, ANNEAL_EPOCHS = 2, 1, 5
 
@@ -192,6 +194,22 @@ def test_both_forms_of_a_convolution_equal_the_convolution_of_each_task(convolut
         torch.testing.assert_close(found[task], torch.func.functional_call(model, own, (x[task],)))
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_grouped_convolution_has_the_derivatives_that_differences_show(dims: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 5)[:dims]
+    x = torch.randn(2, 4, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 2, *(3,) * dims, generator=generator, dtype=torch.float64, requires_grad=True)
+    geometry = ([2] * dims, [1] * dims, [1] * dims, 2)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return grouped_convolution(x, weight, geometry)
+
+    torch.testing.assert_close(run(x, weight), (F.conv1d, F.conv2d)[dims - 1](x, weight, None, 2, 1, 1, 2))
+    assert torch.autograd.gradcheck(run, (x, weight))
+    assert torch.autograd.gradgradcheck(run, (x, weight))
+
+
 # --- tasks and chunks ------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +319,43 @@ def test_a_learner_in_single_precision_is_carried_to_its_precision() -> None:
     assert learner._batched is not None
     assert all(parameter.dtype == torch.float32 for parameter in learner.parameters())
     assert_equals_reference(learner, metrics.loss, reference, tolerance=1e-3)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes what waits for the device: a tensor's value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", ["unrolled", "flat"])
+def test_nothing_is_read_from_the_device_once_a_task_was_looked_at(memory: str) -> None:
+    batch = class_tasks((1, 16, 16), tasks=2, shots=2)
+    learner = batched(seeded(partial(Conv4, filters=3)), memory=memory, inner_max_grad_norm=1.0)
+    learner(batch)
+    with _Reads() as reads:
+        learner(batch).loss.backward()
+    assert reads.found == []
+
+
+def test_a_forward_without_gradients_comes_before_the_look() -> None:
+    batch = class_tasks((4,), tasks=2, shots=2)
+    learner = batched(seeded(NormedMlp))
+    with torch.no_grad():
+        before = learner(batch)
+    reference = reference_for(seeded(NormedMlp), learner, batch, weights_of(learner))
+    assert_same_values(before.predictions, reference.predictions)
+    assert learner._batched is None
+    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    with torch.no_grad():
+        learner(batch)
+    assert learner._batched is not None
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------

@@ -126,16 +126,21 @@ def _is_filled(cell: Any) -> bool:
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout of torch's modules and functions leaves everything as it is; for a look, which puts flags back."""
-    modules = [m for m in model.modules() if isinstance(m, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))]
-    flags = [(module, module.training) for module in modules]
+    modules = list(model.modules())
+    # Not in eval mode: cuDNN's recurrent networks have no gradient there.
+    changes: list[tuple[nn.Module, str, Any]] = [
+        (m, "dropout", 0.0) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
+    ]
+    changes += [(m, "training", False) for m in modules if isinstance(m, _DropoutNd)]
+    before = [(module, name, module.__dict__[name]) for module, name, _ in changes]
     try:
-        for module in modules:
-            module.training = False
+        for module, name, value in changes:
+            module.__dict__[name] = value
         with _NoDropout():
             yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, name, value in before:
+            module.__dict__[name] = value
 
 
 class _NoDropout(TorchFunctionMode):

@@ -247,13 +247,15 @@ class GradientBased(Method):
             self._batched = None
 
     def _carried_at_once(self, task: Task, differentiable: bool) -> bool:
-        """Whether two tasks at once have the gradient that they have one by one; False where it is not finite.
+        """Whether two tasks at once have the gradient that they have one by one; False where none can tell yet.
 
         Raises:
             UnsupportedModuleError: they have another, or none.
         """
         if not any(parameter.requires_grad for parameter in self.parameters()):
             return True
+        if not differentiable:
+            return False
         once = self._looks[self.model.training].once
         order = self.settings.first_order_epochs if once or math.isinf(self.settings.first_order_epochs) else 0
         probe, sample, tolerance = self._for_probing(task)
