@@ -106,7 +106,7 @@ def test_meta_step_equals_the_oracle(name: str, engine: str) -> None:
     assert_equals_reference(learner, metrics.loss, _reference(name))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("name", ["conv4", "lstm", "tied weights", "user hooks", "norm with activation"])
 def test_forward_and_backward_equal_the_oracle(name: str, engine: str) -> None:
     case = CASES[name]
@@ -122,7 +122,7 @@ def test_forward_and_backward_equal_the_oracle(name: str, engine: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 def test_tied_weights_stay_tied_in_the_learner_and_in_what_it_returns(engine: str) -> None:
     learner = _learner(CASES["tied weights"], seeded(TiedNet), engine)
     batch = CASES["tied weights"].batch()
@@ -136,7 +136,7 @@ def test_tied_weights_stay_tied_in_the_learner_and_in_what_it_returns(engine: st
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("name", ["conv4", "lstm", "tied weights", "user hooks", "norm with activation"])
 def test_adapted_module_predicts_what_the_oracle_predicts(name: str, engine: str) -> None:
     case = CASES[name]

@@ -52,7 +52,7 @@ def test_every_norm_policy_and_order_equals_the_oracle(norm: str, second_order: 
     assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_update_rule_equals_the_loop_by_hand(rule: str, engine: str) -> None:
     learner = learner_of(rule, engine, memory="flat")

@@ -1,4 +1,4 @@
-"""The authors' values, through the public face with both engines, and the oracle that wrote the small file."""
+"""The authors' values, through the public face with every engine, and the oracle that wrote the small file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _learner(file: SimpleNamespace, **options: object) -> MAMLPlusPlus:
     return learner
 
 
-@pytest.mark.parametrize("engine", ["functional", "higher"])
+@pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
 @FILES
 def test_meta_step_reproduces_the_reference_file(path: Path, engine: str) -> None:
     file = _load(path)
@@ -77,7 +77,7 @@ def test_meta_step_reproduces_the_reference_file(path: Path, engine: str) -> Non
     assert_same_gradients(statistics_of(learner), file.after)
 
 
-@pytest.mark.parametrize("engine", ["functional", "higher"])
+@pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
 @FILES
 def test_forward_and_backward_reproduce_the_reference_file(path: Path, engine: str) -> None:
     file = _load(path)
@@ -89,7 +89,7 @@ def test_forward_and_backward_reproduce_the_reference_file(path: Path, engine: s
     assert_same_gradients(gradients_of(learner), file.gradients)
 
 
-@pytest.mark.parametrize("engine", ["functional", "higher"])
+@pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
 @FILES
 def test_evaluation_predicts_the_reference_logits(path: Path, engine: str) -> None:
     file = _load(path)

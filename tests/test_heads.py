@@ -51,7 +51,7 @@ def zeros(learner: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("head", [None, "linear"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 def test_a_zero_head_starts_at_zero_and_is_not_learned(engine: str, head: str | None) -> None:
     learner = learner_of(engine, head_init="zeros", head=head)
     expected = reference(learner, TASKS, zeros(learner))
@@ -92,7 +92,7 @@ def drawn_as_linear(count: int, seed: int) -> list[dict[str, Tensor]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 def test_a_random_head_is_drawn_anew_for_each_task(engine: str) -> None:
     learner = learner_of(engine, head_init="random", head="linear")
     first, second = drawn_as_linear(2, seed=5)
@@ -107,7 +107,7 @@ def test_a_random_head_is_drawn_anew_for_each_task(engine: str) -> None:
     assert_same_gradients(found, mean)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 def test_a_stored_head_goes_on_from_where_its_task_left_it(engine: str) -> None:
     learner = learner_of(engine, head_init="stored", head="linear")
     first = reference(learner, TASKS, {})

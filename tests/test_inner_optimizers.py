@@ -99,7 +99,7 @@ def by_hand(learner: Any, rule: str, second_order: bool) -> tuple[Tensor, dict[s
 
 
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("rule", RULES)
 def test_meta_gradient_equals_the_loop_by_hand(rule: str, engine: str, second_order: bool) -> None:
     learner = learner_of(rule, engine, first_order_epochs=0 if second_order else 99, msl_epochs=None)

@@ -80,7 +80,7 @@ def test_1_what_is_returned_shares_no_memory_with_the_learner() -> None:
 # --- 2: a batch is the mean of its tasks -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
 def test_2_meta_step_is_the_mean_of_single_task_gradients_whatever_the_chunking(chunk: int, engine: str) -> None:
     def gradients(batch: Any, **options: Any) -> tuple[float, dict[str, Tensor | None]]:
@@ -94,7 +94,7 @@ def test_2_meta_step_is_the_mean_of_single_task_gradients_whatever_the_chunking(
     assert loss == pytest.approx(sum(single for single, _ in alone) / 4, rel=1e-9)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 def test_2_chunking_leaves_the_same_statistics_and_weights(engine: str) -> None:
     learners = [small(tasks_per_backward=chunk, engine=engine) for chunk in (1, 3, 4)]
     for learner in learners:
@@ -232,7 +232,7 @@ def test_5_unused_parameter_is_reported_not_a_crash(engine: str) -> None:
 # --- 6: a non-finite meta-gradient never reaches the weights ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_6_a_non_finite_step_changes_no_weight_statistic_or_optimizer_state(chunk: int, engine: str) -> None:
     learner = small(engine=engine, tasks_per_backward=chunk, inner_steps=3)

@@ -46,7 +46,7 @@ def wrapped(name: str = "vectors", **options: Any) -> tuple[nn.Module, Any, Any,
 # --- training against the oracle -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("norm", POLICIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_under_each_policy_equals_the_oracle(name: str, norm: str, engine: str) -> None:
@@ -56,7 +56,7 @@ def test_training_under_each_policy_equals_the_oracle(name: str, norm: str, engi
     assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("norm", POLICIES)

@@ -1,5 +1,6 @@
 """Engines: how a user's module is run with fast weights in place of its parameters."""
 
+from metawrap.engines.batched import BatchedEngine, cannot
 from metawrap.engines.calling import BufferEdits, HardGates, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
@@ -7,12 +8,14 @@ from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, 
 
 __all__ = [
     "ENGINES",
+    "BatchedEngine",
     "BufferEdits",
     "Engine",
     "HardGates",
     "InnerOptimizer",
     "State",
     "UpdateRule",
+    "cannot",
     "choose_engine",
     "clipped",
     "differentiable_twice",

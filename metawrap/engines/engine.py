@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Engine(Protocol):
             weights: fast weights; gradients flow back to them. Parameters that are not named are used as they are.
             inputs: a tensor, or a tuple or dict of them, passed as `model(x)`, `model(*x)` or `model(**x)`.
         """
+        ...
+
+    def each(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)` for one task; where tensors have a leading task axis, for each."""
         ...
 
     def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:

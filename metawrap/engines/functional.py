@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class FunctionalEngine:
                     f"'{new}' in forward, which makes it a parameter, and a fast weight cannot be one. Keep it in a "
                     "local variable, or assign a computed tensor: weight * 1."
                 )
+
+    def each(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See `Engine.each`."""
+        return function(*args)
 
     def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
         """See `Engine.inner_optimizer`."""

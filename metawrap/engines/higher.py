@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class HigherEngine:
             for (module, twin), own in zip(self._pairs, self._own, strict=True):
                 # Counters, caches: what the user's forward has set on itself belongs to the module.
                 module.__dict__.update((key, value) for key, value in twin.__dict__.items() if key not in own)
+
+    def each(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See `Engine.each`."""
+        return function(*args)
 
     def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
         """See `Engine.inner_optimizer`."""

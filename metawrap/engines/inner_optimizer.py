@@ -83,17 +83,28 @@ class OwnInnerOptimizer:
         return direction, {"step": step, "mean": mean, "square": square}
 
 
-def clipped(gradients: Gradients, max_norm: float | None, max_value: float | None) -> dict[str, Tensor | None]:
+def clipped(
+    gradients: Gradients, max_norm: float | None, max_value: float | None, stacked: bool = False
+) -> dict[str, Tensor | None]:
     """The gradients clipped by entry, then by the norm of all of them together; differentiable, as torch clips.
 
     Args:
         max_norm, max_value: limits; None leaves the gradients as they are.
+        stacked: they have a leading task axis, and each task has a norm of its own.
     """
     present = {name: g for name, g in gradients.items() if g is not None}
     if max_value is not None:
         present = {name: g.clamp(-max_value, max_value) for name, g in present.items()}
     if max_norm is not None and present:
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present.values()]))
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        present = {name: g * scale.to(g.dtype) for name, g in present.items()}
+        parts = [_norm(g.flatten(1), 1) if stacked else _norm(g) for g in present.values()]
+        scale = (max_norm / (_norm(torch.stack(parts), 0) + 1e-6)).clamp(max=1.0)
+        present = {
+            name: g * scale.to(g.dtype).view(-1, *(1,) * (g.ndim - 1)) if stacked else g * scale.to(g.dtype)
+            for name, g in present.items()
+        }
     return {name: present.get(name) for name in gradients}
+
+
+def _norm(values: Tensor, over: int | None = None) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dim=over)
+    return norm

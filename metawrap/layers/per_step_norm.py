@@ -7,7 +7,7 @@ lent to the slots it reads. So a norm that also runs an activation, or any other
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +61,7 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         self._check_size(input)
-        seen: dict[str, Any] = self._empty_statistics() if tracks else {}
+        seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
         # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
         with self._lent(seen, training=True, momentum=1.0):
             output = self._quick(input) if self._is_plain(input) else super().forward(input, *args, **kwargs)
@@ -74,18 +74,35 @@ class PerStepNorm(_BatchNorm):
         return output
 
     @torch.no_grad()
-    def fold(self, moments: Moments, keep: Tensor) -> None:
-        """One momentum fold of a pass's moments into its row; unchanged where `keep`, a bool scalar, is false."""
-        row = moments.row if self.per_step.statistics else ...
+    def fold(self, passes: Sequence[Moments], keep: Tensor) -> None:
+        """One momentum fold of each pass, in order, into its row; unchanged where `keep`, a bool scalar, is false.
+
+        n folds at once: r <- (1 - m)^n r + sum of m (1 - m)^(n - 1 - j) x_j, so that they cost what one does.
+        """
         mean, variance, count = (self._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
         assert mean is not None
         assert variance is not None
-        if count is not None:
-            count[row] += keep
-        # In the statistics' own precision: a quotient of whole numbers would be float32.
-        rate: Any = self.momentum if self.momentum is not None else 1.0 / count[row].clamp(min=1).to(mean.dtype)  # type: ignore[index]
-        for stored, seen in ((mean, moments.mean), (variance, moments.variance)):
-            stored[row] = torch.where(keep, (1 - rate) * stored[row] + rate * seen, stored[row])
+        rows: dict[Any, list[Moments]] = {}
+        for moments in passes:
+            rows.setdefault(moments.row if self.per_step.statistics else ..., []).append(moments)
+        for row, seen in rows.items():
+            left, shares = self._shares(len(seen), mean, None if count is None else count[row])
+            for stored, values in ((mean, [m.mean for m in seen]), (variance, [m.variance for m in seen])):
+                folded = left * stored[row] + shares @ torch.stack(values).to(stored.dtype)
+                stored[row] = torch.where(keep, folded, stored[row])
+            if count is not None:
+                count[row] += keep * len(seen)
+
+    def _shares(self, passes: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How much of the stored value is left after so many folds, and the share of each of them."""
+        order = torch.arange(passes, device=like.device)
+        if self.momentum is None:
+            # A cumulative average. In the statistics' own precision: a quotient of whole numbers would be float32.
+            assert count is not None
+            number = (count + passes).to(like.dtype)
+            return count / number, (1 / number).expand(passes)
+        decay = torch.full((), 1 - self.momentum, dtype=like.dtype, device=like.device)
+        return decay**passes, self.momentum * decay ** order.flip(0)
 
     def extra_repr(self) -> str:
         """The user's own line, with the number of steps."""
@@ -148,10 +165,12 @@ class PerStepNorm(_BatchNorm):
         # Contiguous clones: a backward pass may still need them after the next fold.
         return {name: b[row].clone() for name in names if (b := self._buffers.get(name)) is not None}
 
-    def _empty_statistics(self) -> dict[str, Tensor]:
+    def _empty_statistics(self, input: Tensor) -> dict[str, Tensor]:
         mean, count = self._buffers["running_mean"], self._buffers.get("num_batches_tracked")
         assert mean is not None
-        empty = {name: mean.new_zeros(self.num_features) for name in ("running_mean", "running_var")}
+        # Of the input's kind: under vmap there is one set for each task.
+        names = ("running_mean", "running_var")
+        empty = {name: input.new_zeros(self.num_features, dtype=mean.dtype) for name in names}
         if count is not None:
             empty["num_batches_tracked"] = count.new_zeros(())
         return empty

@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +138,12 @@ def refuse_carried_graphs(model: nn.Module, carried: Collection[str], support_lo
         )
 
 
-def differ(found: Gradients, reference: Gradients) -> bool:
-    """Whether two gradients of the same parameters differ by more than rounding."""
+def differ(found: Gradients, reference: Gradients, tolerance: float | None = None) -> bool:
+    """Whether two gradients of the same parameters differ by more than rounding.
+
+    Args:
+        tolerance: relative; by the precision of the numbers if None.
+    """
     pairs = list(zip(found, reference, strict=True))
     if any((a is None) != (b is None) for a, b in pairs):
         return True
@@ -150,7 +154,9 @@ def differ(found: Gradients, reference: Gradients) -> bool:
     tight = all(b.dtype in (torch.float64, torch.complex128) for _, b in present)
     for a, b in present:
         # A bias before a norm has a gradient of zero up to rounding: hence the floor.
-        allowed = (1e-9 if tight else 1e-4) * max(float(b.abs().max()) if b.numel() else 0.0, 1e-3 * largest)
+        allowed = (tolerance or (1e-9 if tight else 1e-4)) * max(
+            float(b.abs().max()) if b.numel() else 0.0, 1e-3 * largest
+        )
         if not torch.allclose(a, b, rtol=0, atol=allowed):
             return True
     return False
@@ -205,10 +211,9 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
     index: list[Any] = [device] if device.type == "cuda" else []
     weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
     before = [(module, dict(module.__dict__)) for module in model.modules()]
-    seen: set[int] = set()
     buffers = [(name, b, b._version, b.clone()) for name, b in registered_buffers(model)]
     edited: set[str] = set()
-    containers = [(live, live.copy()) for _, attributes in before for live in _containers(attributes, seen)]
+    containers = [(live, live.copy()) for live in containers_of(*model.modules())]
     others = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(index), untouched_buffers(model):
@@ -234,9 +239,15 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
         edits.add(edited)
 
 
-def _containers(attributes: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
-    """Every plain container in a module's attributes, its tables of hooks included, which a forward may extend."""
-    waiting = list(attributes.values())
+def containers_of(*modules: nn.Module) -> Iterator[Any]:
+    """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
+    return containers_in(value for module in modules for value in module.__dict__.values())
+
+
+def containers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """The plain containers among the values, and those in them."""
+    seen: set[int] = set()
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         if type(value) in _PLAIN and id(value) not in seen:

@@ -5,6 +5,7 @@ A look runs once for each mode, before the first task is solved: what inspection
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from metawrap.description import Description
-from metawrap.engines import ENGINES, BufferEdits, Engine, HardGates, choose_engine, differentiable_twice
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.engines import (
+    ENGINES,
+    BatchedEngine,
+    BufferEdits,
+    Engine,
+    HardGates,
+    cannot,
+    choose_engine,
+    differentiable_twice,
+)
+from metawrap.engines.batched import first_line
+from metawrap.errors import ArgumentError, MetaWrapError, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
+from metawrap.methods.batched_look import refuse_impure, twin_of, without_dropout
 from metawrap.methods.describing import describe_learner
 from metawrap.methods.first_look import (
     FirstLook,
@@ -39,6 +51,7 @@ from metawrap.methods.method import Chunk, LossFunction, Method, Result
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
 from metawrap.methods.solved import Solved, autograd, dense, usable
+from metawrap.methods.together import stacked
 from metawrap.methods.tuning import Speed, fastest
 from metawrap.methods.workers import Traces, has_modes, in_threads, replica
 from metawrap.schedules import is_second_order
@@ -46,6 +59,7 @@ from metawrap.surgery.inspect import find_buffer_aliases, find_head, find_hooks
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
 
+_DOUBLE, _SINGLE = 1e-6, 1e-3
 _PLAIN_RULE: dict[str, Any] = {
     "inner_optimizer": "sgd",
     "inner_momentum": 0.0,
@@ -62,17 +76,14 @@ class GradientBased(Method):
     def __init__(
         self, wrapped: Wrapped, settings: Settings, loss_fn: LossFunction, preset: str, engine: str, head: str | None
     ) -> None:
-        threads = settings.tune or settings.workers != 1
-        chosen = choose_engine(engine, wrapped.model, threads)
-        if settings.workers != 1 and engine == "higher":
-            raise ArgumentError(
-                f'workers: expected 1 with engine="higher", which runs in one thread, but got {settings.workers!r}. '
-                'Leave it out, or pass engine="functional".'
-            )
+        chosen = choose_engine(engine, wrapped.model, settings.tune or settings.workers != 1)
+        _check_goes_with(engine, settings)
         super().__init__(wrapped.model, settings, loss_fn)
         self.preset, self.wrapped = preset, wrapped
         self._asked_engine, self._chosen = engine, chosen
         self._engine: Engine | None = None
+        # Of all tasks at once; None until a look has shown that it carries the model.
+        self._batched: BatchedEngine | None = None
         self._buffer_edits = BufferEdits(find_buffer_aliases(wrapped.model))
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
@@ -85,6 +96,10 @@ class GradientBased(Method):
     @abstractmethod
     def _support_prediction(self, fast: Mapping[str, Tensor], task: Task) -> Any:
         """The model's own prediction on a support set, as at the first inner step."""
+
+    @abstractmethod
+    def _batched_calls(self, stack: Task) -> Iterator[Callable[[], Any]]:
+        """Calls of the batched engine on a stack's support and target inputs."""
 
     @abstractmethod
     def _support_loss(self, fast: Mapping[str, Tensor], task: Task) -> Tensor:
@@ -116,7 +131,7 @@ class GradientBased(Method):
 
     def __getstate__(self) -> dict[str, Any]:
         # An engine holds classes made at run time; it is made again when needed.
-        return self.__dict__ | {"_engine": None}
+        return self.__dict__ | {"_engine": None, "_batched": None}
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:
@@ -138,8 +153,14 @@ class GradientBased(Method):
                 warn_alone(self.settings.workers, reason)
         if differentiable:
             self._refuse_second_order(self._looks[mode].once)
+        if self._chosen[0] == "batched" and mode and self._batched is None:
+            with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
+                self._refuse_impure(task.map(Tensor.clone))
+                shown = self._carried_at_once(task.map(Tensor.clone), differentiable)
+            if shown:
+                self._batched = BatchedEngine(self.model, self._buffer_edits)
         if self._engine is None:
-            self._engine = ENGINES[self._chosen[0]](self.model, self._buffer_edits)
+            self._engine = ENGINES[_of_one_task(self._chosen[0])](self.model, self._buffer_edits)
 
     def _first_look(self, task: Task, differentiable: bool) -> FirstLook:
         self._engine = ENGINES["functional"](self.model, self._buffer_edits)
@@ -175,7 +196,7 @@ class GradientBased(Method):
                 self._refuse_second_order(once)
             if self._chosen[0] == "higher":
                 self._leave_higher_if_wrong(task)
-            if self.settings.memory == "flat" and differentiable:
+            if self.settings.memory == "flat" and differentiable and self._chosen[0] != "batched":
                 self._refuse_flat_if_wrong(task)
         finally:
             self._engine = None
@@ -198,7 +219,7 @@ class GradientBased(Method):
         """Chooses by the time of this batch's meta-gradient, of second order where training comes to that."""
         settings, cores = self.settings, torch.get_num_threads()
         order = math.inf if math.isinf(settings.first_order_epochs) else 0
-        few = TaskBatch(batch.tasks[: 2 * cores * settings.tasks_per_backward])
+        few = TaskBatch(batch.tasks[: 2 * cores * (settings.tasks_per_backward or 1)])
 
         def run(speed: Speed) -> Gradients:
             self._tuned = speed
@@ -277,11 +298,11 @@ class GradientBased(Method):
     def _leave_higher_if_wrong(self, task: Task) -> None:
         if not any(parameter.requires_grad for parameter in self.parameters()):
             return
-        reference = self._gradient_with("functional", task)
+        reference = self._gradient_with("functional", [task])
         try:
             reason = (
                 "higher's gradient is not the module's own"
-                if differ(self._gradient_with("higher", task), reference)
+                if differ(self._gradient_with("higher", [task]), reference)
                 else ""
             )
         except Exception as error:  # Whatever breaks inside a third library is a reason to leave it.
@@ -294,7 +315,7 @@ class GradientBased(Method):
 
     def _refuse_flat_if_wrong(self, task: Task) -> None:
         engine = self._chosen[0]
-        if differ(self._gradient_with(engine, task, "flat"), self._gradient_with(engine, task)):
+        if differ(self._gradient_with(engine, [task], "flat"), self._gradient_with(engine, [task])):
             raise UnsupportedModuleError(
                 'memory="flat" runs each support pass a second time, and this model does not do the same then: its '
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
@@ -304,21 +325,116 @@ class GradientBased(Method):
     def _replica_differs(self, task: Task) -> str | None:
         engine = self._chosen[0]
         try:
-            same = not differ(self._replica()._gradient_with(engine, task), self._gradient_with(engine, task))
+            same = not differ(self._replica()._gradient_with(engine, [task]), self._gradient_with(engine, [task]))
         except Exception as error:  # A copy of the user's own that does not run, in whatever way.
             return f"a replica of it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         return None if same else "a replica of it does not give the same gradient"
 
-    def _gradient_with(self, engine: str, task: Task, memory: Memory = "unrolled") -> tuple[Tensor | None, ...]:
-        self._engine = ENGINES[engine](self.model, self._buffer_edits)
+    def _refuse_impure(self, task: Task) -> None:
+        if edited := self._buffer_edits.edited:
+            raise UnsupportedModuleError(
+                cannot(f"its forward edits the buffer '{min(edited)}', once for all tasks, not for each")
+            )
+        try:
+            with without_dropout(self.model):
+                self._batched = BatchedEngine(self.model, self._buffer_edits)
+                for call in self._batched_calls(stacked([task, twin_of(task)])):
+                    refuse_impure(self.model, self._batched, call)
+        except (MetaWrapError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # It has just run as one task, so that whatever breaks now is due to two of them.
+            raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
+        finally:
+            self._batched = None
+
+    def _carried_at_once(self, task: Task, differentiable: bool) -> bool:
+        """Whether two tasks at once have the gradient that they have one by one; False where none can tell yet.
+
+        Raises:
+            UnsupportedModuleError: they have another, or none.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return True
+        if not differentiable:
+            return False
+        once = self._looks[self.model.training].once
+        order = self.settings.first_order_epochs if once or math.isinf(self.settings.first_order_epochs) else 0
+        probe, sample, tolerance = self._for_probing(task)
+        with without_dropout(probe.model):
+            try:
+                pair = [sample, twin_of(sample)]
+                reference = probe._gradient_with("functional", pair, first_order_epochs=order)
+            except Exception:  # Labels that may not be exchanged: then both tasks are the same.
+                pair = [sample, sample]
+                reference = probe._gradient_with("functional", pair, first_order_epochs=order)
+            if not all(bool(g.isfinite().all()) for g in reference if g is not None):
+                return False
+            try:
+                found = probe._gradient_with("batched", pair, self.settings.memory, first_order_epochs=order)
+            except (MetaWrapError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
+        if differ(found, reference, tolerance):
+            raise UnsupportedModuleError(
+                cannot("its meta-gradient for two tasks at once is not that of one after the other")
+            )
+        return True
+
+    def _for_probing(self, task: Task) -> tuple[GradientBased, Task, float]:
+        """A learner and a task in double precision, where rounding hides nothing, and how far gradients may differ."""
+        numbers = [p for p in self.parameters() if p.is_floating_point() or p.is_complex()]
+        if all(p.dtype in (torch.float64, torch.complex128) for p in numbers):
+            return self, task, _DOUBLE
+        try:
+            probe = copy.deepcopy(self).double()
+            sample = task.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+            probe._gradient_with("functional", [sample], first_order_epochs=math.inf)
+        except Exception:  # A forward that insists on single precision, say.
+            return self, task, _SINGLE
+        return probe, sample, _DOUBLE
+
+    def _gradient_with(
+        self, engine: str, tasks: Sequence[Task], memory: Memory = "unrolled", first_order_epochs: float | None = None
+    ) -> tuple[Tensor | None, ...]:
+        settings, before = self.settings, self._batched
+        order = settings.first_order_epochs if first_order_epochs is None else first_order_epochs
+        self._engine = ENGINES[_of_one_task(engine)](self.model, self._buffer_edits)
+        self._batched = BatchedEngine(self.model, self._buffer_edits) if engine == "batched" else None
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        settings, steps = self.settings, min(2, self.settings.inner_steps)
+        steps = min(2, settings.inner_steps)
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
-            self.settings = replace(settings, memory=memory, **_PLAIN_RULE)
+            self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)
             with unchanged(self.model, self._device):
-                solved = self._solve(task, training=True, norm=settings.norm, steps=steps)
-                gradients = torch.autograd.grad(solved.loss, parameters, allow_unused=True)
+                loss, _ = self._solve_all(tasks, training=True, norm=settings.norm)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
-            self.settings = settings
+            self.settings, self._batched = settings, before
         return tuple(None if gradient is None else dense(gradient) for gradient in gradients)
+
+    def _tasks_at_once(self, tasks: int) -> int:
+        return self.settings.tasks_per_backward or (tasks if self._chosen[0] == "batched" else 1)
+
+
+def _of_one_task(engine: str) -> str:
+    return "functional" if engine == "batched" else engine
+
+
+def _check_goes_with(engine: str, settings: Settings) -> None:
+    if engine == "batched" and settings.mask_unused_outputs:
+        raise ArgumentError(
+            'mask_unused_outputs: cannot be True with engine="batched", where the tasks of a batch would each mask '
+            'others. Use engine="functional", or ask for it in evaluate and adapt, which go task by task.'
+        )
+    if settings.workers != 1 and engine in ("higher", "batched"):
+        raise ArgumentError(
+            f'workers: expected 1 with engine="{engine}", which runs in one thread, but got {settings.workers!r}. '
+            'Leave it out, or pass engine="functional".'
+        )
+    for name in ("tune", "channels_last"):
+        if engine == "batched" and getattr(settings, name):
+            raise ArgumentError(
+                f'{name}: has no effect with engine="batched", which runs all tasks at once in a layout of its own. '
+                'Leave it out, or pass engine="functional".'
+            )

@@ -3,22 +3,24 @@
 task -> fast weights -> inner step (support loss, gradient, rate of this layer and step) -> target loss after each step
      -> weighted sum over steps.   `Method.meta_step` takes it from there: mean over tasks -> backward -> outer update.
 
-Read `_solve` first; each method below it is one arrow of the path.
+Read `_unrolled` first; each method below it is one arrow of the path. With engine="batched" the same path runs for all
+tasks at once: fast weights, inputs, predictions and losses have a leading task axis there.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines import InnerOptimizer, State, clipped, differentiable_twice
+from metawrap.engines import Engine, InnerOptimizer, State, clipped, differentiable_twice
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
@@ -30,11 +32,12 @@ from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
 from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
+from metawrap.methods.together import alike, apart, stacked, start_of
 from metawrap.methods.tuning import to_channels_last
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
-from metawrap.tasks import Inputs, Task, TaskId, map_tensors, same_device
+from metawrap.tasks import Inputs, Task, TaskId, map_tensors, same_device, tensors_in
 
 FastWeights = dict[str, Tensor]
 Rates = Mapping[str, tuple[Tensor, ...]]
@@ -43,14 +46,17 @@ NO_STATE: State = {}
 
 @dataclass
 class _Unroll:
-    """What stays the same while one task is unrolled, and what its norms saw.
+    """What stays the same while one task, or a stack of them, is unrolled, and what its norms saw.
 
-    statistics: by which norms normalise. differentiable: whether the fast weights carry a graph. second_order: whether
-    their gradients do. judge: what takes the target losses' gradients as values; None where they are part of the graph.
-    used: the classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
+    engine: one that takes a task axis if the task has one. ids: of each task; None where there is one task, and no
+    axis. statistics: by which norms normalise. differentiable: whether the fast weights carry a graph. second_order:
+    whether their gradients do. judge: what takes the target losses' gradients as values; None where they are part of
+    the graph. used: the classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
     """
 
     task: Task
+    engine: Engine
+    ids: Sequence[TaskId | None] | None
     norm: str
     statistics: Statistics
     differentiable: bool
@@ -59,6 +65,10 @@ class _Unroll:
     judge: Judge | None = None
     used: Tensor | None = None
     moments: list[Moments] | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return self.ids is not None
 
 
 class MAML(GradientBased):
@@ -102,13 +112,13 @@ class MAML(GradientBased):
         scheduler: SchedulerFactory | None = None,
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
-        engine: Literal["auto", "higher", "functional"] = "auto",
+        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
         memory: Literal["unrolled", "flat"] = "unrolled",
         workers: int | Literal["auto"] = 1,
         channels_last: bool = False,
         tune: bool = False,
         allocator: bool = True,
-        tasks_per_backward: int = 1,
+        tasks_per_backward: int | None = None,
         swap: Mapping[type[nn.Module], Factory] | None = None,
         head: str | None = None,
         head_init: HeadInit = "learned",
@@ -154,12 +164,43 @@ class MAML(GradientBased):
     ) -> Solved:
         steps = self.settings.inner_steps if steps is None else steps
         unroll = self._unroll(task, training, norm, mask)
+        loss, _, losses, prediction, fast = self._unrolled(unroll, self._step_weights(steps, training), whole_graph)
+        head, ignored = self.head_start.adapted(fast), ignored_label(self.loss_fn)
+        return solved_from(loss, losses, prediction, task, unroll.moments or [], head, ignored)
+
+    def _solve_all(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
+    ) -> tuple[Tensor, list[Solved]]:
+        if self._batched is None or not training:
+            return super()._solve_all(tasks, training=training, norm=norm, whole_graph=whole_graph)
+        total: list[Tensor] = []
+        solved: dict[int, Solved] = {}
+        for places in alike(tasks):
+            group = [tasks[place] for place in places]
+            solve = self._solve_together if len(group) > 1 else super()._solve_all
+            loss, outcomes = solve(group, training=training, norm=norm, whole_graph=whole_graph)
+            total.append(loss)
+            solved |= zip(places, outcomes, strict=True)
+        return torch.stack(total).sum(), [solved[place] for place in range(len(tasks))]
+
+    def _solve_together(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool
+    ) -> tuple[Tensor, list[Solved]]:
+        unroll = self._unroll(stacked(tasks), training, norm, ids=[task.id for task in tasks])
+        weights = self._step_weights(self.settings.inner_steps, training)
+        loss, each, losses, prediction, fast = self._unrolled(unroll, weights, whole_graph)
+        head, ignored = self.head_start.adapted(fast), ignored_label(self.loss_fn)
+        return loss, apart(tasks, each, losses, prediction, unroll.moments or [], head, ignored)
+
+    def _unrolled(
+        self, unroll: _Unroll, weights: list[float], whole_graph: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor | None], Any, FastWeights]:
+        """The loss with its graph, summed over tasks, and that of each task; step losses, prediction, fast weights."""
         flat = unroll.second_order and self.settings.memory == "flat"
         tape = Tape(self.model, self._device) if flat else None
         if unroll.differentiable and (flat or not whole_graph):
             unroll.judge = Judge(self._learned_only())
-        weights = self._step_weights(steps, training)
-        losses: list[Tensor | None] = [None] * steps
+        losses: list[Tensor | None] = [None] * len(weights)
         with differentiable_twice(self.model, self._has_hard_gates) if unroll.second_order else nullcontext():
             rates = self.learning_rates.per_step()
             start = self._initial_weights(unroll)
@@ -171,21 +212,28 @@ class MAML(GradientBased):
                 fast, state = self._inner_step(fast, state, rates, step, sweep)
                 if weight:
                     prediction, losses[step] = self._target_loss(fast, step, weight, unroll)
-            if steps:
-                total = torch.stack(
-                    [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
-                ).sum()
+            if weights:
+                each = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None])
+                each = each.sum(0)
             else:
-                prediction, total = self._target_loss(fast, 0, 1.0, unroll)
+                prediction, each = self._target_loss(fast, 0, 1.0, unroll)
+            total = each.sum()
             if tape and unroll.judge:
                 total = attached(total, self._pulled_back(tape, start, unroll, unroll.judge))
             elif unroll.judge:
                 total = attached(total, unroll.judge.pairs())
-        head = self.head_start.adapted(fast)
-        return solved_from(total, losses, prediction, task, unroll.moments or [], head, ignored_label(self.loss_fn))
+        return total, each, losses, prediction, fast
 
-    def _unroll(self, task: Task, training: bool, norm: str, mask: bool | None = None) -> _Unroll:
-        assert self._engine is not None
+    def _unroll(
+        self,
+        task: Task,
+        training: bool,
+        norm: str,
+        mask: bool | None = None,
+        ids: Sequence[TaskId | None] | None = None,
+    ) -> _Unroll:
+        engine = self._engine if ids is None else self._batched
+        assert engine is not None
         if self.speed.channels_last:
             images = {part: map_tensors(getattr(task, part), to_channels_last) for part in ("support_x", "target_x")}
             task = replace(task, **images)
@@ -193,11 +241,13 @@ class MAML(GradientBased):
         masked = self.settings.mask_unused_outputs if mask is None else mask
         return _Unroll(
             task,
+            engine,
+            ids,
             norm,
             statistics="running" if norm == "running" and not training else "batch",
             differentiable=differentiable,
             second_order=differentiable and is_second_order(self.epoch, self.settings.first_order_epochs),
-            optimizer=self._engine.inner_optimizer(self.settings.update_rule),
+            optimizer=engine.inner_optimizer(self.settings.update_rule),
             used=used_labels(task, ignored_label(self.loss_fn)) if masked else None,
             moments=[] if training else None,
         )
@@ -212,9 +262,12 @@ class MAML(GradientBased):
         return step_loss_weights(steps, self.epoch, self.settings.step_loss_epochs if training else 0) if steps else []
 
     def _initial_weights(self, unroll: _Unroll) -> FastWeights:
-        start = self.head_start.values(self.model, unroll.task.id)
+        starts = [self.head_start.values(self.model, id) for id in unroll.ids or [unroll.task.id]]
         # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
-        copies = {name: start.get(name, p).clone() for name, p in self.wrapped.adapted_parameters()}
+        copies = {
+            name: start_of([start.get(name, p) for start in starts], unroll.stacked)
+            for name, p in self.wrapped.adapted_parameters()
+        }
         # One that was frozen after wrapping is still adapted, from where it is.
         return {
             name: w if unroll.differentiable and w.requires_grad else w.detach().requires_grad_()
@@ -228,13 +281,12 @@ class MAML(GradientBased):
             prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll)
             _, loss = self._judged(prediction, unroll.task.support_y, "support", unroll)
             # Only of the fast weights: every other parameter would lead back through all earlier steps.
+            # Of the sum, where there are several tasks: each loss depends on its own fast weights alone.
             gradients = torch.autograd.grad(
-                loss, tuple(fast.values()), create_graph=unroll.second_order, allow_unused=True
+                loss.sum(), tuple(fast.values()), create_graph=unroll.second_order, allow_unused=True
             )
         row = min(step, self.settings.inner_steps - 1)
-        updated, state = self._updated(
-            fast, gradients, {name: rates[name][row] for name in fast}, state, unroll.optimizer
-        )
+        updated, state = self._updated(fast, gradients, {name: rates[name][row] for name in fast}, state, unroll)
         if not unroll.differentiable:
             updated = {name: weight.detach().requires_grad_() for name, weight in updated.items()}
         return updated, state
@@ -245,7 +297,7 @@ class MAML(GradientBased):
         gradients: Sequence[Tensor | None],
         rates: FastWeights,
         state: State,
-        optimizer: InnerOptimizer,
+        unroll: _Unroll,
     ) -> tuple[FastWeights, State]:
         s = self.settings
         named = {name: None if g is None else dense(g) for name, g in zip(fast, gradients, strict=True)}
@@ -253,8 +305,8 @@ class MAML(GradientBased):
         pairs = {name for name, weight in fast.items() if weight.is_complex()}
         real = {name: torch.view_as_real(w) if name in pairs else w for name, w in fast.items()}
         named |= {name: torch.view_as_real(g) for name in pairs if (g := named[name]) is not None}
-        named = clipped(named, s.inner_max_grad_norm, s.inner_max_grad_value)
-        updated, state = optimizer.step(real, named, rates, state)
+        named = clipped(named, s.inner_max_grad_norm, s.inner_max_grad_value, unroll.stacked)
+        updated, state = unroll.optimizer.step(real, named, rates, state)
         return {name: torch.view_as_complex(w) if name in pairs else w for name, w in updated.items()}, state
 
     def _target_loss(self, fast: FastWeights, step: int, weight: float, unroll: _Unroll) -> tuple[Any, Tensor]:
@@ -264,7 +316,7 @@ class MAML(GradientBased):
         with autograd(True):
             prediction = self._predict_target(leaves, step, unroll)
             prediction, loss = self._judged(prediction, unroll.task.target_y, "target", unroll)
-            unroll.judge.take(weight * loss, fast, leaves, step)
+            unroll.judge.take((weight * loss).sum(), fast, leaves, step)
         return prediction, loss.detach()
 
     def _pulled_back(
@@ -304,16 +356,15 @@ class MAML(GradientBased):
         return self._predict(fast, unroll.task.target_x, step, unroll.statistics, unroll)
 
     def _predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, unroll: _Unroll) -> Any:
-        assert self._engine is not None
         if self._edits_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
         with self.wrapped.clock.at(step, statistics, unroll.moments):
-            return self._engine.call(fast, inputs)
+            return unroll.engine.call(fast, inputs)
 
     def _judged(self, prediction: Any, y: Any, part: str, unroll: _Unroll) -> tuple[Any, Tensor]:
         """The prediction, masked where that is asked for, and its loss."""
         if unroll.used is None:
-            return prediction, self._loss(prediction, y, part)
+            return prediction, unroll.engine.each(partial(self._loss, part=part), prediction, y)
         masked = mask_unused(prediction, y, unroll.used)
         loss = self._loss(masked, y, part)
         check_masked_loss(loss, masked, unroll.used)
@@ -369,6 +420,14 @@ class MAML(GradientBased):
         unroll = self._unroll(task, False, "batch", mask=False)
         return self._predict(dict(fast), unroll.task.support_x, 0, "batch", unroll)
 
+    def _batched_calls(self, stack: Task) -> Iterator[Callable[[], Any]]:
+        unroll = self._unroll(stack, False, "batch", mask=False, ids=[None] * len(tensors_in(stack.support_x)[0]))
+        weights = {
+            n: start_of([p.detach()] * len(unroll.ids or ()), True) for n, p in self.wrapped.adapted_parameters()
+        }
+        for inputs in (stack.support_x, stack.target_x):
+            yield partial(self._predict, weights, inputs, 0, "batch", unroll)
+
     def _support_loss(self, fast: Mapping[str, Tensor], task: Task) -> Tensor:
         prediction = self._support_prediction(fast, task)
         return self._judged(prediction, task.support_y, "support", self._unroll(task, False, "batch"))[1]
@@ -422,10 +481,13 @@ class MAMLPlusPlus(MAML):
         optimizer: function from parameters to an optimizer, in place of Adam; brings its own learning rate.
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         max_grad_norm, max_grad_value: clipping of the meta-gradient, by norm or by entry.
-        engine: "auto", "higher" or "functional".
+        engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
+            tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
+            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step.
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
-        tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed.
+        tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
+            the batch with engine="batched", whose tasks run at once only within it.
         workers: threads that solve tasks at the same time, on a CPU; "auto" for one a core. The cores are shared out
             between them, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same, added in
             the same order. A model that draws random numbers, changes buffers or attributes, or has hooks, is solved

@@ -23,6 +23,7 @@ from metawrap.allocator import keep_memory
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.settings import Settings, check_choice
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
@@ -80,6 +81,17 @@ class Method(nn.Module, ABC):
         whole graph it need not be with respect to anything else, so that parts of it can be freed at once.
         """
 
+    def _solve_all(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
+    ) -> tuple[Tensor, list[Solved]]:
+        """The sum of the tasks' losses, differentiable as in `_solve`, and the outcome of each."""
+        solved = [self._solve(task, training=training, norm=norm, whole_graph=whole_graph) for task in tasks]
+        return torch.stack([outcome.loss for outcome in solved]).sum(), [outcome.detached() for outcome in solved]
+
+    def _tasks_at_once(self, tasks: int) -> int:
+        """How many tasks of a batch are unrolled before a backward pass."""
+        return self.settings.tasks_per_backward or 1
+
     @abstractmethod
     def _prepare(self, task: Task) -> None:
         """Looks at the first task; changes nothing that a later one would notice."""
@@ -124,7 +136,7 @@ class Method(nn.Module, ABC):
                 norm, applied = self.outer.apply(parameters, gradients)
                 restore(~applied)
             self._fold(solved, applied)
-            output = self._output(solved)
+            output = self._output(solved, torch.stack([outcome.loss for outcome in solved]).sum() / len(solved))
             metrics = StepMetrics(
                 output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
             )
@@ -140,7 +152,7 @@ class Method(nn.Module, ABC):
         solved: list[Solved] = []
         batch = TaskBatch(tuple(usable(task) for task in batch))
         self._prepare(batch[0])
-        chunks = list(batch.chunks(self.settings.tasks_per_backward))
+        chunks = list(batch.chunks(self._tasks_at_once(len(batch))))
 
         def gradient(learner: Method, chunk: Chunk) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
             return learner._chunk_gradient(chunk, parameters, len(batch))
@@ -158,11 +170,8 @@ class Method(nn.Module, ABC):
     def _chunk_gradient(
         self, chunk: Chunk, parameters: list[nn.Parameter], tasks: int
     ) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
-        outcomes = [self._solve(task, training=True, norm=self.settings.norm, whole_graph=False) for task in chunk]
-        loss = torch.stack([outcome.loss for outcome in outcomes]).sum() / tasks
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        # Without its graph, which would stand beside the next chunk's.
-        return [outcome.detached() for outcome in outcomes], gradients
+        loss, outcomes = self._solve_all(chunk, training=True, norm=self.settings.norm, whole_graph=False)
+        return outcomes, torch.autograd.grad(loss / tasks, parameters, allow_unused=True)
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.
@@ -178,8 +187,8 @@ class Method(nn.Module, ABC):
         with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
             batch = TaskBatch(tuple(usable(task) for task in batch))
             self._prepare(batch[0])
-            solved = [self._solve(task, training=self.training, norm=self.settings.norm) for task in batch]
-        output = self._output(solved)
+            loss, solved = self._solve_all(batch.tasks, training=self.training, norm=self.settings.norm)
+            output = self._output(solved, loss / len(batch))
         if self.training:
             self._fold(solved, torch.ones((), dtype=torch.bool, device=self._device))
         return output
@@ -312,20 +321,23 @@ class Method(nn.Module, ABC):
             raise ArgumentError(f"loss_fn: expected a scalar tensor from it, but got {describe_value(loss)}.")
         return loss
 
-    def _output(self, solved: Sequence[Solved]) -> MetaOutput:
+    def _output(self, solved: Sequence[Solved], loss: Tensor) -> MetaOutput:
         accuracies = [outcome.accuracy for outcome in solved if outcome.accuracy is not None]
         return MetaOutput(
-            loss=torch.stack([outcome.loss for outcome in solved]).sum() / len(solved),
+            loss=loss,
             step_losses=torch.stack([outcome.step_losses for outcome in solved]),
             predictions=[outcome.prediction for outcome in solved],
             accuracy=torch.stack(accuracies).mean() if accuracies else None,
         )
 
     def _fold(self, solved: Sequence[Solved], applied: Tensor) -> None:
-        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        passes: dict[str, list[Moments]] = {}
         for outcome in solved:
             for moments in outcome.moments:
-                norms[moments.norm].fold(moments, applied)
+                passes.setdefault(moments.norm, []).append(moments)
+        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        for name, seen in passes.items():
+            norms[name].fold(seen, applied)
 
     def _count_skipped(self, applied: Tensor) -> None:
         total, row, longest = self.skipped_steps.unbind()

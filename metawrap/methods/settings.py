@@ -74,7 +74,7 @@ class Settings:
     adapt_norm: bool
     max_grad_norm: float | None
     max_grad_value: float | None
-    tasks_per_backward: int
+    tasks_per_backward: int | None
     max_skipped_steps: int
     inner_optimizer: InnerOptimizerName
     inner_momentum: float
@@ -224,7 +224,10 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "adapt_norm": _SWITCH,
     "max_grad_norm": _CLIP,
     "max_grad_value": _CLIP,
-    "tasks_per_backward": _count(1),
+    "tasks_per_backward": (
+        "a whole number of at least 1, or None",
+        lambda v: v is None or (_is_int(v) and v >= 1),
+    ),
     "max_skipped_steps": _count(1),
     "inner_optimizer": _one_of(InnerOptimizerName),
     "inner_momentum": ("a number from 0 up to, not including, 1", lambda v: _is_number(v) and 0 <= v < 1),
