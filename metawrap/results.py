@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass
-class MetaOutput:
+class MetaOutput(NamedTuple):
     """Result of `learner(task_batch)`. Only `loss` is differentiable, once; the rest is detached.
+
+    A named tuple, so that `DistributedDataParallel` and its like find the tensors in it. Inside of that, `loss` and
+    `accuracy` are over the tasks of all processes, `step_losses` and `predictions` are of this process's own.
 
     loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a step has no weight and was not
     computed.
