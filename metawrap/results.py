@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -99,6 +101,14 @@ class EvaluationResult:
         spread = float(per_task.std()) if count > 1 else math.nan
         interval = 1.96 * spread / math.sqrt(count)
         return cls(metric, float(per_task.mean()), interval, float(losses.mean()), count, per_task=per_task, **details)
+
+    @classmethod
+    def joined(cls, parts: Sequence[EvaluationResult]) -> EvaluationResult:
+        """One result of evaluations of the same learner on parts of the tasks, in their order."""
+        first, predictions = parts[0], [each for part in parts for each in part.predictions]
+        per_task = torch.cat([part.per_task for part in parts])
+        losses = torch.cat([torch.full_like(part.per_task, part.loss) for part in parts])
+        return cls.of(first.metric, per_task, losses, norm=first.norm, steps=first.steps, predictions=predictions)
 
     @property
     def accuracy(self) -> float | None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,6 @@ from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, Unsupport
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.solved import Solved, attached, dense
 from metawrap.tasks import map_tensors, tensors_in
-
-if TYPE_CHECKING:
-    from metawrap.methods.method import Method
 
 Gradients = Sequence[Tensor | None]
 _NO_PREDICTION = "predictions stay where they were made"
@@ -69,18 +66,18 @@ class Ranks:
     a `DistributedDataParallel` around the learner.
     """
 
-    def __init__(self, learner: Method, call: str, group: Any, in_ddp: bool = False) -> None:
+    def __init__(self, learner: Any, call: str, group: Any, in_ddp: bool = False) -> None:
         self.learner, self.call, self.group, self.in_ddp = learner, call, group, in_ddp
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self._before = list(_state_slots(learner.model)) if self.size > 1 else []
 
     @classmethod
-    def of_meta_step(cls, learner: Method) -> Ranks:
+    def of_meta_step(cls, learner: Any) -> Ranks:
         """All processes of the program, unless the learner is told that it is on its own."""
         return cls(learner, "meta_step", dist.group.WORLD if learner.distributed and _several() else None)
 
     @classmethod
-    def of_forward(cls, learner: Method, when: bool) -> Ranks:
+    def of_forward(cls, learner: Any, when: bool) -> Ranks:
         """Those of the `DistributedDataParallel` whose forward is running around the learner's, if there is one."""
         if not when or not learner.distributed:
             return cls(learner, "forward", None)
@@ -166,7 +163,7 @@ class Ranks:
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with _lost():
+        with exchanging():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -176,7 +173,7 @@ class Ranks:
         for dtype in {tensor.dtype: None for tensor in tensors}:
             places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
             flat = torch.cat([tensors[place].reshape(-1) for place in places])
-            with _lost():
+            with exchanging():
                 dist.all_reduce(flat, group=self.group)
             parts = torch.split(flat, [tensors[place].numel() for place in places])
             for place, part in zip(places, parts, strict=True):
@@ -216,7 +213,7 @@ class Ranks:
         edited = sorted(set(names))
         slots = {slot.name: slot for slot in self._before}
         values = [slots[name].table[slots[name].local].detach().cpu() for name in edited]
-        with _lost():
+        with exchanging():
             dist.broadcast_object_list(values, src=dist.get_global_rank(self.group, 0), group=self.group)
         taken: dict[int, Tensor] = {}
         for name, value in zip(edited, values, strict=True):
@@ -235,7 +232,7 @@ class Ranks:
         )
 
 
-def _warn_alone(learner: Method) -> None:
+def _warn_alone(learner: Any) -> None:
     if _several() and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
         warnings.warn(
             "learner(task_batch) was called by itself in a program of several processes: its gradients and running "
@@ -251,7 +248,8 @@ def _several() -> bool:
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def exchanging() -> Iterator[None]:
+    """Makes a RankError of what torch raises when another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -261,7 +259,7 @@ def _lost() -> Iterator[None]:
         ) from error
 
 
-def _refuse(learner: Method) -> None:
+def _refuse(learner: Any) -> None:
     """Raises what cannot be shared, by name."""
     # A parameter can only be a DTensor, and a module FSDP's, if these were imported.
     sharded: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
@@ -289,11 +287,11 @@ def _state_slots(model: nn.Module) -> Iterator[_Slot]:
                     yield _Slot(f"{path}.{local}" if path else local, table, local, tensor, tensor._version)
 
 
-def _zeros(place: Tensor, learner: Method) -> Tensor:
+def _zeros(place: Tensor, learner: Any) -> Tensor:
     return torch.zeros_like(place, device=learner._device)
 
 
-def _prints(learner: Method) -> dict[str, str]:
+def _prints(learner: Any) -> dict[str, str]:
     """All that an outer update depends on, by name, as short texts that are the same where it is the same."""
     optimizer = learner.optimizer
     state: dict[str, Any] = {f"'{name}'": value for name, value in learner.state_dict().items()}
