@@ -95,8 +95,7 @@ class Ranks:
         An interrupt is not told: whoever waits for this process will find it gone.
         """
         try:
-            if self.size > 1 or self.in_ddp:
-                _refuse(self.learner)
+            self._refuse()
             yield
         except Exception as error:
             if self.size > 1:
@@ -129,9 +128,10 @@ class Ranks:
             )
         )
         self._check_all_here(words)
+        edited = sorted({name for word in words for name in word.edited})
         if not all(word.checked for word in words):
-            self._check_same_learner()
-        self._take_edited([name for word in words for name in word.edited])
+            self._check_same_learner(edited)
+        self._take_edited(edited)
         tasks = sum(len(word.solved) for word in words)
         present = [any(flags) for flags in zip(*(word.present for word in words), strict=True)]
         addends = [
@@ -160,6 +160,30 @@ class Ranks:
         weight = torch.tensor(own * self.size / tasks, dtype=loss.dtype, device=loss.device)
         nothing = [(p, p.detach().new_zeros(()).expand_as(p)) for p in parameters]
         return attached(whole, [(loss, weight), *nothing])
+
+    def _refuse(self) -> None:
+        """Raises what cannot be shared, by name."""
+        # A parameter can only be a DTensor, and a module FSDP's, where these were imported.
+        sharded: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+        wrapped: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+        parts = [*self.learner.named_parameters(), *self.learner.named_modules()] if sharded or wrapped else []
+        names = [f"'{name}'" for name, part in parts if isinstance(part, (sharded, wrapped))]
+        if names:
+            raise UnsupportedModuleError(
+                f"The learner is sharded ({', '.join(names[:3])} by FSDP or as DTensor): fast weights are made from "
+                "whole parameters. Use meta_step or DistributedDataParallel, which keep them whole."
+            )
+        modules = self.learner.named_modules() if self.in_ddp else ()
+        if sparse := [name for name, m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]:
+            raise UnsupportedModuleError(
+                f"'{sparse[0]}' has sparse=True: DistributedDataParallel waits for a sparse gradient, but that of a "
+                "meta-loss is dense. Set sparse=False, or use meta_step."
+            )
+        if self.size > 1 and isinstance(self.learner.optimizer, torch.optim.SparseAdam):
+            raise ArgumentError(
+                "optimizer: SparseAdam takes sparse gradients only, but those of several processes are added as dense "
+                "ones. Use another optimizer, such as Adam."
+            )
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -193,8 +217,8 @@ class Ranks:
                     "processes must make the same calls, and load the same state, learner.iteration included."
                 )
 
-    def _check_same_learner(self) -> None:
-        prints = self._gathered(_prints(self.learner))
+    def _check_same_learner(self, edited: Sequence[str]) -> None:
+        prints = self._gathered(_prints(self.learner, edited))
         for rank, other in enumerate(prints):
             differing = [name for name in prints[0] | other if prints[0].get(name) != other.get(name)]
             if differing:
@@ -206,11 +230,10 @@ class Ranks:
                 )
         self.learner._same_everywhere = True
 
-    def _take_edited(self, names: Sequence[str]) -> None:
+    def _take_edited(self, edited: Sequence[str]) -> None:
         """Gives every process rank 0's value of what forward edited on one of them: there is no order to do it in."""
-        if not names:
+        if not edited:
             return
-        edited = sorted(set(names))
         slots = {slot.name: slot for slot in self._before}
         values = [slots[name].table[slots[name].local].detach().cpu() for name in edited]
         with exchanging():
@@ -259,25 +282,6 @@ def exchanging() -> Iterator[None]:
         ) from error
 
 
-def _refuse(learner: Any) -> None:
-    """Raises what cannot be shared, by name."""
-    # A parameter can only be a DTensor, and a module FSDP's, if these were imported.
-    sharded: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    wrapped: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    names = [f"'{name}'" for name, parameter in learner.named_parameters() if isinstance(parameter, sharded)]
-    names += [f"'{name}'" for name, module in learner.named_modules() if isinstance(module, wrapped)]
-    if names:
-        raise UnsupportedModuleError(
-            f"{', '.join(names[:3])} is sharded (FSDP, DTensor): fast weights are made from whole parameters. Keep the "
-            "learner's parameters whole, as meta_step and DistributedDataParallel do."
-        )
-    if isinstance(learner.optimizer, torch.optim.SparseAdam):
-        raise ArgumentError(
-            "optimizer: SparseAdam takes sparse gradients only, but those of several processes are added as dense "
-            "ones. Use another optimizer, such as Adam."
-        )
-
-
 def _state_slots(model: nn.Module) -> Iterator[_Slot]:
     for path, module in model.named_modules():
         # Per-step norms fold their statistics from what was gathered.
@@ -291,10 +295,10 @@ def _zeros(place: Tensor, learner: Any) -> Tensor:
     return torch.zeros_like(place, device=learner._device)
 
 
-def _prints(learner: Any) -> dict[str, str]:
-    """All that an outer update depends on, by name, as short texts that are the same where it is the same."""
-    optimizer = learner.optimizer
-    state: dict[str, Any] = {f"'{name}'": value for name, value in learner.state_dict().items()}
+def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:
+    """All that an outer update depends on, but for what was just edited, by name: texts, equal where it is equal."""
+    optimizer, skipped = learner.optimizer, {f"model.{name}" for name in edited}
+    state: dict[str, Any] = {f"'{name}'": value for name, value in learner.state_dict().items() if name not in skipped}
     state["the settings"] = repr(learner.settings)
     state["the frozen parameters"] = [name for name, p in learner.named_parameters() if not p.requires_grad]
     state["the optimizer"] = [
