@@ -278,6 +278,10 @@ def case_one_fails(rank: int, _: Path) -> Any:
     ddp = in_ddp(learner)
     found["ddp"] = failure(lambda: ddp(bad["late"] if rank == 1 else good))
     found["after_ddp"] = snapshot(learner.state_dict())
+    copied = fresh()
+    again = in_ddp(copied)
+    failure(lambda: again(bad["late"] if rank == 1 else good))
+    found["then_ddp"] = backward(again, copied, good)
     found["then"] = stepped(learner, good)
     return found
 

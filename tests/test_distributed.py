@@ -232,6 +232,7 @@ def test_what_fails_on_one_rank_fails_on_both_and_changes_neither(found: list[Fo
     for case in (other, failing):
         assert_same_state(case["after"], case["before"])
         assert_same_state(case["after_ddp"], case["before"])
+        assert_is(case["then_ddp"], expected())
     assert_is(same_on_both(found, "case_one_fails", "then"), expected())
 
 

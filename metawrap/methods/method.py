@@ -49,8 +49,6 @@ class Method(nn.Module, ABC):
 
     skipped_steps: Tensor
     distributed: bool = True
-    # Whether the other processes are known to have the same learner.
-    _same_everywhere: bool = False
 
     def __init__(
         self,
@@ -64,6 +62,8 @@ class Method(nn.Module, ABC):
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
         self.model = model
         self.iteration = 0
+        # Whether the other processes are known to have the same learner.
+        self._same_everywhere = False
         # Total, in a row, and the longest row: on the device, so that counting does not synchronise.
         self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
 
@@ -282,7 +282,7 @@ class Method(nn.Module, ABC):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return self.__dict__ | {"_same_everywhere": False}
 
     def get_extra_state(self) -> dict[str, int]:
         """The counters, for state_dict."""
