@@ -298,6 +298,9 @@ def case_not_the_same(rank: int, _: Path) -> Any:
         state["model.linear.bias"] = state["model.linear.bias"] + 1
         loaded.load_state_dict(state)
     rates = fresh(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1 + rank))
+    frozen = fresh()
+    frozen.meta_step(good)
+    (frozen.model.first.bias, frozen.model.norm.bias)[rank].requires_grad_(False)
     other = fresh()
     ddp = in_ddp(other)
     return {
@@ -306,6 +309,7 @@ def case_not_the_same(rank: int, _: Path) -> Any:
         "loaded": failure(lambda: loaded.meta_step(good)),
         "settings": failure(lambda: fresh(inner_momentum=0.1 * rank).meta_step(good)),
         "optimizer": failure(lambda: rates.meta_step(good)),
+        "frozen": failure(lambda: frozen.meta_step(good)),
         "call": failure(lambda: (other.meta_step if rank else ddp)(good)),
     }
 

@@ -244,6 +244,7 @@ def test_what_fails_on_one_rank_fails_on_both_and_changes_neither(found: list[Fo
         ("iteration", "at iteration 1, but rank 1 in meta_step at iteration 2"),
         ("settings", "not the same: the settings"),
         ("optimizer", "not the same: the optimizer"),
+        ("frozen", "model.first.bias, model.norm.bias is frozen on rank 0 or on rank 1"),
         ("call", "Rank 0 is in forward at iteration 0, but rank 1 in meta_step"),
     ],
 )

@@ -11,7 +11,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -33,14 +33,15 @@ _NO_PREDICTION = "predictions stay where they were made"
 class _Word:
     """What one process tells the others: that it failed, or what there is to add up and to gather.
 
-    call, iteration: which call of which meta-step it is in. checked: whether it knows that all learners are the same.
-    present: which parameters have a gradient. solved: the tasks' outcomes, their tensors on the meta device. edited:
-    buffers and parameters that forward edited.
+    call: which call at which iteration it is in. checked: whether it knows that all learners are the same. frozen: which
+    parameters are not learned. present: which of the others have a gradient. solved: the tasks' outcomes, their tensors
+    on the meta device. edited: buffers and parameters that forward edited.
     """
 
     error: str | None = None
     call: tuple[str, int] = ("", 0)
     checked: bool = True
+    frozen: list[str] = field(default_factory=list)
     present: list[bool] = field(default_factory=list)
     solved: list[Solved] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
@@ -99,7 +100,8 @@ class Ranks:
             yield
         except Exception as error:
             if self.size > 1:
-                self._gathered(_Word(f"{type(error).__name__}: {error}"))
+                with suppress(RankError):  # This one is to be raised, even if nobody is left to tell.
+                    self._gathered(_Word(f"{type(error).__name__}: {error}"))
             raise
 
     def shared(
@@ -122,6 +124,7 @@ class Ranks:
             _Word(
                 call=(self.call, self.learner.iteration),
                 checked=self.learner._same_everywhere,
+                frozen=_frozen(self.learner),
                 present=[gradient is not None for gradient in gradients],
                 solved=map_tensors(own, lambda tensor: tensor.to("meta")),
                 edited=[slot.name for slot in self._before if slot.edited()],
@@ -216,6 +219,9 @@ class Ranks:
                     f"Rank 0 is in {there} at iteration {first}, but rank {rank} in {here} at iteration {other}. All "
                     "processes must make the same calls, and load the same state, learner.iteration included."
                 )
+            if word.frozen != words[0].frozen:
+                names = sorted(set(word.frozen) ^ set(words[0].frozen))
+                raise RankError(f"{', '.join(names)} is frozen on rank 0 or on rank {rank}, but not on both.")
 
     def _check_same_learner(self, edited: Sequence[str]) -> None:
         prints = self._gathered(_prints(self.learner, edited))
@@ -295,12 +301,15 @@ def _zeros(place: Tensor, learner: Any) -> Tensor:
     return torch.zeros_like(place, device=learner._device)
 
 
+def _frozen(learner: Any) -> list[str]:
+    return [name for name, parameter in learner.named_parameters() if not parameter.requires_grad]
+
+
 def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:
     """All that an outer update depends on, but for what was just edited, by name: texts, equal where it is equal."""
     optimizer, skipped = learner.optimizer, {f"model.{name}" for name in edited}
     state: dict[str, Any] = {f"'{name}'": value for name, value in learner.state_dict().items() if name not in skipped}
     state["the settings"] = repr(learner.settings)
-    state["the frozen parameters"] = [name for name, p in learner.named_parameters() if not p.requires_grad]
     state["the optimizer"] = [
         type(optimizer).__name__,
         [group["lr"] for group in optimizer.param_groups],
