@@ -33,9 +33,9 @@ _NO_PREDICTION = "predictions stay where they were made"
 class _Word:
     """What one process tells the others: that it failed, or what there is to add up and to gather.
 
-    call: which call at which iteration it is in. checked: whether it knows that all learners are the same. frozen: which
-    parameters are not learned. present: which of the others have a gradient. solved: the tasks' outcomes, their tensors
-    on the meta device. edited: buffers and parameters that forward edited.
+    call: which call at which iteration it is in. checked: whether it knows that all learners are the same. frozen:
+    which parameters are not learned. present: which of the others have a gradient. solved: the tasks' outcomes, their
+    tensors on the meta device. edited: buffers and parameters that forward edited.
     """
 
     error: str | None = None
