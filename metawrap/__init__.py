@@ -10,6 +10,7 @@ from metawrap.errors import (
     DivergedError,
     MetaWrapError,
     MetaWrapWarning,
+    RankError,
     TaskError,
     UnsupportedModuleError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "RankError",
     "StepMetrics",
     "Task",
     "TaskBatch",

@@ -23,6 +23,10 @@ class DivergedError(MetaWrapError, RuntimeError):
     """Too many meta-steps in a row had a non-finite meta-gradient; the last good weights are still in place."""
 
 
+class RankError(MetaWrapError, RuntimeError):
+    """Another process that shares the meta-step failed, is gone, or is in another state; none of them was changed."""
+
+
 class DataError(MetaWrapError, ValueError):
     """A data set, archive or image is missing, broken, too small or unsafe."""
 

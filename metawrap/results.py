@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
-@dataclass
-class MetaOutput:
+class MetaOutput(NamedTuple):
     """Result of `learner(task_batch)`. Only `loss` is differentiable, once; the rest is detached.
+
+    A named tuple, so that `DistributedDataParallel` and its like find the tensors in it. Inside of that, `loss` and
+    `accuracy` are over the tasks of all processes, `step_losses` and `predictions` are of this process's own.
 
     loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a step has no weight and was not
     computed.
@@ -97,6 +101,14 @@ class EvaluationResult:
         spread = float(per_task.std()) if count > 1 else math.nan
         interval = 1.96 * spread / math.sqrt(count)
         return cls(metric, float(per_task.mean()), interval, float(losses.mean()), count, per_task=per_task, **details)
+
+    @classmethod
+    def joined(cls, parts: Sequence[EvaluationResult]) -> EvaluationResult:
+        """One result of evaluations of the same learner on parts of the tasks, in their order."""
+        first, predictions = parts[0], [each for part in parts for each in part.predictions]
+        per_task = torch.cat([part.per_task for part in parts])
+        losses = torch.cat([torch.full_like(part.per_task, part.loss) for part in parts])
+        return cls.of(first.metric, per_task, losses, norm=first.norm, steps=first.steps, predictions=predictions)
 
     @property
     def accuracy(self) -> float | None:

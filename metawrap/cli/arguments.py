@@ -33,6 +33,8 @@ def _add_train(commands: Any) -> None:
         "train",
         help="meta-train, validate and test a network",
         usage="metawrap train [options]",
+        epilog="in N processes, each with its share of the tasks of a meta-step:\n"
+        "  torchrun --nproc-per-node=N -m metawrap train [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
     )

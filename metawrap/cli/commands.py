@@ -24,10 +24,11 @@ from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
 from metawrap.description import Description
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import program
+from metawrap.training.processes import by_first, process_group, rank, size
 from metawrap.training.progress import say
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_folder import read_run
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
-            command(arguments)
+            _check_processes(arguments.command)
+            with process_group():
+                command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python's own last flush complains.
@@ -58,24 +61,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MetaWrapError as error:
             if arguments.verbose:
                 traceback.print_exc()
-            say(f"Error: {error}")
+            _say_error(error)
             return FAILED
     return 0
+
+
+def _check_processes(command: str) -> None:
+    if size() > 1 and command != "train":
+        raise ArgumentError(f"metawrap {command} runs in one process: start it without torchrun.")
+
+
+def _say_error(error: MetaWrapError) -> None:
+    if rank() == 0:
+        say(f"Error: {error}")
+    elif not isinstance(error, RankError):  # Whoever failed first has said why.
+        print(f"Error on rank {rank()}: {error}", file=sys.stderr, flush=True)
 
 
 def _train(arguments: Namespace) -> None:
     out = _out(arguments)
     changes = _settings_in(arguments)
     settings, seeds = RunSettings(), arguments.seeds
-    if arguments.resume and (out / "run.json").exists():
-        settings, stored_seeds = read_run(out)
+    if stored := by_first(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
+        settings, stored_seeds = stored
         seeds = seeds or stored_seeds
     settings = replace(settings, **changes)
     if seeds is None:
         result = train(settings, out, arguments.resume)
     else:
         result = train_seeds(settings, seeds, out, arguments.resume)
-    print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
+    if rank() == 0:
+        print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
 
 
 def _evaluate(arguments: Namespace) -> None:
@@ -140,20 +156,28 @@ def _stopped(arguments: Namespace) -> str:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM, which job schedulers send before they kill, stop a run as Ctrl-C does."""
+    """Makes SIGTERM, which job schedulers send before they kill, stop a run as Ctrl-C does.
+
+    Only the first interrupt counts: torchrun sends SIGTERM to processes that a Ctrl-C has reached already.
+    """
 
     def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+    # A shell's background job ignores Ctrl-C, and goes on doing so.
+    numbers = [signal.SIGTERM]
+    numbers += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = {number: signal.signal(number, interrupt) for number in numbers}
     except ValueError:  # only the main thread may set handlers
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class GradientBased(Method):
 
     def __getstate__(self) -> dict[str, Any]:
         # An engine holds classes made at run time; it is made again when needed.
-        return self.__dict__ | {"_engine": None, "_batched": None}
+        return super().__getstate__() | {"_engine": None, "_batched": None}
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:

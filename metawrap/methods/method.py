@@ -25,6 +25,7 @@ from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWra
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
+from metawrap.methods.ranks import Ranks
 from metawrap.methods.settings import Settings, check_choice
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
@@ -45,9 +46,13 @@ Result = TypeVar("Result")
 
 
 class Method(nn.Module, ABC):
-    """Base of all meta-learners; see the public face in the README."""
+    """Base of all meta-learners; see the public face in the README.
+
+    distributed: whether the processes of torch's default group share this learner's meta-steps; True unless it is set.
+    """
 
     skipped_steps: Tensor
+    distributed: bool = True
 
     def __init__(
         self,
@@ -61,6 +66,8 @@ class Method(nn.Module, ABC):
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
         self.model = model
         self.iteration = 0
+        # Whether the other processes are known to have the same learner.
+        self._same_everywhere = False
         # Total, in a row, and the longest row: on the device, so that counting does not synchronise.
         self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
 
@@ -114,29 +121,40 @@ class Method(nn.Module, ABC):
         Each `tasks_per_backward` tasks are unrolled and differentiated together, so that memory is theirs alone. The
         gradient stays in `.grad`. A failed call leaves the learner as it was.
 
+        Where torch.distributed runs several processes, all of them must call it, each with its own share of the tasks,
+        at least one; shares may differ. All make the same update, that of the mean over all tasks in order of rank, and
+        get metrics of all tasks. What fails on one process fails on all.
+
         Args:
             task_batch: a `TaskBatch`, a tuple (support_x, support_y, target_x, target_y) with a leading task axis, or a
                 list of `Task`.
         Raises:
             TaskError: the batch has the wrong form, shapes, labels or device.
             DivergedError: `max_skipped_steps` steps in a row were skipped; looked up once in as many steps.
+            RankError: another process failed, is gone, or has another learner.
         """
-        if not self.training:
-            raise MetaWrapError("meta_step needs training mode, but the learner is in eval(). Call learner.train().")
-        batch = self._checked(task_batch)
-        self._check_trainable(batch)
-        self.outer.check_holds(self.named_parameters())
-        if self.settings.allocator and self._device.type == "cpu":
-            keep_memory(one_arena=self.settings.workers != 1 or self.settings.tune)
+        ranks = Ranks.of_meta_step(self)
+        with ranks.together():
+            if not self.training:
+                raise MetaWrapError(
+                    "meta_step needs training mode, but the learner is in eval(). Call learner.train()."
+                )
+            batch = self._checked(task_batch)
+            self._check_trainable(batch)
+            self.outer.check_holds(self.named_parameters())
+            if self.settings.allocator and self._device.type == "cpu":
+                keep_memory(one_arena=self.settings.workers != 1 or self.settings.tune)
         with autograd():
-            meta_lr = self.outer.start(self.epoch)
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
             with restored_buffers(self.model) as restore:
-                solved, gradients = self._meta_gradient(batch, parameters)
+                with ranks.together():
+                    meta_lr = self.outer.start(self.epoch)
+                    solved, gradients = self._meta_gradient(batch, parameters)
+                solved, gradients = ranks.shared(solved, parameters, gradients)
                 norm, applied = self.outer.apply(parameters, gradients)
                 restore(~applied)
             self._fold(solved, applied)
-            output = self._output(solved, torch.stack([outcome.loss for outcome in solved]).sum() / len(solved))
+            output = self._output(solved, _mean_loss(solved))
             metrics = StepMetrics(
                 output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
             )
@@ -179,18 +197,29 @@ class Method(nn.Module, ABC):
         In training mode it is the meta-loss of the current epoch, and running statistics are updated, as in any module;
         the epoch is yours to set: `learner.epoch = ...`, or the schedules stand still.
         In `eval()` mode it is the last step's loss under the evaluation policy, and nothing changes.
+
+        Inside of `DistributedDataParallel`, in training mode, all processes must call it, each with its own share of
+        the tasks, at least one; shares may differ. The gradients that DDP then averages are those of the mean over all
+        tasks, zeros where a parameter plays no part; running statistics are folded for all tasks in order of rank.
         """
-        batch = self._checked(task_batch)
+        ranks = Ranks.of_forward(self, when=self.training)
+        with ranks.together():
+            batch = self._checked(task_batch)
+            if self.training:
+                self._check_trainable(batch)
+            differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
+                batch = TaskBatch(tuple(usable(task) for task in batch))
+                self._prepare(batch[0])
+                loss, solved = self._solve_all(batch.tasks, training=self.training, norm=self.settings.norm)
+                output = self._output(solved, loss / len(batch))
         if self.training:
-            self._check_trainable(batch)
-        differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
-            batch = TaskBatch(tuple(usable(task) for task in batch))
-            self._prepare(batch[0])
-            loss, solved = self._solve_all(batch.tasks, training=self.training, norm=self.settings.norm)
-            output = self._output(solved, loss / len(batch))
-        if self.training:
-            self._fold(solved, torch.ones((), dtype=torch.bool, device=self._device))
+            everyone, _ = ranks.shared(solved)
+            self._fold(everyone, torch.ones((), dtype=torch.bool, device=self._device))
+            if ranks.in_ddp:
+                whole = self._output(everyone, _mean_loss(everyone))
+                loss = ranks.averaged(output.loss, len(solved), whole.loss, len(everyone))
+                output = output._replace(loss=loss, accuracy=whole.accuracy)
         return output
 
     def evaluate(
@@ -281,7 +310,7 @@ class Method(nn.Module, ABC):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return self.__dict__ | {"_same_everywhere": False}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The counters, for state_dict."""
@@ -290,6 +319,7 @@ class Method(nn.Module, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores the counters."""
         self.iteration = int(state["iteration"])
+        self._same_everywhere = False
 
     def _make_outer(self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None) -> None:
         self.outer = OuterUpdate(list(self.parameters()), self.settings, optimizer, scheduler)
@@ -400,6 +430,10 @@ def _warn_diverged(losses: Tensor, policy: str) -> None:
             MetaWrapWarning,
             stacklevel=3,
         )
+
+
+def _mean_loss(solved: Sequence[Solved]) -> Tensor:
+    return torch.stack([outcome.loss for outcome in solved]).sum() / len(solved)
 
 
 def _measured(solved: Solved, task: Task, metric: Callable[[Any, Any], Any] | None) -> tuple[str, Any]:

@@ -18,6 +18,7 @@ from metawrap.data import DataSplits, EpisodeSampler, LabelledImages, load_data
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.methods.describing import look_at
 from metawrap.tasks import Task
+from metawrap.training.processes import one_after_another, own_device
 from metawrap.training.run_settings import METHODS, RunSettings
 
 # Validation and test tasks are the same for every run, whatever its seed, so that results can be compared.
@@ -52,7 +53,7 @@ def build_experiment(settings: RunSettings) -> Experiment:
             'options: head_init="stored" keeps a head for each task that comes back under its id, but the tasks of a '
             "run are drawn anew and have none. Use learned, zeros or random."
         )
-    device = find_device(settings.device)
+    device = own_device(find_device(settings.device))
     splits = load_splits(settings)
     torch.manual_seed(settings.seed)
     learner = build_learner(settings, build_model(settings, splits.train)).to(device)
@@ -90,6 +91,7 @@ def load_splits(settings: RunSettings) -> DataSplits:
     given = {name: value for name, value in options.items() if value is not None}
     if settings.data == "omniglot":
         given["download"] = True
+        return one_after_another(lambda: load_data(settings.data, root=settings.data_root, **given))
     return load_data(settings.data, root=settings.data_root, **given)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
+from metawrap.training.processes import by_first, evaluate_shared
 from metawrap.training.run_settings import NORMS
 
-Score = dict[str, float]
+Score = dict[str, float | None]
 _SCORES = ("before", "after", "ensemble")
 
 
@@ -42,22 +43,22 @@ def final_test(
     Raises:
         CheckpointError: the best checkpoint is gone or cannot be read.
     """
-    epochs = _epochs_to_test(checkpoints, history, ensemble)
+    epochs = by_first(lambda: _epochs_to_test(checkpoints, history, ensemble))
     scores: dict[str, dict[str, Score]] = {norm: {} for norm in norms}
     logits: dict[str, list[Tensor]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetaWrapWarning)
         for epoch in reversed(epochs):  # the best comes last, so that its weights stay in the learner
-            load_into(learner, checkpoints.load(epoch))
+            load_into(learner, by_first(lambda epoch=epoch: checkpoints.load(epoch)))  # type: ignore[misc]
             for norm in norms:
-                after = learner.evaluate(_batches(tasks, count), norm=norm, keep_predictions=len(epochs) > 1)
+                after = evaluate_shared(learner, tasks, count, norm=norm, keep_predictions=len(epochs) > 1)
                 scores[norm]["after"] = {"accuracy": after.accuracy, "interval": after.interval}
                 if len(epochs) > 1:
                     logits[norm] = _add(logits.get(norm), after.predictions)
         for norm in norms:
-            before = learner.evaluate(_batches(tasks, count), norm=norm, steps=0)
+            before = evaluate_shared(learner, tasks, count, norm=norm, steps=0)
             scores[norm]["before"] = {"accuracy": before.accuracy, "interval": before.interval}
-    labels = [task.target_y for batch in _batches(tasks, count) for task in batch]
+    labels = [task.target_y for batch in tasks.batches(count // tasks.tasks_per_batch) for task in batch]
     for norm, summed in logits.items():
         scores[norm]["ensemble"] = score_of(summed, labels)
     averaged = epochs if len(epochs) > 1 else []
@@ -85,10 +86,6 @@ def _epochs_to_test(checkpoints: CheckpointFolder, history: list[dict[str, Any]]
             "Put it back, or train again."
         )
     return [epoch for epoch in ranked[: max(1, ensemble)] if epoch in kept]
-
-
-def _batches(tasks: EpisodeSampler, count: int) -> Any:
-    return tasks.batches(count // tasks.tasks_per_batch)
 
 
 def _add(total: list[Tensor] | None, predictions: list[Tensor]) -> list[Tensor]:

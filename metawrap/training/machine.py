@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from metawrap import __version__
+from metawrap.training.processes import local_size, size
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processes": size(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "python": platform.python_version(),
@@ -37,8 +39,13 @@ def command_line() -> str:
 
 
 def program() -> str:
-    """How this program was started, without its arguments: "metawrap", "python -m metawrap" or a script's path."""
+    """How this program was started, without its arguments: "metawrap", "python -m metawrap" or a script's path.
+
+    Of several processes, how torchrun would start them on one machine.
+    """
     started = Path(sys.argv[0])
+    if size() > 1:
+        return f"torchrun --nproc-per-node={local_size()} -m metawrap"
     if started.name == "__main__.py":
         python = Path(sys.executable)
         return f"{python.name if shutil.which(python.name) == str(python) else shlex.quote(str(python))} -m metawrap"

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metawrap.results import StepMetrics
+from metawrap.training.processes import rank
 
 REFRESH_SECONDS = 0.5
 # The loss and accuracy shown are means over so many meta-steps: a single one has too few targets to be steady.
@@ -23,19 +24,21 @@ class Progress:
         epochs: of the whole run.
         iterations_per_epoch: meta-steps of one epoch.
         done: epochs that were finished before this start.
+        shown: whether this process is the one that a person watches.
     """
 
-    def __init__(self, epochs: int, iterations_per_epoch: int, done: int = 0) -> None:
+    def __init__(self, epochs: int, iterations_per_epoch: int, done: int = 0, shown: bool = True) -> None:
         self.epochs = epochs
         self._start = time.monotonic()
         self._seen = 0
+        self._shown = shown
         self._last_epoch: str | None = None
         self._recent: deque[StepMetrics] = deque(maxlen=STEPS_SHOWN)
         self._bar = tqdm(
             desc=f"epoch {min(done + 1, epochs)}/{epochs}",
             total=epochs * iterations_per_epoch,
             initial=done * iterations_per_epoch,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             mininterval=REFRESH_SECONDS,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining} left{postfix}",
@@ -64,7 +67,7 @@ class Progress:
         """After validation; `record` is the epoch's line of the log."""
         interval = percent(record["validation_interval"])
         self._last_epoch = f"validation {percent(record['validation_accuracy'])}"
-        if not self._bar.disable:
+        if not self._shown or not self._bar.disable:
             return
         self._seen += 1
         left = (time.monotonic() - self._start) / self._seen * (self.epochs - record["epoch"])
@@ -96,5 +99,6 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """One line for the person who watches; results go to stdout, everything else to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person who watches, from one process; results go to stdout, everything else to stderr."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)

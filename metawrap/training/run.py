@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from metawrap.errors import CheckpointError
+from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import StepMetrics
+from metawrap.tasks import TaskBatch
 from metawrap.training.checkpoints import Checkpoint, load_into, write_json
 from metawrap.training.experiment import (
     TEST_SEED,
@@ -30,6 +32,7 @@ from metawrap.training.experiment import (
 )
 from metawrap.training.final_evaluation import final_test
 from metawrap.training.machine import command_line, describe_machine
+from metawrap.training.processes import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
 from metawrap.training.run_settings import NORMS, RunSettings
@@ -50,9 +53,10 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
         CheckpointError: `out` has a run that is not to be, or cannot be, resumed.
         MetaWrapError: the settings do not fit the data or the network, or training diverged.
     """
+    _check_shares(settings)
     folder = RunFolder(Path(out), settings)
-    start = folder.find_start(resume)
-    if start is not None and start.epoch == settings.epochs and (done := folder.result()) is not None:
+    start = by_first(lambda: folder.find_start(resume))
+    if start is not None and start.epoch == settings.epochs and (done := by_first(folder.result)) is not None:
         say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
         return done
     experiment = build_experiment(settings)
@@ -60,14 +64,15 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
     if start is not None:
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    folder.begin(history)
+    by_first(lambda: folder.begin(history))
+    processes = f" in {size()} processes" if size() > 1 else ""
     say(
         f"{headline(settings)}: {settings.epochs} epochs x {settings.iterations_per_epoch} meta-steps x "
-        f"{settings.tasks_per_batch} tasks, on {experiment.device}, in '{out}'"
+        f"{settings.tasks_per_batch} tasks, on {experiment.device}{processes}, in '{out}'"
     )
     seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0)
     result = _test(experiment, folder, history) | {"seconds": round(seconds, 3)}
-    folder.write_result(result)
+    by_first(lambda: folder.write_result(result))
     return result
 
 
@@ -78,13 +83,13 @@ def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, re
         What `out`/result.json holds: "settings", "summary" (see `summarise_seeds`), "trained_norm", "results" by seed.
     """
     path = Path(out)
-    if resume and (path / "run.json").exists():
-        settings.check_resumes(read_run(path)[0].to_dict())
+    if stored := by_first(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
+        settings.check_resumes(stored.to_dict())
     else:
         if not resume:
-            refuse_existing_run(path)
+            by_first(lambda: refuse_existing_run(path))
         build_experiment(replace(settings, seed=seeds[0]))  # What cannot be built leaves no folder behind.
-    write_run(path, settings, seeds)
+    by_first(lambda: write_run(path, settings, seeds))
     results: dict[int, dict[str, Any]] = {}
     for seed, folder in seed_folders(path, settings, seeds).items():
         say(f"Seed {seed} in '{folder.path}'")
@@ -95,7 +100,7 @@ def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, re
         "trained_norm": results[seeds[0]]["trained_norm"],
         "results": {str(seed): result for seed, result in results.items()},
     }
-    write_json(path / "result.json", summary)
+    by_first(lambda: write_json(path / "result.json", summary))
     return summary
 
 
@@ -136,24 +141,32 @@ def _train_epochs(
     """Trains what is missing of the run; returns the seconds that training took, over all resumes."""
     settings, begun = folder.settings, time.monotonic()
     seconds = seconds_before
-    with Progress(settings.epochs, settings.iterations_per_epoch, done=len(history)) as progress:
+    with Progress(settings.epochs, settings.iterations_per_epoch, len(history), shown=rank() == 0) as progress:
         for epoch in range(len(history), settings.epochs):
             progress.start_epoch(epoch)
             record = _train_epoch(experiment, settings, epoch, progress) | _validate(experiment, settings)
             seconds = seconds_before + time.monotonic() - begun
             record["seconds"] = round(seconds, 3)
             history.append(record)
-            folder.append(record)
-            folder.checkpoints.save(_snapshot(experiment, settings, history, seconds))
+            snapshot = _snapshot(experiment, settings, history, seconds)
+            by_first(lambda record=record, snapshot=snapshot: _write_epoch(folder, record, snapshot))  # type: ignore[misc]
             progress.end_epoch(record)
     return seconds
+
+
+def _write_epoch(folder: RunFolder, record: dict[str, Any], snapshot: Checkpoint) -> None:
+    folder.append(record)
+    folder.checkpoints.save(snapshot)
 
 
 def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, progress: Progress) -> dict[str, Any]:
     learner, count = experiment.learner.train(), settings.iterations_per_epoch
     steps: list[StepMetrics] = []
+    own = share(settings.tasks_per_batch)
+    seed_dropout(settings.seed, epoch)
     for iteration in range(epoch * count, (epoch + 1) * count):
-        steps.append(learner.meta_step(experiment.train.batch(iteration)))
+        batch = experiment.train.batch(iteration)
+        steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
         progress.step(steps[-1])
     good = [step for step in steps if isfinite(step.loss)]
     return {
@@ -166,9 +179,16 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
     }
 
 
-def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, float]:
-    tasks = experiment.validation
-    result = experiment.learner.evaluate(tasks.batches(settings.validation_tasks // tasks.tasks_per_batch))
+def _check_shares(settings: RunSettings) -> None:
+    if settings.tasks_per_batch < size():
+        raise ArgumentError(
+            f"tasks_per_batch: {size()} processes cannot share the {settings.tasks_per_batch} tasks of a meta-step. "
+            f"Use --batch {size()} or more, or --nproc-per-node={settings.tasks_per_batch}."
+        )
+
+
+def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
+    result = evaluate_shared(experiment.learner, experiment.validation, settings.validation_tasks)
     return {
         "validation_loss": result.loss,
         "validation_accuracy": result.accuracy,
@@ -212,7 +232,7 @@ def _snapshot(
         learner=learner.state_dict(),
         optimizer=learner.optimizer.state_dict(),
         scheduler=None if learner.scheduler is None else learner.scheduler.state_dict(),
-        rng={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        rng={"cpu": torch.get_rng_state(), "cuda": _device_rng(experiment.device)},
         history=history,
         seconds=seconds,
     )
@@ -225,9 +245,14 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
     if checkpoint.scheduler is not None:
         learner.scheduler.load_state_dict(checkpoint.scheduler)
     torch.set_rng_state(checkpoint.rng["cpu"])
-    # A run may move to a machine with fewer or more GPUs; their random states then start afresh.
-    if len(checkpoint.rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(checkpoint.rng["cuda"])
+    # A run may move between CPU and GPU; the random state of a GPU then starts afresh.
+    if experiment.device.type == "cuda" and (states := checkpoint.rng["cuda"]):
+        # Older checkpoints hold those of all devices.
+        torch.cuda.set_rng_state(states[min(experiment.device.index or 0, len(states) - 1)], experiment.device)
+
+
+def _device_rng(device: torch.device) -> list[Tensor]:
+    return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
 
 
 def _mean(values: Sequence[Any]) -> float | None:
