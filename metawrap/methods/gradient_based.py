@@ -46,6 +46,7 @@ from metawrap.methods.first_look import (
     warn_once,
     warn_unused,
 )
+from metawrap.methods.graphed import Recordings, check_can_record, form_of
 from metawrap.methods.head_start import HEAD_STARTS, HeadStart
 from metawrap.methods.method import Chunk, LossFunction, Method, Result
 from metawrap.methods.second_derivative import missing_second_derivative
@@ -54,7 +55,7 @@ from metawrap.methods.solved import Solved, autograd, dense, usable
 from metawrap.methods.together import stacked
 from metawrap.methods.tuning import Speed, fastest
 from metawrap.methods.workers import Traces, has_modes, in_threads, replica
-from metawrap.schedules import is_second_order
+from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.inspect import find_buffer_aliases, find_head, find_hooks
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
@@ -89,6 +90,7 @@ class GradientBased(Method):
         self._head = head
         self._has_hard_gates = self._edits_inputs = False
         self._tuned: Speed | None = None
+        self._recordings = Recordings()
         self.head_start: HeadStart = HEAD_STARTS[settings.head_init]()
         if head is not None:
             self.head_start.find(wrapped.model, head, wrapped.adapted)
@@ -131,7 +133,7 @@ class GradientBased(Method):
 
     def __getstate__(self) -> dict[str, Any]:
         # An engine holds classes made at run time; it is made again when needed.
-        return super().__getstate__() | {"_engine": None, "_batched": None}
+        return super().__getstate__() | {"_engine": None, "_batched": None, "_recordings": Recordings()}
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:
@@ -213,7 +215,33 @@ class GradientBased(Method):
     ) -> tuple[list[Solved], list[Tensor | None]]:
         if self.settings.tune and self._tuned is None:
             self._tune(batch, parameters)
+        if self.settings.cuda_graphs:
+            return self._replayed(batch, parameters)
         return super()._meta_gradient(batch, parameters)
+
+    def _replayed(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> tuple[list[Solved], list[Tensor | None]]:
+        batch = TaskBatch(tuple(usable(task) for task in batch))
+        self._prepare(batch[0])
+        stored = "stored heads are another for each task" if self.settings.head_init == "stored" else None
+        check_can_record(self._device, self._changes() or stored)
+        order = is_second_order(self.epoch, self.settings.first_order_epochs)
+        weights = step_loss_weights(self.settings.inner_steps, self.epoch, self.settings.step_loss_epochs)
+        form = form_of(batch, self.model, parameters, order, tuple(weights), self.settings, id(self.loss_fn))
+
+        def run(these: TaskBatch) -> tuple[list[Solved], list[Tensor | None]]:
+            return super(GradientBased, self)._meta_gradient(these, parameters)
+
+        return self._recordings.run(run, batch, form)
+
+    def _changes(self) -> str | None:
+        """What solving a task leaves behind for the next one, or None."""
+        if self.settings.head_init == "random":
+            return "random heads come in the order of the tasks"
+        if self._buffer_edits.edited:
+            return f"forward edits the buffer '{min(self._buffer_edits.edited)}'"
+        if (hooked := find_hooks(self.model)) is not None:
+            return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
+        return look.traces if (look := self._looks.get(True)) else None
 
     def _tune(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> None:
         """Chooses by the time of this batch's meta-gradient, of second order where training comes to that."""
@@ -254,12 +282,8 @@ class GradientBased(Method):
             return "threads are for the CPU"
         if self._chosen[0] != "functional":
             return f'engine="{self._chosen[0]}" runs in one thread'
-        if self._buffer_edits.edited:
-            return f"forward edits the buffer '{min(self._buffer_edits.edited)}'"
-        if (look := self._looks.get(True)) and look.traces:
-            return look.traces
-        if (hooked := find_hooks(self.model)) is not None:
-            return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
+        if reason := self._changes():
+            return reason
         if any(parametrize.is_parametrized(module) for module in self.model.modules()):
             return "torch caches the results of parametrizations for all threads together"
         if any(parameter._backward_hooks for parameter in self.parameters()):

@@ -118,6 +118,7 @@ class MAML(GradientBased):
         channels_last: bool = False,
         tune: bool = False,
         allocator: bool = True,
+        cuda_graphs: bool = False,
         tasks_per_backward: int | None = None,
         swap: Mapping[type[nn.Module], Factory] | None = None,
         head: str | None = None,
@@ -497,6 +498,8 @@ class MAMLPlusPlus(MAML):
         tune: times these two in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint
             holds it.
         allocator: on Linux, lets this process keep the memory that it frees, from the first meta-step on.
+        cuda_graphs: on a GPU, records the kernels of a meta-gradient and replays them, for batches of one shape; what
+            cannot be recorded is refused by name. Not for models that draw random numbers.
         swap: module class to factory(module), for norms that cannot become per-step as they are.
         head: name of the module that makes the prediction; found by watching a forward pass if None.
         head_init: where the head starts in each task: "learned"; "zeros"; "random", drawn by its reset_parameters(); or

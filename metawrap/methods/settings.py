@@ -89,6 +89,7 @@ class Settings:
     channels_last: bool
     tune: bool
     allocator: bool
+    cuda_graphs: bool
 
     @property
     def update_rule(self) -> UpdateRule:
@@ -242,6 +243,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "channels_last": _SWITCH,
     "tune": _SWITCH,
     "allocator": _SWITCH,
+    "cuda_graphs": _SWITCH,
 }
 
 
