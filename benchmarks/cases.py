@@ -32,6 +32,12 @@ class Case:
     channels: int = 1
     filters: int = 64
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.ways}-way {self.shots}-shot, {self.targets} targets per class, {self.tasks} tasks, "
+            f"{self.steps} steps, {self.side}x{self.side}x{self.channels}, {self.filters} filters"
+        )
+
     @property
     def features(self) -> int:
         """Inputs of the linear head."""

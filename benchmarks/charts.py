@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 Record = dict[str, Any]
 COLOURS = {"plain": "#8a8f98", "peer": "#d99a4e", "metawrap": "#3b73b9"}
@@ -52,7 +52,7 @@ def bars_of(records: Sequence[Record]) -> Figure:
     cases = list(dict.fromkeys(record["case"]["name"] for record in records))
     settings = [s for s in dict.fromkeys(record["setting"] for record in records) if s is not None]
     height = 0.29 * len(settings) + 0.75
-    figure = Figure(figsize=(2.2 + 2.75 * max(len(cases), 2), 2 * height + 1.0), layout="constrained")
+    figure = Figure(figsize=(max(2.2 + 2.75 * len(cases), 7.5), 2 * height + 1.3), layout="constrained")
     grid = figure.subplots(2, len(cases), sharey=True, squeeze=False)
     for column, case in enumerate(cases):
         timed, held = (
@@ -66,8 +66,9 @@ def bars_of(records: Sequence[Record]) -> Figure:
     handles += [Patch(facecolor="white", edgecolor=INK, hatch="////", label="first order", linewidth=0.6)]
     handles += [Line2D([], [], color=INK, linewidth=1, label="plain = 1")]
     handles += [Line2D([], [], color=TARGET, linewidth=1.2, linestyle=(0, (4, 2)), label="target")]
-    figure.legend(handles=handles, loc="outside upper right", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle(_setup(first), x=0.01, ha="left", fontsize=8, color="#5a616a")
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    title = "One MAML++ meta-step: time against a plain torch loop, and memory"
+    figure.suptitle(f"{title}\n{_setup(first)}", x=0.01, ha="left", fontsize=9, color="#5a616a")
     return figure
 
 
@@ -159,8 +160,8 @@ def curves_of(records: Sequence[Record]) -> Figure:
     handles = [Line2D([], [], color=CURVES[n][0], marker=CURVES[n][1], markersize=5, label=n) for n in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8.5)
     first = records[0]
-    title = f"Growth of case {first['case']['name']}.  {_setup(first)}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=8, color="#5a616a")
+    title = f"Growth from case {first['case']['name']}: one MAML++ meta-step"
+    figure.suptitle(f"{title}\n{_setup(first)}", x=0.01, ha="left", fontsize=9, color="#5a616a")
     return figure
 
 
@@ -171,12 +172,15 @@ def _curves(axes: Axes, records: Sequence[Record], key: str) -> None:
         points = sorted((record["value"], record[key]) for record in records if record["setting"] == name)
         colour, marker = CURVES[name]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=1.5)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color=FAINT, linewidth=0.7)
     axes.tick_params(labelsize=8, length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(FAINT)
 
 
 def _setup(record: Record) -> str:

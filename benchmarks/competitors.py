@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from cases import Case, TaskTensors, initial_values, make_tasks
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from metawrap import MAMLPlusPlus, TaskBatch
 from metawrap.backbones import Conv4
+from metawrap.engines import ENGINES
 from metawrap.errors import MetaWrapError
 from metawrap.tasks import Task
 
@@ -44,8 +48,10 @@ class Metawrap:
         values: dict[str, Tensor],
         tasks: list[TaskTensors],
         first_order: bool = False,
+        convolution: str | None = None,
         **options: Any,
     ) -> None:
+        self.form = _convolution_form(convolution)
         known = inspect.signature(MAMLPlusPlus).parameters
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -68,11 +74,22 @@ class Metawrap:
 
     def step(self) -> None:
         """One outer update."""
-        self.learner.meta_step(self.batch)
+        with self.form:
+            self.learner.meta_step(self.batch)
 
     def gradients(self) -> dict[str, Tensor]:
         """The last step's meta-gradient; `meta_step` leaves it in `.grad`."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+
+def _convolution_form(form: str | None) -> AbstractContextManager[Any]:
+    """While it is entered, the batched engine is made with this form: no keyword of the learner leads there."""
+    if form is None:
+        return nullcontext()
+    engine: Any = ENGINES.get("batched")
+    if engine is None or "convolution" not in inspect.signature(engine).parameters:
+        raise Skipped("this metawrap has no batched engine with convolution=")
+    return patch.object(engine, "__init__", partialmethod(engine.__init__, convolution=form))
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class Setting:
     """A competitor by name.
 
     family: "plain", "peer" or "metawrap". needs: modules that it imports. settles: meta-steps until it does what it
-    will go on doing; all of them are checked, none of them timed.
+    will go on doing; all of them are checked, none of them timed. by_name: takes part only where it is asked for.
     """
 
     name: str
@@ -89,6 +106,7 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     settles: int = 1
+    by_name: bool = False
 
     @property
     def first_order(self) -> bool:
@@ -105,8 +123,8 @@ class Setting:
         return self.make(case, values, make_tasks(case, dtype, device), **self.options)
 
 
-def _metawrap(name: str, settles: int = 1, **options: Any) -> Setting:
-    return Setting(f"metawrap {name}", "metawrap", Metawrap, options, settles=settles)
+def _metawrap(name: str, settles: int = 1, by_name: bool = False, **options: Any) -> Setting:
+    return Setting(f"metawrap {name}", "metawrap", Metawrap, options, settles=settles, by_name=by_name)
 
 
 REFERENCE = "plain"
@@ -128,6 +146,9 @@ SETTINGS = {
         _metawrap("tune", engine="functional", tune=True, settles=12),
         _metawrap("batched", engine="batched"),
         _metawrap("batched flat", engine="batched", memory="flat"),
+        _metawrap("batched grouped", engine="batched", convolution="grouped", by_name=True),
+        _metawrap("batched unfolded", engine="batched", convolution="unfolded", by_name=True),
+        _metawrap("batched graphs", engine="batched", cuda_graphs=True, settles=4, by_name=True),
         _metawrap("first-order", engine="functional", first_order=True),
         _metawrap("first-order workers", engine="functional", first_order=True, workers="auto"),
     )

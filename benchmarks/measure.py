@@ -46,7 +46,7 @@ def agreement(case: Case, names: Sequence[str], device: str) -> Iterator[Record]
                 competitor.step()
                 worst = max(worst, worst_error(competitor.gradients(), expected[setting.first_order].at(step)))
         except Exception as error:
-            yield _not_run(case, setting, error)
+            yield not_run(case, setting, error)
             continue
         finally:
             competitor = None  # type: ignore[assignment]
@@ -103,7 +103,7 @@ def times(case: Case, names: Sequence[str], device: str, repeats: int, threads: 
                 competitors[name].step()
         except Exception as error:
             competitors.pop(name, None)
-            yield _not_run(case, SETTINGS[name], error)
+            yield not_run(case, SETTINGS[name], error)
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     order, shuffled = list(competitors), random.Random(0)
     for _ in range(repeats):
@@ -166,7 +166,7 @@ def memory(case: Case, name: str, device: str, threads: int) -> Iterator[Record]
             seconds_of_step(competitor, device, threads)
         peak = peak_resident() - before
     except Exception as error:
-        yield _not_run(case, setting, error)
+        yield not_run(case, setting, error)
         return
     yield {
         "kind": "memory",
@@ -179,7 +179,8 @@ def memory(case: Case, name: str, device: str, threads: int) -> Iterator[Record]
     }
 
 
-def _not_run(case: Case, setting: Setting, error: Exception) -> Record:
+def not_run(case: Case, setting: Setting, error: Exception) -> Record:
+    """The record of a setting that is skipped, or has failed."""
     skipped = isinstance(error, Skipped)
     text = str(error) if skipped else f"{type(error).__name__}: {error}"
     reason = " ".join(text.split())

@@ -266,10 +266,12 @@ class Jax:
             x = (x - mean) * lax.rsqrt(variance + EPSILON)
             x = x * values[f"conv{block}.norm.weight"][step] + values[f"conv{block}.norm.bias"][step]
             x = jnp.where(x > 0, x, SLOPE * x)
-            # Measured faster on the CPU than lax.reduce_window, and the same where no two entries are equal.
+            # No maximum over an axis: its gradient asks which entries equal the maximum, and where XLA computes them a
+            # second time, in another fusion, none may (seen at 64 filters: NaN). reduce_window is right, and slower.
             n, height, width, channels = x.shape
-            x = x[:, : height // 2 * 2, : width // 2 * 2]
-            x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+            x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, channels)
+            x = jnp.where(x[:, :, 0] >= x[:, :, 1], x[:, :, 0], x[:, :, 1])
+            x = jnp.where(x[:, :, :, 0] >= x[:, :, :, 1], x[:, :, :, 0], x[:, :, :, 1])
         # Back in torch's order, in which the head's weights are.
         flat = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
         return flat @ fast["linear.weight"].T + fast["linear.bias"]
