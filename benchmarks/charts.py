@@ -169,7 +169,9 @@ def _curves(axes: Axes, records: Sequence[Record], key: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for name in dict.fromkeys(record["setting"] for record in records):
-        points = sorted((record["value"], record[key]) for record in records if record["setting"] == name)
+        # A megabyte figure has tenths, and zero has no logarithm.
+        own = [record for record in records if record["setting"] == name]
+        points = sorted((r["value"], max(r[key], 0.1) if key == "peak_mb" else r[key]) for r in own)
         colour, marker = CURVES[name]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=1.5)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

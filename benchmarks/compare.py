@@ -25,6 +25,7 @@ from charts import draw
 from competitors import GROWING, REFERENCE, SETTINGS
 from machine import environment, has_glibc, use_threads
 from measure import Record, in_child
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -57,10 +58,10 @@ def grown(case: Case, kind: str, values: Sequence[int]) -> Iterator[tuple[int, C
 
 def table_of(case: Case, records: Sequence[Record]) -> Table:
     """One row for each setting."""
-    table = Table(title=str(case), title_justify="left", title_style="bold")
+    table = Table(title=str(case), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("setting", no_wrap=True)
-    for column in ("gradient error", "median s", "quartiles", "ratio", "peak MB"):
-        table.add_column(column, justify="right", overflow="fold")
+    for column in ("error", "seconds", "quartiles", "ratio", "MB"):
+        table.add_column(column, justify="right", no_wrap=True)
     by_setting: dict[Any, dict[str, Record]] = {}
     for record in records:
         by_setting.setdefault(record["setting"], {})[record["kind"]] = record
@@ -75,7 +76,7 @@ def table_of(case: Case, records: Sequence[Record]) -> Table:
         if not checked["agrees"]:
             left_out.append(f"wrong, not timed: {name}: its gradient of {checked['worst_tensor']} differs")
         row = [name, f"{checked['relative_error']:.0e}" + ("" if checked["agrees"] else " WRONG")]
-        row += [f"{timed['median_s']:.3f}", f"{timed['q1_s']:.3f} .. {timed['q3_s']:.3f}"] if timed else ["", ""]
+        row += [f"{timed['median_s']:.3f}", f"{timed['q1_s']:.3f}-{timed['q3_s']:.3f}"] if timed else ["", ""]
         row += [f"{timed['ratio_to_plain']:.2f}" if timed else "", f"{held['peak_mb']:.0f}" if held else ""]
         table.add_row(*row, style="bold" if name == REFERENCE else None)
     table.caption = "\n".join(left_out) or None
@@ -109,7 +110,8 @@ def main() -> None:
                     file.flush()
             console.print(table_of(case, found))
             records += found
-    console.print("ratio: of medians, to the plain loop's. peak: above the imports, inputs included.")
+    console.print("error: of the gradient, to the plain loop's. seconds: median. ratio: to the plain loop's median.")
+    console.print("MB: peak above the imports, inputs included.")
     for path in draw(records, args.out):
         console.print(f"wrote {path}")
     if not any(record["kind"] == "time" for record in records):

@@ -7,9 +7,9 @@ Each setting's float64 meta-gradient is held against the plain loop's first. Two
 the precision asked for: the rate of a forward convolution of the case's main shape at a large batch, and the rate of
 copying a large tensor.
 
-conv %: the plain loop's floating-point operations (the fewest that anyone needs) over the seconds, of the first
-ceiling. copy %: the bytes that the setting's own operations read and write, over the seconds, of the second; each
-operation counts alone, so what stays in a cache counts too. On the CPU operations stand in the place of kernels.
+conv %: the plain loop's floating-point operations, whoever is timed, over the seconds, of the first ceiling. copy %:
+the bytes that the setting's own operations read and write, over the seconds, of the second; each operation counts
+alone, so what stays in a cache counts too. On the CPU, operations stand in the place of kernels.
 """
 
 from __future__ import annotations
