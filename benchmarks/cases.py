@@ -119,4 +119,6 @@ def megabytes_of_inputs(case: Case) -> float:
 
 def small(case: Case) -> Case:
     """The same kind of task at a size that only shows that a script runs."""
-    return replace(case, ways=2, targets=min(case.targets, 2), tasks=2, steps=2, side=16, filters=4)
+    return replace(
+        case, name=f"{case.name} (small)", ways=2, targets=min(case.targets, 2), tasks=2, steps=2, side=16, filters=4
+    )

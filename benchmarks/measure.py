@@ -7,6 +7,7 @@ memory ends one measurement and not all.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from competitors import REFERENCE, SETTINGS, Competitor, Setting
 from machine import environment, peak_resident, resident, set_allocator, use_threads
 from peers import Skipped, require
 from torch import Tensor
+
+import metawrap
 
 Record = dict[str, Any]
 TOLERANCE = 1e-9
@@ -200,7 +204,10 @@ def in_child(job: str, case: Case, shared: Record, **arguments: Any) -> list[Rec
     """
     order = {"job": job, "case": asdict(case), "shared": shared, "arguments": arguments}
     command = [sys.executable, __file__, json.dumps(order)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # The metawrap of this process, wherever it was found: another would be measured in silence.
+    path = os.pathsep.join([str(Path(metawrap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environ = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environ)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind": ')]
     if done.returncode:
         reason = f"the process of '{job}' ended with status {done.returncode}, after {len(found)} records"

@@ -152,7 +152,7 @@ def test_a_comparison_writes_records_and_pictures(
     # SETTINGS is one dictionary in all modules, so the comparison sees the stand-in.
     chosen = ["--only", "metawrap functional", "learn2learn"]
     records = run(compare, "--cases", "A", "C", "--grow", "steps", "--grow-values", "1", "2", *chosen)
-    of_a = [record for record in records if record["case"]["name"] == "A" and "grow" not in record]
+    of_a = [record for record in records if record["case"]["name"] == "A (small)" and "grow" not in record]
     assert {record["setting"] for record in of_a if record["kind"] == "time"} == {"plain", "metawrap functional"}
     times = {record["setting"]: record for record in of_a if record["kind"] == "time"}
     assert times["plain"]["ratio_to_plain"] == 1
