@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/first
+BENCH_OUT ?= runs/bench
 # Chosen to end within five minutes on two CPU cores.
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
@@ -15,7 +16,8 @@ help:
 	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
 	@echo "make lint      ruff; make format lets it change files"
 	@echo "make types     mypy --strict"
-	@echo "make bench     time one meta-step"
+	@echo "make bench     compare one meta-step with a plain loop and other libraries, in time and memory (half an hour)"
+	@echo "               BENCH_FLAGS='--cases A --repeats 3' for less; into BENCH_OUT, runs/bench"
 	@echo "make clean     remove $(VENV), caches and build files; runs/ stays"
 
 # A second `make train` shows the result again, or continues what was interrupted: OUT=runs/other starts a new run.
@@ -43,8 +45,8 @@ format: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(BIN)/mypy -p metawrap
 
-bench: $(VENV)/installed
-	$(BIN)/python benchmarks/meta_step.py
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/compare.py --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -65,3 +67,7 @@ $(VENV)/installed-test: pyproject.toml setup.py | $(BIN)/python
 $(VENV)/installed-zoo: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,zoo]"
 	@touch $(VENV)/installed $(VENV)/installed-test $@
+
+$(VENV)/installed-bench: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	@touch $(VENV)/installed $@

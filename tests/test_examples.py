@@ -1,9 +1,8 @@
-"""The examples and benchmarks run, at a small size; that they work is tested here, what they print is not."""
+"""The examples and training scripts run, at a small size; that they work is tested here, what they print is not."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,22 +40,6 @@ def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
     assert float(learner.learning_rates["weight"].detach()[0]) < -0.5
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "target loss" in line)
     assert after < before / 3
-
-
-def test_the_meta_step_benchmark_writes_a_record_with_units_and_a_ratio(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    bench = load("benchmarks/meta_step.py", monkeypatch)
-    small = bench.Case("A", ways=2, shots=1, targets=1, tasks=2, filters=2)
-    monkeypatch.setitem(bench.CASES, "A", small)
-    monkeypatch.setattr(
-        sys, "argv", ["meta_step.py", "--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "record.json")]
-    )
-    bench.main()
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert set(record["median_s"]) == {"higher", "functional"}
-    assert record["ratio_to_functional"]["functional"] == 1
-    assert record["gradient_difference"] < 1e-9
 
 
 def test_the_omniglot_benchmark_reads_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
