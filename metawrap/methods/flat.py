@@ -28,13 +28,14 @@ class Judge:
     """Takes the gradient of each target loss at once, as values, so that its graph is freed before the next step.
 
     others: parameters that a target loss may depend on besides the fast weights. direct: the gradient of each of them,
-    past the fast weights.
+    past the fast weights. With `rows` it keeps no more than values; without, also what the fast weights came from.
     """
 
-    def __init__(self, others: Sequence[Tensor]) -> None:
-        self.others = others
+    def __init__(self, others: Sequence[Tensor], rows: Rows | None = None) -> None:
+        self.others, self._rows = others, rows
         self.direct: list[Tensor | None] = [None] * len(others)
-        self._taken: dict[int, list[tuple[str, Tensor, Tensor | None]]] = {}
+        self._taken: dict[int, dict[str, Tensor | None]] = {}
+        self._judged: list[tuple[Tensor, Tensor | None]] = []
 
     @staticmethod
     def apart(fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,17 +46,45 @@ class Judge:
         """Takes the gradient of a weighted target loss that was computed on `leaves`."""
         with without_hooks(self.others):
             found = torch.autograd.grad(loss, [*leaves.values(), *self.others], allow_unused=True)
-        self._taken[step] = [(name, fast[name], g) for name, g in zip(leaves, found, strict=False)]
+        gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=False))
+        if self._rows is not None:
+            gradients = self._rows.kept(step, gradients)
+        else:
+            self._judged += ((fast[name], g) for name, g in gradients.items())
+        self._taken[step] = gradients
         self.direct = [added(old, new) for old, new in zip(self.direct, found[len(leaves) :], strict=True)]
 
     def of_step(self, step: int) -> dict[str, Tensor | None]:
         """The gradient with respect to the fast weights after that step."""
-        return {name: gradient for name, _, gradient in self._taken.get(step, [])}
+        return self._taken.get(step, {})
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor that a target loss was computed from, with its gradient."""
-        yield from ((weight, g) for taken in self._taken.values() for _, weight, g in taken)
+        yield from self._judged
         yield from zip(self.others, self.direct, strict=True)
+
+
+class Rows:
+    """The values of all steps, in memory that is taken once for all of them.
+
+    Small blocks that stay, taken one by one between large ones that go, tear the memory of a process to pieces.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._rows: dict[str, Tensor] = {}
+
+    def kept(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values as this step's rows; what is not an ordinary tensor stays as it is."""
+        return {name: self._row(name, step, value) for name, value in values.items()}
+
+    def _row(self, name: str, step: int, value: Any) -> Any:
+        if value is None or value.layout != torch.strided:
+            return value
+        if name not in self._rows:
+            self._rows[name] = value.new_empty((self._steps, *value.shape))
+        rows = self._rows[name]
+        return rows[step].copy_(value.detach()) if rows.dtype == value.dtype else value
 
 
 @dataclass
@@ -73,11 +102,13 @@ class Tape:
 
     model: nn.Module
     device: torch.device
+    rows: Rows
     starts: list[_Start] = field(default_factory=list)
 
     def remember(self, fast: Mapping[str, Tensor], state: State) -> None:
         """Called before each inner step."""
-        self.starts.append(_Start(fast, state, _Surroundings(self.model, self.device)))
+        kept = self.rows.kept(len(self.starts), fast)
+        self.starts.append(_Start(kept, state, _Surroundings(self.model, self.device)))
 
     @contextmanager
     def replayed(self, step: int) -> Iterator[tuple[dict[str, Tensor], State]]:

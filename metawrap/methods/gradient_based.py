@@ -431,7 +431,7 @@ class GradientBased(Method):
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
             self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)
             with unchanged(self.model, self._device):
-                loss, _ = self._solve_all(tasks, training=True, norm=settings.norm)
+                loss, _ = self._solve_all(tasks, training=True, norm=settings.norm, whole_graph=False)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             self.settings, self._batched = settings, before

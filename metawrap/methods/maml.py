@@ -25,7 +25,7 @@ from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
-from metawrap.methods.flat import Judge, Tape, tensors_of, without_hooks
+from metawrap.methods.flat import Judge, Rows, Tape, tensors_of, without_hooks
 from metawrap.methods.gradient_based import GradientBased
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
@@ -198,9 +198,9 @@ class MAML(GradientBased):
     ) -> tuple[Tensor, Tensor, list[Tensor | None], Any, FastWeights]:
         """The loss with its graph, summed over tasks, and that of each task; step losses, prediction, fast weights."""
         flat = unroll.second_order and self.settings.memory == "flat"
-        tape = Tape(self.model, self._device) if flat else None
+        tape = Tape(self.model, self._device, Rows(len(weights))) if flat else None
         if unroll.differentiable and (flat or not whole_graph):
-            unroll.judge = Judge(self._learned_only())
+            unroll.judge = Judge(self._learned_only(), Rows(len(weights)) if flat else None)
         losses: list[Tensor | None] = [None] * len(weights)
         with differentiable_twice(self.model, self._has_hard_gates) if unroll.second_order else nullcontext():
             rates = self.learning_rates.per_step()
@@ -330,24 +330,33 @@ class MAML(GradientBased):
         direct: list[Tensor | None] = [*(None for _ in rates), *judge.direct]
         behind: dict[Any, Tensor | None] = {}
         for step in reversed(range(len(tape.starts))):
-            with tape.replayed(step) as (fast, state):
-                updated, after = self._inner_step(fast, state, self.learning_rates.per_step(), step, replay)
-            inputs: dict[Any, Tensor] = fast | tensors_of(state)
-            outputs: dict[Any, Tensor] = updated | tensors_of(after)
-            judged: dict[Any, Tensor | None] = {**judge.of_step(step)}
-            pull = {key: added(behind.get(key), judged.get(key)) for key in outputs}
-            reached = [key for key in outputs if pull[key] is not None]
-            with without_hooks(others):
-                found = torch.autograd.grad(
-                    [outputs[key] for key in reached],
-                    [*inputs.values(), *others],
-                    [pull[key] for key in reached],
-                    allow_unused=True,
-                )
-            behind = dict(zip(inputs, found, strict=False))
-            direct = [added(old, new) for old, new in zip(direct, found[len(inputs) :], strict=True)]
+            for name, gradient in judge.of_step(step).items():
+                behind[name] = added(behind.get(name), gradient)
+            behind, more = self._pulled_through(tape, step, behind, others, replay)
+            direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
         yield from ((start[name], behind[name]) for name in start)
         yield from zip(others, direct, strict=True)
+
+    def _pulled_through(
+        self, tape: Tape, step: int, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor], replay: _Unroll
+    ) -> tuple[dict[Any, Tensor | None], tuple[Tensor | None, ...]]:
+        """The gradient before an inner step from that behind it, and the step's own part in that of the others.
+
+        Its graph goes when it returns: the next step's must not stand beside it.
+        """
+        with tape.replayed(step) as (fast, state):
+            updated, after = self._inner_step(fast, state, self.learning_rates.per_step(), step, replay)
+        inputs: dict[Any, Tensor] = fast | tensors_of(state)
+        outputs: dict[Any, Tensor] = updated | tensors_of(after)
+        reached = [key for key in outputs if behind.get(key) is not None]
+        with without_hooks(others):
+            found = torch.autograd.grad(
+                [outputs[key] for key in reached],
+                [*inputs.values(), *others],
+                [behind[key] for key in reached],
+                allow_unused=True,
+            )
+        return dict(zip(inputs, found, strict=False)), found[len(inputs) :]
 
     def _predict_target(self, fast: FastWeights, step: int, unroll: _Unroll) -> Any:
         if unroll.norm == "support":
