@@ -5,7 +5,8 @@
 
 For each case: every setting's float64 meta-gradient is held against the plain loop's (what disagrees is reported, and
 not timed), then one meta-step of each is timed in turn, `--repeats` times, and each one's peak memory is taken in a
-process of its own. Same initial weights, tasks, threads and allocator for all. Cases as in cases.py, settings as in
+process of its own. Same initial weights, tasks, threads and allocator for all; JAX is timed in its turn too, but in its
+own process, as its threads slow torch's. Cases as in cases.py, settings as in
 competitors.py; one that cannot run here is named, with the reason.
 
 Writes compare.jsonl (a record for each measurement), compare.png, growth.png; `benchmarks/charts.py DIR` draws again.

@@ -98,6 +98,7 @@ class Setting:
 
     family: "plain", "peer" or "metawrap". needs: modules that it imports. settles: meta-steps until it does what it
     will go on doing; all of them are checked, none of them timed. by_name: takes part only where it is asked for.
+    apart: is timed in a process of its own, in its turn.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Setting:
     needs: tuple[str, ...] = ()
     settles: int = 1
     by_name: bool = False
+    apart: bool = False
 
     @property
     def first_order(self) -> bool:
@@ -137,7 +139,8 @@ SETTINGS = {
         Setting("higher", "peer", Higher, needs=("higher",)),
         Setting("torchopt", "peer", TorchOpt, needs=("torchopt",)),
         Setting("learn2learn", "peer", Learn2Learn, needs=("learn2learn",)),
-        Setting("jax", "peer", Jax, needs=("jax",)),
+        # With its threads in the process, torch's own were measured to take ten times as long.
+        Setting("jax", "peer", Jax, needs=("jax",), apart=True),
         _metawrap("higher", engine="higher"),
         _metawrap("functional", engine="functional"),
         _metawrap("flat", engine="functional", memory="flat"),

@@ -95,13 +95,19 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[
     return max(errors)
 
 
-def times(case: Case, names: Sequence[str], device: str, repeats: int, threads: int) -> Iterator[Record]:
+def times(
+    case: Case, names: Sequence[str], device: str, repeats: int, threads: int, allocator: str = "default"
+) -> Iterator[Record]:
     """Seconds of a float32 meta-step: one of each setting in turn, in a new order at each repeat."""
     competitors: dict[str, Competitor] = {}
     first: dict[str, float] = {}
     for name in names:
         try:
-            competitors[name] = SETTINGS[name].build(case, torch.float32, device)
+            shared = {"device": device, "threads": threads, "allocator": allocator}
+            apart = SETTINGS[name].apart
+            competitors[name] = (
+                Apart(case, shared, name) if apart else SETTINGS[name].build(case, torch.float32, device)
+            )
             first[name] = seconds_of_step(competitors[name], device, threads)
             for _ in range(SETTINGS[name].settles):
                 competitors[name].step()
@@ -115,6 +121,9 @@ def times(case: Case, names: Sequence[str], device: str, repeats: int, threads: 
         shuffled.shuffle(order)
         for name in order:
             seconds[name].append(seconds_of_step(competitors[name], device, threads))
+    for competitor in competitors.values():
+        if isinstance(competitor, Apart):
+            competitor.close()
     reference = statistics.median(seconds[REFERENCE]) if REFERENCE in seconds else None
     for name, found in seconds.items():
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if repeats > 1 else found * 3
@@ -131,6 +140,49 @@ def times(case: Case, names: Sequence[str], device: str, repeats: int, threads: 
             "repeats": repeats,
             "threads": threads,
         }
+
+
+class Apart:
+    """A competitor in a process of its own, which does a step when it is told to."""
+
+    def __init__(self, case: Case, shared: Record, name: str) -> None:
+        command = _command("serve", case, shared, {"name": name})
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environ()
+        )
+        self._await("ready")
+
+    def step(self) -> None:
+        """One outer update, there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        self._await("done")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """They stay there."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+    def _await(self, word: str) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == word:
+                return
+        raise RuntimeError(f"its process ended with status {self._process.wait()} before it was {word}")
+
+
+def serve(case: Case, name: str, device: str, threads: int) -> Iterator[Record]:
+    """The other side of `Apart`; yields nothing."""
+    competitor = SETTINGS[name].build(case, torch.float32, device)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        seconds_of_step(competitor, device, threads)
+        print("done", flush=True)
+    yield from ()
 
 
 def seconds_of_step(competitor: Competitor, device: str, threads: int) -> float:
@@ -191,7 +243,7 @@ def not_run(case: Case, setting: Setting, error: Exception) -> Record:
     return {"kind": "skipped" if skipped else "failed", "case": asdict(case), "setting": setting.name, "reason": reason}
 
 
-JOBS = {"agreement": agreement, "times": times, "memory": memory}
+JOBS = {"agreement": agreement, "times": times, "memory": memory, "serve": serve}
 
 
 def in_child(job: str, case: Case, shared: Record, **arguments: Any) -> list[Record]:
@@ -202,17 +254,24 @@ def in_child(job: str, case: Case, shared: Record, **arguments: Any) -> list[Rec
     Returns:
         What it has written; and a record of kind "failed" if it ended before its time.
     """
-    order = {"job": job, "case": asdict(case), "shared": shared, "arguments": arguments}
-    command = [sys.executable, __file__, json.dumps(order)]
-    # The metawrap of this process, wherever it was found: another would be measured in silence.
-    path = os.pathsep.join([str(Path(metawrap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environ = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environ)
+    command = _command(job, case, shared, arguments)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=_environ())
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind": ')]
     if done.returncode:
         reason = f"the process of '{job}' ended with status {done.returncode}, after {len(found)} records"
         found.append({"kind": "failed", "case": asdict(case), "setting": arguments.get("name"), "reason": reason})
     return found
+
+
+def _command(job: str, case: Case, shared: Record, arguments: Record) -> list[str]:
+    order = {"job": job, "case": asdict(case), "shared": shared, "arguments": arguments}
+    return [sys.executable, __file__, json.dumps(order)]
+
+
+def _environ() -> dict[str, str]:
+    # The metawrap of this process, wherever it was found: another would be measured in silence.
+    path = os.pathsep.join([str(Path(metawrap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
 
 
 def run_job(order: Record) -> Iterator[Record]:
@@ -223,6 +282,8 @@ def run_job(order: Record) -> Iterator[Record]:
     arguments = {"device": shared["device"], **order["arguments"]}
     if order["job"] != "agreement":
         arguments["threads"] = shared["threads"]
+    if order["job"] == "times":
+        arguments["allocator"] = shared["allocator"]
     everywhere = environment(shared["device"], shared["allocator"])
     for record in JOBS[order["job"]](Case(**order["case"]), **arguments):
         yield record | everywhere

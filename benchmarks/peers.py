@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,9 +194,11 @@ class Jax:
         wanted = "gpu" if like.device.type == "cuda" else "cpu"
         if jax.default_backend() != wanted:
             raise Skipped(f"the installed jax runs on {jax.default_backend()}, not on {wanted}")
-        self.x64 = like.dtype == torch.float64
+        # Its place before and after jax 0.8.
+        wide = jax.enable_x64 if hasattr(jax, "enable_x64") else require("jax.experimental").enable_x64
+        self.precision = partial(wide, like.dtype == torch.float64)
         self.case = case
-        with jax.enable_x64(self.x64):
+        with self.precision():
             self.values = {name: self._array(v) for name, v in values.items()}
             self.tasks = [
                 tuple(self._array(part.movedim(1, -1) if part.dim() == 4 else part, turn=False) for part in task)
@@ -208,7 +211,7 @@ class Jax:
 
     def step(self) -> None:
         """One outer update."""
-        with self.jax.enable_x64(self.x64):
+        with self.precision():
             total = self.zeros
             for task in self.tasks:
                 total = self._add_gradient(total, self.values, task)

@@ -176,6 +176,14 @@ def test_a_measurement_in_its_own_process_returns_its_records() -> None:
     assert record["peak_mb"] >= 0
 
 
+def test_a_competitor_apart_steps_when_told_and_ends_when_closed() -> None:
+    competitor = measure.Apart(TINY, {"device": "cpu", "threads": 1, "allocator": "default"}, "plain")
+    competitor.step()
+    competitor.step()
+    competitor.close()
+    assert competitor._process.returncode == 0
+
+
 def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "__file__", str(Path(__file__).parent / "no_such_script.py"))
     shared = {"device": "cpu", "threads": 1, "allocator": "default"}
