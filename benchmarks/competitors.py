@@ -145,8 +145,9 @@ SETTINGS = {
         _metawrap("functional", engine="functional"),
         _metawrap("flat", engine="functional", memory="flat"),
         _metawrap("workers", engine="functional", workers="auto"),
+        _metawrap("workers channels_last", engine="functional", workers="auto", channels_last=True),
         _metawrap("workers flat", engine="functional", workers="auto", memory="flat"),
-        _metawrap("tune", engine="functional", tune=True, settles=12),
+        _metawrap("tune", engine="functional", tune=True),
         _metawrap("batched", engine="batched"),
         _metawrap("batched flat", engine="batched", memory="flat"),
         _metawrap("batched grouped", engine="batched", convolution="grouped", by_name=True),
@@ -154,6 +155,7 @@ SETTINGS = {
         _metawrap("batched graphs", engine="batched", cuda_graphs=True, settles=4, by_name=True),
         _metawrap("first-order", engine="functional", first_order=True),
         _metawrap("first-order workers", engine="functional", first_order=True, workers="auto"),
+        _metawrap("first-order tune", engine="functional", first_order=True, tune=True),
     )
 }
 GROWING = (REFERENCE, "metawrap functional", "metawrap flat", "metawrap workers", "metawrap workers flat")
