@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import random
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +23,7 @@ from models import Conv4, NormedMlp, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients, msl_weights
 from test_engines import ANNEAL_EPOCHS, CASES, EPOCH, STEPS, _learner, _reference
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import metawrap.methods.gradient_based as gradient_based
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, TaskBatch, UnsupportedModuleError
@@ -86,35 +93,42 @@ def floats(batch: Any) -> Any:
     return tuple(t.float() if t.is_floating_point() else t for t in batch)
 
 
-class Watched(nn.Module):
-    """Takes note of how many threads are in a forward pass at the same time, and how many tasks are alive."""
+class Watch:
+    """How many threads were in a forward pass at the same time."""
 
     most, inside, lock = 0, 0, threading.Lock()
 
+
+class Watched(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        with Watched.lock:
-            Watched.inside += 1
-            Watched.most = max(Watched.most, Watched.inside)
+        with Watch.lock:
+            Watch.inside += 1
+            Watch.most = max(Watch.most, Watch.inside)
         time.sleep(0.002)
-        with Watched.lock:
-            Watched.inside -= 1
+        with Watch.lock:
+            Watch.inside -= 1
         return self.second(torch.tanh(self.first(x)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_as_many_tasks_run_at_once_as_there_are_workers(workers: int) -> None:
-    Watched.most = 0
+    Watch.most = 0
     learner = build(seeded(Watched), workers=workers, engine="functional")
     learner.meta_step(class_tasks((4,), tasks=8))
-    assert Watched.most == workers
+    assert Watch.most == workers
 
 
 class Mark:
     """Lives as long as the graph that it is in."""
+
+
+class Graphs:
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    most = 0
 
 
 class Noted(torch.autograd.Function):
@@ -130,24 +144,21 @@ class Noted(torch.autograd.Function):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_graphs_of_no_more_tasks_than_workers_are_alive(workers: int) -> None:
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = 0
-    lock = threading.Lock()
+    Graphs.alive, Graphs.most = weakref.WeakSet(), 0
 
     def loss_fn(prediction: Tensor, y: Tensor) -> Tensor:
-        nonlocal most
         loss = F.cross_entropy(Noted.apply(prediction, mark := Mark()), y)
-        with lock:
-            alive.add(mark)
+        with Watch.lock:
+            Graphs.alive.add(mark)
             del mark
             gc.collect()
-            most = max(most, len(alive))
+            Graphs.most = max(Graphs.most, len(Graphs.alive))
         return loss
 
     learner = build(seeded(Watched), workers=workers, engine="functional", loss_fn=loss_fn, multi_step_loss=False)
     learner.meta_step(class_tasks((4,), tasks=5))
     # Of one task: a support loss for each step, and a target loss.
-    assert most <= workers * (learner.settings.inner_steps + 1)
+    assert Graphs.most <= workers * (learner.settings.inner_steps + 1)
 
 
 class Counting(Watched):
@@ -184,6 +195,243 @@ class Dropping(Watched):
         return super().forward(F.dropout(x, 0.3, self.training))
 
 
+class Holding(Watched):
+    """Calls what it holds, and adds what that gives."""
+
+    def __init__(self, held: Any, call: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.held, self.call = held, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 0.1 * float(self.call(self.held)))
+
+
+class Counter:
+    """An object of the user's own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    count = Counter.count
+
+
+def _array_count(array: Any) -> float:
+    array[0] += 1
+    return float(array[0])
+
+
+class ByClass(Watched):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        ByClass.calls += 1
+        return super().forward(x)
+
+
+LOG: list[float] = []
+
+
+class ByGlobal(Watched):
+    def forward(self, x: Tensor) -> Tensor:
+        LOG.append(1.0)
+        return super().forward(x)
+
+
+HELD: dict[str, Callable[[], nn.Module]] = {
+    "a numpy generator": lambda: Holding(np.random.default_rng(0), lambda g: g.normal()),
+    "a numpy random state": lambda: Holding(np.random.RandomState(0), lambda g: g.normal()),
+    "a python generator": lambda: Holding(random.Random(0), lambda g: g.random()),
+    "a torch generator": lambda: Holding(torch.Generator(), lambda g: torch.rand((), generator=g)),
+    "an object": lambda: Holding(Counter(), lambda c: c.count()),
+    "an object in a list": lambda: Holding([Counter()], lambda c: c[0].count()),
+    "an object with slots": lambda: Holding(Slotted(), lambda c: c.count()),
+    "an array": lambda: Holding(np.zeros(2), _array_count),
+    "a bound method": lambda: Holding(Counter().count, lambda count: count()),
+    "a partial": lambda: Holding(partial(Counter.count, Counter()), lambda count: count()),
+    "an iterator": lambda: Holding(itertools.count(), next),
+    "its class": ByClass,
+    "a global": ByGlobal,
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_whatever_a_forward_changes_is_seen(held: str) -> None:
+    alone, asked = (build(seeded(HELD[held]), workers=n, engine="functional") for n in (1, 2))
+    ByClass.calls = Watch.most = 0
+    first = [alone.meta_step(class_tasks((4,), tasks=4)).loss for _ in range(2)]
+    ByClass.calls = 0
+    with pytest.warns(MetaWrapWarning, match="one after another"):
+        second = [asked.meta_step(class_tasks((4,), tasks=4)).loss for _ in range(2)]
+    assert Watch.most == 1
+    if held != "an iterator":  # Nothing can put an iterator back after the first look, with one worker or two.
+        assert second == pytest.approx(first, rel=1e-12)
+
+
+class Anneal:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(prediction, y) / (1 + 0.1 * self.calls)
+
+
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones((), dtype=torch.float64))
+
+    def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(prediction, y)
+        self.average.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.average
+
+
+@pytest.mark.parametrize("make", [Anneal, Averaged])
+@pytest.mark.parametrize("way", [{"workers": "auto"}, {"tune": True}], ids=str)
+def test_a_loss_with_state_is_called_in_order(make: Any, way: dict[str, Any]) -> None:
+    plain, fast = (build(seeded(Watched), loss_fn=make(), engine="functional", **w) for w in ({}, way))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            batch = class_tasks((4,), tasks=4)
+            assert fast.meta_step(batch).loss == pytest.approx(plain.meta_step(batch).loss, rel=1e-12)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Scheduled(Watched):
+    """Begins to draw, or to count, or to average, when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+        self.counting = False
+        self.calls = 0
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counting:
+            self.calls += 1
+            self.average.mul_(0.9).add_(0.1)
+        return super().forward(self.drop(x)) / (1 + 0.01 * self.calls + self.average)
+
+
+@pytest.mark.parametrize("change", ["dropout", "counting"])
+@pytest.mark.parametrize("memory", ["unrolled", "flat"])
+def test_what_begins_after_the_first_step_is_seen(change: str, memory: str) -> None:
+    plain, fast = (build(seeded(Scheduled), engine="functional", workers=n, memory=memory) for n in (1, 2))
+    batch = class_tasks((4,), tasks=4)
+    for learner in (plain, fast):
+        learner.meta_step(batch)
+        if change == "dropout":
+            learner.model.drop.p = 0.4
+        else:
+            learner.model.counting = True
+    torch.manual_seed(1)
+    first = [plain.meta_step(batch).loss for _ in range(2)]
+    torch.manual_seed(1)
+    with pytest.warns(MetaWrapWarning, match="one after another"):
+        second = [fast.meta_step(batch).loss for _ in range(2)]
+    assert second == pytest.approx(first, rel=1e-12)
+    assert_same_values(tensors(fast), tensors(plain))
+    assert fast.model.calls == plain.model.calls
+
+
+def test_what_cannot_be_copied_any_more_is_solved_in_order() -> None:
+    plain, fast = (build(seeded(Watched), engine="functional", workers=n) for n in (1, 2))
+    batch = class_tasks((4,), tasks=4)
+    for learner in (plain, fast):
+        learner.meta_step(batch)
+    fast.model.guard = threading.Lock()
+    with pytest.warns(MetaWrapWarning, match="copied"):
+        fast.meta_step(batch)
+    plain.meta_step(batch)
+    assert_same_values(tensors(fast), tensors(plain))
+
+
+def test_random_heads_come_in_the_order_of_the_tasks() -> None:
+    batch, losses = class_tasks((4,), tasks=6), []
+    for workers in (1, "auto"):
+        learner = build(seeded(Watched), head="second", head_init="random", workers=workers, engine="functional")
+        torch.manual_seed(5)
+        losses.append([learner.meta_step(batch).loss for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+FACTOR: ContextVar[float] = ContextVar("FACTOR", default=1.0)
+
+
+class InContext(Watched):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * FACTOR.get()
+
+
+def test_workers_see_the_callers_context() -> None:
+    plain, fast = (build(seeded(InContext), engine="functional", workers=n) for n in (1, 2))
+    Watch.most = 0
+    token = FACTOR.set(3.0)
+    try:
+        batch = class_tasks((4,), tasks=6)
+        assert fast.meta_step(batch).loss == pytest.approx(plain.meta_step(batch).loss, rel=1e-12)
+    finally:
+        FACTOR.reset(token)
+    assert Watch.most == 2
+
+
+class EditsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.3
+        return self.linear(torch.tanh(self.conv(x * 1.5)).mean((2, 3)))
+
+
+def test_an_input_that_forward_edits_is_as_it_was_in_the_other_layout_too() -> None:
+    plain, other = (build(seeded(EditsInput), channels_last=last) for last in (False, True))
+    batch = class_tasks((2, 6, 6))
+    assert other.meta_step(batch).loss == pytest.approx(plain.meta_step(batch).loss, rel=1e-12)
+    assert_same_gradients(gradients_of(other), gradients_of(plain))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class OnceOnly(Watched):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(super().forward(x))
+
+
+@pytest.mark.filterwarnings("ignore:From epoch")
+def test_tuning_does_not_ask_for_a_second_derivative_that_training_does_without() -> None:
+    plain, tuned = (
+        build(seeded(OnceOnly), tune=tune, engine="functional", first_order_epochs=9) for tune in (False, True)
+    )
+    assert tuned.meta_step(class_tasks((4,))).loss == pytest.approx(plain.meta_step(class_tasks((4,))).loss, rel=1e-12)
+
+
 HAZARDS: dict[str, tuple[Any, str]] = {
     "random draws": (Dropping, "random numbers"),
     "an attribute that changes": (Counting, "changes 'calls'"),
@@ -197,14 +445,14 @@ HAZARDS: dict[str, tuple[Any, str]] = {
 def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str) -> None:
     make, reason = HAZARDS[hazard]
     batch = CASES["conv4"].batch() if make is hooked_conv4 else class_tasks((4,), tasks=4)
-    Watched.most = 0
+    Watch.most = 0
     alone, asked = (build(seeded(make), workers=n, engine="functional") for n in (1, 2))
     torch.manual_seed(3)
     alone.meta_step(batch)
     torch.manual_seed(3)
     with pytest.warns(MetaWrapWarning, match=reason):
         asked.meta_step(batch)
-    assert Watched.most <= 1
+    assert Watch.most <= 1
     assert reason in str(asked.describe()).replace("\n", " ").replace("             ", "")
     assert_same_values(tensors(asked), tensors(alone))
 
@@ -222,9 +470,9 @@ def test_a_hook_that_comes_later_is_seen() -> None:
     learner.meta_step(class_tasks((4,)))
     seen: list[Tensor] = []
     next(learner.parameters()).register_hook(seen.append)
-    Watched.most = 0
+    Watch.most = 0
     learner.meta_step(class_tasks((4,)))
-    assert Watched.most == 1
+    assert Watch.most == 1
     assert seen
 
 

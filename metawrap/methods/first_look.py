@@ -238,6 +238,21 @@ def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None 
         edits.add(edited)
 
 
+@contextmanager
+def attributes_put_back(own: dict[str, Any]) -> Iterator[None]:
+    """Puts back an object's attributes, and the contents of those that are plain containers."""
+    before = dict(own)
+    containers = [(live, live.copy()) for live in containers_in(before.values())]
+    try:
+        yield
+    finally:
+        own.clear()
+        own.update(before)
+        for live, kept in containers:
+            live.clear()
+            (live.update if hasattr(live, "update") else live.extend)(kept)
+
+
 def containers_of(*modules: nn.Module) -> Iterator[Any]:
     """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
     return containers_in(value for module in modules for value in module.__dict__.values())

@@ -9,6 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from metawrap.methods.describing import describe_learner
 from metawrap.methods.first_look import (
     FirstLook,
     Gradients,
+    attributes_put_back,
     differ,
     refuse_bypassed,
     refuse_carried_graphs,
@@ -51,14 +53,15 @@ from metawrap.methods.head_start import HEAD_STARTS, HeadStart
 from metawrap.methods.method import Chunk, LossFunction, Method, Result
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
-from metawrap.methods.solved import Solved, autograd, dense, usable
+from metawrap.methods.solved import Solved, autograd, dense, restored_buffers, usable
 from metawrap.methods.together import stacked
-from metawrap.methods.tuning import Speed, fastest
-from metawrap.methods.workers import Traces, has_modes, in_threads, replica
+from metawrap.methods.traces import Generators, Traces, difference, state_of
+from metawrap.methods.tuning import Speed, fastest, to_channels_last
+from metawrap.methods.workers import has_modes, in_threads, replica
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.inspect import find_buffer_aliases, find_head, find_hooks
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Task, TaskBatch, tensors_in
+from metawrap.tasks import Task, TaskBatch, map_tensors, tensors_in
 
 _DOUBLE, _SINGLE = 1e-6, 1e-3
 _PLAIN_RULE: dict[str, Any] = {
@@ -91,6 +94,7 @@ class GradientBased(Method):
         self._has_hard_gates = self._edits_inputs = False
         self._tuned: Speed | None = None
         self._recordings = Recordings()
+        self._in_one_thread: str | None = None
         self.head_start: HeadStart = HEAD_STARTS[settings.head_init]()
         if head is not None:
             self.head_start.find(wrapped.model, head, wrapped.adapted)
@@ -148,7 +152,7 @@ class GradientBased(Method):
         mode = self.model.training
         differentiable = torch.is_grad_enabled()
         if mode not in self._looks or (differentiable and not self._looks[mode].differentiable):
-            with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
+            with autograd(True), self._unchanged(edits=True):
                 look = self._first_look(task.map(Tensor.clone), differentiable)
             self._looks[mode] = look
             if mode and self.settings.workers not in (1, "auto") and (reason := self._alone()):
@@ -156,7 +160,7 @@ class GradientBased(Method):
         if differentiable:
             self._refuse_second_order(self._looks[mode].once)
         if self._chosen[0] == "batched" and mode and self._batched is None:
-            with autograd(True), unchanged(self.model, self._device, self._buffer_edits):
+            with autograd(True), self._unchanged(edits=True):
                 self._refuse_impure(task.map(Tensor.clone))
                 shown = self._carried_at_once(task.map(Tensor.clone), differentiable)
             if shown:
@@ -176,10 +180,12 @@ class GradientBased(Method):
                 return self._support_loss(fast, task)
 
             if self.speed.channels_last:
-                refuse_other_layout(prediction)
+                # As forward gets it: what it edits must be seen to be edited.
+                task = self._laid_out(task)
+                refuse_other_layout(lambda: self._support_prediction(learned, task.map(Tensor.clone)))
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates, Traces(self.model) as traces:
+            with HardGates() as gates, Traces(self._parts()) as traces:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
@@ -217,6 +223,18 @@ class GradientBased(Method):
             self._tune(batch, parameters)
         if self.settings.cuda_graphs:
             return self._replayed(batch, parameters)
+        if self.speed.workers == 1:
+            return super()._meta_gradient(batch, parameters)
+        generators = Generators()
+        try:
+            with restored_buffers(*self._stateful()):
+                return super()._meta_gradient(batch, parameters)
+        except DisturbedError as disturbed:
+            # What began after the first look: random draws, a counter. From now on in order, this step included.
+            self._in_one_thread = str(disturbed)
+            generators.put_back()
+            if self.settings.workers != "auto":
+                warn_alone(self.settings.workers, self._in_one_thread)
         return super()._meta_gradient(batch, parameters)
 
     def _replayed(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> tuple[list[Solved], list[Tensor | None]]:
@@ -239,26 +257,42 @@ class GradientBased(Method):
             return "random heads come in the order of the tasks"
         if self._buffer_edits.edited:
             return f"forward edits the buffer '{min(self._buffer_edits.edited)}'"
+        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return "torch has hooks on all modules, which may touch what is outside of it"
         if (hooked := find_hooks(self.model)) is not None:
             return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
         return look.traces if (look := self._looks.get(True)) else None
 
+    @contextmanager
+    def _unchanged(self, edits: bool = False) -> Iterator[None]:
+        """Puts back all that a look at the model and the loss may change."""
+        with ExitStack() as stack:
+            stack.enter_context(unchanged(self.model, self._device, self._buffer_edits if edits else None))
+            if isinstance(self.loss_fn, nn.Module):
+                stack.enter_context(unchanged(self.loss_fn, self._device))
+            elif own := getattr(self.loss_fn, "__dict__", None):
+                stack.enter_context(attributes_put_back(own))
+            yield
+
+    def _parts(self) -> tuple[nn.Module, Any]:
+        return self.model, self.loss_fn
+
     def _tune(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> None:
         """Chooses by the time of this batch's meta-gradient, of second order where training comes to that."""
         settings, cores = self.settings, torch.get_num_threads()
-        order = math.inf if math.isinf(settings.first_order_epochs) else 0
         few = TaskBatch(batch.tasks[: 2 * cores * (settings.tasks_per_backward or 1)])
 
         def run(speed: Speed) -> Gradients:
             self._tuned = speed
-            with unchanged(self.model, self._device):
+            with self._unchanged():
                 return super(GradientBased, self)._meta_gradient(few, parameters)[1]
 
         images = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules())
         chosen = None
         try:
             self._prepare(usable(few[0]))
-            self.settings = replace(settings, first_order_epochs=order)
+            if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].once:
+                self.settings = replace(settings, first_order_epochs=0)
             counts = [] if self._alone() else [n for n in range(2, cores + 1) if cores % n == 0]
             chosen = fastest(run, [True] if images else [], counts)
         finally:
@@ -270,6 +304,10 @@ class GradientBased(Method):
         return self._tuned or Speed(self.settings.workers, self.settings.channels_last)
 
     def _speed_text(self) -> str:
+        if self._chosen[0] == "batched":
+            return "all tasks of one shape at once in meta_step and forward" + (
+                ", recorded and replayed" if self.settings.cuda_graphs else ""
+            )
         if self.settings.tune and self._tuned is None:
             return "measured in the first meta-step"
         if self.speed.workers != 1 and (reason := self._alone()):
@@ -282,8 +320,10 @@ class GradientBased(Method):
             return "threads are for the CPU"
         if self._chosen[0] != "functional":
             return f'engine="{self._chosen[0]}" runs in one thread'
-        if reason := self._changes():
+        if reason := self._in_one_thread or self._changes():
             return reason
+        if any(getattr(module, "max_norm", None) is not None for module in self.model.modules()):
+            return "an embedding with max_norm edits its weights in forward"
         if any(parametrize.is_parametrized(module) for module in self.model.modules()):
             return "torch caches the results of parametrizations for all threads together"
         if any(parameter._backward_hooks for parameter in self.parameters()):
@@ -295,13 +335,20 @@ class GradientBased(Method):
         if count < 2 or self._alone():
             yield from super()._in_order(work, chunks)
             return
-        replicas = [self._replica() for _ in range(count)]
+        try:
+            replicas = [self._replica() for _ in range(count)]
+        except Exception as error:  # A lock, say, that was given to the model since the first look.
+            raise DisturbedError(f"it cannot be copied any more: {first_line(error)}") from error
+        before = [state_of(each._parts()) for each in replicas]
         # What this sets for the whole process must be set before the first worker begins, and put back after the last.
         with differentiable_twice(self.model, self._has_hard_gates):
             yield from in_threads(work, chunks, replicas)
+        for each, state in zip(replicas, before, strict=True):
+            if changed := difference(state, state_of(each._parts())):
+                raise DisturbedError(changed)
 
     def _replica(self) -> GradientBased:
-        made = replica(self, shared=[self.outer])
+        made = replica(self, shared=[self.outer, self.head_start, self._looks, self._recordings])
         made._engine = ENGINES[self._chosen[0]](made.model, made._buffer_edits)
         return made
 
@@ -314,6 +361,13 @@ class GradientBased(Method):
         super().set_extra_state(state)
         if self.settings.tune and "speed" in state:
             self._tuned = Speed(**state["speed"])
+
+    def _laid_out(self, task: Task) -> Task:
+        """The task with its images as `channels_last` asks for."""
+        if not self.speed.channels_last:
+            return task
+        images = {part: map_tensors(getattr(task, part), to_channels_last) for part in ("support_x", "target_x")}
+        return replace(task, **images)
 
     def _refuse_second_order(self, once: str | None) -> None:
         if once and is_second_order(self.epoch, self.settings.first_order_epochs):
@@ -349,7 +403,9 @@ class GradientBased(Method):
     def _replica_differs(self, task: Task) -> str | None:
         engine = self._chosen[0]
         try:
-            same = not differ(self._replica()._gradient_with(engine, [task]), self._gradient_with(engine, [task]))
+            # In a thread, as it will run: what belongs to a thread is another there.
+            [found] = in_threads(lambda made, one: made._gradient_with(engine, [one]), [task], [self._replica()])
+            same = not differ(found, self._gradient_with(engine, [task]))
         except Exception as error:  # A copy of the user's own that does not run, in whatever way.
             return f"a replica of it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         return None if same else "a replica of it does not give the same gradient"
@@ -430,7 +486,7 @@ class GradientBased(Method):
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
             self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)
-            with unchanged(self.model, self._device):
+            with self._unchanged():
                 loss, _ = self._solve_all(tasks, training=True, norm=settings.norm, whole_graph=False)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
@@ -462,3 +518,7 @@ def _check_goes_with(engine: str, settings: Settings) -> None:
                 f'{name}: has no effect with engine="batched", which runs all tasks at once in a layout of its own. '
                 'Leave it out, or pass engine="functional".'
             )
+
+
+class DisturbedError(Exception):
+    """Tasks that were solved at the same time were not independent."""

@@ -33,7 +33,6 @@ from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unus
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
 from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
 from metawrap.methods.together import alike, apart, stacked, start_of
-from metawrap.methods.tuning import to_channels_last
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
@@ -235,9 +234,7 @@ class MAML(GradientBased):
     ) -> _Unroll:
         engine = self._engine if ids is None else self._batched
         assert engine is not None
-        if self.speed.channels_last:
-            images = {part: map_tensors(getattr(task, part), to_channels_last) for part in ("support_x", "target_x")}
-            task = replace(task, **images)
+        task = self._laid_out(task)
         differentiable = torch.is_grad_enabled()
         masked = self.settings.mask_unused_outputs if mask is None else mask
         return _Unroll(
@@ -498,10 +495,10 @@ class MAMLPlusPlus(MAML):
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
             the batch with engine="batched", whose tasks run at once only within it.
-        workers: threads that solve tasks at the same time, on a CPU; "auto" for one a core. The cores are shared out
-            between them, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same, added in
-            the same order. A model that draws random numbers, changes buffers or attributes, or has hooks, is solved
-            one task after another; `describe()` says so.
+        workers: in `meta_step`, threads that solve tasks at the same time, on a CPU; "auto" for one a core. They share
+            the cores out, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same, added in
+            the same order. A model or loss that draws random numbers, changes anything that it holds, or has hooks, is
+            solved one task after another; `describe()` says so.
         channels_last: hands 4- and 5-dimensional inputs to the model with the channels of a pixel side by side, which
             convolutions and pooling often run faster on; the gradients are the same up to rounding.
         tune: times these two in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint

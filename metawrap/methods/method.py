@@ -1,6 +1,6 @@
 """The face that every method has: meta_step, forward, evaluate, adapt, unwrap, describe.
 
-meta_step: task batch -> one task after another through `_solve` -> gradient, summed in task order -> outer update.
+meta_step: task batch -> each task through `_solve` -> gradient, summed in task order -> outer update.
 A method says how one task is solved and what a finished module is; the rest is written here once.
 """
 
@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
                 keep_memory(one_arena=self.settings.workers != 1 or self.settings.tune)
         with autograd():
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            with restored_buffers(self.model) as restore:
+            with restored_buffers(*self._stateful()) as restore:
                 with ranks.together():
                     meta_lr = self.outer.start(self.epoch)
                     solved, gradients = self._meta_gradient(batch, parameters)
@@ -320,6 +320,9 @@ class Method(nn.Module, ABC):
         """Restores the counters."""
         self.iteration = int(state["iteration"])
         self._same_everywhere = False
+
+    def _stateful(self) -> list[nn.Module]:
+        return [self.model, self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [self.model]
 
     def _make_outer(self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None) -> None:
         self.outer = OuterUpdate(list(self.parameters()), self.settings, optimizer, scheduler)

@@ -309,6 +309,8 @@ def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:
     """All that an outer update depends on, but for what was just edited, by name: texts, equal where it is equal."""
     optimizer, skipped = learner.optimizer, {f"model.{name}" for name in edited}
     state: dict[str, Any] = {f"'{name}'": value for name, value in learner.state_dict().items() if name not in skipped}
+    # The counters; what each process measured is its own.
+    state["'_extra_state'"] = learner.iteration
     state["the settings"] = repr(learner.settings)
     state["the optimizer"] = [
         type(optimizer).__name__,

@@ -110,13 +110,13 @@ def autograd(enabled: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def restored_buffers(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+def restored_buffers(*models: nn.Module) -> Iterator[Callable[[Tensor], None]]:
     """Puts back the user's own buffers on an exception, and where the function it yields is told to.
 
     The function takes a bool scalar on the model's device, so that nothing synchronises. Per-step norms are left out:
     their statistics are folded as values, when all has gone well.
     """
-    owners = [module for module in model.modules() if not isinstance(module, PerStepNorm)]
+    owners = [m for model in models for m in model.modules() if not isinstance(m, PerStepNorm)]
     slots = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
 
     @torch.no_grad()

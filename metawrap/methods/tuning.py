@@ -45,6 +45,9 @@ def to_channels_last(tensor: Tensor) -> Tensor:
     if tensor.ndim not in formats or not tensor.is_floating_point() or tensor.layout != torch.strided:
         return tensor
     # Not .contiguous(): with one channel a tensor is already so by torch's rule, and convolutions do not take it so.
+    wanted = torch.empty_like(tensor, memory_format=formats[tensor.ndim], device="meta").stride()
+    if tensor.stride() == wanted:
+        return tensor
     return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
 
 

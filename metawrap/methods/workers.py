@@ -6,8 +6,8 @@ So the gradients are those that one thread would have found, added up in the sam
 
 from __future__ import annotations
 
+import contextvars
 import copy
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +15,14 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metawrap.errors import UnsupportedModuleError
 
 Learner = TypeVar("Learner", bound=nn.Module)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def replica(learner: Learner, shared: Iterable[Any] = ()) -> Learner:
@@ -69,7 +67,8 @@ def in_threads(
         for item in items:
             if len(waiting) == len(replicas):
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(run, item))
+            # With the caller's context variables.
+            waiting.append(pool.submit(contextvars.copy_context().run, run, item))
         while waiting:
             yield waiting.popleft().result()
     finally:
@@ -104,58 +103,3 @@ def has_modes() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._top_saved_tensors_default_hooks(False)
     )
-
-
-class Traces:
-    """What a forward pass leaves behind besides its result: what the next task's pass, or the user, might read.
-
-    `with Traces(model) as traces: ...`, and `traces.found` says what it was, or None.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.found: str | None = None
-
-    def __enter__(self) -> Traces:
-        self._random, self._state = _random_state(), _attributes(self._model)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if any(map(_unequal, self._random, _random_state())):
-            self.found = "it draws random numbers, which come in the order of the tasks"
-        elif changed := [name for name, value in _attributes(self._model).items() if self._state.get(name) != value]:
-            self.found = f"forward changes '{changed[0]}'"
-
-
-def _random_state() -> tuple[Any, ...]:
-    _, numbers, place, *_ = np.random.get_state(legacy=True)
-    return random.getstate(), (numbers, place), torch.get_rng_state()
-
-
-def _unequal(before: Any, after: Any) -> bool:
-    if isinstance(before, Tensor):
-        return not torch.equal(before, after)
-    if isinstance(before, tuple) and any(isinstance(part, np.ndarray) for part in before):
-        return any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    return bool(before != after)
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Every attribute and buffer of every module by its identity, with the contents of plain containers by theirs."""
-    return {
-        f"{path}.{name}" if path else name: _identity(value)
-        for path, module in model.named_modules()
-        for name, value in [*module.__dict__.items(), *module._buffers.items()]
-        # A recurrent module caches its weights; the engine puts the cache right after each call.
-        if name not in _TABLES and not (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
-    }
-
-
-def _identity(value: Any, depth: int = 3) -> Any:
-    if isinstance(value, dict) and depth:
-        return id(value), tuple((key, _identity(item, depth - 1)) for key, item in value.items())
-    if isinstance(value, list | tuple | set | deque) and depth:
-        return id(value), tuple(_identity(item, depth - 1) for item in value)
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    return value if isinstance(value, int | float | str | bool | None) else id(value)
