@@ -176,6 +176,12 @@ def case_meta_step(rank: int, _: Path) -> Any:
     return {name: stepped(fresh(), share[rank]) for name, share in SHARES.items()}
 
 
+def case_in_threads_and_measured(rank: int, _: Path) -> Any:
+    # Each process measures for itself, and may choose another way: that is no difference between learners.
+    ways = {"threads": {"workers": 2}, "measured": {"tune": True}}
+    return {name: stepped(fresh(**way), SHARES["unequal"][rank])["gradients"] for name, way in ways.items()}
+
+
 def case_three_steps_of_adam(rank: int, _: Path) -> Any:
     learner = build(seeded(NormedMlp))
     return [stepped(learner, SHARES[name][rank]) for name in ("equal", "unequal", "equal")][-1]

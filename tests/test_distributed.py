@@ -132,6 +132,14 @@ def test_meta_step_of_two_processes_is_that_of_all_tasks(found: list[Found], sha
     assert not case["skipped"]
 
 
+@pytest.mark.parametrize("way", ["threads", "measured"])
+def test_tasks_in_threads_and_measured_choices_give_the_same_gradients(found: list[Found], way: str) -> None:
+    for rank in found:
+        assert_same_gradients(
+            rank["case_in_threads_and_measured"][way], found[0]["case_meta_step"]["unequal"]["gradients"]
+        )
+
+
 def test_steps_of_adam_with_changing_shares_end_where_one_process_does(found: list[Found]) -> None:
     case, alone = same_on_both(found, "case_three_steps_of_adam"), build(seeded(NormedMlp))
     for _ in range(3):
