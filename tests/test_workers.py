@@ -25,8 +25,8 @@ from test_engines import ANNEAL_EPOCHS, CASES, EPOCH, STEPS, _learner, _referenc
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import metawrap.methods.gradient_based as gradient_based
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, TaskBatch, UnsupportedModuleError
+from metawrap.methods import pace
 from metawrap.methods.tuning import Speed, fastest, to_channels_last
 from metawrap.methods.workers import in_threads
 
@@ -589,7 +589,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
             run(speed)
         return chosen
 
-    monkeypatch.setattr(gradient_based, "fastest", choose)
+    monkeypatch.setattr(pace, "fastest", choose)
     learner = build(seeded(Conv4), tune=True)
     assert "measured in the first meta-step" in str(learner.describe())
     batch = CASES["conv4"].batch()
