@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-from metawrap.engines.grouped_convolution import grouped_convolution
 from metawrap.layers.batch_norm import batch_norm
+from metawrap.layers.convolution import convolution
 
 Convolution = Literal["grouped", "unfolded"]
 _PLANE = 4  # Axes of a batch of images.
@@ -194,8 +194,9 @@ def _grouped_each(
     assert dims[1] is not None
     weight = weight.movedim(dims[1], 0)
     stride, padding, dilation = sizes
-    geometry = (stride, padding, dilation, tasks * groups)
-    output = grouped_convolution(_beside_channels(tasks, dims[0], x), weight.flatten(0, 1), geometry)
+    x, weight = _beside_channels(tasks, dims[0], x), weight.flatten(0, 1)
+    # torch's own second derivative would go group by group.
+    output = convolution(x, weight, None, stride, padding, dilation, tasks * groups)
     return _apart(tasks, output), 1
 
 
