@@ -194,7 +194,9 @@ def test_both_forms_of_a_convolution_equal_the_convolution_of_each_task(convolut
 
 
 @pytest.mark.parametrize("wanted", ["both", "x", "weight"])
-@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2), "groups": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2), "groups": 2}], ids=str
+)
 def test_a_grouped_convolution_has_the_three_derivatives_of_each_tasks_own(options: Any, wanted: str) -> None:
     model = nn.Conv2d(2, 4, (3, 2), bias=False, **options).double()
     generator = torch.Generator().manual_seed(0)
@@ -237,6 +239,21 @@ def test_tasks_of_unequal_shapes_equal_the_oracle_in_their_order() -> None:
             loss = output.loss.detach()
             assert_same_values(output.predictions, reference.predictions)
         assert_equals_reference(learner, loss, reference)
+
+
+@pytest.mark.parametrize("chunk", [None, 2, 3])
+def test_random_heads_of_unequal_tasks_are_those_that_one_after_another_would_draw(chunk: int | None) -> None:
+    tasks, found = unequal(), {}
+    for engine in ("functional", "batched"):
+        options = {"head_init": "random", "head": "linear", "engine": engine, "tasks_per_backward": chunk}
+        learner = batched(seeded(NormedMlp), **options)
+        torch.manual_seed(3)
+        metrics = learner.meta_step(tasks)
+        found[engine] = (metrics.step_losses, gradients_of(learner), torch.get_rng_state())
+    (losses, gradients, state), (expected, own, behind) = found["batched"], found["functional"]
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradients, own, rtol=1e-9, atol=1e-11)
+    assert torch.equal(state, behind)
 
 
 @pytest.mark.parametrize(("chunk", "sizes"), [(None, {5}), (5, {5}), (3, {3, 2}), (1, set())])
