@@ -34,7 +34,7 @@ from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
-from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
+from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from, usable
 from metawrap.methods.together import alike, apart, stacked, start_of
 from metawrap.methods.tuning import to_channels_last
 from metawrap.schedules import is_second_order, step_loss_weights
@@ -183,15 +183,17 @@ class MAML(GradientBased):
         solved: dict[int, Solved] = {}
         # In the order of the tasks, as they would be drawn one task after another.
         starts = [self.head_start.values(self.model, task.id) for task in tasks]
-        for places in alike(tasks):
-            group, own = [tasks[place] for place in places], [starts[place] for place in places]
-            if len(group) > 1:
-                loss, outcomes = self._solve_together(group, own, training, norm, whole_graph)
-            else:
-                alone = self._solve(group[0], training=training, norm=norm, whole_graph=whole_graph, start=own[0])
-                loss, outcomes = alone.loss, [alone.detached()]
-            total.append(loss)
-            solved |= zip(places, outcomes, strict=True)
+        # An edit of a buffer is found, and refused, when it has been made.
+        with restored_buffers(self.model):
+            for places in alike(tasks):
+                group, own = [tasks[place] for place in places], [starts[place] for place in places]
+                if len(group) > 1:
+                    loss, outcomes = self._solve_together(group, own, training, norm, whole_graph)
+                else:
+                    alone = self._solve(group[0], training=training, norm=norm, whole_graph=whole_graph, start=own[0])
+                    loss, outcomes = alone.loss, [alone.detached()]
+                total.append(loss)
+                solved |= zip(places, outcomes, strict=True)
         return torch.stack(total).sum(), [solved[place] for place in range(len(tasks))]
 
     def _solve(
