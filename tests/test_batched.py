@@ -693,6 +693,20 @@ def test_a_cache_that_begins_after_the_first_look_is_carried_and_costs_no_more_c
     assert len(FORWARDS) == groups * passes * STEPS
 
 
+def test_a_draw_by_another_thread_during_a_call_is_not_the_models() -> None:
+    batch = class_tasks((4,), tasks=3, shots=2)
+    learner, other = late(), late()
+    draws: Any = iter([random.random, None, np.random.rand, None, partial(torch.rand, 1)])
+
+    def elsewhere(module: Any, args: Any) -> None:
+        if draw := next(draws, None):  # In every second call: the model draws in none.
+            draw()
+
+    learner.model.first.register_forward_pre_hook(elsewhere)
+    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+    assert next(draws, None) is None
+
+
 def test_an_error_of_one_task_is_raised_as_it_is_and_nothing_moves() -> None:
     class Picky(Body):
         limit = 1e9
@@ -741,8 +755,9 @@ def test_a_loss_that_draws_later_draws_for_each_task() -> None:
     random.seed(1)
     learner(batch)
     expected = random.Random(1)
-    # One of the support and one of the target loss of each task; the draw of the try under vmap was taken back.
-    assert drawn[1:] == [expected.random() for _ in range(6)]
+    # One for each task's support loss, then its target loss; the draw of each try under vmap was taken back.
+    support, target = ([expected.random() for _ in range(3)] for _ in range(2))
+    assert drawn == [support[0], *support, target[0], *target]
 
 
 def test_masks_are_refused_at_construction_but_not_in_evaluation() -> None:

@@ -97,15 +97,16 @@ class BatchedEngine:
             before = Before([])
             try:
                 output = self._mapped(function, *args)
+                if not before.has_drawn():
+                    return output
+                failed = False
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-            else:
-                if not before.has_drawn():
-                    return output
+                failed = True
             before.put_back()
         outputs = [function(*own) for own in _each_alone(args)]
-        self._one_by_one = True
+        self._one_by_one = self._one_by_one or failed
         return _refilled(outputs[0], [torch.stack(parts) for parts in zip(*map(tensors_in, outputs), strict=True)])
 
     def _mapped(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -133,14 +134,6 @@ class BatchedEngine:
 
     def _refuse_changes(self, before: Before, inputs: Any, again: Callable[[], Any]) -> None:
         """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""
-        if before.has_drawn():
-            raise UnsupportedModuleError(
-                cannot(
-                    "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout"
-                )
-            )
-        if before.torch_has_drawn() and not self._axis.may_drop:
-            raise UnsupportedModuleError(cannot(DRAWS))
         changes = list(before.changes())
         for change in changes:
             if any(is_batched(tensor) for tensor in held_tensors(change.value)):
@@ -150,12 +143,23 @@ class BatchedEngine:
         self._refuse_edits()
         form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(inputs))
         keys = {None if change.key is None else (change.key, form) for change in changes}
-        if keys <= self._settled:
+        moved = before.has_drawn() or (before.torch_has_drawn() and not self._axis.may_drop)
+        if keys <= self._settled and not moved:
             return
+        # Again: a cache stays as it is, and a generator that another thread draws from does, too.
         between = Before(self._modules)
         device = tensors_in(inputs)[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             again()
+            if between.has_drawn():
+                raise UnsupportedModuleError(
+                    cannot(
+                        "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's "
+                        "dropout"
+                    )
+                )
+            if between.torch_has_drawn() and not self._axis.may_drop:
+                raise UnsupportedModuleError(cannot(DRAWS))
         if changed := [change.name for change in between.changes()]:
             raise UnsupportedModuleError(cannot(f"each call of its forward changes {changed[0]}, {ONCE}"))
         self._settled |= keys - {None}

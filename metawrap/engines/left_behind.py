@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,18 +35,18 @@ class Before:
         self._tables = [(path, module, dict(module.__dict__), dict(module._buffers)) for path, module in modules]
         own = [(path, [v for k, v in values.items() if k not in _TORCHS]) for path, _, values, _ in self._tables]
         self._containers = [(path, live, live.copy()) for path, values in own for live in containers_in(values)]
-        self._draws = [(*way, pickle.dumps(way[0]())) for way in _generators([v for _, values in own for v in values])]
+        self._draws = [(*way, way[0]()) for way in _generators([v for _, values in own for v in values])]
         self._torch = torch.get_rng_state()
 
     def changes(self) -> Iterator[Change]:
         """What was replaced, added, removed or extended."""
         for path, module, *tables in self._tables:
             for now, then in zip((module.__dict__, module._buffers), tables, strict=True):
-                for key in [*now, *(then.keys() - now.keys())]:
+                new = [key for key, value in now.items() if not _same(value, then.get(key, _NOTHING))]
+                for key in [*new, *(then.keys() - now.keys())]:
                     # A recurrent module's own cache of its weights, which is made anew after each call.
-                    own = isinstance(module, nn.RNNBase) and key.startswith("_flat_weight")
-                    value, old = now.get(key, _NOTHING), then.get(key, _NOTHING)
-                    if not own and not _same(value, old):
+                    if not (isinstance(module, nn.RNNBase) and key.startswith("_flat_weight")):
+                        value = now.get(key, _NOTHING)
                         name = f"'{path}.{key}'" if path else f"'{key}'"
                         yield Change(name, value, (name, value if type(value) in _PLAIN else None))
         for path, live, kept in self._containers:
@@ -58,7 +57,7 @@ class Before:
 
     def has_drawn(self) -> bool:
         """Whether python's, numpy's or the model's own generators have moved."""
-        return any(pickle.dumps(read()) != state for read, _, state in self._draws)
+        return not all(_same_state(read(), state) for read, _, state in self._draws)
 
     def torch_has_drawn(self) -> bool:
         """Whether torch's global generator of the CPU has."""
@@ -75,7 +74,7 @@ class Before:
             live.clear()
             (live.update if hasattr(live, "update") else live.extend)(kept)
         for _, write, state in self._draws:
-            write(pickle.loads(state))
+            write(state)
         torch.set_rng_state(self._torch)
 
 
@@ -99,6 +98,16 @@ def _items(container: Any) -> list[Any]:
 
 def _same(value: Any, old: Any) -> bool:
     return value is old or (type(value) in _PLAIN and type(old) in _PLAIN and value == old)
+
+
+def _same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return _same_state(tuple(one.values()), tuple(other.values()))
+    if isinstance(one, tuple) and any(isinstance(part, np.ndarray | dict) for part in one):
+        return all(map(_same_state, one, other))
+    return bool(one == other)
 
 
 _NOTHING = object()
