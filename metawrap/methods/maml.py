@@ -524,7 +524,8 @@ class MAMLPlusPlus(MAML):
         max_grad_norm, max_grad_value: clipping of the meta-gradient, by norm or by entry.
         engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
             tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
-            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step.
+            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
+            later (a counter, a draw from random or numpy, an edited buffer), when it does.
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
