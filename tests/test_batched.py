@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metawrap import ArgumentError, MAMLPlusPlus, Task, UnsupportedModuleError
 from metawrap.engines import BatchedEngine
-from metawrap.engines.grouped_convolution import grouped_convolution
 
 STEPS, EPOCH, ANNEAL_EPOCHS = 2, 1, 5
 
@@ -194,20 +194,28 @@ def test_both_forms_of_a_convolution_equal_the_convolution_of_each_task(convolut
         torch.testing.assert_close(found[task], torch.func.functional_call(model, own, (x[task],)))
 
 
-@pytest.mark.parametrize("dims", [1, 2])
-def test_a_grouped_convolution_has_the_derivatives_that_differences_show(dims: int) -> None:
+@pytest.mark.parametrize("wanted", ["both", "x", "weight"])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2), "groups": 2}], ids=str
+)
+def test_a_grouped_convolution_has_the_three_derivatives_of_each_tasks_own(options: Any, wanted: str) -> None:
+    model = nn.Conv2d(2, 4, (3, 2), bias=False, **options).double()
     generator = torch.Generator().manual_seed(0)
-    shape = (6, 5)[:dims]
-    x = torch.randn(2, 4, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 2, *(3,) * dims, generator=generator, dtype=torch.float64, requires_grad=True)
-    geometry = ([2] * dims, [1] * dims, [1] * dims, 2)
+    xs = torch.randn(3, 2, 2, 6, 5, generator=generator, dtype=torch.float64, requires_grad=wanted != "weight")
+    ws = torch.randn(3, *model.weight.shape, generator=generator, dtype=torch.float64, requires_grad=wanted != "x")
+    asked = [tensor for tensor in (xs, ws) if tensor.requires_grad]
 
-    def run(x: Tensor, weight: Tensor) -> Tensor:
-        return grouped_convolution(x, weight, geometry)
+    def derivatives(output: Tensor) -> list[Tensor]:
+        found, value = [], output.pow(4).sum()
+        for _ in range(3):
+            found += torch.autograd.grad(value, asked, create_graph=True)
+            value = sum(g.pow(2).sum() for g in found[-len(asked) :])  # type: ignore[assignment]
+        return found
 
-    torch.testing.assert_close(run(x, weight), (F.conv1d, F.conv2d)[dims - 1](x, weight, None, 2, 1, 1, 2))
-    assert torch.autograd.gradcheck(run, (x, weight))
-    assert torch.autograd.gradgradcheck(run, (x, weight))
+    ours = derivatives(BatchedEngine(model).call({"weight": ws}, xs))
+    each = torch.stack([F.conv2d(x, w, **options) for x, w in zip(xs, ws, strict=True)])
+    for found, expected in zip(ours, derivatives(each), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # --- tasks and chunks ------------------------------------------------------------------------------------------------
@@ -232,6 +240,21 @@ def test_tasks_of_unequal_shapes_equal_the_oracle_in_their_order() -> None:
             loss = output.loss.detach()
             assert_same_values(output.predictions, reference.predictions)
         assert_equals_reference(learner, loss, reference)
+
+
+@pytest.mark.parametrize("chunk", [None, 2, 3])
+def test_random_heads_of_unequal_tasks_are_those_that_one_after_another_would_draw(chunk: int | None) -> None:
+    tasks, found = unequal(), {}
+    for engine in ("functional", "batched"):
+        options = {"head_init": "random", "head": "linear", "engine": engine, "tasks_per_backward": chunk}
+        learner = batched(seeded(NormedMlp), **options)
+        torch.manual_seed(3)
+        metrics = learner.meta_step(tasks)
+        found[engine] = (metrics.step_losses, gradients_of(learner), torch.get_rng_state())
+    (losses, gradients, state), (expected, own, behind) = found["batched"], found["functional"]
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradients, own, rtol=1e-9, atol=1e-11)
+    assert torch.equal(state, behind)
 
 
 @pytest.mark.parametrize(("chunk", "sizes"), [(None, {5}), (5, {5}), (3, {3, 2}), (1, set())])
@@ -529,6 +552,212 @@ def test_what_cannot_be_carried_is_refused_by_name_each_time_and_nothing_moves(
         assert learner.model.kept is None
         assert learner.model.history == []
     assert fingerprint(user) == before
+
+
+# --- what starts after the first look --------------------------------------------------------------------------------
+
+
+class Late(Body):
+    """Does something more once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.rng, self.table, self.done = "", np.random.default_rng(0), {}, []
+
+    def bend(self, hidden: Tensor) -> Tensor:
+        FORWARDS.append(self.now)
+        return getattr(self, self.now)(hidden) if self.now else hidden
+
+    def counts(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden
+
+    def counts_in_a_table(self, hidden: Tensor) -> Tensor:
+        self.table["calls"] = self.table.get("calls", 0) + 1
+        return hidden
+
+    def draws_in_python(self, hidden: Tensor) -> Tensor:
+        return hidden * random.random()
+
+    def draws_in_numpy(self, hidden: Tensor) -> Tensor:
+        return hidden * np.random.rand()
+
+    def draws_from_its_own(self, hidden: Tensor) -> Tensor:
+        return hidden * self.rng.random()
+
+    def draws_in_torch(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.randn_like(hidden)
+
+    def averages(self, hidden: Tensor) -> Tensor:
+        self.average.add_(hidden.detach().mean(0))
+        return hidden - self.average
+
+    def ticks(self, hidden: Tensor) -> Tensor:
+        self.average += 1
+        return hidden - self.average
+
+    def keeps(self, hidden: Tensor) -> Tensor:
+        self.kept = hidden.detach()
+        return hidden
+
+    def appends(self, hidden: Tensor) -> Tensor:
+        self.done.append(hidden.detach())
+        return hidden
+
+    def deletes(self, hidden: Tensor) -> Tensor:
+        self.__dict__.pop("history", None)
+        self.__dict__["again"] = object()
+        return hidden
+
+    def branches(self, hidden: Tensor) -> Tensor:
+        return hidden if hidden.sum() > 0 else 2 * hidden
+
+    def reads_numpy(self, hidden: Tensor) -> Tensor:
+        return hidden * float(hidden.detach().numpy().max())
+
+    def looks_at_memory(self, hidden: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(hidden):
+            raise KeyError("only alone")
+        return hidden
+
+    def caches(self, hidden: Tensor) -> Tensor:
+        if len(hidden) not in self.table:
+            self.table[len(hidden)] = torch.arange(len(hidden), dtype=hidden.dtype).unsqueeze(1)
+        if self.kept is None or len(self.kept) != len(hidden):
+            self.kept, self.calls = self.table[len(hidden)], len(hidden)
+        return hidden + 0.1 * self.kept
+
+
+FORWARDS: list[str] = []
+LATE = {
+    "counts": r"changes 'calls', once for all tasks",
+    "counts_in_a_table": r"changes a container of 'the model itself'",
+    "draws_in_python": r"draws from random or numpy",
+    "draws_in_numpy": r"draws from random or numpy",
+    "draws_from_its_own": r"draws from random or numpy",
+    "draws_in_torch": r"draws random numbers",
+    "averages": r"edits the buffer 'average', once for all tasks",
+    "ticks": r"edits the buffer 'average', once for all tasks",
+    "keeps": r"keeps values of one task in 'kept'",
+    "appends": r"keeps values of one task in a container of 'the model itself'",
+    "deletes": r"changes 'again'",
+    "branches": r"data-dependent",
+    "reads_numpy": r"it fails with \w+: ",
+    "looks_at_memory": r"it fails with KeyError: 'only alone'",
+}
+
+
+def randomness(learner: Any) -> list[Any]:
+    state = np.random.get_state()
+    numbers: Any = [random.getstate(), state[1].tolist(), state[2], learner.model.rng.bit_generator.state]
+    return [*numbers, torch.get_rng_state().tolist()]
+
+
+def late(**options: Any) -> Any:
+    learner = batched(seeded(Late), **options)
+    learner.meta_step(class_tasks((4,), tasks=3, shots=2))
+    assert learner._batched is not None
+    return learner
+
+
+@pytest.mark.parametrize("way", ["meta_step", "forward"])
+@pytest.mark.parametrize("now", LATE)
+def test_what_begins_after_the_first_look_is_refused_by_name_and_nothing_moves(now: str, way: str) -> None:
+    batch = class_tasks((4,), tasks=3, shots=2)
+    learner, other = late(), late()
+    learner.model.now = now
+    own, state, drawn = fingerprint(learner, ids=False), snapshot(dict(learner.state_dict())), randomness(learner)
+    table = dict(learner.model.table)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModuleError, match=rf'engine="batched".*{LATE[now]}.*engine="functional"'):
+            getattr(learner, way)(batch)
+        assert fingerprint(learner, ids=False) == own
+        assert_same_state(dict(learner.state_dict()), state)
+        assert randomness(learner) == drawn
+        held = (learner.model.calls, learner.model.kept, learner.model.history, learner.model.done)
+        assert held == (0, None, [], [])
+        assert learner.model.table == table
+    learner.model.now = ""
+    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+
+
+def test_a_cache_that_begins_after_the_first_look_is_carried_and_costs_no_more_calls_once_it_is_known() -> None:
+    tasks = unequal()
+    learner = late()
+    learner.model.now = "caches"
+    reference = reference_for(copy.deepcopy(learner.model), learner, tasks, weights_of(learner))
+    assert_equals_reference(learner, learner.meta_step(tasks).loss, reference)
+    FORWARDS.clear()
+    learner.meta_step(tasks)
+    groups, passes = 3, 2
+    assert len(FORWARDS) == groups * passes * STEPS
+
+
+def test_a_draw_by_another_thread_during_a_call_is_not_the_models() -> None:
+    batch = class_tasks((4,), tasks=3, shots=2)
+    learner, other = late(), late()
+    draws: Any = iter([random.random, None, np.random.rand, None, partial(torch.rand, 1)])
+
+    def elsewhere(module: Any, args: Any) -> None:
+        if draw := next(draws, None):  # In every second call: the model draws in none.
+            draw()
+
+    learner.model.first.register_forward_pre_hook(elsewhere)
+    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+    assert next(draws, None) is None
+
+
+def test_an_error_of_one_task_is_raised_as_it_is_and_nothing_moves() -> None:
+    class Picky(Body):
+        limit = 1e9
+
+        def bend(self, hidden: Tensor) -> Tensor:
+            self.average += 1
+            if hidden.shape[-1] > self.limit:
+                raise ValueError("the user's own")
+            return hidden
+
+    batch = class_tasks((4,), tasks=2, shots=2)
+    learner = batched(seeded(Body))
+    learner.meta_step(batch)
+    learner.model.__class__ = Picky
+    learner.model.limit = 2
+    own, state = fingerprint(learner, ids=False), snapshot(dict(learner.state_dict()))
+    for call in (learner.meta_step, learner):
+        with pytest.raises(ValueError, match="the user's own"):
+            call(batch)
+        assert fingerprint(learner, ids=False) == own
+        assert_same_state(dict(learner.state_dict()), state)
+
+
+def test_evaluation_may_edit_a_buffer_and_training_goes_on() -> None:
+    batch = class_tasks((4,), tasks=2, shots=2)
+    learner, other = late(), late()
+    learner.model.now = "ticks"
+    learner.evaluate(batch)
+    learner.model.now = ""
+    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+
+
+def test_a_loss_that_draws_later_draws_for_each_task() -> None:
+    drawn: list[float] = []
+
+    def loss_fn(prediction: Tensor, y: Tensor) -> Tensor:
+        if not draws:
+            return F.cross_entropy(prediction, y)
+        drawn.append(random.random())
+        return F.cross_entropy(prediction, y) * drawn[-1]
+
+    batch, draws = class_tasks((4,), tasks=3, shots=2), False
+    learner = batched(seeded(NormedMlp), loss_fn=loss_fn, inner_steps=1)
+    learner(batch)
+    draws = True
+    random.seed(1)
+    learner(batch)
+    expected = random.Random(1)
+    # One for each task's support loss, then its target loss; the draw of each try under vmap was taken back.
+    support, target = ([expected.random() for _ in range(3)] for _ in range(2))
+    assert drawn == [support[0], *support, target[0], *target]
 
 
 def test_masks_are_refused_at_construction_but_not_in_evaluation() -> None:

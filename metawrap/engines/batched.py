@@ -6,18 +6,19 @@ fast weight, so this gives each task its own. What forward leaves behind (statis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metawrap.engines.calling import BufferEdits
+from metawrap.engines.calling import BufferEdits, same_value
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.engines.left_behind import Before
 from metawrap.engines.task_axis import Convolution, TaskAxis, is_batched
-from metawrap.errors import UnsupportedModuleError
+from metawrap.errors import MetaWrapError, UnsupportedModuleError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.surgery.copying import held_tensors
@@ -27,11 +28,7 @@ Captured = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 class BatchedEngine:
-    """Weights, inputs and predictions have a leading task axis; the user's module sees one task, without it.
-
-    changed: plain attributes and buffers that calls have replaced, by name, and whose values vmap has left alone: a
-    cache, if they are the same after each call.
-    """
+    """Weights, inputs and predictions have a leading task axis; the user's module sees one task, without it."""
 
     name = "batched"
 
@@ -41,11 +38,14 @@ class BatchedEngine:
         """Args: convolution: with weights of one task each, 2-D ones run as one "grouped" convolution, or "unfolded",
         as one batch of matrix products. The values are the same; which is faster, the device decides."""
         self.model = model
-        self.changed: set[str] = set()
-        self._functional = FunctionalEngine(model, edits)
-        self._edits = edits or BufferEdits()
+        # Its own: what evaluation does to a buffer, task by task, is nothing to it.
+        self._edits = BufferEdits(edits.aliased if edits else {})
+        self._functional = FunctionalEngine(model, self._edits)
+        # What has been shown to be a cache.
+        self._settled: set[Hashable] = set()
         self._convolution: Convolution = convolution
         self._one_by_one = False
+        self._axis = TaskAxis(convolution)
         self._modules = list(model.named_modules())
         norms = [module for module in model.modules() if isinstance(module, PerStepNorm)]
         self._clock = norms[0].per_step.clock if norms else StepClock()
@@ -54,26 +54,33 @@ class BatchedEngine:
         """See `Engine.call`; every tensor has a leading task axis.
 
         Raises:
-            UnsupportedModuleError: forward does what cannot be done for several tasks at once.
+            UnsupportedModuleError: forward does what cannot be done for several tasks at once, or fails for several
+                where it does not for one. What one task raises by itself is raised as it is.
         """
         clock, recorder, captured = self._clock, self._clock.recorder, self._clock.captured
         passes: list[Moments] = []
 
         def run(fast: Mapping[str, Tensor], x: Any, statistics: Captured) -> Any:
+            passes.clear()
             clock.recorder = None if recorder is None else passes
             clock.captured = {name: list(pairs) for name, pairs in statistics.items()}
             output = self._functional.call(fast, x)
             left = {name: list(pairs) for name, pairs in clock.captured.items()}
             return output, [(seen.mean, seen.variance) for seen in passes], left
 
-        before = [(dict(module.__dict__), dict(module._buffers)) for _, module in self._modules]
+        args = (dict(weights), inputs, captured)
+        before = Before(self._modules)
         try:
-            output, moments, captured = self._mapped(run, dict(weights), inputs, captured)
-            self._refuse_changes(before)
-        except BaseException:
-            self._put_back(before)
+            output, moments, captured = self._mapped(run, *args)
+            self._refuse_changes(before, inputs, lambda: self._mapped(run, *args))
+        except BaseException as error:
+            before.put_back()
+            if isinstance(error, Exception) and not isinstance(error, MetaWrapError | torch.OutOfMemoryError):
+                self._run_alone(run, args)
+                raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
             raise
         finally:
+            self._edits.edited.clear()
             clock.recorder, clock.captured = recorder, captured
         if recorder is not None:
             pairs = zip(passes, moments, strict=True)
@@ -83,17 +90,23 @@ class BatchedEngine:
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function`, which keeps nothing, gives for each task: every tensor has a task axis, in and out.
 
-        Task by task where vmap cannot run it, or where it raises: the error is then that of one task.
+        Task by task where vmap cannot run it, where it draws from random or numpy, or where it raises: the error is
+        then that of one task.
         """
         if not self._one_by_one:
+            before = Before([])
             try:
-                return self._mapped(function, *args)
-            except (RuntimeError, IndexError, UnsupportedModuleError) as error:
+                output = self._mapped(function, *args)
+                if not before.has_drawn():
+                    return output
+                failed = False
+            except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-        tasks = range(len(tensors_in(args)[0]))
-        outputs = [function(*_refilled(args, [tensor[task] for tensor in tensors_in(args)])) for task in tasks]
-        self._one_by_one = True
+                failed = True
+            before.put_back()
+        outputs = [function(*own) for own in _each_alone(args)]
+        self._one_by_one = self._one_by_one or failed
         return _refilled(outputs[0], [torch.stack(parts) for parts in zip(*map(tensors_in, outputs), strict=True)])
 
     def _mapped(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -101,7 +114,7 @@ class BatchedEngine:
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             # Fused attention has no rule of its own.
-            with TaskAxis(self._convolution), sdpa_kernel(SDPBackend.MATH):
+            with TaskAxis(self._convolution) as self._axis, sdpa_kernel(SDPBackend.MATH):
                 output = function(*_refilled(args, tensors))
             shells.append(output)
             return tensors_in(output)
@@ -119,34 +132,58 @@ class BatchedEngine:
         """See `Engine.inner_optimizer`; every rule goes entry by entry, so the task axis is one more axis to it."""
         return OwnInnerOptimizer(rule)
 
-    def _refuse_changes(self, before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        for name, value in self._replaced(before):
-            if any(is_batched(tensor) for tensor in held_tensors(value)):
+    def _refuse_changes(self, before: Before, inputs: Any, again: Callable[[], Any]) -> None:
+        """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""
+        changes = list(before.changes())
+        for change in changes:
+            if any(is_batched(tensor) for tensor in held_tensors(change.value)):
                 raise UnsupportedModuleError(
-                    cannot(f"its forward keeps values of one task in '{name}', and several run at once")
+                    cannot(f"its forward keeps values of one task in {change.name}, and several run at once")
                 )
-            self.changed.add(name)
+        self._refuse_edits()
+        form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(inputs))
+        keys = {None if change.key is None else (change.key, form) for change in changes}
+        moved = before.has_drawn() or (before.torch_has_drawn() and not self._axis.may_drop)
+        if keys <= self._settled and not moved:
+            return
+        # Again: a cache stays as it is, and a generator that another thread draws from does, too.
+        between = Before(self._modules)
+        device = tensors_in(inputs)[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            again()
+            if between.has_drawn():
+                raise UnsupportedModuleError(
+                    cannot(
+                        "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's "
+                        "dropout"
+                    )
+                )
+            if between.torch_has_drawn() and not self._axis.may_drop:
+                raise UnsupportedModuleError(cannot(DRAWS))
+        if changed := [change.name for change in between.changes()]:
+            raise UnsupportedModuleError(cannot(f"each call of its forward changes {changed[0]}, {ONCE}"))
+        self._settled |= keys - {None}
+
+    def _refuse_edits(self) -> None:
         if self._edits.edited:
-            raise UnsupportedModuleError(
-                cannot(f"its forward edits the buffer '{min(self._edits.edited)}', once for all tasks, not for each")
-            )
+            raise UnsupportedModuleError(cannot(f"its forward edits the buffer '{min(self._edits.edited)}', {ONCE}"))
 
-    def _replaced(self, before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[tuple[str, Any]]:
-        for (path, module), tables in zip(self._modules, before, strict=True):
-            for now, then in zip((module.__dict__, module._buffers), tables, strict=True):
-                for key, value in now.items():
-                    old = then.get(key, _NOTHING)
-                    # A recurrent module's own cache of its weights, which is made anew after each call.
-                    own = isinstance(module, nn.RNNBase) and key.startswith("_flat_weight")
-                    if value is not old and not own and not (type(value) in _PLAIN and value == old):
-                        yield f"{path}.{key}" if path else key, value
-
-    def _put_back(self, before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        for (_, module), (attributes, buffers) in zip(self._modules, before, strict=True):
-            for table, values in ((module.__dict__, attributes), (module._buffers, buffers)):
-                for key in table.keys() - values.keys():
-                    del table[key]
-                table.update(values)
+    def _run_alone(self, run: Callable[..., Any], args: Any) -> None:
+        """Raises what a task raises by itself, or names what it edits; leaves nothing behind."""
+        before = Before(self._modules)
+        buffers = [(b, b.clone()) for _, module in self._modules for b in module._buffers.values() if b is not None]
+        try:
+            for own in _each_alone(args):
+                run(*own)
+            self._refuse_edits()
+        finally:
+            before.put_back()
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not same_value(buffer, value):
+                        buffer.copy_(value)
+                    if buffer.grad_fn is not None:
+                        buffer.detach_()
 
 
 def cannot(reason: str) -> str:
@@ -160,11 +197,18 @@ def _refilled(shell: Any, tensors: Sequence[Tensor]) -> Any:
     return map_tensors(shell, lambda _: next(rest))
 
 
+def _each_alone(args: Any) -> Iterator[Any]:
+    """The arguments of each task."""
+    tensors = tensors_in(args)
+    for task in range(len(tensors[0])):
+        yield _refilled(args, [tensor[task] for tensor in tensors])
+
+
 def first_line(error: BaseException) -> str:
     """A short account of an error."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else type(error).__name__
 
 
 _OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor")
-_NOTHING = object()
-_PLAIN = (int, float, bool, str, type(None), torch.Size)
+ONCE = "once for all tasks, not for each"
+DRAWS = "its forward draws random numbers, not through torch's dropout, so that it cannot be checked"

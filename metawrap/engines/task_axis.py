@@ -16,22 +16,28 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-from metawrap.engines.grouped_convolution import grouped_convolution
 from metawrap.layers.batch_norm import batch_norm
+from metawrap.layers.convolution import convolution
 
 Convolution = Literal["grouped", "unfolded"]
 _PLANE = 4  # Axes of a batch of images.
 
 
 class TaskAxis(TorchFunctionMode):
-    """For the time of a call under vmap. convolution: how weights of one task each are convolved; see BatchedEngine."""
+    """For the time of a call under vmap.
+
+    convolution: how weights of one task each are convolved; see BatchedEngine. may_drop: whether something was called
+    that may have drawn a mask of dropout.
+    """
 
     def __init__(self, convolution: Convolution = "grouped") -> None:
         super().__init__()
+        self.may_drop = False
         self._forms = _FORMS | {torch.conv2d: _grouped if convolution == "grouped" else _unfolded}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
+        self.may_drop |= func in _MAY_DROP
         return self._forms.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -194,8 +200,9 @@ def _grouped_each(
     assert dims[1] is not None
     weight = weight.movedim(dims[1], 0)
     stride, padding, dilation = sizes
-    geometry = (stride, padding, dilation, tasks * groups)
-    output = grouped_convolution(_beside_channels(tasks, dims[0], x), weight.flatten(0, 1), geometry)
+    x, weight = _beside_channels(tasks, dims[0], x), weight.flatten(0, 1)
+    # torch's own second derivative would go group by group.
+    output = convolution(x, weight, None, stride, padding, dilation, tasks * groups)
     return _apart(tasks, output), 1
 
 
@@ -268,3 +275,21 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     **{func: _pooled(func) for func in (torch.max_pool2d, F.avg_pool2d)},
     **{getattr(torch, name): _recurrent(name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")},
 }
+DROPOUTS = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    torch.feature_dropout,
+    torch.feature_dropout_,
+    torch.alpha_dropout,
+    torch.alpha_dropout_,
+    torch.feature_alpha_dropout,
+    torch.feature_alpha_dropout_,
+}
+_RECURRENT = [getattr(torch, name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")]
+_MAY_DROP = {*DROPOUTS, *_RECURRENT, F.scaled_dot_product_attention, F.multi_head_attention_forward}

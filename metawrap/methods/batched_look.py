@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from metawrap.engines import BatchedEngine, cannot
+from metawrap.engines import cannot
+from metawrap.engines.batched import DRAWS, ONCE
+from metawrap.engines.task_axis import DROPOUTS
 from metawrap.errors import UnsupportedModuleError
-from metawrap.methods.first_look import containers_in, containers_of
+from metawrap.methods.first_look import containers_of
+from metawrap.surgery.copying import containers_in
 from metawrap.tasks import Task, map_tensors
 
 
@@ -37,8 +38,10 @@ def _rolled(tensor: Tensor) -> Tensor:
     return tensor.roll(1, 0) if tensor.ndim else tensor
 
 
-def refuse_impure(model: nn.Module, engine: BatchedEngine, call: Callable[[], Any]) -> None:
+def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
     """Checks that a call does no more than return its prediction, apart from filling a cache.
+
+    What each call of the engine checks is refused by the engine; here is what would take too long each time.
 
     Args:
         call: runs the engine on one batch, without dropout.
@@ -46,11 +49,8 @@ def refuse_impure(model: nn.Module, engine: BatchedEngine, call: Callable[[], An
         UnsupportedModuleError: it does: once for all tasks, where it is due for each.
     """
     call()  # Fills what is filled at a first call.
-    engine.changed.clear()
     before = _Traces(model)
     call()
-    if engine.changed:
-        raise UnsupportedModuleError(cannot(f"each call of its forward changes '{min(engine.changed)}', {_ONCE}"))
     before.refuse_changes()
 
 
@@ -64,28 +64,19 @@ class _Traces:
         self._hooked = {id(container) for container in hooked}
         self._versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
         self._device = next(model.parameters()).device
-        self._drawn, self._others = self._torch_state(), (random.getstate(), np.random.get_state())
+        self._drawn = self._torch_state()
 
     def refuse_changes(self) -> None:
         """Raises UnsupportedModuleError where something is not as it was."""
         for live, kept in self._containers:
             now = _items(live)
             if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
-                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {_ONCE}"))
+                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {ONCE}"))
         for name, parameter, version in self._versions:
             if parameter._version != version:
-                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {_ONCE}"))
+                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {ONCE}"))
         if not all(map(torch.equal, self._drawn, self._torch_state())):
-            raise UnsupportedModuleError(
-                cannot("its forward draws random numbers, not through torch's dropout, so that it cannot be checked")
-            )
-        there, here = self._others, (random.getstate(), np.random.get_state())
-        if there[0] != here[0] or not all(map(np.array_equal, there[1], here[1])):
-            raise UnsupportedModuleError(
-                cannot(
-                    "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout"
-                )
-            )
+            raise UnsupportedModuleError(cannot(DRAWS))
 
     def _owner(self, container: Any) -> str:
         if id(container) in self._hooked:
@@ -146,7 +137,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 class _NoDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
+        if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             return partial(_attention, func)(*args, **kwargs)
@@ -157,22 +148,3 @@ def _attention(
     func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **more: Any
 ) -> Any:
     return func(query, key, value, attn_mask, 0.0, *args, **more)
-
-
-_ONCE = "once for all tasks, not for each"
-_DROPOUTS = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.dropout_,
-    torch.feature_dropout,
-    torch.feature_dropout_,
-    torch.alpha_dropout,
-    torch.alpha_dropout_,
-    torch.feature_alpha_dropout,
-    torch.feature_alpha_dropout_,
-}

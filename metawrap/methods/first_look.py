@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from metawrap.engines import BufferEdits
 from metawrap.engines.calling import same_value
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.methods.solved import untouched_buffers
+from metawrap.surgery.copying import containers_in
 from metawrap.surgery.inspect import registered_buffers
 from metawrap.tasks import tensors_in
 
@@ -258,19 +258,6 @@ def containers_of(*modules: nn.Module) -> Iterator[Any]:
     return containers_in(value for module in modules for value in module.__dict__.values())
 
 
-def containers_in(values: Iterable[Any]) -> Iterator[Any]:
-    """The plain containers among the values, and those in them."""
-    seen: set[int] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if type(value) in _PLAIN and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-            yield value
-
-
-_PLAIN = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _NO_GRADIENT = (
     "No adapted parameter gets a gradient from the support loss. The model may compute under no_grad, detach its "
     "output, or run on parameters other than its own (a closure over another module, say). Make forward read its "

@@ -277,7 +277,7 @@ class GradientBased(Paced):
             with without_dropout(self.model):
                 self._batched = BatchedEngine(self.model, self._buffer_edits)
                 for call in self._batched_calls(stacked([task, twin_of(task)])):
-                    refuse_impure(self.model, self._batched, call)
+                    refuse_impure(self.model, call)
         except (MetaWrapError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # It has just run as one task, so that whatever breaks now is due to two of them.

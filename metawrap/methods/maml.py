@@ -3,8 +3,11 @@
 task -> fast weights -> inner step (support loss, gradient, rate of this layer and step) -> target loss after each step
      -> weighted sum over steps.   `Method.meta_step` takes it from there: mean over tasks -> backward -> outer update.
 
-Read `_unrolled` first; each method below it is one arrow of the path. With engine="batched" the same path runs for all
-tasks at once: fast weights, inputs, predictions and losses have a leading task axis there.
+Read from top to bottom. What asks for solved tasks comes first: `_solve_all` for those of a training batch, which hands
+them to `_solve`, for one task (as evaluation does), or with engine="batched" to `_solve_together`, for a stack of tasks
+of one shape. These two say what goes in (`_unroll`) and what is kept of what comes out. The path itself is `_unrolled`,
+and each method below that is one arrow of it. In a stack fast weights, inputs, predictions and losses have a leading
+task axis; nothing else differs.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
-from metawrap.methods.solved import Solved, added, attached, autograd, dense, solved_from, usable
+from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from, usable
 from metawrap.methods.together import alike, apart, stacked, start_of
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
@@ -40,6 +43,7 @@ from metawrap.tasks import Inputs, Task, TaskId, map_tensors, same_device, tenso
 
 FastWeights = dict[str, Tensor]
 Rates = Mapping[str, tuple[Tensor, ...]]
+Start = Mapping[str, Tensor]
 NO_STATE: State = {}
 
 
@@ -48,14 +52,16 @@ class _Unroll:
     """What stays the same while one task, or a stack of them, is unrolled, and what its norms saw.
 
     engine: one that takes a task axis if the task has one. ids: of each task; None where there is one task, and no
-    axis. statistics: by which norms normalise. differentiable: whether the fast weights carry a graph. second_order:
-    whether their gradients do. judge: what takes the target losses' gradients as values; None where they are part of
-    the graph. used: the classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
+    axis. starts: where each task's head starts; None for one that is asked for when the task begins. statistics: by
+    which norms normalise. differentiable: whether the fast weights carry a graph. second_order: whether their gradients
+    do. judge: what takes the target losses' gradients as values; None where they are part of the graph. used: the
+    classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
     """
 
     task: Task
     engine: Engine
     ids: Sequence[TaskId | None] | None
+    starts: Sequence[Start] | None
     norm: str
     statistics: Statistics
     differentiable: bool
@@ -68,6 +74,21 @@ class _Unroll:
     @property
     def stacked(self) -> bool:
         return self.ids is not None
+
+
+@dataclass
+class _Unrolled:
+    """What comes of a task, or of a stack of them.
+
+    loss: scalar, with its graph, the sum over tasks. losses: of each task; a scalar where there is no task axis.
+    step_losses: the same for each inner step, None where not computed. fast: the last fast weights.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    step_losses: list[Tensor | None]
+    prediction: Any
+    fast: FastWeights
 
 
 class MAML(GradientBased):
@@ -152,6 +173,28 @@ class MAML(GradientBased):
         if wrapped.swapped and settings.per_step_norm_affine and settings.first_order_epochs >= settings.epochs:
             warnings.warn(f"first_order_epochs: {first_order_warning(settings)}", MetaWrapWarning, stacklevel=2)
 
+    def _solve_all(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
+    ) -> tuple[Tensor, list[Solved]]:
+        if self._batched is None or not training:
+            return super()._solve_all(tasks, training=training, norm=norm, whole_graph=whole_graph)
+        total: list[Tensor] = []
+        solved: dict[int, Solved] = {}
+        # In the order of the tasks, as they would be drawn one task after another.
+        starts = [self.head_start.values(self.model, task.id) for task in tasks]
+        # An edit of a buffer is found, and refused, when it has been made.
+        with restored_buffers(self.model):
+            for places in alike(tasks):
+                group, own = [tasks[place] for place in places], [starts[place] for place in places]
+                if len(group) > 1:
+                    loss, outcomes = self._solve_together(group, own, training, norm, whole_graph)
+                else:
+                    alone = self._solve(group[0], training=training, norm=norm, whole_graph=whole_graph, start=own[0])
+                    loss, outcomes = alone.loss, [alone.detached()]
+                total.append(loss)
+                solved |= zip(places, outcomes, strict=True)
+        return torch.stack(total).sum(), [solved[place] for place in range(len(tasks))]
+
     def _solve(
         self,
         task: Task,
@@ -161,41 +204,25 @@ class MAML(GradientBased):
         steps: int | None = None,
         mask: bool | None = None,
         whole_graph: bool = True,
+        start: Start | None = None,
     ) -> Solved:
         steps = self.settings.inner_steps if steps is None else steps
-        unroll = self._unroll(task, training, norm, mask)
-        loss, _, losses, prediction, fast = self._unrolled(unroll, self._step_weights(steps, training), whole_graph)
-        head, ignored = self.head_start.adapted(fast), ignored_label(self.loss_fn)
-        return solved_from(loss, losses, prediction, task, unroll.moments or [], head, ignored)
-
-    def _solve_all(
-        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
-    ) -> tuple[Tensor, list[Solved]]:
-        if self._batched is None or not training:
-            return super()._solve_all(tasks, training=training, norm=norm, whole_graph=whole_graph)
-        total: list[Tensor] = []
-        solved: dict[int, Solved] = {}
-        for places in alike(tasks):
-            group = [tasks[place] for place in places]
-            solve = self._solve_together if len(group) > 1 else super()._solve_all
-            loss, outcomes = solve(group, training=training, norm=norm, whole_graph=whole_graph)
-            total.append(loss)
-            solved |= zip(places, outcomes, strict=True)
-        return torch.stack(total).sum(), [solved[place] for place in range(len(tasks))]
+        unroll = self._unroll(task, training, norm, mask, starts=None if start is None else [start])
+        found = self._unrolled(unroll, self._step_weights(steps, training), whole_graph)
+        head, ignored = self.head_start.adapted(found.fast), ignored_label(self.loss_fn)
+        moments = unroll.moments or []
+        return solved_from(found.loss, found.step_losses, found.prediction, task, moments, head, ignored)
 
     def _solve_together(
-        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool
+        self, tasks: Sequence[Task], starts: Sequence[Start], training: bool, norm: str, whole_graph: bool
     ) -> tuple[Tensor, list[Solved]]:
-        unroll = self._unroll(stacked(tasks), training, norm, ids=[task.id for task in tasks])
+        unroll = self._unroll(stacked(tasks), training, norm, ids=[task.id for task in tasks], starts=starts)
         weights = self._step_weights(self.settings.inner_steps, training)
-        loss, each, losses, prediction, fast = self._unrolled(unroll, weights, whole_graph)
-        head, ignored = self.head_start.adapted(fast), ignored_label(self.loss_fn)
-        return loss, apart(tasks, each, losses, prediction, unroll.moments or [], head, ignored)
+        found = self._unrolled(unroll, weights, whole_graph)
+        head, ignored, moments = self.head_start.adapted(found.fast), ignored_label(self.loss_fn), unroll.moments or []
+        return found.loss, apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, ignored)
 
-    def _unrolled(
-        self, unroll: _Unroll, weights: list[float], whole_graph: bool
-    ) -> tuple[Tensor, Tensor, list[Tensor | None], Any, FastWeights]:
-        """The loss with its graph, summed over tasks, and that of each task; step losses, prediction, fast weights."""
+    def _unrolled(self, unroll: _Unroll, weights: list[float], whole_graph: bool) -> _Unrolled:
         flat = unroll.second_order and self.settings.memory == "flat"
         tape = Tape(self.model, self._device, Rows(len(weights))) if flat else None
         if unroll.differentiable and (flat or not whole_graph):
@@ -222,7 +249,7 @@ class MAML(GradientBased):
                 total = attached(total, self._pulled_back(tape, start, unroll, unroll.judge))
             elif unroll.judge:
                 total = attached(total, unroll.judge.pairs())
-        return total, each, losses, prediction, fast
+        return _Unrolled(total, each, losses, prediction, fast)
 
     def _unroll(
         self,
@@ -231,6 +258,7 @@ class MAML(GradientBased):
         norm: str,
         mask: bool | None = None,
         ids: Sequence[TaskId | None] | None = None,
+        starts: Sequence[Start] | None = None,
     ) -> _Unroll:
         engine = self._engine if ids is None else self._batched
         assert engine is not None
@@ -241,6 +269,7 @@ class MAML(GradientBased):
             task,
             engine,
             ids,
+            starts,
             norm,
             statistics="running" if norm == "running" and not training else "batch",
             differentiable=differentiable,
@@ -260,7 +289,9 @@ class MAML(GradientBased):
         return step_loss_weights(steps, self.epoch, self.settings.step_loss_epochs if training else 0) if steps else []
 
     def _initial_weights(self, unroll: _Unroll) -> FastWeights:
-        starts = [self.head_start.values(self.model, id) for id in unroll.ids or [unroll.task.id]]
+        starts = unroll.starts
+        if starts is None:
+            starts = [self.head_start.values(self.model, id) for id in unroll.ids or [unroll.task.id]]
         # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
         copies = {
             name: start_of([start.get(name, p) for start in starts], unroll.stacked)
@@ -490,7 +521,8 @@ class MAMLPlusPlus(MAML):
         max_grad_norm, max_grad_value: clipping of the meta-gradient, by norm or by entry.
         engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
             tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
-            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step.
+            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
+            later (a counter, a draw from random or numpy, an edited buffer), when it does.
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of

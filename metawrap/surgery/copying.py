@@ -6,7 +6,8 @@ import copy
 import functools
 import operator
 import types
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from metawrap.errors import UnsupportedModuleError
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _WRAPPERS: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -64,6 +66,18 @@ def held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple | set) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from held_tensors(item, depth - 1)
+
+
+def containers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """The plain containers among the values, and those in them."""
+    seen: set[int] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+            yield value
 
 
 def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
