@@ -1,5 +1,11 @@
-"""One thread for all tests: on small tensors it is faster, and two busy processes with two threads each crawl."""
+"""One thread for all tests: on small tensors it is faster, and two busy processes with two threads each crawl.
+
+And no convolution is too small for the form that large ones take: it is that form that all networks are to be tried in.
+"""
 
 import torch
 
+from metawrap.engines import quick
+
 torch.set_num_threads(1)
+quick.LARGE = 0

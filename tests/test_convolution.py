@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.engines.quick import QuickConvolutions
+from metawrap.engines import QuickConvolutions, quick
 from metawrap.layers.convolution import convolution
 
 NATIVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -95,6 +95,17 @@ def test_the_mode_takes_every_way_of_calling() -> None:
     assert {out.grad_fn.name() for out in taken if out.grad_fn} == {"_ForwardBackward"}
     for out in taken[:3]:
         assert torch.equal(out, F.conv2d(x, w, b, padding=1))
+
+
+@pytest.mark.parametrize(("side", "taken"), [(39, False), (41, True)])
+def test_only_large_convolutions_are_taken(side: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 2 * 5 images * side^2 places / 4 by the stride * 8 * 8 * 9 weights: 2.19e6 and 2.42e6.
+    monkeypatch.setattr(quick, "LARGE", 2.3e6)
+    x, w = torch.rand(5, 8, side, side), torch.rand(8, 8, 3, 3, requires_grad=True)
+    with QuickConvolutions() as mode:
+        out = F.conv2d(x, w, stride=2, padding=1)
+    assert out.grad_fn is not None
+    assert (out.grad_fn.name() == "_ForwardBackward") is mode.seen is taken
 
 
 @pytest.mark.parametrize("case", ["same", "unbatched", "no grad", "autocast", "vmap", "frozen", "half"])

@@ -5,6 +5,7 @@ from metawrap.engines.calling import BufferEdits, HardGates, differentiable_twic
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
 from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, clipped
+from metawrap.engines.quick import QuickConvolutions
 
 __all__ = [
     "ENGINES",
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "HardGates",
     "InnerOptimizer",
+    "QuickConvolutions",
     "State",
     "UpdateRule",
     "cannot",

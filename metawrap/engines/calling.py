@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from metawrap.engines.quick import QuickConvolutions
@@ -105,17 +104,18 @@ def same_value(tensor: Tensor, value: Tensor) -> bool:
 
 
 @contextmanager
-def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
+def differentiable_twice(model: nn.Module, hard: bool, quick: bool = False) -> Iterator[None]:
     """Makes what runs inside differentiable twice: fused attention, recurrent networks, and, if `hard`, hard gates.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
-    whose derivative torch cannot differentiate, as relu6(x + 3) / 6. Convolutions take a form in which that is quick.
+    whose derivative torch cannot differentiate, as relu6(x + 3) / 6. If `quick`, large
+    convolutions take a form in which that is quick.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if any(isinstance(module, _ConvNd) for module in model.modules()):
+        if quick:
             stack.enter_context(QuickConvolutions())
         if hard:
             stack.enter_context(HardGates())

@@ -23,9 +23,9 @@ from metawrap.engines import (
     BufferEdits,
     Engine,
     HardGates,
+    QuickConvolutions,
     cannot,
     choose_engine,
-    differentiable_twice,
 )
 from metawrap.engines.batched import first_line
 from metawrap.errors import ArgumentError, MetaWrapError, UnsupportedModuleError
@@ -90,7 +90,7 @@ class GradientBased(Paced):
         self._buffer_edits = BufferEdits(find_buffer_aliases(wrapped.model))
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
-        self._has_hard_gates = self._edits_inputs = False
+        self._has_hard_gates = self._has_large_convolutions = self._edits_inputs = False
         self.head_start: HeadStart = HEAD_STARTS[settings.head_init]()
         if head is not None:
             self.head_start.find(wrapped.model, head, wrapped.adapted)
@@ -181,9 +181,10 @@ class GradientBased(Paced):
                 refuse_other_layout(lambda: self._support_prediction(learned, task.map(Tensor.clone)))
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates, Traces(self._parts()) as traces:
+            with HardGates() as gates, QuickConvolutions() as convolutions, Traces(self._parts()) as traces:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
+            self._has_large_convolutions = self._has_large_convolutions or convolutions.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
             if differentiable:
                 refuse_carried_graphs(self.model, self._buffer_edits.carried, lambda: support_loss(learned))
@@ -195,7 +196,7 @@ class GradientBased(Paced):
                 self._head = head
             once = None
             if differentiable and not math.isinf(self.settings.first_order_epochs):
-                with differentiable_twice(self.model, self._has_hard_gates):
+                with self._twice():
                     once = missing_second_derivative(self.model, learned, support_loss)
                 self._refuse_second_order(once)
             if self._chosen[0] == "higher":

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines import Engine, InnerOptimizer, State, clipped, differentiable_twice
+from metawrap.engines import Engine, InnerOptimizer, State, clipped
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
@@ -228,7 +228,7 @@ class MAML(GradientBased):
         if unroll.differentiable and (flat or not whole_graph):
             unroll.judge = Judge(self._learned_only(), Rows(len(weights)) if flat else None)
         losses: list[Tensor | None] = [None] * len(weights)
-        with differentiable_twice(self.model, self._has_hard_gates) if unroll.second_order else nullcontext():
+        with self._twice() if unroll.second_order else nullcontext():
             rates = self.learning_rates.per_step()
             start = self._initial_weights(unroll)
             sweep = replace(unroll, differentiable=False, second_order=False) if flat else unroll

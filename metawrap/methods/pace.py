@@ -40,6 +40,7 @@ class Paced(Method):
     _buffer_edits: BufferEdits
     _looks: dict[bool, FirstLook]
     _has_hard_gates: bool
+    _has_large_convolutions: bool
     head_start: HeadStart
 
     def __init__(self, model: nn.Module, settings: Settings, loss_fn: LossFunction) -> None:
@@ -166,11 +167,14 @@ class Paced(Method):
             raise DisturbedError(f"it cannot be copied any more: {first_line(error)}") from error
         before = [state_of(each._parts()) for each in replicas]
         # What this sets for the whole process must be set before the first worker begins, and put back after the last.
-        with differentiable_twice(self.model, self._has_hard_gates):
+        with self._twice():
             yield from in_threads(work, chunks, replicas)
         for each, state in zip(replicas, before, strict=True):
             if changed := difference(state, state_of(each._parts())):
                 raise DisturbedError(changed)
+
+    def _twice(self) -> AbstractContextManager[None]:
+        return differentiable_twice(self.model, self._has_hard_gates, self._has_large_convolutions)
 
     def _replica(self) -> Paced:
         made = replica(self, shared=[self.outer, self.head_start, self._looks, self._recordings])
