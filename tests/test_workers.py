@@ -562,7 +562,7 @@ def test_channels_last_reaches_the_first_convolution() -> None:
 
 def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    cost = {(1, False): 10.0, (1, True): 1.0, (2, False): 8.0, (4, False): 7.9, (8, False): 2.0}
+    cost = {(1, False): 10.0, (1, True): 9.0, (2, True): 8.0, (4, True): 7.9, (8, True): 2.0}
 
     def run(speed: Speed) -> list[Tensor]:
         nonlocal clock
@@ -572,9 +572,9 @@ def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch)
         return [torch.tensor([1.0, 2.0 + speed.channels_last])]
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    # The other layout is fastest and wrong, eight workers fail, and four gain too little over two.
+    # Eight workers fail, and four gain too little over two.
     found = fastest(run, [True], [2, 4, 8])
-    assert (found.workers, found.channels_last) == (2, False)
+    assert (found.workers, found.channels_last) == (2, True)
     assert "8" in found.why
     assert "10" in found.why
 
@@ -626,6 +626,42 @@ def test_the_outer_update_is_right_in_any_layout(change: str) -> None:
         if change == "parameters":
             other.to(memory_format=torch.channels_last)
     assert_same_values(tensors(other), tensors(plain))
+
+
+class ByStrides(nn.Module):
+    """Computes something else in the other layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1.0 if x.stride(-1) == 1 else 1.5
+        return self.linear(torch.tanh(factor * self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("make", "right"), [(ByStrides, False), (Viewing, False), (Conv4, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_layout_is_tried_only_where_it_is_right(
+    make: Any, right: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[bool] = []
+
+    def choose(run: Any, layouts: Any, workers: Any) -> Speed:
+        offered.extend(layouts)
+        return Speed()
+
+    monkeypatch.setattr(pace, "fastest", choose)
+    side = 28 if make is Viewing else 16
+    batch = tuple(
+        t.to(dtype) if t.is_floating_point() else t for t in class_tasks((2 if make is ByStrides else 1, side, side))
+    )
+    learner = build(seeded(make).to(dtype), tune=True)
+    learner.meta_step(batch)
+    plain = build(seeded(make).to(dtype), engine="functional")
+    plain.meta_step(batch)
+    assert offered == ([True] if right else [])
+    assert_same_values(tensors(learner), tensors(plain), tolerance=0)
 
 
 def test_tuning_draws_no_random_numbers_and_changes_nothing() -> None:

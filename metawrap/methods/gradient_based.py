@@ -56,6 +56,7 @@ from metawrap.methods.settings import Memory, Settings
 from metawrap.methods.solved import Solved, autograd, dense
 from metawrap.methods.together import stacked
 from metawrap.methods.traces import Traces
+from metawrap.methods.tuning import Speed
 from metawrap.methods.workers import in_threads
 from metawrap.schedules import is_second_order
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
@@ -254,6 +255,19 @@ class GradientBased(Paced):
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
                 'back. Keep it in a buffer or a plain attribute, or use memory="unrolled".'
             )
+
+    def _carries_layout(self, task: Task) -> bool:
+        probe, sample, tolerance = self._for_probing(task)
+        before, found = probe._tuned, []
+        try:
+            for last in (False, True):
+                probe._tuned = Speed(1, last)
+                found.append(probe._gradient_with("functional", [sample]))
+        except RuntimeError:  # A `view` of the usual layout, say.
+            return False
+        finally:
+            probe._tuned, probe._engine = before, None
+        return not differ(found[1], found[0], tolerance)
 
     def _replica_differs(self, task: Task) -> str | None:
         engine = self._chosen[0]

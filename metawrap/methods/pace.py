@@ -50,6 +50,14 @@ class Paced(Method):
         self._in_one_thread: str | None = None
 
     @abstractmethod
+    def _replica_differs(self, task: Task) -> str | None:
+        """Why a replica in a thread does not do what the learner does, or None."""
+
+    @abstractmethod
+    def _carries_layout(self, task: Task) -> bool:
+        """Whether the gradient is the same in channels_last."""
+
+    @abstractmethod
     def _unchanged(self) -> AbstractContextManager[None]:
         """Puts back all that a look at the model and the loss may change."""
 
@@ -119,8 +127,10 @@ class Paced(Method):
             self._prepare(usable(few[0]))
             if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].once:
                 self.settings = replace(settings, first_order_epochs=0)
-            counts = [] if self._alone() else [n for n in range(2, cores + 1) if cores % n == 0]
-            chosen = fastest(run, [True] if images else [], counts)
+            task = usable(few[0])
+            independent = not self._alone() and not self._replica_differs(task)
+            counts = [n for n in range(2, cores + 1) if cores % n == 0] if independent else []
+            chosen = fastest(run, [True] if images and self._carries_layout(task) else [], counts)
         finally:
             self.settings, self._tuned = settings, chosen
 
