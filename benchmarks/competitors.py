@@ -57,6 +57,8 @@ class Metawrap:
         if unknown:
             raise Skipped(f"this metawrap has no {', '.join(f'{name}=' for name in unknown)}")
         like = next(iter(values.values()))
+        if options.get("cuda_graphs") and not like.is_cuda:
+            raise Skipped("CUDA graphs are for a GPU")
         model = Conv4(case.channels, case.side, case.ways, case.filters).to(like.device, like.dtype)
         epochs = 1_000 if first_order else 0
         # Longer than the first-order phase: a run that is nothing else is warned of.
