@@ -698,3 +698,17 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         MAMLPlusPlus(seeded(NormedMlp), **options)
+
+
+def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "fastest", lambda *_: Speed(2))
+    plain, tuned = (build(seeded(Scheduled), engine="functional", tune=tune) for tune in (False, True))
+    batch = class_tasks((4,), tasks=4)
+    for learner in (plain, tuned):
+        learner.meta_step(batch)
+        learner.model.counting = True
+        learner.meta_step(batch)
+    assert_same_values(tensors(tuned), tensors(plain))
+    assert "one task after another: forward changes" in " ".join(str(tuned.describe()).split())

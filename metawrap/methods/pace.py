@@ -78,7 +78,7 @@ class Paced(Method):
             # What began after the first look: random draws, a counter. From now on in order, this step included.
             self._in_one_thread = str(disturbed)
             generators.put_back()
-            if self.settings.workers != "auto":
+            if self.settings.workers not in (1, "auto"):  # What was measured is nobody's wish; describe() says it.
                 warn_alone(self.settings.workers, self._in_one_thread)
         return super()._meta_gradient(batch, parameters)
 
