@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus
+from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, ProtoNet
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -37,6 +37,7 @@ __all__ = [
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "ProtoNet",
     "RankError",
     "StepMetrics",
     "Task",

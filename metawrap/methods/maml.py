@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.engines import Engine, InnerOptimizer, State, clipped
-from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
+from metawrap.errors import MetaWrapWarning
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
@@ -472,14 +472,7 @@ class MAML(GradientBased):
 
     def _support_statistics(self, fast: FastWeights, row: int, unroll: _Unroll) -> dict[str, tuple[Tensor, Tensor]]:
         self._predict(fast, unroll.task.support_x, row, "capture", unroll)
-        captured, self.wrapped.clock.captured = self.wrapped.clock.captured, {}
-        for name, passes in captured.items():
-            if len(passes) != 1:
-                raise UnsupportedModuleError(
-                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain batch norm holds one set of "
-                    'statistics. Use norm="batch" or norm="running", or evaluate with the learner itself.'
-                )
-        return {name: passes[0] for name, passes in captured.items()}
+        return self.wrapped.clock.taken()
 
 
 class MAMLPlusPlus(MAML):

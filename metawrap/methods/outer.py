@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metawrap.errors import ArgumentError, MetaWrapWarning
-from metawrap.methods.settings import Settings
+from metawrap.methods.settings import OuterSettings
 from metawrap.schedules import cosine_meta_lr
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -29,7 +29,7 @@ class OuterUpdate:
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        settings: Settings,
+        settings: OuterSettings,
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
     ) -> None:
@@ -143,7 +143,7 @@ def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
-def _adam(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+def _adam(parameters: list[nn.Parameter], settings: OuterSettings) -> Optimizer:
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.Adam(parameters, lr=settings.meta_lr, betas=settings.betas, fused=fused)
 
