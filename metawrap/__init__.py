@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, ProtoNet
+from metawrap.methods import ANIL, FOMAML, MAML, FineTune, MAMLPlusPlus, MultiTask, ProtoNet, ZeroStep
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -24,6 +24,7 @@ except PackageNotFoundError:  # Run from a checkout that is not installed.
     __version__ = "0+unknown"
 
 __all__ = [
+    "ANIL",
     "FOMAML",
     "MAML",
     "ArgumentError",
@@ -32,11 +33,13 @@ __all__ = [
     "Description",
     "DivergedError",
     "EvaluationResult",
+    "FineTune",
     "MAMLPlusPlus",
     "MetaOutput",
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "MultiTask",
     "ProtoNet",
     "RankError",
     "StepMetrics",
@@ -44,5 +47,6 @@ __all__ = [
     "TaskBatch",
     "TaskError",
     "UnsupportedModuleError",
+    "ZeroStep",
     "__version__",
 ]

@@ -235,7 +235,7 @@ def _class_numbers(classes: Any) -> tuple[int, ...]:
     found = tuple(classes) if isinstance(classes, Sequence) else ()
     if (
         not found
-        or not all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in found)
+        or not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in found)
         or len(set(found)) != len(found)
     ):
         raise TaskError(

@@ -1,7 +1,8 @@
 """Meta-learning methods, all with the face of `Method`."""
 
-from metawrap.methods.embedding import ProtoNet
+from metawrap.methods.embedding import ANIL, FineTune, MultiTask, ProtoNet
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
 from metawrap.methods.method import Method
+from metawrap.methods.zero_step import ZeroStep
 
-__all__ = ["FOMAML", "MAML", "MAMLPlusPlus", "Method", "ProtoNet"]
+__all__ = ["ANIL", "FOMAML", "MAML", "FineTune", "MAMLPlusPlus", "Method", "MultiTask", "ProtoNet", "ZeroStep"]

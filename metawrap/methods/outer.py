@@ -91,6 +91,38 @@ class OuterUpdate:
                 "parameter of learner.model was replaced."
             )
 
+    def follow(self, named: Iterable[tuple[str, nn.Parameter]], made: Iterable[nn.Parameter]) -> None:
+        """Takes in parameters that were made since it was built, and lets go of those that are gone.
+
+        The new ones join the first group, in the learner's order, so that the places of a stored state are the same in
+        a learner that is built from it.
+
+        Args:
+            named: all of the learner's parameters. made: the new ones.
+        """
+        names = {id(parameter): name for name, parameter in named}
+        order, new = {key: place for place, key in enumerate(names)}, list(made)
+        for index, group in enumerate(self.optimizer.param_groups):
+            kept = [p for p in [*group["params"], *(new if index == 0 else [])] if id(p) in names]
+            group["params"] = sorted({id(p): p for p in kept}.values(), key=lambda p: order[id(p)]) if new else kept
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
+        for parameter in [p for p in self.optimizer.state if id(p) not in names]:
+            del self.optimizer.state[parameter]
+
+    def lengthen(self, parameter: nn.Parameter, more: Tensor) -> None:
+        """Puts rows behind those of a parameter, of which nothing is remembered yet; it stays the same parameter."""
+        before = parameter.shape
+        parameter.grad = None
+        parameter.data = torch.cat([parameter.detach(), more])
+        state = self.optimizer.state.get(parameter, {})
+        remembered = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        if any(value.shape != before for value in remembered.values()):
+            del self.optimizer.state[parameter]  # In a form of the optimizer's own, which cannot be lengthened.
+            return
+        for key, value in remembered.items():
+            state[key] = torch.cat([value, torch.zeros_like(more, dtype=value.dtype)])
+
     def apply(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Puts the gradients in `.grad` and steps.
 

@@ -85,6 +85,18 @@ class OuterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TunedSettings(OuterSettings):
+    """Those of a method that takes gradient steps on a part of the network for each task."""
+
+    inner_steps: int
+
+    @property
+    def default_steps(self) -> int | None:
+        """Inner steps where a caller names none."""
+        return self.inner_steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings(OuterSettings):
     """The resolved keyword arguments of a gradient-based learner; see `MAMLPlusPlus` for their meaning."""
 
@@ -299,6 +311,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "inner_momentum": ("a number from 0 up to, not including, 1", lambda v: _is_number(v) and 0 <= v < 1),
     "inner_betas": _BETAS,
     "inner_eps": _POSITIVE,
+    "first_order": _SWITCH,
     "inner_max_grad_norm": _CLIP,
     "inner_max_grad_value": _CLIP,
     "head_init": _one_of(HeadInit),

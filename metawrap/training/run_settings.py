@@ -13,7 +13,11 @@ METHODS = {
     "maml++": "MAMLPlusPlus",
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "anil": "ANIL",
+    "fine-tune": "FineTune",
+    "multi-task": "MultiTask",
     "protonet": "ProtoNet",
+    "zero-step": "ZeroStep",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
