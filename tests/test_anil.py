@@ -53,6 +53,7 @@ def test_gradient_is_that_of_maml_whose_body_has_rates_of_zero(norm, first_order
     with torch.no_grad():
         for name, rate in maml.learning_rates.items():
             rate.fill_(0.1 if name.startswith("linear") else 0.0)
+    anil.evaluate(batch[:1])  # The head is known from then on, and has its rates.
     found, expected = anil(batch), maml(batch)
     found.loss.backward()
     expected.loss.backward()
@@ -69,7 +70,7 @@ def test_gradient_is_that_of_maml_whose_body_has_rates_of_zero(norm, first_order
 
 def test_gradient_is_that_of_finite_differences():
     model, batch = mlp(), vector_tasks(2)
-    learner = ANIL(model, inner_steps=2, inner_lr=0.4, learn_inner_lr=True)
+    learner = ANIL(model, inner_steps=2, inner_lr=0.4, learn_inner_lr=True, head="head")
     learner(batch).loss.backward()
     delta = 1e-6
     for parameter in list(learner.parameters()):

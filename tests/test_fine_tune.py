@@ -21,7 +21,7 @@ from own_head_cases import (
 )
 from torch import nn
 
-from metawrap import ArgumentError, FineTune, Task, TaskError, UnsupportedModuleError
+from metawrap import ArgumentError, FineTune, MetaWrapWarning, Task, TaskError, UnsupportedModuleError
 from metawrap.data import EpisodeSampler, LabelledImages
 from metawrap.training.experiment import build_learner
 from metawrap.training.run_settings import RunSettings
@@ -41,7 +41,8 @@ def mlp(ways: int = 3, seed: int = 0) -> MLP:
 
 def test_joint_gradient_is_that_of_plain_cross_entropy_on_all_examples():
     model, batch = mlp(), vector_tasks(2, classes=CLASSES)
-    learner = FineTune(model)
+    learner = FineTune(model, classes=6)
+    learner.evaluate(batch[:1])
     found = learner(batch)
     found.loss.backward()
 
@@ -184,6 +185,17 @@ def test_gradient_is_the_same_however_it_is_run():
     assert_same_gradient_however_it_is_run(lambda **more: FineTune(net(), **more), conv_tasks(3))
 
 
+def test_what_an_optimizer_of_ones_own_would_miss_is_said():
+    [first, _, last] = vector_tasks(3, classes=CLASSES)
+    learner = FineTune(mlp())
+    with pytest.warns(MetaWrapWarning, match=r"makes table\.weight, table\.bias.*learner\.optimizer"):
+        learner([first])
+    before = fingerprint(learner)
+    with pytest.raises(ArgumentError, match=r"at least 8, but got None.*sampler\.num_classes"):
+        learner([last])
+    assert fingerprint(learner) == before
+
+
 @pytest.mark.parametrize("tasks", [vector_tasks(3, classes=CLASSES), vector_tasks(1)])
 def test_learns(tasks):
     assert_learns(FineTune(mlp(), meta_lr=0.03), tasks, steps=60, factor=0.6)
@@ -205,8 +217,8 @@ def test_ignored_targets_do_not_count():
     [task] = vector_tasks(1, classes=CLASSES[:1])
     marked = replace(task, target_y=task.target_y.clone().index_fill_(0, torch.tensor([0]), -100))
     short = replace(task, target_x=task.target_x[1:], target_y=task.target_y[1:])
-    one, other = FineTune(mlp())([marked]).loss, FineTune(mlp())([short]).loss
-    torch.testing.assert_close(one, other, rtol=1e-9, atol=0)
+    one, other = FineTune(mlp()).meta_step([marked]).loss, FineTune(mlp()).meta_step([short]).loss
+    assert one == pytest.approx(other, rel=1e-9)
 
 
 class Squeezed(nn.Module):

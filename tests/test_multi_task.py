@@ -68,7 +68,8 @@ def test_a_run_with_heads_is_that_of_a_loop_by_hand():
 
 def test_gradient_by_classes_is_that_of_a_softmax_over_the_tasks_own_classes():
     model, batch = mlp(), vector_tasks(2, classes=CLASSES)
-    learner = MultiTask(model)
+    learner = MultiTask(model, classes=6)
+    learner.evaluate(batch[:1])
     found = learner(batch)
     found.loss.backward()
     weight, bias = (p.detach().clone().requires_grad_() for p in (learner.table.weight, learner.table.bias))

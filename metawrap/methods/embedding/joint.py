@@ -135,12 +135,19 @@ class Joint(OwnHead):
         for task in batch:
             self._check_joint(task)
         by_classes = [task for task in batch if self._by_classes(task)]
-        if by_classes and not self.table.classes:
+        made = not self.table.classes
+        if by_classes and made:
             self._looks.pop(self.model.training, None)  # Whatever was seen before, it made no table.
         with autograd():
             self._prepare(usable((by_classes or batch)[0]))
         needed = max((max(task.classes or ()) + 1 for task in by_classes), default=0)
         if needed > self.table.classes:
+            if self._in_forward and not made:
+                raise ArgumentError(
+                    f"classes: expected how many classes tasks are drawn from, at least {needed}, but got None: a "
+                    "table that grows would leave an optimizer of your own behind. Pass classes=, such as "
+                    "sampler.num_classes, or use meta_step."
+                )
             for parameter, more in self.table.rows_behind(needed):
                 self.outer.lengthen(parameter, more)
 

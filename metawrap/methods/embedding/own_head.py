@@ -6,6 +6,7 @@ they learn besides the network is made when it is known how large it must be.
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing_extensions import Unpack
 
 from metawrap.description import Description
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.describing import describe_learner
@@ -27,6 +28,7 @@ from metawrap.methods.embedding.fitted import FittedHead
 from metawrap.methods.first_look import FirstLook, without_part
 from metawrap.methods.settings import TunedSettings
 from metawrap.methods.solved import autograd, usable
+from metawrap.results import MetaOutput
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import parameter_slots, plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, same_device, tensors_in
@@ -40,6 +42,7 @@ class OwnHead(Embedded):
 
     settings: TunedSettings
     flat: ClassVar[bool] = False
+    _in_forward = False
 
     def __init__(
         self,
@@ -93,15 +96,39 @@ class OwnHead(Embedded):
         full = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return {local: full[id(p)] for local, p in self._own_head().named_parameters() if all or p.requires_grad}
 
+    def forward(self, task_batch: Any) -> MetaOutput:
+        """See `Method.forward`. What is learned besides the network is made with the first task.
+
+        So an optimizer of your own is to be built after that, or use `learner.optimizer`.
+        """
+        self._in_forward = True
+        try:
+            return super().forward(task_batch)
+        finally:
+            self._in_forward = False
+
     def _learn(self, *made: nn.Parameter) -> None:
         """Gives the outer optimizer parameters that were made after it, and takes from it those that are gone."""
-        # The marker that torch's own compiler goes by: it is set for the time of the wrapped module's forward.
-        if made and DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
-            raise UnsupportedModuleError(
-                f"{type(self).__name__} makes parameters when it sees a task, and DistributedDataParallel does not "
-                "follow those that are made after it. Use meta_step, or run one task before you wrap the learner."
-            )
+        new = {id(parameter) for parameter in made if parameter.requires_grad}
+        if names := [name for name, parameter in self.named_parameters() if id(parameter) in new]:
+            self._say_that_they_are_late(names)
         self.outer.follow(self.named_parameters(), made)
+
+    def _say_that_they_are_late(self, names: list[str]) -> None:
+        late = f"{type(self).__name__} makes {', '.join(names)} when it sees its first task"
+        # The marker that torch's own compiler goes by: it is set for the time of the wrapped module's forward.
+        if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
+            raise UnsupportedModuleError(
+                f"{late}, and DistributedDataParallel does not follow what is made after it. Use meta_step, or "
+                "evaluate the learner on one task before you wrap it."
+            )
+        if self._in_forward and self.training:
+            warnings.warn(
+                f"{late}: an optimizer of your own that was built before does not hold them, and they would never be "
+                "learned. Use learner.optimizer, which does, or build yours afterwards.",
+                MetaWrapWarning,
+                stacklevel=2,
+            )
 
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; changes nothing here.
