@@ -42,7 +42,6 @@ class OwnHead(Embedded):
 
     settings: TunedSettings
     flat: ClassVar[bool] = False
-    _in_forward = False
 
     def __init__(
         self,
@@ -58,6 +57,7 @@ class OwnHead(Embedded):
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
                 f"makes sense, but got {keywords['embedding']!r}. Leave it out; head= names the head."
             )
+        self._in_forward = False
         super().__init__(model, options=options, parts=parts, inner_steps=inner_steps, **keywords)
         if self._head is not None:
             self._refuse_shared(self._head)
