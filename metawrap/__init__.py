@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus
+from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, MetaSGD, Reptile
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -34,10 +34,12 @@ __all__ = [
     "EvaluationResult",
     "MAMLPlusPlus",
     "MetaOutput",
+    "MetaSGD",
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
     "RankError",
+    "Reptile",
     "StepMetrics",
     "Task",
     "TaskBatch",

@@ -1,6 +1,8 @@
 """Meta-learning methods, all with the face of `Method`."""
 
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
+from metawrap.methods.meta_sgd import MetaSGD
 from metawrap.methods.method import Method
+from metawrap.methods.reptile import Reptile
 
-__all__ = ["FOMAML", "MAML", "MAMLPlusPlus", "Method"]
+__all__ = ["FOMAML", "MAML", "MAMLPlusPlus", "MetaSGD", "Method", "Reptile"]

@@ -53,6 +53,7 @@ class Method(nn.Module, ABC):
 
     skipped_steps: Tensor
     distributed: bool = True
+    outer_update: type[OuterUpdate] = OuterUpdate
 
     def __init__(
         self,
@@ -98,6 +99,10 @@ class Method(nn.Module, ABC):
     def _tasks_at_once(self, tasks: int) -> int:
         """How many tasks of a batch are unrolled before a backward pass."""
         return self.settings.tasks_per_backward or 1
+
+    def _steps(self, training: bool) -> int:
+        """Inner steps, where nobody asks for another number."""
+        return self.settings.inner_steps
 
     @abstractmethod
     def _prepare(self, task: Task) -> None:
@@ -262,7 +267,7 @@ class Method(nn.Module, ABC):
         if not values:
             raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
         _warn_diverged(torch.stack(losses), policy)
-        details = {"norm": policy, "steps": self.settings.inner_steps if steps is None else steps}
+        details = {"norm": policy, "steps": self._steps(training=False) if steps is None else steps}
         return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
 
     @property
@@ -325,7 +330,7 @@ class Method(nn.Module, ABC):
         return [self.model, self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [self.model]
 
     def _make_outer(self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None) -> None:
-        self.outer = OuterUpdate(list(self.parameters()), self.settings, optimizer, scheduler)
+        self.outer = self.outer_update(list(self.parameters()), self.settings, optimizer, scheduler)
 
     @property
     def _device(self) -> torch.device:

@@ -8,7 +8,13 @@ from typing import Any
 
 from metawrap.errors import ArgumentError, CheckpointError
 
-METHODS = {"maml++": "MAMLPlusPlus", "maml": "MAML", "fomaml": "FOMAML"}
+METHODS = {
+    "maml++": "MAMLPlusPlus",
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "meta-sgd": "MetaSGD",
+    "reptile": "Reptile",
+}
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
 
