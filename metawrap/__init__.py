@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, MetaSGD, Reptile
+from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, MetaSGD, ProtoNet, Reptile
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -38,6 +38,7 @@ __all__ = [
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "ProtoNet",
     "RankError",
     "Reptile",
     "StepMetrics",

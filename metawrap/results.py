@@ -80,7 +80,8 @@ class EvaluationResult:
 
     metric: "accuracy", "loss", or the name of the user's metric; `mean` and `interval` are of it.
     mean: over tasks. interval: half width of the 95 % confidence interval of the mean over tasks (normal approximation;
-    NaN for one task). loss: mean target loss. norm: the batch-norm policy used. steps: inner steps taken.
+    NaN for one task). loss: mean target loss. norm: the batch-norm policy used. steps: inner steps taken; None for a
+    method without an inner loop.
     per_task: (tasks,) the metric of each task. predictions: one per task if they were asked for.
     """
 
@@ -90,7 +91,7 @@ class EvaluationResult:
     loss: float
     tasks: int
     norm: str
-    steps: int
+    steps: int | None
     per_task: Tensor
     predictions: list[Any] = field(default_factory=list, repr=False)
 
@@ -121,7 +122,8 @@ class EvaluationResult:
             value = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f}"
         else:
             value = f"{self.metric} {self.mean:.4g} +- {self.interval:.2g}"
-        return f'{value} (95 %, {self.tasks} tasks, {self.steps} inner steps, norm="{self.norm}", {kind})'
+        steps = "" if self.steps is None else f"{self.steps} inner steps, "
+        return f'{value} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
 
 
 # The label that cross-entropy ignores unless it is told otherwise.

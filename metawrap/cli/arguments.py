@@ -23,6 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_listed = ", ".join(name for name in METHODS if name != "maml++")
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=112)
@@ -72,13 +75,15 @@ def _add_method_flags(group: Any) -> None:
 
 
 def _add_learner_flags(group: Any) -> None:
-    group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help="maml++ (default), maml or fomaml")
+    group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help=f"maml++ (default), {_listed}")
     group.add_argument("--preset", metavar="NAME", help="authors_code (default) or paper")
-    group.add_argument("--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support")
+    group.add_argument(
+        "--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support (the method's)"
+    )
     group.add_argument("--engine", metavar="NAME", help="auto (default), functional or higher")
-    group.add_argument("--inner-steps", type=int, metavar="N", help="updates per task (5)")
+    group.add_argument("--inner-steps", type=int, metavar="N", help="inner updates per task (the method's: 5)")
     group.add_argument("--inner-lr", type=float, metavar="X", help="first inner learning rate (0.1)")
-    group.add_argument("--meta-lr", type=float, metavar="X", help="learning rate of the outer Adam (0.001)")
+    group.add_argument("--meta-lr", type=float, metavar="X", help="outer learning rate (the method's: 0.001)")
     group.add_argument(
         "--set",
         dest="options",

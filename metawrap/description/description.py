@@ -111,7 +111,8 @@ class Description:
 
     def _facts(self) -> list[tuple[str, str]]:
         unused = sum(fate == "unused" for row in self.modules for fate in row.fates.values())
-        said = f"{unused} of the {len(self.adapted)} adapted tensors" if unused else "nothing"
+        whole = f" of the {len(self.adapted)} adapted" if self.adapted else ""
+        said = f"{unused}{whole} tensors" if unused else "nothing"
         facts = [
             ("head", self._head_text()),
             ("unused", said if self.seen else _LATER),
@@ -145,6 +146,8 @@ class Description:
         return f'{len(self.swapped)} under norm="{norm}": {_NORMS.get(norm, "")}{alone}'
 
     def _engine_text(self) -> str:
+        if not self.engine:
+            return ""
         if self.engine != "higher":
             return f"{self.engine}: {self.engine_reason}"
         check = "its gradient is that of functional" if self.seen else "its gradient is checked on the first task"

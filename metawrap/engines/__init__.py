@@ -1,7 +1,7 @@
 """Engines: how a user's module is run with fast weights in place of its parameters."""
 
 from metawrap.engines.batched import BatchedEngine, cannot
-from metawrap.engines.calling import BufferEdits, HardGates, differentiable_twice
+from metawrap.engines.calling import BufferEdits, HardGates, call_model, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
 from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, clipped
@@ -17,6 +17,7 @@ __all__ = [
     "QuickConvolutions",
     "State",
     "UpdateRule",
+    "call_model",
     "cannot",
     "choose_engine",
     "clipped",

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from metawrap.errors import UnsupportedModuleError
+
 Statistics = Literal["batch", "running", "capture", "captured"]
 """batch: the batch's own. running: the stored row. capture: the batch's own, kept for a later pass with gradients.
 captured: those of the last capturing pass (conditional batch norm)."""
@@ -52,3 +54,18 @@ class StepClock:
             self.step, self.statistics, self.recorder = before
             if statistics == "captured":
                 self.captured = {}
+
+    def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The statistics that the last capturing pass left, by norm, for a plain batch norm to hold; forgets them.
+
+        Raises:
+            UnsupportedModuleError: a norm ran more than once in it.
+        """
+        captured, self.captured = self.captured, {}
+        for name, passes in captured.items():
+            if len(passes) != 1:
+                raise UnsupportedModuleError(
+                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain batch norm holds one set of "
+                    'statistics. Use norm="batch" or norm="running", or evaluate with the learner itself.'
+                )
+        return {name: passes[0] for name, passes in captured.items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metawrap.description import Description, Fate, ModuleRow
 from metawrap.layers.learning_rates import LearningRates
@@ -19,24 +19,28 @@ from metawrap.methods.solved import autograd, usable
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task
 
+_NO_RATES: dict[str, Tensor] = {}
+
 
 def describe_learner(
     learner: Method,
     *,
-    preset: str,
     wrapped: Wrapped,
-    rates: LearningRates,
     head: str | None,
-    engine: tuple[str, str],
     looks: Mapping[bool, FirstLook],
-    speed: str,
+    settings: Mapping[str, Any],
+    warnings: Iterable[str],
+    title: str = "",
+    rates: Mapping[str, Tensor] | LearningRates = _NO_RATES,
+    engine: tuple[str, str] = ("", ""),
+    speed: str = "",
 ) -> Description:
     """What wrapping found and did.
 
     Args:
-        engine: its name, and why it was chosen.
         looks: what the first task showed, in training mode (True) and in eval mode.
-        speed: how tasks are run.
+        title: what stands behind the method's name.
+        rates: of the inner loop. engine: its name, and why it was chosen. speed: how tasks are run.
     """
     unused = [set(look.unused) for look in looks.values()]
     never = set.intersection(*unused) if unused else set()
@@ -44,9 +48,9 @@ def describe_learner(
     shapes = {name: tuple(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
     adapted = {name: shape for name, shape in shapes.items() if name in wrapped.adapted}
     return Description(
-        method=f'{type(learner).__name__}(preset="{preset}")',
+        method=f"{type(learner).__name__}{title}",
         model=type(wrapped.model).__name__,
-        settings=learner.settings.as_dict(),
+        settings=dict(settings),
         adapted=adapted,
         learned_only={name: shape for name, shape in shapes.items() if fates[name] == "learned only"},
         frozen={name: shape for name, shape in shapes.items() if fates[name] == "frozen"},
@@ -57,7 +61,7 @@ def describe_learner(
         engine_reason=engine[1],
         rates=sum(values.numel() for _, values in rates.items()),
         notes=wrapped.notes,
-        warnings=[*_unused_warnings(looks), *_norm_warnings(learner.settings, wrapped)],
+        warnings=list(warnings),
         modules=list(_rows(wrapped, fates, rates)),
         rate_range=_range(rates),
         seen=bool(looks),
@@ -88,7 +92,9 @@ def _fate(name: str, parameter: nn.Parameter, adapted: tuple[str, ...], unused: 
     return "learned only" if parameter.requires_grad else "frozen"
 
 
-def _rows(wrapped: Wrapped, fates: Mapping[str, Fate], rates: LearningRates) -> Iterator[ModuleRow]:
+def _rows(
+    wrapped: Wrapped, fates: Mapping[str, Fate], rates: Mapping[str, Tensor] | LearningRates
+) -> Iterator[ModuleRow]:
     first_names = {id(parameter): name for name, parameter in wrapped.model.named_parameters()}
     seen: dict[int, str] = {}
     for name, module in _tree(wrapped.model, "", seen):
@@ -133,21 +139,23 @@ def _per_step(module: nn.Module) -> dict[str, Any]:
     return {"steps": state.steps, "per_step": tuple(part for part, present in parts.items() if present)}
 
 
-def _range(rates: LearningRates) -> tuple[float, float] | None:
+def _range(rates: Mapping[str, Tensor] | LearningRates) -> tuple[float, float] | None:
     if not len(rates):
         return None
     values = torch.cat([values.detach().double().cpu().flatten() for _, values in rates.items()])
     return float(values.min()), float(values.max())
 
 
-def _unused_warnings(looks: Mapping[bool, FirstLook]) -> Iterator[str]:
+def unused_warnings(looks: Mapping[bool, FirstLook]) -> Iterator[str]:
+    """Which adapted parameters play no part, and in which mode."""
     for name in dict.fromkeys(name for look in looks.values() for name in look.unused):
         modes = [mode for mode, look in looks.items() if name in look.unused]
         where = "" if len(modes) == len(looks) else f" in {'training' if modes[0] else 'eval'} mode"
         yield f"the support loss does not depend on '{name}'{where}"
 
 
-def _norm_warnings(settings: Settings, wrapped: Wrapped) -> Iterator[str]:
+def norm_warnings(settings: Settings, wrapped: Wrapped) -> Iterator[str]:
+    """What a batch-norm policy is known to do to an inner loop."""
     if not wrapped.swapped:
         return
     rows = settings.per_step_norm_affine and settings.inner_steps > 1

@@ -31,7 +31,7 @@ from metawrap.engines.batched import first_line
 from metawrap.errors import ArgumentError, MetaWrapError, UnsupportedModuleError
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.batched_look import refuse_impure, twin_of, without_dropout
-from metawrap.methods.describing import describe_learner
+from metawrap.methods.describing import describe_learner, norm_warnings, unused_warnings
 from metawrap.methods.first_look import (
     FirstLook,
     Gradients,
@@ -112,12 +112,14 @@ class GradientBased(Paced):
         """What wrapping found and did."""
         return describe_learner(
             self,
-            preset=self.preset,
             wrapped=self.wrapped,
-            rates=self.learning_rates,
             head=self.head,
-            engine=self._chosen,
             looks=self._looks,
+            settings=self.settings.as_dict(),
+            warnings=[*unused_warnings(self._looks), *norm_warnings(self.settings, self.wrapped)],
+            title=f'(preset="{self.preset}")',
+            rates=self.learning_rates,
+            engine=self._chosen,
             speed=self._speed_text(),
         )
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.engines import Engine, InnerOptimizer, State, clipped
-from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
+from metawrap.errors import MetaWrapWarning
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
@@ -231,7 +231,8 @@ class MAML(GradientBased):
         whole_graph: bool = True,
         start: Start | None = None,
     ) -> Solved:
-        steps = self._steps(training) if steps is None else steps
+        if steps is None:
+            steps = self.settings.inner_steps if training else self.settings.default_steps
         unroll = self._unroll(task, training, norm, mask, starts=None if start is None else [start])
         found = self._unrolled(unroll, self._step_weights(steps, training), whole_graph)
         head, ignored = self.head_start.adapted(found.fast), ignored_label(self.loss_fn)
@@ -459,7 +460,7 @@ class MAML(GradientBased):
                 is returned has all its outputs.
             task_id: under head_init="stored", whose head to start from; the learned one if None or not stored yet.
         """
-        steps = self._steps(training=False) if steps is None else self._checked_steps(steps)
+        steps = self.settings.default_steps if steps is None else self._checked_steps(steps)
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
         with self._evaluating(), autograd(False):
@@ -500,14 +501,7 @@ class MAML(GradientBased):
 
     def _support_statistics(self, fast: FastWeights, row: int, unroll: Unroll) -> dict[str, tuple[Tensor, Tensor]]:
         self._predict(fast, unroll.task.support_x, row, "capture", unroll)
-        captured, self.wrapped.clock.captured = self.wrapped.clock.captured, {}
-        for name, passes in captured.items():
-            if len(passes) != 1:
-                raise UnsupportedModuleError(
-                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain batch norm holds one set of "
-                    'statistics. Use norm="batch" or norm="running", or evaluate with the learner itself.'
-                )
-        return {name: passes[0] for name, passes in captured.items()}
+        return self.wrapped.clock.taken()
 
 
 class MAMLPlusPlus(MAML):

@@ -26,7 +26,7 @@ from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.ranks import Ranks
-from metawrap.methods.settings import Settings, check_choice
+from metawrap.methods.settings import OuterSettings, check_choice
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
@@ -58,7 +58,7 @@ class Method(nn.Module, ABC):
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
+        settings: OuterSettings,
         loss_fn: LossFunction,
     ) -> None:
         super().__init__()
@@ -99,10 +99,6 @@ class Method(nn.Module, ABC):
     def _tasks_at_once(self, tasks: int) -> int:
         """How many tasks of a batch are unrolled before a backward pass."""
         return self.settings.tasks_per_backward or 1
-
-    def _steps(self, training: bool) -> int:
-        """Inner steps, where nobody asks for another number."""
-        return self.settings.inner_steps
 
     @abstractmethod
     def _prepare(self, task: Task) -> None:
@@ -148,7 +144,7 @@ class Method(nn.Module, ABC):
             self._check_trainable(batch)
             self.outer.check_holds(self.named_parameters())
             if self.settings.allocator and self._device.type == "cpu":
-                keep_memory(one_arena=self.settings.workers != 1 or self.settings.tune)
+                keep_memory(one_arena=self.settings.in_threads)
         with autograd():
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
             with restored_buffers(*self._stateful()) as restore:
@@ -267,7 +263,7 @@ class Method(nn.Module, ABC):
         if not values:
             raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
         _warn_diverged(torch.stack(losses), policy)
-        details = {"norm": policy, "steps": self._steps(training=False) if steps is None else steps}
+        details = {"norm": policy, "steps": self.settings.default_steps if steps is None else steps}
         return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
 
     @property

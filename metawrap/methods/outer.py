@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metawrap.errors import ArgumentError, MetaWrapWarning
-from metawrap.methods.settings import Settings
+from metawrap.methods.settings import OuterSettings
 from metawrap.schedules import cosine_meta_lr, linear_meta_lr
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -34,7 +34,7 @@ class OuterUpdate:
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        settings: Settings,
+        settings: OuterSettings,
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
     ) -> None:

@@ -35,6 +35,7 @@ from metawrap.tasks import Task, TaskBatch, map_tensors
 class Paced(Method):
     """A method on an engine that can solve tasks in threads, in another layout, or by replays."""
 
+    settings: Settings
     _chosen: tuple[str, str]
     _engine: Engine | None
     _buffer_edits: BufferEdits

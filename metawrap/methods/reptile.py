@@ -24,13 +24,18 @@ from metawrap.surgery.swap import Factory
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReptileSettings(Settings):
     """Those of MAML, most of which stand at one value, and Reptile's own."""
 
     inner_batch_size: int | None
     evaluation_steps: int
     linear_annealing: bool
+
+    @property
+    def default_steps(self) -> int:
+        """Inner steps of evaluation."""
+        return self.evaluation_steps
 
 
 class Reptile(MAML):
@@ -108,9 +113,6 @@ class Reptile(MAML):
                 "Freeze them with requires_grad_(False), or use another method."
             )
         self._build(locals() | {"adapt_norm": True})
-
-    def _steps(self, training: bool) -> int:
-        return self.settings.inner_steps if training else self.settings.evaluation_steps
 
     def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
         if not unroll.training:

@@ -58,8 +58,40 @@ PRESETS: dict[str, dict[str, Any]] = {
 OF_ONE_METHOD = frozenset({"meta_sgd", "reptile"})
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class OuterSettings:
+    """The resolved keyword arguments that every learner has; see `MAMLPlusPlus` for their meaning."""
+
+    cosine_annealing: bool
+    meta_lr: float
+    min_meta_lr: float
+    epochs: int
+    iterations_per_epoch: int
+    norm: NormPolicy
+    betas: tuple[float, float]
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    tasks_per_backward: int | None
+    max_skipped_steps: int
+    allocator: bool
+
+    @property
+    def default_steps(self) -> int | None:
+        """Inner steps where a caller names none; None for a method without an inner loop."""
+        return None
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether tasks may be solved in several threads."""
+        return False
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by keyword name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(OuterSettings):
     """The resolved keyword arguments of a gradient-based learner; see `MAMLPlusPlus` for their meaning."""
 
     inner_steps: int
@@ -70,18 +102,7 @@ class Settings:
     per_step_norm_statistics: bool
     per_step_norm_affine: bool
     learn_inner_lr: bool
-    cosine_annealing: bool
-    meta_lr: float
-    min_meta_lr: float
-    epochs: int
-    iterations_per_epoch: int
-    norm: NormPolicy
-    betas: tuple[float, float]
     adapt_norm: bool
-    max_grad_norm: float | None
-    max_grad_value: float | None
-    tasks_per_backward: int | None
-    max_skipped_steps: int
     inner_optimizer: InnerOptimizerName
     inner_momentum: float
     inner_betas: tuple[float, float]
@@ -94,7 +115,6 @@ class Settings:
     workers: int | str
     channels_last: bool
     tune: bool
-    allocator: bool
     cuda_graphs: bool
 
     @property
@@ -107,9 +127,45 @@ class Settings:
         """Epochs of the multi-step loss; 0 when it is off."""
         return self.msl_epochs if self.multi_step_loss else 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """All settings by keyword name."""
-        return asdict(self)
+    @property
+    def default_steps(self) -> int:
+        """Inner steps where a caller names none."""
+        return self.inner_steps
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether tasks may be solved in several threads."""
+        return self.workers != 1 or self.tune
+
+
+OUTER_DEFAULTS: dict[str, Any] = {
+    "cosine_annealing": True,
+    "meta_lr": 1e-3,
+    "min_meta_lr": 1e-5,
+    "epochs": 100,
+    "iterations_per_epoch": 500,
+    "norm": "running",
+    "betas": (0.9, 0.999),
+    "max_grad_norm": None,
+    "max_grad_value": None,
+    "tasks_per_backward": None,
+    "max_skipped_steps": 20,
+    "allocator": True,
+}
+
+
+def resolve_outer(given: Mapping[str, Any], defaults: Mapping[str, Any], own_outer: Collection[str]) -> OuterSettings:
+    """The keywords of a method without an inner loop, where None means the default.
+
+    Raises:
+        ArgumentError: a value of the wrong type, range or combination.
+    """
+    explicit = {name: _plain(value) for name, value in given.items() if value is not None}
+    _refuse_replaced(explicit, own_outer)
+    values = OUTER_DEFAULTS | dict(defaults) | explicit
+    for name, value in values.items():
+        _check(name, value)
+    return OuterSettings(**_consistent(values, explicit))
 
 
 def check_preset(given: str | None, default: str, method: str) -> str:
@@ -144,13 +200,7 @@ def resolve(
             "adapt_norm=True adapts one scale and shift per norm in the inner loop, so they cannot also be per step. "
             "Leave out per_step_norm_affine, or set adapt_norm=False."
         )
-    for name in _REPLACED.get("optimizer" if "optimizer" in own_outer else "scheduler", ()) if own_outer else ():
-        if explicit.get(name):
-            raise ArgumentError(
-                f"{name}: belongs to the built-in optimizer and its schedule, but {' and '.join(own_outer)}= was "
-                f"given. "
-                f"Set it there, and leave {name} out."
-            )
+    _refuse_replaced(explicit, own_outer)
     values: dict[str, Any] = dict.fromkeys(given) | _INNER | PRESETS[preset] | explicit
     if values["adapt_norm"]:
         values["per_step_norm_affine"] = False
@@ -164,18 +214,33 @@ def resolve(
             )
     if values["tune"] and (chosen := [name for name, plain in _TUNED.items() if explicit.get(name) != plain]):
         raise ArgumentError(f"{chosen[0]}: is chosen by measurement with tune=True. Leave it out, or tune=True.")
+    return kind(**_consistent(values, explicit))
+
+
+def _refuse_replaced(explicit: Mapping[str, Any], own_outer: Collection[str]) -> None:
+    for name in _REPLACED.get("optimizer" if "optimizer" in own_outer else "scheduler", ()) if own_outer else ():
+        if explicit.get(name):
+            raise ArgumentError(
+                f"{name}: belongs to the built-in optimizer and its schedule, but {' and '.join(own_outer)}= was "
+                f"given. "
+                f"Set it there, and leave {name} out."
+            )
+
+
+def _consistent(values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as settings hold them; raises ArgumentError where two do not go together."""
     for name, switch in _BELONGS.items():
         if name in explicit and not values[switch]:
             raise ArgumentError(f"{name}: has no effect with {switch}=False. Leave it out, or pass {switch}=True.")
     if "min_meta_lr" not in explicit:
         values["min_meta_lr"] = min(values["min_meta_lr"], values["meta_lr"])
-    for name in ("betas", "inner_betas"):
+    for name in {"betas", "inner_betas"} & values.keys():
         values[name] = tuple(values[name])
     if values["min_meta_lr"] > values["meta_lr"]:
         raise ArgumentError(
             f"min_meta_lr: expected at most meta_lr={values['meta_lr']}, but got {values['min_meta_lr']}."
         )
-    return kind(**values)
+    return values
 
 
 def _check(name: str, value: Any) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import nn
 
@@ -52,7 +52,7 @@ def wrap(
     steps: int,
     affine: bool,
     statistics: bool,
-    adapt: Selection = None,
+    adapt: Selection | Literal[False] = None,
     adapt_norm: bool = False,
     swap: Mapping[type[nn.Module], Factory] | None = None,
     keep_norm: str | Iterable[str] = (),
@@ -60,6 +60,8 @@ def wrap(
 ) -> Wrapped:
     """Copies a module and makes the copy ready for an inner loop; `model` itself is only read.
 
+    Args:
+        adapt: which parameters the inner loop adapts; False for a method that has none.
     Raises:
         ArgumentError: an argument has the wrong type or names nothing in the model.
         UnsupportedModuleError: the module has something that no engine could adapt correctly; all of it is listed.
@@ -74,7 +76,7 @@ def wrap(
         raise UnsupportedModuleError("\n".join(problems))
     if head is not None and (not isinstance(head, str) or head not in dict(copied.named_modules())):
         raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {head!r}.")
-    adapted = _selected(copied, adapt, adapt_norm)
+    adapted = () if adapt is False else _selected(copied, adapt, adapt_norm)
     _check_devices(copied)
     clock = StepClock()
     model_hooks = {name: p for name, p in copied.named_parameters() if p._backward_hooks}

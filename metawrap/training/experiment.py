@@ -7,10 +7,11 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
+from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
@@ -102,6 +103,7 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
         ArgumentError: `options` has a keyword that the method does not take, or one that takes no plain value.
     """
     method = getattr(methods, METHODS[settings.method])
+    taken = keywords_of(method)
     chosen = {
         "preset": settings.preset,
         "norm": settings.norm,
@@ -112,8 +114,7 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
         "epochs": settings.epochs,
         "iterations_per_epoch": settings.iterations_per_epoch,
     }
-    parameters = inspect.signature(method).parameters
-    allowed = [name for name in parameters if name not in {"model", *chosen, *PYTHON_ONLY}]
+    allowed = [name for name in taken if name not in {*chosen, *PYTHON_ONLY}]
     for name in settings.options:
         if name in PYTHON_ONLY:
             raise ArgumentError(
@@ -122,7 +123,23 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
             )
         if name not in allowed:
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'; it has {', '.join(allowed)}.")
-    return method(model, **{name: value for name, value in chosen.items() if value is not None}, **settings.options)
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if extra := [name for name in given if name not in taken]:
+        raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
+    return method(model, **given, **settings.options)
+
+
+def keywords_of(method: type) -> list[str]:
+    """The keywords that a method's constructor takes, those behind its `**keywords` too."""
+    hints = get_type_hints(method.__init__)  # type: ignore[misc]
+    names: list[str] = []
+    for name, parameter in inspect.signature(method).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            [more] = get_args(hints[name])  # Unpack[a TypedDict]
+            names += [each for each in more.__annotations__ if each not in names]
+        elif name != "model":
+            names.append(name)
+    return names
 
 
 def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:

@@ -39,7 +39,8 @@ def final_test(
 
     Returns:
         {"tasks", "epoch", "ensemble_epochs", "norms": {norm: {"before", "after", "ensemble"}}}, each of the last three
-        {"accuracy", "interval"} as fractions; "ensemble" only if more than one checkpoint was averaged.
+        {"accuracy", "interval"} as fractions; "before" only for methods with an inner loop, "ensemble" only if more
+        than one checkpoint was averaged.
     Raises:
         CheckpointError: the best checkpoint is gone or cannot be read.
     """
@@ -55,7 +56,7 @@ def final_test(
                 scores[norm]["after"] = {"accuracy": after.accuracy, "interval": after.interval}
                 if len(epochs) > 1:
                     logits[norm] = _add(logits.get(norm), after.predictions)
-        for norm in norms:
+        for norm in norms if learner.settings.default_steps is not None else ():
             before = evaluate_shared(learner, tasks, count, norm=norm, steps=0)
             scores[norm]["before"] = {"accuracy": before.accuracy, "interval": before.interval}
     labels = [task.target_y for batch in tasks.batches(count // tasks.tasks_per_batch) for task in batch]

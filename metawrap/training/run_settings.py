@@ -8,12 +8,14 @@ from typing import Any
 
 from metawrap.errors import ArgumentError, CheckpointError
 
+# By the name on the command line: the class in metawrap.methods.
 METHODS = {
     "maml++": "MAMLPlusPlus",
     "maml": "MAML",
     "fomaml": "FOMAML",
     "meta-sgd": "MetaSGD",
     "reptile": "Reptile",
+    "protonet": "ProtoNet",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
@@ -62,7 +64,7 @@ class RunSettings:
     backbone: str = "conv4"
     filters: int = 64
     model: str | None = None
-    inner_steps: int = 5
+    inner_steps: int | None = None
     inner_lr: float | None = None
     meta_lr: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ArgumentError(f"{name}: expected at least {least}, but got {getattr(self, name)}.")
         choices = {"method": tuple(METHODS), "backbone": BACKBONES, "norm": (None, *NORMS)}
         for name, allowed in choices.items():

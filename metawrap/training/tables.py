@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from metawrap.training.run_settings import RunSettings
+from metawrap.training.run_settings import METHODS, RunSettings
 
 _KINDS = {"batch": "transductive", "running": "inductive", "support": "inductive"}
-_METHODS = {"maml++": "MAML++", "maml": "MAML", "fomaml": "First-order MAML"}
+_METHODS = {"maml++": "MAML++", "fomaml": "First-order MAML"}
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 
 
@@ -23,7 +23,7 @@ def result_text(result: dict[str, Any]) -> str:
 
 def result_table(settings: RunSettings, test: dict[str, Any], trained_norm: str) -> str:
     """Accuracy before and after adaptation under each batch-norm policy, from what `final_test` returned."""
-    columns = [name for name in _COLUMNS if name != "ensemble" or test["ensemble_epochs"]]
+    columns = [name for name in _COLUMNS if all(name in scores for scores in test["norms"].values())]
     rows = [
         [_policy(norm, trained_norm), *(_score(scores[name]["accuracy"], scores[name]["interval"]) for name in columns)]
         for norm, scores in test["norms"].items()
@@ -83,7 +83,12 @@ def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 def headline(settings: RunSettings) -> str:
     """What is learned on what, such as 'MAML++ on glyphs, 5-way 1-shot'."""
-    return f"{_METHODS[settings.method]} on {settings.data}, {settings.ways}-way {settings.shots}-shot"
+    return f"{method_name(settings)} on {settings.data}, {settings.ways}-way {settings.shots}-shot"
+
+
+def method_name(settings: RunSettings) -> str:
+    """The method as people write it."""
+    return _METHODS.get(settings.method, METHODS[settings.method])
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

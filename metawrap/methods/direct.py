@@ -1,0 +1,172 @@
+"""What every method without an inner loop over the user's module shares: it runs the module as it is."""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from metawrap.description import Description
+from metawrap.engines import call_model
+from metawrap.errors import ArgumentError
+from metawrap.layers.step_clock import Moments, Statistics
+from metawrap.methods.describing import describe_learner
+from metawrap.methods.first_look import FirstLook, unchanged
+from metawrap.methods.method import LossFunction, Method
+from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
+from metawrap.methods.settings import NormPolicy, resolve_outer
+from metawrap.methods.solved import autograd
+from metawrap.surgery.swap import Factory, plain_copy
+from metawrap.surgery.wrap import wrap
+from metawrap.tasks import Inputs, Task
+
+Parts = Mapping[str, nn.Module | nn.Parameter]
+
+
+class OuterKeywords(TypedDict, total=False):
+    """The keywords that every method without an inner loop takes, with the meaning that `MAMLPlusPlus` gives them.
+
+    Other defaults than there: norm="running" (a norm is trained on the batch's own statistics and evaluated on stored
+    ones, as in any network), and cosine_annealing=True.
+    """
+
+    meta_lr: float | None
+    min_meta_lr: float | None
+    cosine_annealing: bool | None
+    epochs: int | None
+    iterations_per_epoch: int | None
+    betas: tuple[float, float] | None
+    norm: NormPolicy | None
+    loss_fn: LossFunction
+    optimizer: OptimizerFactory | None
+    scheduler: SchedulerFactory | None
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    tasks_per_backward: int | None
+    max_skipped_steps: int | None
+    allocator: bool | None
+    swap: Mapping[type[nn.Module], Factory] | None
+    keep_norm: str | Iterable[str]
+
+
+_NOT_SETTINGS = ("loss_fn", "optimizer", "scheduler", "swap", "keep_norm")
+
+
+class Direct(Method):
+    """A method that runs the user's module as it is.
+
+    options: the method's own keywords, as `describe` shows them. parts: what it learns besides the module, by the name
+    that it gets here; on the module's device and in its precision.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outer: OuterKeywords,
+        *,
+        head: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        parts: Parts | None = None,
+    ) -> None:
+        _check_known(type(self).__name__, outer)
+        given = {name: value for name, value in outer.items() if name not in _NOT_SETTINGS}
+        own_outer = [name for name in ("optimizer", "scheduler") if outer.get(name) is not None]
+        settings = resolve_outer(given, self.defaults, own_outer)
+        wrapped = wrap(
+            model,
+            steps=1,
+            affine=False,
+            statistics=False,
+            adapt=False,
+            swap=outer.get("swap"),
+            keep_norm=outer.get("keep_norm", ()),
+            head=head,
+        )
+        super().__init__(wrapped.model, settings, outer.get("loss_fn", F.cross_entropy))
+        self.wrapped, self.options = wrapped, dict(options or {})
+        self._looks: dict[bool, FirstLook] = {}
+        self._head = head
+        # Used outside of a task, too, the norms follow the policy.
+        wrapped.clock.statistics = "batch" if settings.norm == "batch" else None
+        like = next((p for p in wrapped.model.parameters() if p.is_floating_point()), torch.zeros(()))
+        for name, part in (parts or {}).items():
+            setattr(self, name, _moved(part, like))
+        if not list(self.parameters()):
+            raise ArgumentError(f"model: {type(model).__name__} has no parameters, so there is nothing to learn.")
+        self._make_outer(outer.get("optimizer"), outer.get("scheduler"))
+
+    @abstractmethod
+    def _look(self, task: Task) -> FirstLook:
+        """What the first task shows; checks first, and may keep what it found. The model is put back behind it."""
+
+    @property
+    def head(self) -> str | None:
+        """The name of the module whose output is the prediction; None before the first task."""
+        return self._head
+
+    def train(self, mode: bool = True) -> Direct:
+        """As in torch; norms named by `keep_norm` stay on their stored statistics."""
+        super().train(mode)
+        self.wrapped.hold_kept_norms()
+        return self
+
+    def unwrap(self) -> nn.Module:
+        """The meta-trained network as a plain module of the user's own class."""
+        return plain_copy(self.model, {}, 0, None, keep_statistics=self.settings.norm != "batch")
+
+    def describe(self) -> Description:
+        """What wrapping found and did."""
+        return describe_learner(
+            self,
+            wrapped=self.wrapped,
+            head=self.head,
+            looks=self._looks,
+            settings=self.options | self.settings.as_dict(),
+            warnings=self._warnings(),
+        )
+
+    def _warnings(self) -> Iterable[str]:
+        return []
+
+    def _prepare(self, task: Task) -> None:
+        self.wrapped.hold_kept_norms()
+        if self.model.training not in self._looks:
+            with autograd(True), unchanged(self.model, self._device):
+                look = self._look(task.map(Tensor.clone))
+            self._looks[self.model.training] = look
+
+    def _run(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None) -> Any:
+        """One pass of the user's module; what its norms see is added to `moments`."""
+        with self.wrapped.clock.at(0, statistics, moments):
+            return call_model(self.model, inputs)
+
+    def _refuse_inner(self, steps: int | None, mask: bool | None = None) -> None:
+        for name, value in {"steps": steps, "mask_unused_outputs": mask}.items():
+            if value is not None:
+                raise ArgumentError(
+                    f"{name}: has no effect on {type(self).__name__}, which has no inner loop on the network's own "
+                    f"outputs, but got {value!r}. Leave it out."
+                )
+
+
+def _check_known(method: str, outer: Mapping[str, Any]) -> None:
+    known = list(OuterKeywords.__annotations__)
+    for name in outer:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise TypeError(f"{method}() got an unexpected keyword argument '{name}'.{hint}")
+
+
+def _moved(part: nn.Module | nn.Parameter, like: Tensor) -> nn.Module | nn.Parameter:
+    if isinstance(part, nn.Parameter):
+        return nn.Parameter(part.detach().to(like), requires_grad=part.requires_grad)
+    return part.to(like.device, like.dtype)

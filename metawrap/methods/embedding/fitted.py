@@ -1,0 +1,47 @@
+"""What a support set makes of a head, and the arithmetic that several such heads share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class FittedHead(nn.Module):
+    """A head fitted to one support set: target embeddings (targets, ...) to logits (targets, ways).
+
+    In training its tensors carry the graph back to the support set. It is also what stands in the place of the user's
+    own head in the module that `adapt` returns.
+    """
+
+    @abstractmethod
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, ...) to (targets, ways)."""
+
+    def plain(self) -> nn.Module:
+        """A copy that shares nothing with the learner, in eval mode; asked for only where gradients are off."""
+        return copy.deepcopy(self).eval()
+
+
+def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:
+    """(examples,) to (examples, ways), in the precision of `like`."""
+    return nn.functional.one_hot(labels.long(), ways).to(like.dtype)
+
+
+def class_means(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """The mean embedding of each class: (examples, ...), (examples,) to (ways, ...)."""
+    sums = embeddings.new_zeros(ways, *embeddings.shape[1:]).index_add(0, labels, embeddings)
+    counts = torch.bincount(labels, minlength=ways).to(embeddings.dtype)
+    return sums / counts.view(-1, *(1,) * (embeddings.ndim - 1))
+
+
+def squared_distances(one: Tensor, other: Tensor) -> Tensor:
+    """Squared Euclidean distances of (n, d) to (m, d), shape (n, m); by differences: near points keep theirs."""
+    return (one[:, None] - other[None]).square().sum(-1)
+
+
+def cosine_similarities(one: Tensor, other: Tensor) -> Tensor:
+    """Cosines of (n, d) with (m, d), shape (n, m)."""
+    return nn.functional.normalize(one, dim=1) @ nn.functional.normalize(other, dim=1).T
