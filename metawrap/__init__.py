@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, MetaSGD, ProtoNet, Reptile
+from metawrap.methods import FOMAML, MAML, LSTMMetaLearner, MAMLPlusPlus, MetaSGD, ProtoNet, Reptile
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -32,6 +32,7 @@ __all__ = [
     "Description",
     "DivergedError",
     "EvaluationResult",
+    "LSTMMetaLearner",
     "MAMLPlusPlus",
     "MetaOutput",
     "MetaSGD",

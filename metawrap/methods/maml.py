@@ -194,6 +194,10 @@ class MAML(GradientBased):
     def _inner_optimizer(self, engine: Engine) -> InnerOptimizer:
         return engine.inner_optimizer(self.settings.update_rule)
 
+    def _has_graph(self, unroll: Unroll) -> bool:
+        """Whether inner steps have a graph that is worth taking apart."""
+        return unroll.second_order
+
     def _of_inner_update(self) -> list[nn.Parameter]:
         """What the inner update alone depends on."""
         return [rate for _, rate in self.learning_rates.items()]
@@ -249,7 +253,7 @@ class MAML(GradientBased):
         return found.loss, apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, ignored)
 
     def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
-        flat = unroll.second_order and self.settings.memory == "flat"
+        flat = unroll.differentiable and self._has_graph(unroll) and self.settings.memory == "flat"
         tape = Tape(self.model, self._device, Rows(len(weights))) if flat else None
         if unroll.differentiable and (flat or not whole_graph):
             unroll.judge = Judge(self._learned_only(), Rows(len(weights)) if flat else None)

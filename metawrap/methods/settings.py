@@ -53,9 +53,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": _OFF | _ALL_PARTS | {"first_order_epochs": 50, "epochs": 150, "norm": "running", "betas": (0.9, 0.99)},
     "meta_sgd": _OFF | {"inner_steps": 1, "learn_inner_lr": True},
     "reptile": _OFF | {"first_order_epochs": math.inf, "meta_lr": 1.0, "linear_annealing": True},
+    "lstm": _OFF | {"first_order_epochs": math.inf, "inner_lr": 0.01},
 }
 # What these say holds for one method only, which takes no other.
-OF_ONE_METHOD = frozenset({"meta_sgd", "reptile"})
+OF_ONE_METHOD = frozenset({"meta_sgd", "reptile", "lstm"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +337,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
         lambda v: v is None or (_is_int(v) and v >= 1),
     ),
     "evaluation_steps": _count(1),
+    "hidden_size": _count(1),
 }
 
 

@@ -15,6 +15,7 @@ METHODS = {
     "fomaml": "FOMAML",
     "meta-sgd": "MetaSGD",
     "reptile": "Reptile",
+    "lstm": "LSTMMetaLearner",
     "protonet": "ProtoNet",
 }
 BACKBONES = ("conv4", "conv4-strided")
