@@ -57,7 +57,7 @@ class LSTMUpdate(nn.Module):
         dtype = self.forget_bias.dtype
         gradient = gradient.to(dtype)
         loss = losses.detach().to(dtype).reshape(losses.shape + (1,) * (gradient.ndim - losses.ndim))
-        inputs = torch.cat([preprocessed(gradient), preprocessed(loss).expand(*gradient.shape, 2)], -1).flatten(0, -2)
+        inputs = torch.cat([preprocessed(gradient), preprocessed(loss).expand(*gradient.shape, 2)], -1).reshape(-1, 4)
         before = (state["hidden"], state["cell"]) if state else None
         hidden, cell = self.first(inputs, before)
         own, zero = weight.to(dtype).flatten(), inputs.new_zeros(len(inputs))
