@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maml++": {"inner_steps": 2},
     "maml": {"inner_steps": 2},
     "fomaml": {"inner_steps": 2},
+    "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
+    "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
 }
 # Chance by construction.
 LEARNS_NOTHING = {"zero-step"}

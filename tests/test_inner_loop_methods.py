@@ -1,15 +1,12 @@
-"""What holds for every method on the inner loop of maml.py, in the ways a user meets it."""
+"""What holds for every method on the inner loop of maml.py, with every engine; the rest is in test_contract.py."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from face import as_tasks, assert_same_state, assert_same_values, fingerprint, gradients_of, snapshot
+from face import assert_same_values, fingerprint, gradients_of
 from models import NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from test_engines import ENGINES
@@ -81,57 +78,6 @@ def test_forward_and_backward_leave_meta_steps_gradient(name: str, engine: str) 
     assert_same_gradients(whole_gradient(one), whole_gradient(other))
 
 
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-@every_method
-def test_evaluate_adapt_and_unwrap_change_nothing(name: str, norm: str) -> None:
-    learner = learner_of(name, norm=norm)
-    learner.meta_step(BATCH)
-    before, state, rng = fingerprint(learner), snapshot(dict(learner.state_dict())), torch.get_rng_state()
-    optimizer = snapshot(learner.optimizer.state_dict())
-    with torch.no_grad():
-        learner.evaluate(BATCH)
-    learner.adapt(BATCH[0][0], BATCH[1][0])
-    learner.unwrap()
-    learner.describe()
-    assert fingerprint(learner) == before
-    assert_same_state(dict(learner.state_dict()), state)
-    assert_same_state(learner.optimizer.state_dict(), optimizer)
-    assert torch.equal(torch.get_rng_state(), rng)
-
-
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-@every_method
-def test_adapt_returns_a_plain_module_that_predicts_what_evaluate_saw(name: str, norm: str) -> None:
-    learner = learner_of(name, norm=norm)
-    learner.meta_step(BATCH)
-    predictions = learner.evaluate(BATCH, keep_predictions=True).predictions
-    for task, prediction in zip(as_tasks(BATCH), predictions, strict=True):
-        with torch.no_grad():
-            adapted = learner.adapt(task[0], task[1])
-        assert type(adapted) is NormedMlp
-        loaded = pickle.loads(pickle.dumps(adapted))
-        torch.testing.assert_close(loaded(task[2]).detach(), prediction, rtol=1e-12, atol=1e-12)
-    assert type(learner.unwrap()) is NormedMlp
-
-
-@every_method
-def test_training_goes_on_from_a_state_dict_and_from_a_copy(name: str) -> None:
-    learner = learner_of(name)
-    learner.meta_step(BATCH)
-    copied, buffer = copy.deepcopy(learner), io.BytesIO()
-    torch.save({"learner": learner.state_dict(), "optimizer": learner.optimizer.state_dict()}, buffer)
-    buffer.seek(0)
-    loaded, stored = METHODS[name][0](seeded(NormedMlp, 8), **METHODS[name][1]), torch.load(buffer, weights_only=True)
-    loaded.load_state_dict(stored["learner"])
-    loaded.optimizer.load_state_dict(stored["optimizer"])
-    for other in (copied, loaded):
-        assert not {id(p) for p in other.parameters()} & {id(p) for p in learner.parameters()}
-    after = [each.meta_step(BATCH).loss for each in (learner, copied, loaded)]
-    assert after[0] == after[1] == after[2]
-    for other in (copied, loaded):
-        assert_same_values(other.parameters(), learner.parameters(), tolerance=0.0)
-
-
 @every_engine
 @every_method
 def test_a_step_that_is_not_finite_is_skipped(name: str, engine: str) -> None:
@@ -160,13 +106,3 @@ def test_a_frozen_parameter_stays_frozen(name: str) -> None:
         assert torch.equal(module.first.weight, model.first.weight)
     assert gradients_of(learner)["linear.weight"] is not None
     assert learner.model.first.weight.grad is None
-
-
-@every_method
-def test_it_learns(name: str) -> None:
-    learner = learner_of(name, engine="batched", **({} if name == "reptile" else {"meta_lr": 0.02}))
-    tasks = class_tasks((4,), tasks=4, shots=2, targets=4, seed=9)
-    before = learner.evaluate(tasks).loss
-    for _ in range(8):
-        learner.meta_step(tasks)
-    assert learner.evaluate(tasks).loss < before - 0.02

@@ -65,7 +65,7 @@ class Unroll:
     opposed to evaluation. statistics: by which norms normalise. differentiable: whether the fast weights carry a graph.
     second_order: whether their gradients do. judge: what takes the target losses' gradients as values; None where they
     are part of the graph. used: the classes whose outputs are not masked; None for all. moments: None where nothing is
-    recorded.
+    recorded. examples: what an inner step's are called in an error.
     """
 
     task: Task
@@ -81,6 +81,7 @@ class Unroll:
     judge: Judge | None = None
     used: Tensor | None = None
     moments: list[Moments] | None = None
+    examples: str = "support"
 
     @property
     def stacked(self) -> bool:
@@ -339,7 +340,7 @@ class MAML(GradientBased):
     ) -> tuple[FastWeights, State]:
         with autograd(True):
             prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll)
-            _, loss = self._judged(prediction, unroll.task.support_y, "support", unroll)
+            _, loss = self._judged(prediction, unroll.task.support_y, unroll.examples, unroll)
             # Only of the fast weights: every other parameter would lead back through all earlier steps.
             # Of the sum, where there are several tasks: each loss depends on its own fast weights alone.
             gradients = torch.autograd.grad(

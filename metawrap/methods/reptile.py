@@ -118,7 +118,7 @@ class Reptile(MAML):
         if not unroll.training:
             return super()._unrolled(unroll, weights, whole_graph)
         start, rates = self._initial_weights(unroll), self.learning_rates.per_step()
-        sweep = replace(unroll, differentiable=False)
+        sweep = replace(unroll, differentiable=False, examples="support_y and target")
         fast, state = start, NO_STATE
         for step, examples in enumerate(self._mini_batches(unroll, len(weights))):
             fast, state = self._inner_step(fast, state, rates, step, replace(sweep, task=examples))
