@@ -14,7 +14,19 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import ANIL, FOMAML, MAML, FineTune, MAMLPlusPlus, MultiTask, ProtoNet, ZeroStep
+from metawrap.methods import (
+    ANIL,
+    FOMAML,
+    MAML,
+    FineTune,
+    LSTMMetaLearner,
+    MAMLPlusPlus,
+    MetaSGD,
+    MultiTask,
+    ProtoNet,
+    Reptile,
+    ZeroStep,
+)
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -34,14 +46,17 @@ __all__ = [
     "DivergedError",
     "EvaluationResult",
     "FineTune",
+    "LSTMMetaLearner",
     "MAMLPlusPlus",
     "MetaOutput",
+    "MetaSGD",
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
     "MultiTask",
     "ProtoNet",
     "RankError",
+    "Reptile",
     "StepMetrics",
     "Task",
     "TaskBatch",

@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "anil": {"inner_steps": 2},
     "fine-tune": {"inner_steps": 5, "classes": 9},
     "multi-task": {"inner_steps": 5, "classes": 9},
+    "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
+    "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
 }
 # Chance by construction.
 LEARNS_NOTHING = {"zero-step"}

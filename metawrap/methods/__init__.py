@@ -1,8 +1,24 @@
 """Meta-learning methods, all with the face of `Method`."""
 
 from metawrap.methods.embedding import ANIL, FineTune, MultiTask, ProtoNet
+from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
+from metawrap.methods.meta_sgd import MetaSGD
 from metawrap.methods.method import Method
 from metawrap.methods.zero_step import ZeroStep
 
-__all__ = ["ANIL", "FOMAML", "MAML", "FineTune", "MAMLPlusPlus", "Method", "MultiTask", "ProtoNet", "ZeroStep"]
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "MAML",
+    "FineTune",
+    "LSTMMetaLearner",
+    "MAMLPlusPlus",
+    "MetaSGD",
+    "Method",
+    "MultiTask",
+    "ProtoNet",
+    "Reptile",
+    "ZeroStep",
+]
+from metawrap.methods.reptile import Reptile

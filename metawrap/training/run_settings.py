@@ -16,6 +16,9 @@ METHODS = {
     "anil": "ANIL",
     "fine-tune": "FineTune",
     "multi-task": "MultiTask",
+    "meta-sgd": "MetaSGD",
+    "reptile": "Reptile",
+    "lstm": "LSTMMetaLearner",
     "protonet": "ProtoNet",
     "zero-step": "ZeroStep",
 }
