@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, ProtoNet
+from metawrap.methods import FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -26,6 +26,7 @@ except PackageNotFoundError:  # Run from a checkout that is not installed.
 __all__ = [
     "FOMAML",
     "MAML",
+    "R2D2",
     "ArgumentError",
     "CheckpointError",
     "DataError",
@@ -33,6 +34,8 @@ __all__ = [
     "DivergedError",
     "EvaluationResult",
     "MAMLPlusPlus",
+    "MatchingNet",
+    "MetaOptNet",
     "MetaOutput",
     "MetaWrapError",
     "MetaWrapWarning",

@@ -14,6 +14,9 @@ METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "protonet": "ProtoNet",
+    "matchingnet": "MatchingNet",
+    "metaoptnet": "MetaOptNet",
+    "r2d2": "R2D2",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")

@@ -1,6 +1,9 @@
 """Few-shot methods that embed a task with the user's network, and fit a head of their own to its support set."""
 
 from metawrap.methods.embedding.embedded import Embedded
+from metawrap.methods.embedding.matching_net import MatchingNet
+from metawrap.methods.embedding.metaopt_net import MetaOptNet
 from metawrap.methods.embedding.proto_net import ProtoNet
+from metawrap.methods.embedding.r2d2 import R2D2
 
-__all__ = ["Embedded", "ProtoNet"]
+__all__ = ["R2D2", "Embedded", "MatchingNet", "MetaOptNet", "ProtoNet"]
