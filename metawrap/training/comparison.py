@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.training.checkpoints import write_atomically, write_json
 from metawrap.training.comparison_plot import draw_comparison
 from metawrap.training.machine import command_line
@@ -75,18 +75,22 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
     Raises:
         ArgumentError: `jobs` is below 1.
         CheckpointError: `out` has a run of one of the methods with other settings.
+        MetaWrapError: every method failed.
     """
     if jobs < 1:
         raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
     path = Path(out)
     for name, settings in runs.items():
-        if (path / name / "run.json").exists():
+        # One that failed before its first checkpoint may be started with other settings.
+        if any((path / name / "checkpoints").glob("epoch-*.pt")):
             settings.check_resumes(read_run(path / name)[0].to_dict())
     for name, settings in runs.items():
         write_run(path / name, settings, None)
     threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         failures = dict(zip(runs, pool.map(lambda name: _train(path / name, threads, jobs == 1), runs), strict=True))
+    if all(failures.values()):
+        raise MetaWrapError(f"No method could be trained. {next(iter(failures))}: {next(iter(failures.values()))}")
     rows = [_row(name, settings, path / name, failures[name]) for name, settings in runs.items()]
     comparison = {"rows": rows, "command": command_line()}
     write_json(path / "comparison.json", comparison)
