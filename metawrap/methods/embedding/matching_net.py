@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -76,7 +77,7 @@ class MatchingNet(Embedded):
         options = {"full_context": full_context, "scale": scale, "learn_scale": learn_scale}
         parts: dict[str, nn.Module | nn.Parameter] = {}
         if learn_scale:
-            parts["log_scale"] = nn.Parameter(torch.tensor(float(scale)).log())
+            parts["log_scale"] = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
         if full_context:
             options["processing_steps"] = steps
             parts |= {"forwards": _LazyLSTMCell(1), "backwards": _LazyLSTMCell(1), "reader": _LazyLSTMCell(2)}

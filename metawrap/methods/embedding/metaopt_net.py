@@ -63,7 +63,7 @@ class MetaOptNet(Embedded):
         super().__init__(
             model,
             options={"solver": solver, "regularizer": regularizer, "scale": scale},
-            parts={"scale": nn.Parameter(torch.tensor(float(scale)))},
+            parts={"scale": nn.Parameter(torch.tensor(scale, dtype=torch.float64))},
             **keywords,
         )
         self.solver: Solver = solver

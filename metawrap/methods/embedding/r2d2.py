@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -43,11 +45,8 @@ class R2D2(Embedded):
     ) -> None:
         check_positive("regularizer", regularizer)
         check_positive("scale", scale)
-        parts = {
-            "log_regularizer": nn.Parameter(torch.tensor(float(regularizer)).log()),
-            "scale": nn.Parameter(torch.tensor(float(scale))),
-            "bias": nn.Parameter(torch.tensor(0.0)),
-        }
+        starts = {"log_regularizer": math.log(regularizer), "scale": scale, "bias": 0}
+        parts = {name: nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in starts.items()}
         super().__init__(model, options={"regularizer": regularizer, "scale": scale}, parts=parts, **keywords)
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
