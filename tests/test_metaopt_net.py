@@ -23,7 +23,8 @@ from by_hand import (
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MetaOptNet
+from metawrap import ArgumentError, MetaOptNet, MetaWrapError
+from metawrap.methods.embedding import multiclass_svm as module
 from metawrap.methods.embedding.multiclass_svm import multiclass_svm
 
 
@@ -109,6 +110,31 @@ def test_repeated_examples_count_as_often_as_they_come() -> None:
     np.testing.assert_allclose(twice.detach().numpy(), once.detach().numpy(), atol=1e-8)
     (gradient,) = torch.autograd.grad(twice.square().sum(), x)
     assert torch.isfinite(gradient).all()
+
+
+def test_a_solution_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(9) % 3
+    near = module._near
+    monkeypatch.setattr(module, "_near", lambda *a: near(*a)._replace(free=torch.ones(9, 3, dtype=torch.bool)))
+    assert torch.isfinite(svm(points(9, 12, labels, 9.0), labels, 1e6)).all()  # Where no bound holds, that is true.
+    with pytest.raises(MetaWrapError, match=r"9 examples could not be solved.*solver=\"ridge\""):
+        svm(points(9, 12, labels, 0.1), labels, 0.01)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_holds_for_kernels_of_low_rank_repeated_examples_and_any_size(seed: int) -> None:
+    labels = torch.arange(15) % 5
+    x = points(15, 8, labels, 0.5, seed=seed)
+    x[:, seed + 1 :] = 0
+    x[3], x[4] = x[8], 0
+    x, y, c = 10.0 ** (seed - 4) * x, one_hot(labels), 10.0 ** (4 - seed)
+    weights = svm(x, labels, c).numpy()
+    best = primal(x.numpy(), y, c, weights)
+    generator = np.random.default_rng(seed)
+    for step in (1e-1, 1e-3, 1e-5):
+        for _ in range(50):
+            other = weights + step * np.abs(weights).max() * generator.normal(size=weights.shape)
+            assert primal(x.numpy(), y, c, other) >= best * (1 - 1e-9)
 
 
 def test_embeddings_of_zeros_have_weights_of_zero() -> None:

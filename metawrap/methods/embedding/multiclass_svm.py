@@ -18,7 +18,7 @@ arXiv:1904.03758, Eq. 7 and 8.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metawrap.errors import ArgumentError, MetaWrapError
 
-# Added to a kernel of mean diagonal 1 at most, so that repeated examples share their weight in one way only.
+# By how much the diagonal of the kernel is raised, so that repeated examples share their weight in one way only.
 _TIE = 1e-12
 
 
@@ -44,11 +44,13 @@ def multiclass_svm(inputs: Tensor, targets: Tensor, c: float) -> Tensor:
         return inputs.T @ (targets * torch.nan)
     # In units where neither the bounds nor the kernel is above 1 by much: A = unit * dual.
     unit = min(c, 1 / max(float(kernel.detach().diagonal().mean()), 1e-300))
-    kernel = unit * kernel + _TIE * torch.eye(len(x), dtype=x.dtype)
+    diagonal = unit * kernel.detach().diagonal()
+    kernel = unit * kernel + torch.diag(_TIE * diagonal.clamp_min(1e-6))
     bounds = c / unit * y
-    free = _free(kernel.detach().numpy(), y.numpy(), bounds.numpy())
-    dual = unit * _on_the_bounds(kernel, y, bounds, free)
-    return (x.T @ dual).to(inputs)
+    near = _near(kernel.detach(), y, bounds)
+    weights = x.T @ (unit * _on_the_bounds(kernel, y, bounds, near.free))
+    _check_optimal(x.detach(), y, c, weights.detach(), unit * near.dual)
+    return weights.to(inputs)
 
 
 def _on_the_bounds(kernel: Tensor, targets: Tensor, bounds: Tensor, free: Tensor) -> Tensor:
@@ -64,28 +66,48 @@ def _on_the_bounds(kernel: Tensor, targets: Tensor, bounds: Tensor, free: Tensor
     return held.index_put((example, way), solved[:count])
 
 
-def _free(kernel: Any, targets: Any, bounds: Any) -> Tensor:
-    """Which entries of the dual's solution are not at their bound: (examples, ways)."""
+class _Near(NamedTuple):
+    """The dual's solution as the library gives it, and which of its entries are not at their bound."""
+
+    dual: Tensor
+    free: Tensor
+
+
+def _near(kernel: Tensor, targets: Tensor, bounds: Tensor) -> _Near:
     import piqp
 
     examples, ways = targets.shape
     solver = piqp.DenseSolver()
-    solver.settings.eps_abs, solver.settings.eps_rel = 1e-11, 0.0
+    solver.settings.eps_abs, solver.settings.eps_rel, solver.settings.check_duality_gap = 1e-10, 1e-12, True
+    limits = bounds.flatten().numpy()
     solver.setup(
-        P=np.asfortranarray(np.kron(kernel, np.eye(ways))),
-        c=-targets.ravel(),
+        P=np.asfortranarray(np.kron(kernel.numpy(), np.eye(ways))),
+        c=-targets.flatten().numpy(),
         A=np.asfortranarray(np.kron(np.eye(examples), np.ones((1, ways)))),
         b=np.zeros(examples),
-        x_u=bounds.ravel(),
+        x_u=limits,
     )
-    if (status := solver.solve()) != piqp.PIQP_SOLVED:
-        raise MetaWrapError(
-            f"The SVM of a support set of {examples} examples could not be solved: {status.name}. Embeddings of very "
-            'unlike sizes may be why; end the embedding with a norm, or use solver="ridge".'
-        )
+    solver.solve()  # Where it ends short of that precision its solution may serve all the same; see _check_optimal.
+    dual = np.array(solver.result.x)
     # At a solution one of the two is zero: the distance to the bound, or the multiplier that pushes towards it.
-    free = solver.result.z_bu < bounds.ravel() - solver.result.x
-    return torch.from_numpy(np.asarray(free).reshape(examples, ways))
+    free = np.asarray(solver.result.z_bu) < limits - dual
+    return _Near(torch.from_numpy(dual).view_as(bounds), torch.from_numpy(free).view_as(bounds))
+
+
+def _check_optimal(inputs: Tensor, targets: Tensor, c: float, weights: Tensor, dual: Tensor) -> None:
+    """Raises MetaWrapError where the weights' value is further from that of a point of the dual than rounding explains.
+
+    No weights have a smaller value than any point of the dual, so those that reach it are the solution.
+    """
+    scores = inputs @ weights
+    hinges = (scores + 1 - targets).amax(1) - (scores * targets).sum(1)
+    value = weights.square().sum() / 2 + c * hinges.sum()
+    gap = value - (dual * targets).sum() + (inputs.T @ dual).square().sum() / 2
+    if not gap.abs() <= 1e-4 * (value + 1e-3 * c * len(inputs)):
+        raise MetaWrapError(
+            f"The SVM of a support set of {len(inputs)} examples could not be solved to the precision of a gradient. "
+            'Embeddings of very unlike sizes may be why: end the embedding with a norm, or use solver="ridge".'
+        )
 
 
 def check_solver() -> None:
