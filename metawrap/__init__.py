@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import (
+from metawrap.methods import (, FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet
     ANIL,
     FOMAML,
     MAML,
@@ -39,6 +39,7 @@ __all__ = [
     "ANIL",
     "FOMAML",
     "MAML",
+    "R2D2",
     "ArgumentError",
     "CheckpointError",
     "DataError",
@@ -48,6 +49,8 @@ __all__ = [
     "FineTune",
     "LSTMMetaLearner",
     "MAMLPlusPlus",
+    "MatchingNet",
+    "MetaOptNet",
     "MetaOutput",
     "MetaSGD",
     "MetaWrapError",

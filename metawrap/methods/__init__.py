@@ -1,6 +1,6 @@
 """Meta-learning methods, all with the face of `Method`."""
 
-from metawrap.methods.embedding import ANIL, FineTune, MultiTask, ProtoNet
+from metawrap.methods.embedding import ANIL, R2D2, FineTune, MatchingNet, MetaOptNet, MultiTask, ProtoNet
 from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
 from metawrap.methods.meta_sgd import MetaSGD
@@ -8,14 +8,17 @@ from metawrap.methods.method import Method
 from metawrap.methods.zero_step import ZeroStep
 
 __all__ = [
-    "ANIL",
     "FOMAML",
     "MAML",
+    "R2D2",
+    "MAMLPlusPlus",
+    "MatchingNet",
+    "MetaOptNet",
+    "Method",
+    "ProtoNetANIL",
     "FineTune",
     "LSTMMetaLearner",
-    "MAMLPlusPlus",
     "MetaSGD",
-    "Method",
     "MultiTask",
     "ProtoNet",
     "Reptile",

@@ -357,3 +357,9 @@ _WANTED: dict[str, tuple[str, Any]] = {
 def check_choice(name: str, value: Any) -> None:
     """Checks one argument that is also taken outside the constructor (`norm=` of `evaluate`, say)."""
     _check(name, value)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Checks a method's own argument: a finite number above 0."""
+    if not _POSITIVE[1](_plain(value)):
+        raise ArgumentError(f"{name}: expected {_POSITIVE[0]}, but got {value!r}.")

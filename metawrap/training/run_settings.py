@@ -21,6 +21,9 @@ METHODS = {
     "lstm": "LSTMMetaLearner",
     "protonet": "ProtoNet",
     "zero-step": "ZeroStep",
+    "matchingnet": "MatchingNet",
+    "metaoptnet": "MetaOptNet",
+    "r2d2": "R2D2",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")

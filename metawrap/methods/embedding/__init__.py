@@ -3,7 +3,10 @@
 from metawrap.methods.embedding.anil import ANIL
 from metawrap.methods.embedding.embedded import Embedded
 from metawrap.methods.embedding.fine_tune import FineTune
+from metawrap.methods.embedding.matching_net import MatchingNet
+from metawrap.methods.embedding.metaopt_net import MetaOptNet
 from metawrap.methods.embedding.multi_task import MultiTask
 from metawrap.methods.embedding.proto_net import ProtoNet
+from metawrap.methods.embedding.r2d2 import R2D2
 
-__all__ = ["ANIL", "Embedded", "FineTune", "MultiTask", "ProtoNet"]
+__all__ = ["ANIL", "R2D2", "Embedded", "FineTune", "MatchingNet", "MetaOptNet", "MultiTask", "ProtoNet"]
