@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, ProtoNet
+from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, NeuralStatistician, ProtoNet, RelationNet, SiameseNet
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -37,8 +37,11 @@ __all__ = [
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "NeuralStatistician",
     "ProtoNet",
     "RankError",
+    "RelationNet",
+    "SiameseNet",
     "StepMetrics",
     "Task",
     "TaskBatch",

@@ -14,6 +14,9 @@ METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "protonet": "ProtoNet",
+    "relationnet": "RelationNet",
+    "siamese": "SiameseNet",
+    "statistician": "NeuralStatistician",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
