@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"metawrap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_train(commands)
+    _add_compare(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
     return parser
@@ -46,6 +47,42 @@ def _add_train(commands: Any) -> None:
     _add_run_flags(parser.add_argument_group("run"))
 
 
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train and test several methods on the same tasks",
+        usage="metawrap compare --methods NAME,NAME --budget N [options]",
+        epilog="Writes comparison.md, .json and .png; the same command continues one that was stopped.",
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    group = parser.add_argument_group("methods")
+    group.add_argument("--methods", type=_names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))
+    group.add_argument("--budget", type=int, required=True, metavar="N", help="meta-steps of each method")
+    group.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        type=_override,
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="a setting of one method: its budget, a flag of train, or a keyword",
+    )
+    group.add_argument(
+        "--norm", choices=NORMS, metavar="NAME", help="one batch-norm policy for all (each method's own)"
+    )
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_network_flags(parser.add_argument_group("network"))
+    group = parser.add_argument_group("run")
+    group.add_argument("--epochs", type=int, metavar="N", help="validations, in equal parts of the budget (10)")
+    _add_task_flags(group)
+    group.add_argument("--seed", type=int, metavar="N", help="of the initial weights and the order of tasks (0)")
+    group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (1)")
+    group.add_argument("--out", default="runs/compare", metavar="PATH", help="a folder per method (runs/compare)")
+    _add_verbose(group)
+
+
 def _add_data_flags(group: Any) -> None:
     group.add_argument(
         "--data", metavar="NAME", help="glyphs (generated; default), omniglot, or a class-per-folder path"
@@ -69,6 +106,10 @@ def _add_data_flags(group: Any) -> None:
 
 def _add_method_flags(group: Any) -> None:
     _add_learner_flags(group)
+    _add_network_flags(group)
+
+
+def _add_network_flags(group: Any) -> None:
     group.add_argument("--backbone", choices=BACKBONES, metavar="NAME", help="conv4 (default) or conv4-strided")
     group.add_argument("--filters", type=int, metavar="N", help="channels of the backbone (64)")
     _add_model(group)
@@ -110,9 +151,7 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument(
         "--iterations", dest="iterations_per_epoch", type=int, metavar="N", help="meta-steps per epoch (50)"
     )
-    group.add_argument("--batch", dest="tasks_per_batch", type=int, metavar="N", help="tasks per meta-step (8)")
-    group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks to validate on (200)")
-    group.add_argument("--test-tasks", type=int, metavar="N", help="fixed tasks of unseen classes to test on (600)")
+    _add_task_flags(group)
     seeds = group.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, metavar="N", help="of the initial weights and the order of tasks (0)")
     seeds.add_argument(
@@ -126,6 +165,12 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--keep", type=int, metavar="N", help="keep the N best and the N newest checkpoints (5)")
     group.add_argument("--ensemble", type=int, metavar="N", help="also test the average of the N best (the paper: 5)")
     _add_verbose(group)
+
+
+def _add_task_flags(group: Any) -> None:
+    group.add_argument("--batch", dest="tasks_per_batch", type=int, metavar="N", help="tasks per meta-step (8)")
+    group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks to validate on (200)")
+    group.add_argument("--test-tasks", type=int, metavar="N", help="fixed tasks of unseen classes to test on (600)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -190,6 +235,20 @@ def _integers(text: str) -> list[int]:
     if len(set(numbers)) != len(numbers):
         raise argparse.ArgumentTypeError(f"expected different numbers, but got '{text}'")
     return numbers
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _override(text: str) -> tuple[str, str, Any]:
+    name, value = _option(text)
+    method, separator, key = name.rpartition(".")
+    if not separator:
+        raise argparse.ArgumentTypeError(
+            f"expected METHOD.NAME=VALUE, such as protonet.meta_lr=0.003, but got '{text}'"
+        )
+    return method, key, value
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -26,14 +26,15 @@ from metawrap.cli.arguments import build_parser
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.training.checkpoints import CheckpointFolder, write_json
+from metawrap.training.comparison import compare, settings_of
 from metawrap.training.inspection import inspect_model
-from metawrap.training.machine import program
+from metawrap.training.machine import command_line, program
 from metawrap.training.processes import by_first, process_group, rank, size
 from metawrap.training.progress import say
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import METHODS, NORMS, RunSettings
-from metawrap.training.tables import result_text
+from metawrap.training.tables import comparison_table, result_text
 
 INTERRUPTED = 130
 UNREAD = 141
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    command = {"train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
+    command = {"train": _train, "compare": _compare, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
             _check_processes(arguments.command)
@@ -92,6 +93,16 @@ def _train(arguments: Namespace) -> None:
         result = train_seeds(settings, seeds, out, arguments.resume)
     if rank() == 0:
         print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
+
+
+def _compare(arguments: Namespace) -> None:
+    overrides: dict[str, dict[str, Any]] = {}
+    for method, name, value in arguments.overrides:
+        overrides.setdefault(method, {})[name] = value
+    common = replace(RunSettings(), **_settings_in(arguments))
+    runs = settings_of(arguments.methods, common, arguments.budget, overrides)
+    result = compare(runs, arguments.out, arguments.jobs)
+    print(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {Path(arguments.out) / 'comparison.md'}")
 
 
 def _evaluate(arguments: Namespace) -> None:
@@ -143,6 +154,8 @@ def _out(arguments: Namespace) -> Path:
 
 
 def _stopped(arguments: Namespace) -> str:
+    if arguments.command == "compare":
+        return f"Stopped. Finished epochs are saved; continue with the same command: {command_line()}"
     if arguments.command != "train":
         return "Stopped."
     out = _out(arguments)

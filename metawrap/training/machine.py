@@ -33,6 +33,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process has held, in MiB: of the GPU where it trains on one, else resident memory.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:  # Windows.
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+
+
 def command_line() -> str:
     """The command that runs, as a user would type it."""
     return shlex.join([*shlex.split(program()), *sys.argv[1:]])

@@ -6,6 +6,7 @@ weights, optimizer state and random state, on the same tasks, and so ends with t
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from metawrap.training.experiment import (
     load_splits,
 )
 from metawrap.training.final_evaluation import final_test
-from metawrap.training.machine import command_line, describe_machine
+from metawrap.training.machine import command_line, describe_machine, peak_memory
 from metawrap.training.processes import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
@@ -48,7 +49,8 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
         resume: continue from the newest readable checkpoint; a finished run is tested again only if it has to be.
     Returns:
         What result.json holds: "settings", "test" (see `final_test`), "trained_norm", "best_validation",
-        "skipped_steps", "seconds" of training, "test_seconds", "machine", "command".
+        "skipped_steps", "parameters" (learned numbers), "step_seconds" (of a meta-step, median over epochs), "peak_mib"
+        (see `peak_memory`), "seconds" of training and validation, "test_seconds", "machine", "command".
     Raises:
         CheckpointError: `out` has a run that is not to be, or cannot be, resumed.
         MetaWrapError: the settings do not fit the data or the network, or training diverged.
@@ -164,11 +166,13 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
     steps: list[StepMetrics] = []
     own = share(settings.tasks_per_batch)
     seed_dropout(settings.seed, epoch)
+    begun = time.monotonic()
     for iteration in range(epoch * count, (epoch + 1) * count):
         batch = experiment.train.batch(iteration)
         steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
         progress.step(steps[-1])
-    good = [step for step in steps if isfinite(step.loss)]
+    good = [step for step in steps if isfinite(step.loss)]  # The first number read waits for the device.
+    seconds = time.monotonic() - begun
     return {
         "epoch": epoch + 1,
         "iteration": (epoch + 1) * count,
@@ -176,6 +180,8 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
         "train_accuracy": _mean([step.accuracy for step in good]),
         "learning_rate": steps[-1].meta_lr,
         "skipped_steps": sum(step.skipped for step in steps),
+        "step_seconds": round(seconds / count, 5),
+        "peak_mib": peak_memory(experiment.device),
     }
 
 
@@ -217,6 +223,9 @@ def _test(
         "trained_norm": experiment.learner.settings.norm,
         "best_validation": {"epoch": test["epoch"], "accuracy": best["validation_accuracy"]},
         "skipped_steps": sum(record["skipped_steps"] for record in history),
+        "parameters": sum(p.numel() for p in experiment.learner.parameters() if p.requires_grad),
+        "step_seconds": _median([record.get("step_seconds") for record in history]),
+        "peak_mib": max((record.get("peak_mib") or 0.0 for record in history), default=0.0) or None,
         "test_seconds": round(time.monotonic() - begun, 3),
         "machine": describe_machine(experiment.device),
         "command": command_line(),
@@ -253,6 +262,11 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
 
 def _device_rng(device: torch.device) -> list[Tensor]:
     return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present else None
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -62,6 +62,44 @@ def seeds_table(settings: RunSettings, summary: dict[str, Any], trained_norm: st
     )
 
 
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each method, the best first, as a table that is also Markdown; from what `compare` gathered."""
+    header = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
+    done = sorted((row for row in rows if row["error"] is None), key=lambda row: -row["accuracy"])
+    cells = [
+        [
+            row["name"],
+            _score(row["accuracy"], row["interval"]),
+            row["norm"],
+            f"{row['parameters']:,}",
+            f"{row['step_seconds']:.3f}",
+            "unknown" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+            f"{row['meta_steps']:,}",
+            f"{row['seconds'] / 60:.1f}",
+        ]
+        for row in done
+    ]
+    failed = [f"{row['name']} failed: {row['error']}" for row in rows if row["error"] is not None]
+    if not done:
+        return "\n".join(failed)
+    settings = done[0]["settings"]
+    title = f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot, test tasks: {settings['test_tasks']}"
+    notes = ["± 95 % interval over tasks, in percent. Norm: the batch-norm policy of training and test."]
+    return "\n".join([title, "", markdown_table(header, cells), "", *notes, *failed])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As `render_table`, in Markdown."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+
+
 def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Over the results of `train` by seed.
 
