@@ -108,5 +108,5 @@ class _Match(nn.LazyLinear):
     def reset_parameters(self) -> None:
         """Minus an L1 distance; nothing before the size is known."""
         if self.in_features and not self.has_uninitialized_params():
-            nn.init.constant_(self.weight, -(self.in_features**-float(__import__("os").environ.get("SP","0.5"))))
-            nn.init.constant_(self.bias, float(__import__("os").environ.get("SB","0")))
+            nn.init.constant_(self.weight, -(self.in_features ** -float(__import__("os").environ.get("SP", "0.5"))))
+            nn.init.constant_(self.bias, float(__import__("os").environ.get("SB", "0")))
