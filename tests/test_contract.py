@@ -27,11 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maml++": {"inner_steps": 2},
     "maml": {"inner_steps": 2},
     "fomaml": {"inner_steps": 2},
+    "statistician": {"hidden": 32},
 }
 # Chance by construction.
 LEARNS_NOTHING = {"zero-step"}
 # Draws random numbers in training.
-DRAWS: set[str] = set()
+DRAWS = {"statistician"}
 
 
 def batch_of(tasks: int = 3, seed: int = 0, shots: int = 2) -> list[Task]:

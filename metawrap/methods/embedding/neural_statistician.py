@@ -22,6 +22,9 @@ from metawrap.tasks import Inputs, Task, describe_value
 
 Likelihood = Literal["bernoulli", "gaussian"]
 
+# Of a log-variance, either way.
+LARGEST = 5.0
+
 
 class Gaussian(NamedTuple):
     """A Gaussian with a diagonal covariance; both (..., numbers)."""
@@ -56,7 +59,7 @@ class NeuralStatistician(Embedded):
 
     Differs from the paper: one stochastic layer z, as in its Omniglot experiment; the decoder is an MLP on whatever
     numbers an input has, not a network of upsampling convolutions; there are no norms between its layers, so that no
-    target leans on the others.
+    target leans on the others, and log-variances are 5 tanh(./5) of what a network makes, so that none explodes.
 
     Args:
         model: any `torch.nn.Module` on one floating-point tensor; it is copied, never changed. What enters its head is
@@ -270,12 +273,19 @@ class Observed(LazyModuleMixin, nn.Module):
         inputs = inputs.to(made.dtype)
         if binary:
             return -F.binary_cross_entropy_with_logits(made, inputs, reduction="none").sum(1)
-        each = (inputs - made).square() / self.log_variance.exp() + self.log_variance + math.log(2 * math.pi)
+        log_variance = _bounded(self.log_variance)
+        each = (inputs - made).square() / log_variance.exp() + log_variance + math.log(2 * math.pi)
         return -each.sum(1) / 2
 
 
 def _gaussian(numbers: Tensor) -> Gaussian:
-    return Gaussian(*numbers.chunk(2, -1))
+    mean, log_variance = numbers.chunk(2, -1)
+    return Gaussian(mean, _bounded(log_variance))
+
+
+def _bounded(log_variance: Tensor) -> Tensor:
+    # Two Gaussians that are far apart and narrow would have a divergence beyond all bounds.
+    return LARGEST * (log_variance / LARGEST).tanh()
 
 
 def _in_unit_range(inputs: Tensor) -> bool:
