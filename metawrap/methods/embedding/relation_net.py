@@ -43,10 +43,10 @@ class RelationNet(Embedded):
     a softmax over the classes.
 
     As in the paper, the relation module has two blocks (3x3 convolution, norm, ReLU, 2x2 max-pool) and two linear
-    layers, of 8 units and of 1. It differs in three ways. Its norm is a group norm of one group: batch statistics
-    would mix the pairs of a task, and with them its targets. A side of 1 is neither convolved nor pooled: for
-    embeddings that are vectors, taken as maps of 1x1, the module is an MLP. The scores are that of one task: with k
-    shots the sum grows with k, as in the paper, so train with the k that you test with.
+    layers, of 8 units and of 1; and the sum grows with the number of shots, so train with as many as you test with.
+    Differs from the paper: the norm is a group norm of one group, because batch statistics would mix the pairs of a
+    task, and with them its targets; and a side of 1 is neither convolved nor pooled, so that for embeddings that are
+    vectors, taken as maps of 1x1, the module is an MLP.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding: a map
@@ -87,6 +87,9 @@ class RelationNet(Embedded):
         keywords.setdefault("loss_fn", relation_loss)
         options = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
         super().__init__(model, options=options, parts={"relation": part}, **keywords)
+
+    def _stateful(self) -> list[nn.Module]:
+        return [*super()._stateful(), self.relation]
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Relations(class_sums(support, labels, ways), self.relation)
