@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import (, FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet
+from metawrap.methods import (, FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet, NeuralStatistician, RelationNet, SiameseNet
     ANIL,
     FOMAML,
     MAML,
@@ -60,6 +60,9 @@ __all__ = [
     "ProtoNet",
     "RankError",
     "Reptile",
+    "NeuralStatistician",
+    "RelationNet",
+    "SiameseNet",
     "StepMetrics",
     "Task",
     "TaskBatch",

@@ -1,6 +1,17 @@
 """Meta-learning methods, all with the face of `Method`."""
 
-from metawrap.methods.embedding import ANIL, R2D2, FineTune, MatchingNet, MetaOptNet, MultiTask, ProtoNet
+from metawrap.methods.embedding import (
+    ANIL,
+    R2D2,
+    FineTune,
+    MatchingNet,
+    MetaOptNet,
+    MultiTask,
+    NeuralStatistician,
+    ProtoNet,
+    RelationNet,
+    SiameseNet,
+)
 from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
 from metawrap.methods.meta_sgd import MetaSGD
@@ -10,17 +21,20 @@ from metawrap.methods.zero_step import ZeroStep
 __all__ = [
     "FOMAML",
     "MAML",
-    "R2D2",
     "MAMLPlusPlus",
+    "Method",
+    "NeuralStatistician",
+    "ProtoNet",
+    "RelationNet",
+    "SiameseNetFOMAML",
+    "R2D2",
     "MatchingNet",
     "MetaOptNet",
-    "Method",
     "ProtoNetANIL",
     "FineTune",
     "LSTMMetaLearner",
     "MetaSGD",
     "MultiTask",
-    "ProtoNet",
     "Reptile",
     "ZeroStep",
 ]

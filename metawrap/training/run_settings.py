@@ -24,6 +24,9 @@ METHODS = {
     "matchingnet": "MatchingNet",
     "metaoptnet": "MetaOptNet",
     "r2d2": "R2D2",
+    "relationnet": "RelationNet",
+    "siamese": "SiameseNet",
+    "statistician": "NeuralStatistician",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")

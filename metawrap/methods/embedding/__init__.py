@@ -9,4 +9,19 @@ from metawrap.methods.embedding.multi_task import MultiTask
 from metawrap.methods.embedding.proto_net import ProtoNet
 from metawrap.methods.embedding.r2d2 import R2D2
 
-__all__ = ["ANIL", "R2D2", "Embedded", "FineTune", "MatchingNet", "MetaOptNet", "MultiTask", "ProtoNet"]
+__all__ = [
+    "ANIL",
+    "R2D2",
+    "Embedded",
+    "FineTune",
+    "MatchingNet",
+    "MetaOptNet",
+    "MultiTask",
+    "NeuralStatistician",
+    "ProtoNet",
+    "RelationNet",
+    "SiameseNet",
+]
+from metawrap.methods.embedding.neural_statistician import NeuralStatistician
+from metawrap.methods.embedding.relation_net import RelationNet
+from metawrap.methods.embedding.siamese_net import SiameseNet
