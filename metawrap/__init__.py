@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, MAMLPlusPlus, ProtoNet
+from metawrap.methods import FOMAML, MAML, MANN, MAMLPlusPlus, MemoryModule, MetaNet, ProtoNet
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -26,6 +26,7 @@ except PackageNotFoundError:  # Run from a checkout that is not installed.
 __all__ = [
     "FOMAML",
     "MAML",
+    "MANN",
     "ArgumentError",
     "CheckpointError",
     "DataError",
@@ -33,6 +34,8 @@ __all__ = [
     "DivergedError",
     "EvaluationResult",
     "MAMLPlusPlus",
+    "MemoryModule",
+    "MetaNet",
     "MetaOutput",
     "MetaWrapError",
     "MetaWrapWarning",

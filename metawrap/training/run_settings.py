@@ -14,6 +14,9 @@ METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "protonet": "ProtoNet",
+    "mann": "MANN",
+    "metanet": "MetaNet",
+    "memorymodule": "MemoryModule",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
