@@ -14,7 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import (, FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet, NeuralStatistician, RelationNet, SiameseNet
+from metawrap.methods import (, FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet, NeuralStatistician, RelationNet, SiameseNet, MANN, MemoryModule, MetaNet
     ANIL,
     FOMAML,
     MAML,
@@ -40,6 +40,7 @@ __all__ = [
     "FOMAML",
     "MAML",
     "R2D2",
+    "MANN",
     "ArgumentError",
     "CheckpointError",
     "DataError",
@@ -51,6 +52,8 @@ __all__ = [
     "MAMLPlusPlus",
     "MatchingNet",
     "MetaOptNet",
+    "MemoryModule",
+    "MetaNet",
     "MetaOutput",
     "MetaSGD",
     "MetaWrapError",

@@ -1,6 +1,6 @@
 """Meta-learning methods, all with the face of `Method`."""
 
-from metawrap.methods.embedding import (
+from metawrap.methods.embedding import (, MANN, MemoryModule, MetaNet, ProtoNet
     ANIL,
     R2D2,
     FineTune,
@@ -18,7 +18,7 @@ from metawrap.methods.meta_sgd import MetaSGD
 from metawrap.methods.method import Method
 from metawrap.methods.zero_step import ZeroStep
 
-__all__ = [
+__all__ = ["FOMAML", "MAML", "MANN", "MAMLPlusPlus", "MemoryModule", "MetaNet", "Method", "ProtoNet"
     "FOMAML",
     "MAML",
     "MAMLPlusPlus",

@@ -27,6 +27,9 @@ METHODS = {
     "relationnet": "RelationNet",
     "siamese": "SiameseNet",
     "statistician": "NeuralStatistician",
+    "mann": "MANN",
+    "metanet": "MetaNet",
+    "memorymodule": "MemoryModule",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")

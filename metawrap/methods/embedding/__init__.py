@@ -3,16 +3,22 @@
 from metawrap.methods.embedding.anil import ANIL
 from metawrap.methods.embedding.embedded import Embedded
 from metawrap.methods.embedding.fine_tune import FineTune
+from metawrap.methods.embedding.mann import MANN
 from metawrap.methods.embedding.matching_net import MatchingNet
+from metawrap.methods.embedding.memory_module import MemoryModule
+from metawrap.methods.embedding.meta_net import MetaNet
 from metawrap.methods.embedding.metaopt_net import MetaOptNet
 from metawrap.methods.embedding.multi_task import MultiTask
 from metawrap.methods.embedding.proto_net import ProtoNet
 from metawrap.methods.embedding.r2d2 import R2D2
 
 __all__ = [
-    "ANIL",
-    "R2D2",
+    "MANN",
     "Embedded",
+    "MemoryModule",
+    "MetaNet",
+    "ProtoNetANIL",
+    "R2D2",
     "FineTune",
     "MatchingNet",
     "MetaOptNet",
