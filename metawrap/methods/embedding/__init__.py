@@ -9,18 +9,21 @@ from metawrap.methods.embedding.memory_module import MemoryModule
 from metawrap.methods.embedding.meta_net import MetaNet
 from metawrap.methods.embedding.metaopt_net import MetaOptNet
 from metawrap.methods.embedding.multi_task import MultiTask
+from metawrap.methods.embedding.neural_statistician import NeuralStatistician
 from metawrap.methods.embedding.proto_net import ProtoNet
 from metawrap.methods.embedding.r2d2 import R2D2
+from metawrap.methods.embedding.relation_net import RelationNet
+from metawrap.methods.embedding.siamese_net import SiameseNet
 
 __all__ = [
+    "ANIL",
     "MANN",
-    "Embedded",
-    "MemoryModule",
-    "MetaNet",
-    "ProtoNetANIL",
     "R2D2",
+    "Embedded",
     "FineTune",
     "MatchingNet",
+    "MemoryModule",
+    "MetaNet",
     "MetaOptNet",
     "MultiTask",
     "NeuralStatistician",
@@ -28,6 +31,3 @@ __all__ = [
     "RelationNet",
     "SiameseNet",
 ]
-from metawrap.methods.embedding.neural_statistician import NeuralStatistician
-from metawrap.methods.embedding.relation_net import RelationNet
-from metawrap.methods.embedding.siamese_net import SiameseNet
