@@ -31,11 +31,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "anil": {"inner_steps": 2},
     "fine-tune": {"inner_steps": 5, "classes": 9},
     "multi-task": {"inner_steps": 5, "classes": 9},
+    "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
+    "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
+    "statistician": {"hidden": 32},
 }
 # Chance by construction.
 LEARNS_NOTHING = {"zero-step"}
 # Draws random numbers in training.
-DRAWS: set[str] = set()
+DRAWS = {"statistician"}
 
 
 def batch_of(tasks: int = 3, seed: int = 0, shots: int = 2) -> list[Task]:

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -95,7 +96,7 @@ class Embedded(Direct):
         labels, ways = self._labels(task)
         moments: list[Moments] | None = [] if training else None
         support, target = self._embeddings(task, training, norm, moments)
-        prediction, loss = self._judged(support, labels, ways, target, task.target_y)
+        prediction, loss = self._judged_on(task, support, labels, ways, target)
         return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
 
     def _embeddings(
@@ -139,6 +140,12 @@ class Embedded(Direct):
                 'embedding="output".'
             )
         return found.flatten(1) if self.flat else found
+
+    def _judged_on(
+        self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_judged`, for a method that needs the inputs, too."""
+        return self._judged(support, labels, ways, target, task.target_y)
 
     def _judged(
         self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
@@ -189,7 +196,8 @@ class Embedded(Direct):
                 raise UnsupportedModuleError(
                     f"The embedding has {len(support)} rows for {len(labels)} support examples: expected one for each."
                 )
-            _, loss = self._judged(support, labels, ways, support, task.support_y)
+            shown = replace(task, target_x=task.support_x, target_y=task.support_y)
+            _, loss = self._judged_on(shown, support, labels, ways, support)
             learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             unused: list[str] = []
             if loss.requires_grad and learned:
