@@ -34,8 +34,8 @@ class MetaOptNet(Embedded):
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         solver: "svm" or "ridge". "svm" needs the extra `metawrap[metaoptnet]`.
         regularizer: C of the SVM, 0.1 if None, where a smaller one regularises more; lambda of the ridge, 50 if None.
-        scale: where the scale starts. The authors start at 1, with SGD at a rate of 0.1; under Adam, 300 meta-steps of 4
-            tasks on Omniglot 5-way 1-shot gave 84.6 % from 1, and 91.8 % from 10.
+        scale: where the scale starts. The authors start at 1, with SGD at a rate of 0.1; under Adam, 300 steps of 4
+            tasks of Omniglot 5-way 1-shot gave 84.6 % from 1, and 91.8 % from 10.
         keywords: see `EmbeddedKeywords` and `OuterKeywords`.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination, or the solver's library is missing.
