@@ -14,7 +14,28 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.methods import FOMAML, MAML, R2D2, MAMLPlusPlus, MatchingNet, MetaOptNet, ProtoNet
+from metawrap.methods import (
+    ANIL,
+    FOMAML,
+    MAML,
+    MANN,
+    R2D2,
+    FineTune,
+    LSTMMetaLearner,
+    MAMLPlusPlus,
+    MatchingNet,
+    MemoryModule,
+    MetaNet,
+    MetaOptNet,
+    MetaSGD,
+    MultiTask,
+    NeuralStatistician,
+    ProtoNet,
+    RelationNet,
+    Reptile,
+    SiameseNet,
+    ZeroStep,
+)
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
 from metawrap.tasks import Task, TaskBatch
 
@@ -24,8 +45,10 @@ except PackageNotFoundError:  # Run from a checkout that is not installed.
     __version__ = "0+unknown"
 
 __all__ = [
+    "ANIL",
     "FOMAML",
     "MAML",
+    "MANN",
     "R2D2",
     "ArgumentError",
     "CheckpointError",
@@ -33,19 +56,30 @@ __all__ = [
     "Description",
     "DivergedError",
     "EvaluationResult",
+    "FineTune",
+    "LSTMMetaLearner",
     "MAMLPlusPlus",
     "MatchingNet",
+    "MemoryModule",
+    "MetaNet",
     "MetaOptNet",
     "MetaOutput",
+    "MetaSGD",
     "MetaWrapError",
     "MetaWrapWarning",
     "ModuleRow",
+    "MultiTask",
+    "NeuralStatistician",
     "ProtoNet",
     "RankError",
+    "RelationNet",
+    "Reptile",
+    "SiameseNet",
     "StepMetrics",
     "Task",
     "TaskBatch",
     "TaskError",
     "UnsupportedModuleError",
+    "ZeroStep",
     "__version__",
 ]

@@ -30,11 +30,15 @@ def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:
     return nn.functional.one_hot(labels.long(), ways).to(like.dtype)
 
 
+def class_sums(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """The sum of each class's embeddings: (examples, ...), (examples,) to (ways, ...)."""
+    return embeddings.new_zeros(ways, *embeddings.shape[1:]).index_add(0, labels, embeddings)
+
+
 def class_means(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
     """The mean embedding of each class: (examples, ...), (examples,) to (ways, ...)."""
-    sums = embeddings.new_zeros(ways, *embeddings.shape[1:]).index_add(0, labels, embeddings)
     counts = torch.bincount(labels, minlength=ways).to(embeddings.dtype)
-    return sums / counts.view(-1, *(1,) * (embeddings.ndim - 1))
+    return class_sums(embeddings, labels, ways) / counts.view(-1, *(1,) * (embeddings.ndim - 1))
 
 
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:
