@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
@@ -62,6 +62,7 @@ class Embedded(Direct):
         *,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
+        inner_steps: int | None = None,
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         own: _Own = {"head": keywords.pop("head", None), "embedding": keywords.pop("embedding", "head_input")}
@@ -70,7 +71,8 @@ class Embedded(Direct):
         if own["embedding"] == "output" and own["head"] is not None:
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
         outer = cast(OuterKeywords, keywords)
-        super().__init__(model, outer, head=own["head"], options={**(options or {}), **own}, parts=parts)
+        shown = {**(options or {}), **own}
+        super().__init__(model, outer, head=own["head"], options=shown, parts=parts, inner_steps=inner_steps)
         self.embedding: Embedding = own["embedding"]
 
     @abstractmethod
@@ -100,21 +102,21 @@ class Embedded(Direct):
     def _embeddings(
         self, task: Task, training: bool, norm: str, moments: list[Moments] | None
     ) -> tuple[Tensor, Tensor]:
+        return self._of_both(self._embedded, task, training, norm, moments)
+
+    def _of_both(
+        self, run: Callable[..., Tensor], task: Task, training: bool, norm: str, moments: list[Moments] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`run(inputs, statistics, moments)` of support and target, (examples, ...) each."""
         if norm == "support":
-            return (
-                self._embedded(task.support_x, "capture", moments),
-                self._embedded(task.target_x, "captured", moments),
-            )
+            return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
         if norm == "running" and training and (both := _together(task)) is not None:
             # One batch, as in ordinary training: its statistics are those that are stored and used in evaluation.
-            embedded = self._embedded(both, "batch", moments)
+            found = run(both, "batch", moments)
             count = len(cast(Tensor, task.support_x))
-            return embedded[:count], embedded[count:]
+            return found[:count], found[count:]
         statistics: Statistics = "running" if norm == "running" and not training else "batch"
-        return (
-            self._embedded(task.support_x, statistics, moments),
-            self._embedded(task.target_x, statistics, moments),
-        )
+        return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
 
     def _embedded(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
         """The embeddings of inputs: (examples, numbers), or as the head gets them where the method is not `flat`."""

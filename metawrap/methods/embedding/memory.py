@@ -1,0 +1,110 @@
+"""What the methods with a memory share: cosines with its slots, learned rows per class, gradients as features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from typing_extensions import Unpack
+
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.methods.direct import Parts
+from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
+from metawrap.tasks import Task
+
+
+def slot_cosines(keys: Tensor, memory: Tensor) -> Tensor:
+    """Cosines of keys (..., keys, numbers) with slots (..., slots, numbers): (..., keys, slots); 0 with an empty slot."""
+    # The floor keeps the gradient of a slot that is nearly empty in bounds.
+    one, other = (nn.functional.normalize(each, dim=-1, eps=1e-6) for each in (keys, memory))
+    return one @ other.mT
+
+
+def gradient_features(gradient: Tensor, p: float) -> Tensor:
+    """Size and sign of each number in the range -1..1: (...) to (..., 2).
+
+    (log|g| / p, sign g) where |g| >= exp(-p), else (-1, exp(p) g).
+    Source: Andrychowicz et al. 2016, arXiv:1606.04474, Appendix A.
+    """
+    floor = torch.finfo(gradient.dtype).tiny
+    size = (gradient.abs().clamp(min=floor).log() / p).clamp(min=-1)
+    sign = (gradient * math.exp(p)).clamp(-1, 1)
+    return torch.stack([size, sign], dim=-1)
+
+
+class ClassRows(LazyModuleMixin, nn.Module):  # type: ignore[misc]
+    """A learned row for each class, (ways, numbers); a task with fewer classes uses the first.
+
+    Its shape is that of the first call, unless `ways` says how many rows there are.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, ways: int | None) -> None:
+        super().__init__()
+        self.ways = ways
+        self.weight = nn.UninitializedParameter()
+
+    @property
+    def most(self) -> int | None:
+        """The most classes that a task may have; None while that is open."""
+        return self.ways if self.has_uninitialized_params() else len(self.weight)  # type: ignore[no-untyped-call]
+
+    def initialize_parameters(self, ways: int, numbers: int) -> None:
+        """Draws the rows, as `nn.Linear` does."""
+        if self.has_uninitialized_params():  # type: ignore[no-untyped-call]
+            self.weight.materialize((self.ways or ways, numbers))  # type: ignore[attr-defined]
+            nn.init.uniform_(self.weight, -(numbers**-0.5), numbers**-0.5)
+
+    def forward(self, ways: int, numbers: int) -> Tensor:
+        """(ways, numbers)."""
+        return self.weight[:ways]
+
+
+class PerClass(Embedded):
+    """A method with learned weights for each class of a task, so that their number has a limit: `ways`."""
+
+    rows: ClassRows
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ways: int | None,
+        *,
+        options: Mapping[str, Any],
+        parts: Parts,
+        **keywords: Unpack[EmbeddedKeywords],
+    ) -> None:
+        if ways is not None:
+            check_whole("ways", ways, 2)
+        rows = ClassRows(ways)
+        super().__init__(model, options={"ways": ways, **options}, parts={**parts, "rows": rows}, **keywords)
+
+    def _labels(self, task: Task) -> tuple[Tensor, int]:
+        labels, ways = super()._labels(task)
+        most = self.rows.most
+        if most is not None and ways > most:
+            raise TaskError(
+                f"support_y has {ways} classes, but this {type(self).__name__} has learned weights for {most}, "
+                f"{'as ways= says' if self.rows.ways else 'the number in its first task'}. Build it with ways={ways}."
+            )
+        return labels, ways
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ArgumentError unless the value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name}: expected a whole number of at least {least}, but got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_below: bool = False) -> None:
+    """Raises ArgumentError unless the value is a finite number in low..high, where low itself may be left out."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_below and value == low) or value == math.inf:
+        bounds = f"{'above' if open_below else 'of at least'} {low:g}"
+        bounds += "" if high == math.inf else f" and at most {high:g}"
+        raise ArgumentError(f"{name}: expected a number {bounds}, but got {value!r}.")
