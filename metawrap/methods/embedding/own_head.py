@@ -58,7 +58,7 @@ class OwnHead(Embedded):
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
                 f"makes sense, but got {keywords['embedding']!r}. Leave it out; head= names the head."
             )
-        super().__init__(model, options=options, parts=parts, inner_steps=inner_steps, **keywords)
+        super().__init__(model, options=options, parts=parts, own_steps=inner_steps, **keywords)
         if self._head is not None:
             self._refuse_shared(self._head)
             self._make_parts(None)
