@@ -21,9 +21,9 @@ class SiameseNet(Embedded):
     half each, which is what drawing as many of one as of the other, as the paper does, is in the mean. The prediction
     of a class is the largest of its support examples' matches, before the sigmoid.
 
-    Differs from the paper: pairs are those of one task; there is the bias b; for embeddings of n numbers each a_j starts
-    at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the first step
-    on, and pairs whose numbers are half a unit apart are undecided (b learned from 0 took many times the meta-steps);
+    Differs from the paper: pairs are those of one task; there is the bias b; for embeddings of n numbers each a_j
+    starts at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the
+    first step on, and pairs whose numbers are half a unit apart are undecided (with b = 0 it learned far more slowly);
     nothing is squashed before the distance, and there is no distortion of the images: both are the user's own to add.
 
     Args:
