@@ -31,16 +31,6 @@ class _Gain(nn.Module):
         return self.gain * (one * other).sum(1)
 
 
-def norm(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """One group: every pair by the mean and variance of all its numbers; weight and bias per channel."""
-    flat = rows.reshape(len(rows), -1)
-    mean, variance = flat.mean(1), flat.var(1)
-    shape = (-1,) + (1,) * (rows.ndim - 1)
-    scaled = (rows - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
-    channel = (1, -1) + (1,) * (rows.ndim - 2)
-    return scaled * weight.reshape(channel) + bias.reshape(channel)
-
-
 def convolved(maps: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """3x3, padding 1, by the definition."""
     n, _, h, w = maps.shape
@@ -64,7 +54,7 @@ def relation_by_hand(pairs: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndar
             pairs = convolved(pairs, weight, bias)
         else:
             pairs = pairs.reshape(len(pairs), -1) @ weight.reshape(len(weight), -1).T + bias
-        pairs = np.maximum(norm(pairs, parts[f"{block}.norm.weight"], parts[f"{block}.norm.bias"]), 0)
+        pairs = np.maximum(pairs, 0)
         if pairs.ndim == 4:
             pairs = pooled(pairs)
     pairs = np.maximum(pairs.reshape(len(pairs), -1) @ parts["3.weight"].T + parts["3.bias"], 0)
@@ -95,6 +85,15 @@ def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]
             error += (1 / (1 + np.exp(-expected[row, way])) - (target_y[row] == way).item()) ** 2
     np.testing.assert_allclose(prediction.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
     assert loss.item() == pytest.approx(error / 12, rel=1e-9)
+
+
+def test_the_first_block_starts_on_the_difference() -> None:
+    learner = RelationNet(nn.Linear(1, 1).double(), embedding="output")
+    x, y = numbers(3, 6), torch.arange(3)
+    found, _ = learner._judged(x, y, 3, x, y)
+    shifted, _ = learner._judged(x + 5, y, 3, x + 5, y)
+    torch.testing.assert_close(found, shifted, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, learner._judged(x + 5, y, 3, x, y)[0])
 
 
 def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:

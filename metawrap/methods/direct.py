@@ -63,7 +63,7 @@ class Direct(Method):
     """A method that runs the user's module as it is.
 
     options: the method's own keywords, as `describe` shows them. parts: what it learns besides the module, by the name
-    that it gets here; on the module's device and in its precision. inner_steps: of a method that has an inner loop on a
+    that it gets here; on the module's device and in its precision. own_steps: of a method that has an inner loop on a
     part of the network.
     """
 
@@ -77,15 +77,15 @@ class Direct(Method):
         head: str | None = None,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
-        inner_steps: int | None = None,
+        own_steps: int | None = None,
     ) -> None:
         _check_known(type(self).__name__, outer)
         given = {name: value for name, value in outer.items() if name not in _NOT_SETTINGS}
         own_outer = [name for name in ("optimizer", "scheduler") if outer.get(name) is not None]
         settings: OuterSettings = resolve_outer(given, self.defaults, own_outer)
-        if inner_steps is not None:
-            check_choice("inner_steps", inner_steps)
-            settings = TunedSettings(**settings.as_dict(), inner_steps=inner_steps)
+        if own_steps is not None:
+            check_choice("inner_steps", own_steps)
+            settings = TunedSettings(**settings.as_dict(), inner_steps=own_steps)
         wrapped = wrap(
             model,
             steps=1,

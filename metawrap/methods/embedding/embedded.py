@@ -62,7 +62,7 @@ class Embedded(Direct):
         *,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
-        inner_steps: int | None = None,
+        own_steps: int | None = None,
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         own: _Own = {"head": keywords.pop("head", None), "embedding": keywords.pop("embedding", "head_input")}
@@ -72,7 +72,7 @@ class Embedded(Direct):
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
         outer = cast(OuterKeywords, keywords)
         shown = {**(options or {}), **own}
-        super().__init__(model, outer, head=own["head"], options=shown, parts=parts, inner_steps=inner_steps)
+        super().__init__(model, outer, head=own["head"], options=shown, parts=parts, own_steps=own_steps)
         self.embedding: Embedding = own["embedding"]
 
     @abstractmethod

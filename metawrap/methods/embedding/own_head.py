@@ -58,7 +58,7 @@ class OwnHead(Embedded):
                 f"makes sense, but got {keywords['embedding']!r}. Leave it out; head= names the head."
             )
         self._in_forward = False
-        super().__init__(model, options=options, parts=parts, inner_steps=inner_steps, **keywords)
+        super().__init__(model, options=options, parts=parts, own_steps=inner_steps, **keywords)
         if self._head is not None:
             self._refuse_shared(self._head)
             self._make_parts(None)

@@ -42,11 +42,12 @@ class RelationNet(Embedded):
     its sigmoid, which ranks as the score does, and which a `loss_fn` of yours gets: `loss_fn=F.cross_entropy` makes it
     a softmax over the classes.
 
-    As in the paper, the relation module has two blocks (3x3 convolution, norm, ReLU, 2x2 max-pool) and two linear
+    As in the paper, the relation module has two blocks (3x3 convolution, ReLU, 2x2 max-pool) and two linear
     layers, of 8 units and of 1; and the sum grows with the number of shots, so train with as many as you test with.
-    Differs from the paper: the norm is a group norm of one group, because batch statistics would mix the pairs of a
-    task, and with them its targets; and a side of 1 is neither convolved nor pooled, so that for embeddings that are
-    vectors, taken as maps of 1x1, the module is an MLP.
+    Differs from the paper: the blocks have no batch norm, which would mix the pairs of a task, and with them its
+    targets (a norm of each pair by itself takes away how far apart the two are, and learned more slowly); the first
+    block starts as one on the difference of the two embeddings, for the same reason; and a side of 1 is neither
+    convolved nor pooled, so that for embeddings that are vectors, taken as maps of 1x1, the module is an MLP.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding: a map
@@ -122,40 +123,48 @@ class Relations(FittedHead):
 def relation_module(hidden: int) -> nn.Module:
     """The relation module of the paper for maps, an MLP for vectors; sized by what enters it first."""
     return nn.Sequential(
-        RelationBlock(hidden), RelationBlock(hidden), nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 1)
+        RelationBlock(hidden, compares=True),
+        RelationBlock(hidden),
+        nn.Flatten(),
+        nn.LazyLinear(8),
+        nn.ReLU(),
+        nn.Linear(8, 1),
     )
 
 
 class RelationBlock(LazyModuleMixin, nn.Module):
-    """3x3 convolution with bias, group norm, ReLU, 2x2 max-pool; a side of 1 is neither convolved nor pooled.
+    """3x3 convolution with bias, ReLU, 2x2 max-pool; a side of 1 is neither convolved nor pooled.
 
     (pairs, channels, h, w) to (pairs, hidden, max(h // 2, 1), max(w // 2, 1)); anything else enters as
-    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input.
+    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input. One that `compares`
+    starts with the weights of a pair's second half minus those of its first: it begins with their difference.
     """
 
     weight: UninitializedParameter
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, compares: bool = False) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.compares = hidden, compares
         self.weight = UninitializedParameter()
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.norm = nn.GroupNorm(1, hidden)
 
     def initialize_parameters(self, pairs: Tensor) -> None:
-        """Gives the weight its size, and draws it as `nn.Conv2d` does."""
+        """Gives the weight its size, and draws it for a ReLU behind it."""
         if self.has_uninitialized_params():
             maps = _as_maps(pairs)
             sides = [3 if side > 1 else 1 for side in maps.shape[2:]]
             with torch.no_grad():
                 self.weight.materialize((self.hidden, maps.shape[1], *sides))
-                nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+                nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+                if self.compares:
+                    half = maps.shape[1] // 2
+                    self.weight[:, half:] = -self.weight[:, :half]
 
     def forward(self, pairs: Tensor) -> Tensor:
         """One block; shapes as in the class docstring."""
         maps = _as_maps(pairs)
         padding = [side // 2 for side in self.weight.shape[2:]]
-        maps = F.relu(self.norm(F.conv2d(maps, self.weight, self.bias, padding=padding)))
+        maps = F.relu(F.conv2d(maps, self.weight, self.bias, padding=padding))
         return F.max_pool2d(maps, [min(side, 2) for side in maps.shape[2:]])
 
 

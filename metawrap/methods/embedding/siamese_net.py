@@ -21,9 +21,10 @@ class SiameseNet(Embedded):
     half each, which is what drawing as many of one as of the other, as the paper does, is in the mean. The prediction
     of a class is the largest of its support examples' matches, before the sigmoid.
 
-    Differs from the paper: pairs are those of one task; a has a bias, and starts at minus one over the square root of
-    the embedding's size, not at random, so that the nearer example is the better match from the first step on; nothing
-    is squashed before the distance, and there is no affine distortion of the images: both are the user's own to add.
+    Differs from the paper: pairs are those of one task; there is the bias b; for embeddings of n numbers each a_j
+    starts at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the
+    first step on, and pairs whose numbers are half a unit apart are undecided (with b = 0 it learned far more slowly);
+    nothing is squashed before the distance, and there is no distortion of the images: both are the user's own to add.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
@@ -106,7 +107,7 @@ class _Match(nn.LazyLinear):
         super().__init__(1)
 
     def reset_parameters(self) -> None:
-        """Minus an L1 distance; nothing before the size is known."""
+        """As `SiameseNet` says; nothing before the size is known."""
         if self.in_features and not self.has_uninitialized_params():
-            nn.init.constant_(self.weight, -(self.in_features ** -float(__import__("os").environ.get("SP", "0.5"))))
-            nn.init.constant_(self.bias, float(__import__("os").environ.get("SB", "0")))
+            nn.init.constant_(self.weight, -(self.in_features**-0.5))
+            nn.init.constant_(self.bias, self.in_features**0.5 / 2)
