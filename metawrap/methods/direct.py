@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import TypedDict
 
 from metawrap.description import Description
@@ -102,6 +103,14 @@ class Direct(Method):
         if not list(self.parameters()):
             raise ArgumentError(f"model: {type(model).__name__} has no parameters, so there is nothing to learn.")
         self._make_outer(outer.get("optimizer"), outer.get("scheduler"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A pickled parameter without a size loses its device and precision; still the same object for the optimizer.
+        sized = [p for p in self.parameters() if not is_lazy(p)]
+        for parameter in self.parameters() if sized else ():
+            if is_lazy(parameter):
+                parameter.data = parameter.data.to(sized[0])
 
     @abstractmethod
     def _look(self, task: Task) -> FirstLook:
