@@ -67,7 +67,7 @@ class MetaNet(PerClass):
         options = {"representation": representation, "representation_steps": representation_steps, "hidden": hidden}
         for name, value in options.items():
             check_whole(name, value, 1)
-        parts = {
+        parts: dict[str, nn.Module] = {
             "representation": nn.LazyLinear(representation, bias=False),
             "representation_rows": ClassRows(ways),
             "task_fast": nn.LSTM(2, hidden),
@@ -95,8 +95,9 @@ class MetaNet(PerClass):
         parts = gradients.tensor_split(min(len(gradients), self.representation_steps))
         steps = torch.stack([part.mean(0).flatten() for part in parts])
         read, _ = self.task_fast(gradient_features(steps, _P))
-        slow = self.representation.weight
-        return slow + self.task_fast_out(read[-1]).view_as(slow)
+        slow: Tensor = self.representation.weight
+        fast: Tensor = self.task_fast_out(read[-1]).view_as(slow)
+        return slow + fast
 
 
 def linear_gradients(inputs: Tensor, outputs: Tensor) -> Tensor:
