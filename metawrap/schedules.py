@@ -43,3 +43,11 @@ def cosine_meta_lr(epoch: int, epochs: int, highest: float, lowest: float) -> fl
     """
     progress = min(epoch, epochs) / epochs
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def linear_meta_lr(epoch: int, epochs: int, highest: float) -> float:
+    """The outer learning rate of an epoch: from `highest` in equal parts to 0, where it stays.
+
+    Source: Nichol et al. 2018, arXiv:1803.02999, whose code goes down meta-step by meta-step.
+    """
+    return highest * (1 - min(epoch, epochs) / epochs)

@@ -28,6 +28,8 @@ class Task:
     """One episode: inputs are (examples, ...), labels are (examples, ...); support and target sizes may differ.
 
     id: what the task is called where something is kept for it (`head_init="stored"`); None where nothing is.
+    classes: what the labels 0..ways - 1 mean: the number of each one's class among all classes that tasks are drawn
+    from, for methods that learn from the examples of all tasks at once; None where that is not known.
     """
 
     support_x: Inputs
@@ -35,8 +37,11 @@ class Task:
     target_x: Inputs
     target_y: Any
     id: TaskId | None = None
+    classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.classes is not None:
+            object.__setattr__(self, "classes", _class_numbers(self.classes))
         if isinstance(self.id, Integral) and not isinstance(self.id, bool):
             object.__setattr__(self, "id", int(self.id))  # numpy's whole numbers, too
         elif self.id is not None and not isinstance(self.id, str):
@@ -69,9 +74,18 @@ class TaskBatch:
             raise TaskError("The task batch holds 0 tasks, expected at least 1.")
 
     @classmethod
-    def stacked(cls, support_x: Inputs, support_y: Any, target_x: Inputs, target_y: Any) -> TaskBatch:
+    def stacked(
+        cls,
+        support_x: Inputs,
+        support_y: Any,
+        target_x: Inputs,
+        target_y: Any,
+        classes: Sequence[Sequence[int]] | None = None,
+    ) -> TaskBatch:
         """From four parts with a leading task axis: x is (tasks, examples, ...), y is (tasks, examples, ...).
 
+        Args:
+            classes: `Task.classes` of each task.
         Raises:
             TaskError: a part has no task axis, or the parts disagree on the number of tasks.
         """
@@ -82,9 +96,15 @@ class TaskBatch:
                 f"All four parts must have the same number of tasks on their first axis, but got {counts}. "
                 "For tasks of different sizes pass a list of Task(...)."
             )
+        tasks = counts["support_x"]
+        if classes is not None and len(classes) != tasks:
+            raise TaskError(f"classes: expected those of {tasks} tasks, but got those of {len(classes)}.")
         pieces = [
-            Task(*(map_tensors(part, lambda tensor, i=index: tensor[i]) for part in parts.values()))  # type: ignore[misc]
-            for index in range(counts["support_x"])
+            Task(
+                *(map_tensors(part, lambda tensor, i=index: tensor[i]) for part in parts.values()),  # type: ignore[misc]
+                classes=None if classes is None else tuple(classes[index]),
+            )
+            for index in range(tasks)
         ]
         return cls(tuple(pieces))
 
@@ -209,6 +229,20 @@ _AMBIGUOUS = (
     "tasks: a list of bare four-tuples can mean single tasks or stacked batches, and these shapes prove neither. "
     "Write Task(*parts) for a single task or TaskBatch.stacked(*parts) for a batch."
 )
+
+
+def _class_numbers(classes: Any) -> tuple[int, ...]:
+    found = tuple(classes) if isinstance(classes, Sequence) else ()
+    if (
+        not found
+        or not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in found)
+        or len(set(found)) != len(found)
+    ):
+        raise TaskError(
+            "classes: expected the number of each label's class, different whole numbers of at least 0, but got "
+            f"{describe_value(classes)}."
+        )
+    return tuple(int(one) for one in found)  # numpy's whole numbers, too
 
 
 def _lengths(value: Any) -> set[int]:

@@ -8,6 +8,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,16 +28,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maml++": {"inner_steps": 2},
     "maml": {"inner_steps": 2},
     "fomaml": {"inner_steps": 2},
+    "anil": {"inner_steps": 2},
+    "fine-tune": {"inner_steps": 5, "classes": 9},
+    "multi-task": {"inner_steps": 5, "classes": 9},
+    "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
+    "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
+    "statistician": {"hidden": 32},
 }
 # Chance by construction.
 LEARNS_NOTHING = {"zero-step"}
 # Draws random numbers in training.
-DRAWS: set[str] = set()
+DRAWS = {"statistician"}
 
 
 def batch_of(tasks: int = 3, seed: int = 0, shots: int = 2) -> list[Task]:
     parts = zip(*class_tasks((4,), tasks=tasks, shots=shots, seed=seed), strict=True)
-    return [Task(*each) for each in parts]
+    return [Task(*each, classes=(3 * place, 3 * place + 1, 3 * place + 2)) for place, each in enumerate(parts)]
 
 
 def make(name: str, model: nn.Module | None = None, **options: Any) -> Any:
@@ -280,7 +287,7 @@ def test_a_failed_call_leaves_it_as_it_was(name: str) -> None:
     learner.meta_step(batch)
     before, state = fingerprint(learner), snapshot(dict(learner.state_dict()))
     task = batch[0]
-    wrong = Task(task.support_x, task.support_y, task.target_x, task.target_y + 7)
+    wrong = replace(task, target_y=task.target_y + 7)
     with pytest.raises(MetaWrapError, match=r"target_y"):
         learner.meta_step([batch[1], wrong])
     assert fingerprint(learner) == before

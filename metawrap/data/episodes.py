@@ -29,7 +29,8 @@ class EpisodeSampler:
     et al. 2018, arXiv:1810.09502, after Santoro et al. 2016, arXiv:1605.06065).
 
     Each task: support_x float32 in [0, 1] of shape (ways * shots, channels, height, width), support_y int64 of shape
-    (ways * shots,), grouped by label; target_x and target_y likewise with `targets`.
+    (ways * shots,), grouped by label; target_x and target_y likewise with `targets`; classes: the number of each
+    label's class in 0..num_classes - 1, where each quarter turn of a class has one of its own.
 
     Args:
         images: where to draw from; kept on `device` if it fits there, else on the CPU.
@@ -87,7 +88,7 @@ class EpisodeSampler:
             ArgumentError: index is not an integer of at least 0.
         """
         check_int("index", index, 0)
-        examples, quarter_turns = self._choose(Draws(self.seed, index))
+        classes, examples, quarter_turns = self._choose(Draws(self.seed, index))
         # On the device in one copy: (2, tasks, ways, shots + targets).
         chosen = torch.from_numpy(np.stack([examples, quarter_turns])).to(self._pixels.device)
         pixels = self._gather(chosen[0].flatten(), chosen[1].flatten())
@@ -98,7 +99,8 @@ class EpisodeSampler:
         support = pixels[:, :, : self.shots].reshape(self.tasks_per_batch, -1, *image_shape)
         target = pixels[:, :, self.shots :].reshape(self.tasks_per_batch, -1, *image_shape)
         repeat = (self.tasks_per_batch, 1)
-        return TaskBatch.stacked(support, self._support_y.repeat(repeat), target, self._target_y.repeat(repeat))
+        labels = self._support_y.repeat(repeat), self._target_y.repeat(repeat)
+        return TaskBatch.stacked(support, labels[0], target, labels[1], classes=classes.tolist())
 
     def batches(self, count: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches start, start + 1, ..., start + count - 1.
@@ -117,15 +119,16 @@ class EpisodeSampler:
             yield self.batch(index)
             index += 1
 
-    def _choose(self, draws: Draws) -> tuple[Ints, Ints]:
-        """Positions of images and their quarter turns, both (tasks, ways, shots + targets)."""
+    def _choose(self, draws: Draws) -> tuple[Ints, Ints, Ints]:
+        """Classes (tasks, ways); positions of images and their quarter turns, both (tasks, ways, shots + targets)."""
         tasks, examples = self.tasks_per_batch, self.shots + self.targets
         drawn = draws.distinct(np.full(tasks, self.num_classes, dtype=np.int64), self.ways).reshape(-1)
         classes, quarter_turns = drawn % self.images.num_classes, drawn // self.images.num_classes
         within = draws.distinct(self._counts[classes], examples)
         chosen = self._by_class[self._starts[classes, None] + within]
         shape = (tasks, self.ways, examples)
-        return chosen.reshape(shape), np.broadcast_to(quarter_turns[:, None], within.shape).reshape(shape)
+        turns = np.broadcast_to(quarter_turns[:, None], within.shape).reshape(shape)
+        return drawn.reshape(tasks, self.ways), chosen.reshape(shape), turns
 
     def _gather(self, examples: Tensor, quarter_turns: Tensor) -> Tensor:
         pixels = self._pixels[examples]

@@ -87,7 +87,12 @@ class HigherInnerOptimizer:
         self._optimizer: DifferentiableOptimizer | None = None
 
     def step(
-        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+        self,
+        fast: Mapping[str, Tensor],
+        gradients: Gradients,
+        rates: Mapping[str, Tensor],
+        losses: Tensor,
+        state: State,
     ) -> tuple[dict[str, Tensor], State]:
         """See `InnerOptimizer.step`."""
         if self._optimizer is None or len(self._optimizer.state) != len(fast):

@@ -33,13 +33,19 @@ class InnerOptimizer(Protocol):
     """The update of fast weights by one rule."""
 
     def step(
-        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+        self,
+        fast: Mapping[str, Tensor],
+        gradients: Gradients,
+        rates: Mapping[str, Tensor],
+        losses: Tensor,
+        state: State,
     ) -> tuple[dict[str, Tensor], State]:
         """The next fast weights and state; a tensor without a gradient stays as it is, and so does its state.
 
         Args:
             fast, gradients: by parameter name, real.
-            rates: this step's learning rate of each, scalar.
+            rates: this step's learning rates of each: a scalar, or one for each of its entries.
+            losses: those that the gradients are of, with their graph: a scalar, or (tasks,) where there is a task axis.
             state: what the step before returned; {} at the first.
         """
         ...
@@ -53,7 +59,12 @@ class OwnInnerOptimizer:
         self._update = {"sgd": self._sgd, "adam": self._adam}[rule.name]
 
     def step(
-        self, fast: Mapping[str, Tensor], gradients: Gradients, rates: Mapping[str, Tensor], state: State
+        self,
+        fast: Mapping[str, Tensor],
+        gradients: Gradients,
+        rates: Mapping[str, Tensor],
+        losses: Tensor,
+        state: State,
     ) -> tuple[dict[str, Tensor], State]:
         """See `InnerOptimizer.step`."""
         updated, after = dict(fast), dict(state)

@@ -142,7 +142,7 @@ def _per_step(module: nn.Module) -> dict[str, Any]:
 def _range(rates: Mapping[str, Tensor] | LearningRates) -> tuple[float, float] | None:
     if not len(rates):
         return None
-    values = torch.cat([values.detach().double().cpu() for _, values in rates.items()])
+    values = torch.cat([values.detach().double().cpu().flatten() for _, values in rates.items()])
     return float(values.min()), float(values.max())
 
 

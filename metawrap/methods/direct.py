@@ -21,7 +21,7 @@ from metawrap.methods.describing import describe_learner
 from metawrap.methods.first_look import FirstLook, unchanged
 from metawrap.methods.method import LossFunction, Method
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
-from metawrap.methods.settings import NormPolicy, resolve_outer
+from metawrap.methods.settings import NormPolicy, OuterSettings, TunedSettings, check_choice, resolve_outer
 from metawrap.methods.solved import autograd
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import wrap
@@ -63,7 +63,8 @@ class Direct(Method):
     """A method that runs the user's module as it is.
 
     options: the method's own keywords, as `describe` shows them. parts: what it learns besides the module, by the name
-    that it gets here; on the module's device and in its precision.
+    that it gets here; on the module's device and in its precision. inner_steps: of a method that has an inner loop on a
+    part of the network.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -76,11 +77,15 @@ class Direct(Method):
         head: str | None = None,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
+        inner_steps: int | None = None,
     ) -> None:
         _check_known(type(self).__name__, outer)
         given = {name: value for name, value in outer.items() if name not in _NOT_SETTINGS}
         own_outer = [name for name in ("optimizer", "scheduler") if outer.get(name) is not None]
-        settings = resolve_outer(given, self.defaults, own_outer)
+        settings: OuterSettings = resolve_outer(given, self.defaults, own_outer)
+        if inner_steps is not None:
+            check_choice("inner_steps", inner_steps)
+            settings = TunedSettings(**settings.as_dict(), inner_steps=inner_steps)
         wrapped = wrap(
             model,
             steps=1,

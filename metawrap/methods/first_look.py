@@ -68,6 +68,16 @@ def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping
     return unused
 
 
+def without_part(model: nn.Module, prediction: Any) -> list[str]:
+    """The trainable parameters that a prediction, with its graph, does not depend on."""
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    outputs = [output.abs().sum() for output in tensors_in(prediction) if output.requires_grad]
+    if not outputs or not learned:
+        return []
+    gradients = torch.autograd.grad(outputs, list(learned.values()), allow_unused=True)
+    return [name for name, gradient in zip(learned, gradients, strict=True) if gradient is None]
+
+
 def refuse_other_layout(prediction: Callable[[], Any]) -> None:
     """Checks that a forward pass takes images in channels_last.
 

@@ -12,6 +12,7 @@ task axis; nothing else differs.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,7 +34,15 @@ from metawrap.methods.gradient_based import GradientBased
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
-from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, check_choice, resolve
+from metawrap.methods.settings import (
+    HeadInit,
+    InnerOptimizerName,
+    NormPolicy,
+    Settings,
+    check_choice,
+    check_preset,
+    resolve,
+)
 from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from, usable
 from metawrap.methods.together import alike, apart, stacked, start_of
 from metawrap.schedules import is_second_order, step_loss_weights
@@ -48,20 +57,22 @@ NO_STATE: State = {}
 
 
 @dataclass
-class _Unroll:
+class Unroll:
     """What stays the same while one task, or a stack of them, is unrolled, and what its norms saw.
 
     engine: one that takes a task axis if the task has one. ids: of each task; None where there is one task, and no
-    axis. starts: where each task's head starts; None for one that is asked for when the task begins. statistics: by
-    which norms normalise. differentiable: whether the fast weights carry a graph. second_order: whether their gradients
-    do. judge: what takes the target losses' gradients as values; None where they are part of the graph. used: the
-    classes whose outputs are not masked; None for all. moments: None where nothing is recorded.
+    axis. starts: where each task's head starts; None for one that is asked for when the task begins. training: as
+    opposed to evaluation. statistics: by which norms normalise. differentiable: whether the fast weights carry a graph.
+    second_order: whether their gradients do. judge: what takes the target losses' gradients as values; None where they
+    are part of the graph. used: the classes whose outputs are not masked; None for all. moments: None where nothing is
+    recorded. examples: what an inner step's are called in an error.
     """
 
     task: Task
     engine: Engine
     ids: Sequence[TaskId | None] | None
     starts: Sequence[Start] | None
+    training: bool
     norm: str
     statistics: Statistics
     differentiable: bool
@@ -70,14 +81,16 @@ class _Unroll:
     judge: Judge | None = None
     used: Tensor | None = None
     moments: list[Moments] | None = None
+    examples: str = "support"
 
     @property
     def stacked(self) -> bool:
+        """Whether there is a task axis."""
         return self.ids is not None
 
 
 @dataclass
-class _Unrolled:
+class Unrolled:
     """What comes of a task, or of a stack of them.
 
     loss: scalar, with its graph, the sum over tasks. losses: of each task; a scalar where there is no task axis.
@@ -98,13 +111,14 @@ class MAML(GradientBased):
     """
 
     default_preset = "maml"
+    settings_class: type[Settings] = Settings
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        inner_steps: int = 5,
-        inner_lr: float = 0.1,
+        inner_steps: int | None = None,
+        inner_lr: float | None = None,
         inner_optimizer: InnerOptimizerName = "sgd",
         inner_momentum: float | None = None,
         inner_betas: tuple[float, float] | None = None,
@@ -147,31 +161,47 @@ class MAML(GradientBased):
         keep_norm: str | Iterable[str] = (),
         max_skipped_steps: int = 20,
     ) -> None:
-        arguments = dict(locals())
-        preset = self.default_preset if preset is None else preset
-        names = {setting.name for setting in fields(Settings)}
+        self._build(dict(locals()))
+
+    def _build(self, given: Mapping[str, Any]) -> None:
+        """Checks what a constructor was given, then makes the learner. What it does not take is as MAML has it."""
+        arguments = {name: p.default for name, p in inspect.signature(MAML).parameters.items()} | dict(given)
+        preset = check_preset(arguments["preset"], self.default_preset, type(self).__name__)
+        names = {setting.name for setting in fields(self.settings_class)}
         own_outer = [name for name in ("optimizer", "scheduler") if arguments[name] is not None]
-        settings = resolve(preset, {name: arguments[name] for name in names}, own_outer)
+        settings = resolve(preset, {name: arguments.get(name) for name in names}, own_outer, self.settings_class)
         wrapped = wrap(
-            model,
+            arguments["model"],
             steps=settings.inner_steps,
             affine=settings.per_step_norm_affine,
             statistics=settings.per_step_norm_statistics,
-            adapt=adapt,
-            adapt_norm=adapt_norm,
-            swap=swap,
-            keep_norm=keep_norm,
-            head=head,
+            **{name: arguments[name] for name in ("adapt", "adapt_norm", "swap", "keep_norm", "head")},
         )
-        super().__init__(wrapped, settings, loss_fn, preset, engine, head)
+        super().__init__(wrapped, settings, arguments["loss_fn"], preset, arguments["engine"], arguments["head"])
         # Used outside of an inner loop, too, the norms follow the policy.
         wrapped.clock.statistics = "batch" if settings.norm == "batch" else None
-        self.learning_rates = LearningRates(
-            wrapped.adapted_parameters(), settings.inner_steps, settings.inner_lr, settings.learn_inner_lr
-        )
-        self._make_outer(optimizer, scheduler)
+        self._make_inner()
+        self._make_outer(arguments["optimizer"], arguments["scheduler"])
         if wrapped.swapped and settings.per_step_norm_affine and settings.first_order_epochs >= settings.epochs:
-            warnings.warn(f"first_order_epochs: {first_order_warning(settings)}", MetaWrapWarning, stacklevel=2)
+            warnings.warn(f"first_order_epochs: {first_order_warning(settings)}", MetaWrapWarning, stacklevel=3)
+
+    def _make_inner(self) -> None:
+        """Makes what the inner update learns, and holds: the rates."""
+        s = self.settings
+        self.learning_rates = LearningRates(
+            self.wrapped.adapted_parameters(), s.inner_steps, s.inner_lr, s.learn_inner_lr
+        )
+
+    def _inner_optimizer(self, engine: Engine) -> InnerOptimizer:
+        return engine.inner_optimizer(self.settings.update_rule)
+
+    def _has_graph(self, unroll: Unroll) -> bool:
+        """Whether inner steps have a graph that is worth taking apart."""
+        return unroll.second_order
+
+    def _of_inner_update(self) -> list[nn.Parameter]:
+        """What the inner update alone depends on."""
+        return [rate for _, rate in self.learning_rates.items()]
 
     def _solve_all(
         self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
@@ -206,7 +236,8 @@ class MAML(GradientBased):
         whole_graph: bool = True,
         start: Start | None = None,
     ) -> Solved:
-        steps = self.settings.inner_steps if steps is None else steps
+        if steps is None:
+            steps = self.settings.inner_steps if training else self.settings.default_steps
         unroll = self._unroll(task, training, norm, mask, starts=None if start is None else [start])
         found = self._unrolled(unroll, self._step_weights(steps, training), whole_graph)
         head, ignored = self.head_start.adapted(found.fast), ignored_label(self.loss_fn)
@@ -222,8 +253,8 @@ class MAML(GradientBased):
         head, ignored, moments = self.head_start.adapted(found.fast), ignored_label(self.loss_fn), unroll.moments or []
         return found.loss, apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, ignored)
 
-    def _unrolled(self, unroll: _Unroll, weights: list[float], whole_graph: bool) -> _Unrolled:
-        flat = unroll.second_order and self.settings.memory == "flat"
+    def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
+        flat = unroll.differentiable and self._has_graph(unroll) and self.settings.memory == "flat"
         tape = Tape(self.model, self._device, Rows(len(weights))) if flat else None
         if unroll.differentiable and (flat or not whole_graph):
             unroll.judge = Judge(self._learned_only(), Rows(len(weights)) if flat else None)
@@ -249,7 +280,7 @@ class MAML(GradientBased):
                 total = attached(total, self._pulled_back(tape, start, unroll, unroll.judge))
             elif unroll.judge:
                 total = attached(total, unroll.judge.pairs())
-        return _Unrolled(total, each, losses, prediction, fast)
+        return Unrolled(total, each, losses, prediction, fast)
 
     def _unroll(
         self,
@@ -259,22 +290,23 @@ class MAML(GradientBased):
         mask: bool | None = None,
         ids: Sequence[TaskId | None] | None = None,
         starts: Sequence[Start] | None = None,
-    ) -> _Unroll:
+    ) -> Unroll:
         engine = self._engine if ids is None else self._batched
         assert engine is not None
         task = self._laid_out(task)
         differentiable = torch.is_grad_enabled()
         masked = self.settings.mask_unused_outputs if mask is None else mask
-        return _Unroll(
+        return Unroll(
             task,
             engine,
             ids,
             starts,
+            training,
             norm,
             statistics="running" if norm == "running" and not training else "batch",
             differentiable=differentiable,
             second_order=differentiable and is_second_order(self.epoch, self.settings.first_order_epochs),
-            optimizer=engine.inner_optimizer(self.settings.update_rule),
+            optimizer=self._inner_optimizer(engine),
             used=used_labels(task, ignored_label(self.loss_fn)) if masked else None,
             moments=[] if training else None,
         )
@@ -282,13 +314,13 @@ class MAML(GradientBased):
     def _learned_only(self) -> list[nn.Parameter]:
         """What a target loss depends on besides the fast weights."""
         adapted = {id(parameter) for _, parameter in self.wrapped.adapted_parameters()}
-        rates = {id(rate) for _, rate in self.learning_rates.items()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in adapted | rates]
+        inner = {id(parameter) for parameter in self._of_inner_update()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in adapted | inner]
 
     def _step_weights(self, steps: int, training: bool) -> list[float]:
         return step_loss_weights(steps, self.epoch, self.settings.step_loss_epochs if training else 0) if steps else []
 
-    def _initial_weights(self, unroll: _Unroll) -> FastWeights:
+    def _initial_weights(self, unroll: Unroll) -> FastWeights:
         starts = unroll.starts
         if starts is None:
             starts = [self.head_start.values(self.model, id) for id in unroll.ids or [unroll.task.id]]
@@ -304,29 +336,31 @@ class MAML(GradientBased):
         }
 
     def _inner_step(
-        self, fast: FastWeights, state: State, rates: Rates, step: int, unroll: _Unroll
+        self, fast: FastWeights, state: State, rates: Rates, step: int, unroll: Unroll
     ) -> tuple[FastWeights, State]:
         with autograd(True):
             prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll)
-            _, loss = self._judged(prediction, unroll.task.support_y, "support", unroll)
+            _, loss = self._judged(prediction, unroll.task.support_y, unroll.examples, unroll)
             # Only of the fast weights: every other parameter would lead back through all earlier steps.
             # Of the sum, where there are several tasks: each loss depends on its own fast weights alone.
             gradients = torch.autograd.grad(
                 loss.sum(), tuple(fast.values()), create_graph=unroll.second_order, allow_unused=True
             )
-        row = min(step, self.settings.inner_steps - 1)
-        updated, state = self._updated(fast, gradients, {name: rates[name][row] for name in fast}, state, unroll)
-        if not unroll.differentiable:
-            updated = {name: weight.detach().requires_grad_() for name, weight in updated.items()}
-        return updated, state
+        own = {name: rows[min(step, len(rows) - 1)] for name, rows in rates.items()}
+        if unroll.differentiable:
+            return self._updated(fast, gradients, own, loss, state, unroll)
+        with autograd(False):
+            updated, state = self._updated(fast, gradients, own, loss, state, unroll)
+        return {name: weight.detach().requires_grad_() for name, weight in updated.items()}, state
 
     def _updated(
         self,
         fast: FastWeights,
         gradients: Sequence[Tensor | None],
         rates: FastWeights,
+        losses: Tensor,
         state: State,
-        unroll: _Unroll,
+        unroll: Unroll,
     ) -> tuple[FastWeights, State]:
         s = self.settings
         named = {name: None if g is None else dense(g) for name, g in zip(fast, gradients, strict=True)}
@@ -335,10 +369,10 @@ class MAML(GradientBased):
         real = {name: torch.view_as_real(w) if name in pairs else w for name, w in fast.items()}
         named |= {name: torch.view_as_real(g) for name in pairs if (g := named[name]) is not None}
         named = clipped(named, s.inner_max_grad_norm, s.inner_max_grad_value, unroll.stacked)
-        updated, state = unroll.optimizer.step(real, named, rates, state)
+        updated, state = unroll.optimizer.step(real, named, rates, losses, state)
         return {name: torch.view_as_complex(w) if name in pairs else w for name, w in updated.items()}, state
 
-    def _target_loss(self, fast: FastWeights, step: int, weight: float, unroll: _Unroll) -> tuple[Any, Tensor]:
+    def _target_loss(self, fast: FastWeights, step: int, weight: float, unroll: Unroll) -> tuple[Any, Tensor]:
         if unroll.judge is None:
             return self._judged(self._predict_target(fast, step, unroll), unroll.task.target_y, "target", unroll)
         leaves = unroll.judge.apart(fast)
@@ -349,13 +383,13 @@ class MAML(GradientBased):
         return prediction, loss.detach()
 
     def _pulled_back(
-        self, tape: Tape, start: FastWeights, unroll: _Unroll, judge: Judge
+        self, tape: Tape, start: FastWeights, unroll: Unroll, judge: Judge
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each tensor that the initial weights, the rates and the rest of the learner hold, with its gradient."""
+        """Each tensor that the initial weights, the inner update and the rest of it hold, with its gradient."""
         replay = replace(unroll, moments=None)
-        rates = [rate for _, rate in self.learning_rates.items() if rate.requires_grad]
-        others = [*rates, *judge.others]
-        direct: list[Tensor | None] = [*(None for _ in rates), *judge.direct]
+        inner = [parameter for parameter in self._of_inner_update() if parameter.requires_grad]
+        others = [*inner, *judge.others]
+        direct: list[Tensor | None] = [*(None for _ in inner), *judge.direct]
         behind: dict[Any, Tensor | None] = {}
         for step in reversed(range(len(tape.starts))):
             for name, gradient in judge.of_step(step).items():
@@ -366,7 +400,7 @@ class MAML(GradientBased):
         yield from zip(others, direct, strict=True)
 
     def _pulled_through(
-        self, tape: Tape, step: int, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor], replay: _Unroll
+        self, tape: Tape, step: int, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor], replay: Unroll
     ) -> tuple[dict[Any, Tensor | None], tuple[Tensor | None, ...]]:
         """The gradient before an inner step from that behind it, and the step's own part in that of the others.
 
@@ -386,20 +420,20 @@ class MAML(GradientBased):
             )
         return dict(zip(inputs, found, strict=False)), found[len(inputs) :]
 
-    def _predict_target(self, fast: FastWeights, step: int, unroll: _Unroll) -> Any:
+    def _predict_target(self, fast: FastWeights, step: int, unroll: Unroll) -> Any:
         if unroll.norm == "support":
             # This pass is recorded in the target's place: the target normalises by no statistics of its own.
             self._predict(fast, unroll.task.support_x, step, "capture", unroll)
             return self._predict(fast, unroll.task.target_x, step, "captured", unroll)
         return self._predict(fast, unroll.task.target_x, step, unroll.statistics, unroll)
 
-    def _predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, unroll: _Unroll) -> Any:
+    def _predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, unroll: Unroll) -> Any:
         if self._edits_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
         with self.wrapped.clock.at(step, statistics, unroll.moments):
             return unroll.engine.call(fast, inputs)
 
-    def _judged(self, prediction: Any, y: Any, part: str, unroll: _Unroll) -> tuple[Any, Tensor]:
+    def _judged(self, prediction: Any, y: Any, part: str, unroll: Unroll) -> tuple[Any, Tensor]:
         """The prediction, masked where that is asked for, and its loss."""
         if unroll.used is None:
             return prediction, unroll.engine.each(partial(self._loss, part=part), prediction, y)
@@ -431,7 +465,7 @@ class MAML(GradientBased):
                 is returned has all its outputs.
             task_id: under head_init="stored", whose head to start from; the learned one if None or not stored yet.
         """
-        steps = self.settings.inner_steps if steps is None else self._checked_steps(steps)
+        steps = self.settings.default_steps if steps is None else self._checked_steps(steps)
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
         with self._evaluating(), autograd(False):
@@ -470,7 +504,7 @@ class MAML(GradientBased):
         prediction = self._support_prediction(fast, task)
         return self._judged(prediction, task.support_y, "support", self._unroll(task, False, "batch"))[1]
 
-    def _support_statistics(self, fast: FastWeights, row: int, unroll: _Unroll) -> dict[str, tuple[Tensor, Tensor]]:
+    def _support_statistics(self, fast: FastWeights, row: int, unroll: Unroll) -> dict[str, tuple[Tensor, Tensor]]:
         self._predict(fast, unroll.task.support_x, row, "capture", unroll)
         return self.wrapped.clock.taken()
 
@@ -486,8 +520,8 @@ class MAMLPlusPlus(MAML):
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
-        inner_steps: inner updates per task in training.
-        inner_lr: initial inner rate of every adapted tensor and step; any sign.
+        inner_steps: inner updates per task in training; 5 if None.
+        inner_lr: initial inner rate of every adapted tensor and step; any sign; 0.1 if None.
         inner_optimizer: rule of the inner step, "sgd" or "adam"; both use the learned rates and are differentiated
             through. inner_momentum: of "sgd", as in torch. inner_betas, inner_eps: of "adam"; with
             the default inner_eps of 1e-8 its meta-gradient in float32 is exact to a few percent only: 1e-3 is steadier.

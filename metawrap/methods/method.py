@@ -53,6 +53,7 @@ class Method(nn.Module, ABC):
 
     skipped_steps: Tensor
     distributed: bool = True
+    outer_update: type[OuterUpdate] = OuterUpdate
 
     def __init__(
         self,
@@ -325,7 +326,7 @@ class Method(nn.Module, ABC):
         return [self.model, self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [self.model]
 
     def _make_outer(self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None) -> None:
-        self.outer = OuterUpdate(list(self.parameters()), self.settings, optimizer, scheduler)
+        self.outer = self.outer_update(list(self.parameters()), self.settings, optimizer, scheduler)
 
     @property
     def _device(self) -> torch.device:

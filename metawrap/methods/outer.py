@@ -17,14 +17,19 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.methods.settings import OuterSettings
-from metawrap.schedules import cosine_meta_lr
+from metawrap.schedules import cosine_meta_lr, linear_meta_lr
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class OuterUpdate:
-    """Owns the optimizer and the schedule of a learner's own parameters."""
+    """Owns the optimizer and the schedule of a learner's own parameters: built in, Adam and a half cosine.
+
+    switch: the setting that turns the built-in schedule on.
+    """
+
+    switch = "cosine_annealing"
 
     def __init__(
         self,
@@ -34,10 +39,10 @@ class OuterUpdate:
         scheduler: SchedulerFactory | None,
     ) -> None:
         self.settings = settings
-        self.optimizer = _built(optimizer, parameters) if optimizer else _adam(parameters, settings)
+        self.optimizer = _built(optimizer, parameters) if optimizer else self._own_optimizer(parameters)
         self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
-        # A user's optimizer or scheduler keeps its own rate; the cosine belongs to the Adam built here.
-        self.anneals = settings.cosine_annealing and not (optimizer or scheduler)
+        # A user's optimizer or scheduler keeps its own rate; the schedule belongs to the optimizer built here.
+        self.anneals = getattr(settings, self.switch) and not (optimizer or scheduler)
 
     def take_over(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
         """Puts the user's optimizer in place of the present one; the schedule of that one ends.
@@ -62,21 +67,26 @@ class OuterUpdate:
         self.scheduler, self.anneals = scheduler, False
 
     def start(self, epoch: int) -> float:
-        """Sets this epoch's rate where the cosine rules it; returns the rate in use."""
+        """Sets this epoch's rate where the built-in schedule rules it; returns the rate in use."""
         if self.anneals:
-            rate = self._cosine(epoch)
+            rate = self._rate_of(epoch)
             for group in self.optimizer.param_groups:
-                if group["lr"] != rate and group["lr"] not in map(self._cosine, range(self.settings.epochs + 1)):
+                if group["lr"] != rate and group["lr"] not in map(self._rate_of, range(self.settings.epochs + 1)):
                     warnings.warn(
-                        f"Learning rate {group['lr']} is not one of the cosine schedule, and is set to {rate:.3g}. "
-                        "To rule it yourself, build the learner with cosine_annealing=False.",
+                        f"Learning rate {group['lr']} is not one of the {self.switch.split('_')[0]} schedule, and is "
+                        f"set to {rate:.3g}. "
+                        f"To rule it yourself, build the learner with {self.switch}=False.",
                         MetaWrapWarning,
                         stacklevel=3,
                     )
                 group["lr"] = rate
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _cosine(self, epoch: int) -> float:
+    def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        s = self.settings
+        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.betas, fused=_can_fuse(parameters))
+
+    def _rate_of(self, epoch: int) -> float:
         s = self.settings
         return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
 
@@ -90,6 +100,38 @@ class OuterUpdate:
                 "requires_grad_(False), give the optimizer all parameters, or wrap the model again if a module or "
                 "parameter of learner.model was replaced."
             )
+
+    def follow(self, named: Iterable[tuple[str, nn.Parameter]], made: Iterable[nn.Parameter]) -> None:
+        """Takes in parameters that were made since it was built, and lets go of those that are gone.
+
+        The new ones join the first group, in the learner's order, so that the places of a stored state are the same in
+        a learner that is built from it.
+
+        Args:
+            named: all of the learner's parameters. made: the new ones.
+        """
+        names = {id(parameter): name for name, parameter in named}
+        order, new = {key: place for place, key in enumerate(names)}, list(made)
+        for index, group in enumerate(self.optimizer.param_groups):
+            kept = [p for p in [*group["params"], *(new if index == 0 else [])] if id(p) in names]
+            group["params"] = sorted({id(p): p for p in kept}.values(), key=lambda p: order[id(p)]) if new else kept
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
+        for parameter in [p for p in self.optimizer.state if id(p) not in names]:
+            del self.optimizer.state[parameter]
+
+    def lengthen(self, parameter: nn.Parameter, more: Tensor) -> None:
+        """Puts rows behind those of a parameter, of which nothing is remembered yet; it stays the same parameter."""
+        before = parameter.shape
+        parameter.grad = None
+        parameter.data = torch.cat([parameter.detach(), more])
+        state = self.optimizer.state.get(parameter, {})
+        remembered = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        if any(value.shape != before for value in remembered.values()):
+            del self.optimizer.state[parameter]  # In a form of the optimizer's own, which cannot be lengthened.
+            return
+        for key, value in remembered.items():
+            state[key] = torch.cat([value, torch.zeros_like(more, dtype=value.dtype)])
 
     def apply(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Puts the gradients in `.grad` and steps.
@@ -136,6 +178,18 @@ class OuterUpdate:
             optimizer.step()
 
 
+class PlainOuterUpdate(OuterUpdate):
+    """Built in: plain SGD, whose rate goes down to zero in equal parts, epoch by epoch."""
+
+    switch = "linear_annealing"
+
+    def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return torch.optim.SGD(parameters, lr=self.settings.meta_lr, fused=_can_fuse(parameters))
+
+    def _rate_of(self, epoch: int) -> float:
+        return linear_meta_lr(epoch, self.settings.epochs, self.settings.meta_lr)
+
+
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     """The tensor in the parameter's layout in memory; torch's fused optimizers take it for granted, unchecked."""
     if tensor.layout != torch.strided or tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
@@ -143,9 +197,8 @@ def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
-def _adam(parameters: list[nn.Parameter], settings: OuterSettings) -> Optimizer:
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.Adam(parameters, lr=settings.meta_lr, betas=settings.betas, fused=fused)
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def _built(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:

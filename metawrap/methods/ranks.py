@@ -75,7 +75,7 @@ class Ranks:
     @classmethod
     def of_meta_step(cls, learner: Any) -> Ranks:
         """All processes of the program, unless the learner is told that it is on its own."""
-        return cls(learner, "meta_step", dist.group.WORLD if learner.distributed and _several() else None)
+        return cls(learner, "meta_step", dist.group.WORLD if learner.distributed and several() else None)
 
     @classmethod
     def of_forward(cls, learner: Any, when: bool) -> Ranks:
@@ -262,7 +262,7 @@ class Ranks:
 
 
 def _warn_alone(learner: Any) -> None:
-    if _several() and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
+    if several() and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
         warnings.warn(
             "learner(task_batch) was called by itself in a program of several processes: its gradients and running "
             "statistics are those of this process's tasks. Call it through DistributedDataParallel(learner), use "
@@ -272,7 +272,8 @@ def _warn_alone(learner: Any) -> None:
         )
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether this is one of several processes of torch's default group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -25,14 +25,24 @@ class _Call:
     outputs: list[Tensor]
 
 
+_FIX = (
+    "Use FOMAML or first_order_epochs=math.inf, put something differentiable in its place, or leave what is below it "
+    "out of the inner loop with adapt=."
+)
+
+
 def missing_second_derivative(
-    model: nn.Module, fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]
+    model: nn.Module,
+    fast: Mapping[str, Tensor],
+    support_loss: Callable[[Mapping[str, Tensor]], Tensor],
+    fix: str = _FIX,
 ) -> str | None:
     """Which part of the model or loss cannot be differentiated twice, why, and what to do; None if all can.
 
     Args:
         fast: adapted weights, leaves.
         support_loss: runs the model on the support set with the given weights.
+        fix: what to do.
     """
     calls: list[_Call] = []
     loss = support_loss(fast)
@@ -50,11 +60,7 @@ def missing_second_derivative(
     calls += [_Call("The loss function", call.outputs, [loss]) for call in calls[-1:]]
     inner = next((call for call in calls if _obstacle(call.outputs, call.inputs, call.inputs) == cause), None)
     where = inner.where if inner else f"{type(model).__name__}, or the loss function,"
-    return (
-        f"{where} cannot be differentiated twice: {cause}. Second-order meta-gradients need that. Use FOMAML or "
-        "first_order_epochs=math.inf, put something differentiable in its place, or leave what is below it out of the "
-        "inner loop with adapt=."
-    )
+    return f"{where} cannot be differentiated twice: {cause}. Second-order meta-gradients need that. {fix}"
 
 
 def _recorder(name: str, calls: list[_Call]) -> Callable[..., None]:

@@ -18,6 +18,8 @@ Memory = Literal["unrolled", "flat"]
 InnerOptimizerName = Literal["sgd", "adam"]
 
 _OFF: dict[str, Any] = {
+    "inner_steps": 5,
+    "inner_lr": 0.1,
     "multi_step_loss": False,
     "msl_epochs": 10,
     "first_order_epochs": 0,
@@ -49,7 +51,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # transductive.
     "authors_code": _OFF | _ALL_PARTS,
     "paper": _OFF | _ALL_PARTS | {"first_order_epochs": 50, "epochs": 150, "norm": "running", "betas": (0.9, 0.99)},
+    "meta_sgd": _OFF | {"inner_steps": 1, "learn_inner_lr": True},
+    "reptile": _OFF | {"first_order_epochs": math.inf, "meta_lr": 1.0, "linear_annealing": True},
+    "lstm": _OFF | {"first_order_epochs": math.inf, "inner_lr": 0.01},
 }
+# What these say holds for one method only, which takes no other.
+OF_ONE_METHOD = frozenset({"meta_sgd", "reptile", "lstm"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,18 @@ class OuterSettings:
     def as_dict(self) -> dict[str, Any]:
         """All settings by keyword name."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSettings(OuterSettings):
+    """Those of a method that takes gradient steps on a part of the network for each task."""
+
+    inner_steps: int
+
+    @property
+    def default_steps(self) -> int | None:
+        """Inner steps where a caller names none."""
+        return self.inner_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +141,7 @@ class Settings(OuterSettings):
         return self.msl_epochs if self.multi_step_loss else 0
 
     @property
-    def default_steps(self) -> int | None:
+    def default_steps(self) -> int:
         """Inner steps where a caller names none."""
         return self.inner_steps
 
@@ -162,17 +181,32 @@ def resolve_outer(given: Mapping[str, Any], defaults: Mapping[str, Any], own_out
     return OuterSettings(**_consistent(values, explicit))
 
 
-def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = ()) -> Settings:
+def check_preset(given: str | None, default: str, method: str) -> str:
+    """The name of the preset that a method was given, or its own.
+
+    Raises:
+        ArgumentError: it is unknown, or belongs to another method.
+    """
+    preset = default if given is None else given
+    if preset not in PRESETS:
+        raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
+    if preset != default and {preset, default} & OF_ONE_METHOD:
+        raise ArgumentError(f"preset: {preset!r} is no preset of {method}. Leave it out, or take its own method.")
+    return preset
+
+
+def resolve(
+    preset: str, given: Mapping[str, Any], own_outer: Collection[str] = (), kind: type[Settings] = Settings
+) -> Settings:
     """The preset's values, with every argument that is not None in its place.
 
     Args:
         given: every keyword; None means the preset's value.
         own_outer: "optimizer" or "scheduler" or both, where the user brings one.
+        kind: which settings; `given` has a key for each of their fields.
     Raises:
-        ArgumentError: an unknown preset, or a value of the wrong type, range or combination.
+        ArgumentError: a value of the wrong type, range or combination.
     """
-    if preset not in PRESETS:
-        raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
     explicit = {name: _plain(value) for name, value in given.items() if value is not None}
     if explicit.get("adapt_norm") and explicit.get("per_step_norm_affine"):
         raise ArgumentError(
@@ -193,14 +227,14 @@ def resolve(preset: str, given: Mapping[str, Any], own_outer: Collection[str] = 
             )
     if values["tune"] and (chosen := [name for name, plain in _TUNED.items() if explicit.get(name) != plain]):
         raise ArgumentError(f"{chosen[0]}: is chosen by measurement with tune=True. Leave it out, or tune=True.")
-    return Settings(**_consistent(values, explicit))
+    return kind(**_consistent(values, explicit))
 
 
 def _refuse_replaced(explicit: Mapping[str, Any], own_outer: Collection[str]) -> None:
     for name in _REPLACED.get("optimizer" if "optimizer" in own_outer else "scheduler", ()) if own_outer else ():
         if explicit.get(name):
             raise ArgumentError(
-                f"{name}: belongs to the built-in Adam or its cosine schedule, but {' and '.join(own_outer)}= was "
+                f"{name}: belongs to the built-in optimizer and its schedule, but {' and '.join(own_outer)}= was "
                 f"given. "
                 f"Set it there, and leave {name} out."
             )
@@ -232,8 +266,8 @@ _BELONGS_TO_RULE = {"inner_momentum": "sgd", "inner_betas": "adam", "inner_eps":
 _TUNED = {"workers": 1, "channels_last": False}
 _BELONGS = {"msl_epochs": "multi_step_loss", "min_meta_lr": "cosine_annealing"}
 _REPLACED = {
-    "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing"),
-    "scheduler": ("min_meta_lr", "cosine_annealing"),
+    "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing", "linear_annealing"),
+    "scheduler": ("min_meta_lr", "cosine_annealing", "linear_annealing"),
 }
 
 
@@ -299,6 +333,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "inner_momentum": ("a number from 0 up to, not including, 1", lambda v: _is_number(v) and 0 <= v < 1),
     "inner_betas": _BETAS,
     "inner_eps": _POSITIVE,
+    "first_order": _SWITCH,
     "inner_max_grad_norm": _CLIP,
     "inner_max_grad_value": _CLIP,
     "head_init": _one_of(HeadInit),
@@ -309,9 +344,22 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "tune": _SWITCH,
     "allocator": _SWITCH,
     "cuda_graphs": _SWITCH,
+    "linear_annealing": _SWITCH,
+    "inner_batch_size": (
+        "a whole number of at least 1, or None",
+        lambda v: v is None or (_is_int(v) and v >= 1),
+    ),
+    "evaluation_steps": _count(1),
+    "hidden_size": _count(1),
 }
 
 
 def check_choice(name: str, value: Any) -> None:
     """Checks one argument that is also taken outside the constructor (`norm=` of `evaluate`, say)."""
     _check(name, value)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Checks a method's own argument: a finite number above 0."""
+    if not _POSITIVE[1](_plain(value)):
+        raise ArgumentError(f"{name}: expected {_POSITIVE[0]}, but got {value!r}.")

@@ -130,7 +130,7 @@ def _warn_of_frozen_norms(model: nn.Module, kept: list[str]) -> None:
             f"{', '.join(frozen)}: in eval mode in a model in training mode, as frozen norms are, but now per-step; "
             f"norm= decides on the statistics. To leave them alone, pass keep_norm={frozen}.",
             MetaWrapWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

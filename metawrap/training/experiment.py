@@ -57,8 +57,8 @@ def build_experiment(settings: RunSettings) -> Experiment:
     device = own_device(find_device(settings.device))
     splits = load_splits(settings)
     torch.manual_seed(settings.seed)
-    learner = build_learner(settings, build_model(settings, splits.train)).to(device)
     train = _train_sampler(settings, splits.train, device)
+    learner = build_learner(settings, build_model(settings, splits.train), train.num_classes).to(device)
     show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.")
     return Experiment(
         learner=learner,
@@ -96,9 +96,11 @@ def load_splits(settings: RunSettings) -> DataSplits:
     return load_data(settings.data, root=settings.data_root, **given)
 
 
-def build_learner(settings: RunSettings, model: nn.Module) -> Any:
+def build_learner(settings: RunSettings, model: nn.Module, classes: int | None = None) -> Any:
     """The method around the network.
 
+    Args:
+        classes: how many the training tasks are drawn from, for methods that want to know.
     Raises:
         ArgumentError: `options` has a keyword that the method does not take, or one that takes no plain value.
     """
@@ -126,7 +128,9 @@ def build_learner(settings: RunSettings, model: nn.Module) -> Any:
     given = {name: value for name, value in chosen.items() if value is not None}
     if extra := [name for name in given if name not in taken]:
         raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
-    return method(model, **given, **settings.options)
+    if "classes" in taken and classes is not None:
+        given = {"classes": classes, **given}
+    return method(model, **(given | settings.options))
 
 
 def keywords_of(method: type) -> list[str]:

@@ -13,10 +13,23 @@ METHODS = {
     "maml++": "MAMLPlusPlus",
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "meta-sgd": "MetaSGD",
+    "anil": "ANIL",
+    "reptile": "Reptile",
+    "lstm": "LSTMMetaLearner",
+    "r2d2": "R2D2",
+    "metaoptnet": "MetaOptNet",
     "protonet": "ProtoNet",
+    "matchingnet": "MatchingNet",
+    "relationnet": "RelationNet",
+    "siamese": "SiameseNet",
     "mann": "MANN",
     "metanet": "MetaNet",
     "memorymodule": "MemoryModule",
+    "statistician": "NeuralStatistician",
+    "fine-tune": "FineTune",
+    "multi-task": "MultiTask",
+    "zero-step": "ZeroStep",
 }
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")

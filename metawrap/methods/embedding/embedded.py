@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -61,6 +62,7 @@ class Embedded(Direct):
         *,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
+        inner_steps: int | None = None,
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         own: _Own = {"head": keywords.pop("head", None), "embedding": keywords.pop("embedding", "head_input")}
@@ -69,7 +71,8 @@ class Embedded(Direct):
         if own["embedding"] == "output" and own["head"] is not None:
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
         outer = cast(OuterKeywords, keywords)
-        super().__init__(model, outer, head=own["head"], options={**(options or {}), **own}, parts=parts)
+        shown = {**(options or {}), **own}
+        super().__init__(model, outer, head=own["head"], options=shown, parts=parts, inner_steps=inner_steps)
         self.embedding: Embedding = own["embedding"]
 
     @abstractmethod
@@ -93,27 +96,27 @@ class Embedded(Direct):
         labels, ways = self._labels(task)
         moments: list[Moments] | None = [] if training else None
         support, target = self._embeddings(task, training, norm, moments)
-        prediction, loss = self._judged(support, labels, ways, target, task.target_y)
+        prediction, loss = self._judged_on(task, support, labels, ways, target)
         return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
 
     def _embeddings(
         self, task: Task, training: bool, norm: str, moments: list[Moments] | None
     ) -> tuple[Tensor, Tensor]:
+        return self._of_both(self._embedded, task, training, norm, moments)
+
+    def _of_both(
+        self, run: Callable[..., Tensor], task: Task, training: bool, norm: str, moments: list[Moments] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`run(inputs, statistics, moments)` of support and target, (examples, ...) each."""
         if norm == "support":
-            return (
-                self._embedded(task.support_x, "capture", moments),
-                self._embedded(task.target_x, "captured", moments),
-            )
+            return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
         if norm == "running" and training and (both := _together(task)) is not None:
             # One batch, as in ordinary training: its statistics are those that are stored and used in evaluation.
-            embedded = self._embedded(both, "batch", moments)
+            found = run(both, "batch", moments)
             count = len(cast(Tensor, task.support_x))
-            return embedded[:count], embedded[count:]
+            return found[:count], found[count:]
         statistics: Statistics = "running" if norm == "running" and not training else "batch"
-        return (
-            self._embedded(task.support_x, statistics, moments),
-            self._embedded(task.target_x, statistics, moments),
-        )
+        return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
 
     def _embedded(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
         """The embeddings of inputs: (examples, numbers), or as the head gets them where the method is not `flat`."""
@@ -137,6 +140,12 @@ class Embedded(Direct):
                 'embedding="output".'
             )
         return found.flatten(1) if self.flat else found
+
+    def _judged_on(
+        self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_judged`, for a method that needs the inputs, too."""
+        return self._judged(support, labels, ways, target, task.target_y)
 
     def _judged(
         self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
@@ -187,7 +196,8 @@ class Embedded(Direct):
                 raise UnsupportedModuleError(
                     f"The embedding has {len(support)} rows for {len(labels)} support examples: expected one for each."
                 )
-            _, loss = self._judged(support, labels, ways, support, task.support_y)
+            shown = replace(task, target_x=task.support_x, target_y=task.support_y)
+            _, loss = self._judged_on(shown, support, labels, ways, support)
             learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             unused: list[str] = []
             if loss.requires_grad and learned:

@@ -30,11 +30,15 @@ def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:
     return nn.functional.one_hot(labels.long(), ways).to(like.dtype)
 
 
+def class_sums(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """The sum of each class's embeddings: (examples, ...), (examples,) to (ways, ...)."""
+    return embeddings.new_zeros(ways, *embeddings.shape[1:]).index_add(0, labels, embeddings)
+
+
 def class_means(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
     """The mean embedding of each class: (examples, ...), (examples,) to (ways, ...)."""
-    sums = embeddings.new_zeros(ways, *embeddings.shape[1:]).index_add(0, labels, embeddings)
     counts = torch.bincount(labels, minlength=ways).to(embeddings.dtype)
-    return sums / counts.view(-1, *(1,) * (embeddings.ndim - 1))
+    return class_sums(embeddings, labels, ways) / counts.view(-1, *(1,) * (embeddings.ndim - 1))
 
 
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:
@@ -45,3 +49,41 @@ def squared_distances(one: Tensor, other: Tensor) -> Tensor:
 def cosine_similarities(one: Tensor, other: Tensor) -> Tensor:
     """Cosines of (n, d) with (m, d), shape (n, m)."""
     return nn.functional.normalize(one, dim=1) @ nn.functional.normalize(other, dim=1).T
+
+
+def ridge_weights(inputs: Tensor, targets: Tensor, strength: Tensor | float) -> Tensor:
+    """argmin over W of |inputs W - targets|^2 + strength |W|^2: (examples, numbers), (examples, k) to (numbers, k).
+
+    Solves the smaller of the two systems that give it: (numbers x numbers) or, by Woodbury's identity, (examples x
+    examples).
+    """
+    examples, numbers = inputs.shape
+    dual = examples < numbers
+    gram = inputs @ inputs.T if dual else inputs.T @ inputs
+    system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solved: Tensor = torch.linalg.solve(system, targets if dual else inputs.T @ targets)
+    return inputs.T @ solved if dual else solved
+
+
+class LinearHead(FittedHead):
+    """Logits are linear in the embedding. weight: (ways, numbers); bias: (ways,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        return nn.functional.linear(embeddings, self.weight, self.bias)
+
+    def plain(self) -> nn.Module:
+        """The same as an ordinary linear layer."""
+        ways, numbers = self.weight.shape
+        layer = nn.Linear(numbers, ways, dtype=self.weight.dtype, device="meta").to_empty(device=self.weight.device)
+        layer.weight.copy_(self.weight)
+        layer.bias.copy_(self.bias)
+        return layer.eval()

@@ -1,0 +1,27 @@
+"""Meta-SGD: MAML whose inner loop learns a rate for each weight, and with it the direction of the update."""
+
+from __future__ import annotations
+
+from metawrap.errors import ArgumentError
+from metawrap.layers.learning_rates import LearningRates
+from metawrap.methods.maml import MAML
+
+
+class MetaSGD(MAML):
+    """Meta-SGD: an initialisation, and a learned rate of free sign for each weight; one inner step by default.
+
+    All keywords are those of `MAMLPlusPlus`. As in the paper: the rates are as many as the weights, the same at each
+    inner step, and learned by the outer loop together with the initialisation, by second-order gradients. Different:
+    they all start at `inner_lr`; the paper draws each from 0.005 to 0.1. Source: Li et al. 2017, arXiv:1707.09835.
+
+    Raises:
+        ArgumentError, UnsupportedModuleError: as `MAMLPlusPlus` does; learn_inner_lr=False is refused.
+    """
+
+    default_preset = "meta_sgd"
+
+    def _make_inner(self) -> None:
+        if not self.settings.learn_inner_lr:
+            raise ArgumentError("learn_inner_lr: cannot be False in MetaSGD, which learns its rates. Use MAML.")
+        parameters = self.wrapped.adapted_parameters()
+        self.learning_rates = LearningRates(parameters, 1, self.settings.inner_lr, learned=True, per_weight=True)

@@ -1,0 +1,183 @@
+"""Reptile: the initialisation moves towards the weights that some steps of SGD on a task end at.
+
+task -> fast weights -> inner steps on mini-batches of all its examples -> initialisation - last fast weights, which is
+the outer gradient.   The inner step is that of `MAML`, without derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
+from metawrap.methods.method import LossFunction
+from metawrap.methods.outer import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
+from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings
+from metawrap.methods.solved import attached
+from metawrap.surgery.swap import Factory
+from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReptileSettings(Settings):
+    """Those of MAML, most of which stand at one value, and Reptile's own."""
+
+    inner_batch_size: int | None
+    evaluation_steps: int
+    linear_annealing: bool
+
+    @property
+    def default_steps(self) -> int:
+        """Inner steps of evaluation."""
+        return self.evaluation_steps
+
+
+class Reptile(MAML):
+    """Reptile: (initialisation - adapted weights), the mean over tasks, in place of a gradient; no derivative of it.
+
+    As in the paper: every weight moves, batch norms' scale and shift too; training takes all of a task's examples,
+    support and target together, in mini-batches; a batch of one task is the serial form, of several the batched form;
+    the outer update is plain SGD, from rate 1 to 0. As in the authors' code: more inner steps in evaluation. Different:
+    mini-batches come in an order that the meta-step alone decides, so that a run can be repeated and resumed, and the
+    outer rate goes down by epochs. With inner_optimizer="adam" (theirs has inner_betas=(0.0, 0.999) and
+    inner_lr=0.001) each task begins with a state of its own; theirs goes from task to task. In `evaluate` and
+    `adapt` each step is on the whole support set. `loss` and `accuracy` of a meta-step are those of the target part at
+    the adapted weights, which have seen it. Source: Nichol, Achiam, Schulman 2018, arXiv:1803.02999.
+
+    Args:
+        inner_steps, inner_lr: of training; 5 and 0.1 if None.
+        inner_batch_size: examples of one inner step in training, drawn without replacement until all have been seen;
+            all at once if None.
+        evaluation_steps: inner steps of `evaluate` and `adapt`.
+        meta_lr: outer rate of the first epoch; 1 if None, which for one task goes all the way to its weights.
+        linear_annealing, epochs: the outer rate goes to zero over so many epochs; False keeps it.
+        optimizer: function from parameters to an optimizer, in place of SGD; brings its own learning rate.
+        loss_fn: `loss_fn(prediction, y)` to a scalar; a module with parameters is refused, as nothing would learn them.
+        The others are as in `MAMLPlusPlus`; what that has besides makes no difference here, and is not taken.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that no engine can adapt correctly.
+    """
+
+    default_preset = "reptile"
+    settings_class = ReptileSettings
+    outer_update = PlainOuterUpdate
+    settings: ReptileSettings
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_steps: int | None = None,
+        inner_lr: float | None = None,
+        inner_batch_size: int | None = None,
+        evaluation_steps: int = 50,
+        inner_optimizer: InnerOptimizerName = "sgd",
+        inner_momentum: float | None = None,
+        inner_betas: tuple[float, float] | None = None,
+        inner_eps: float | None = None,
+        inner_max_grad_norm: float | None = None,
+        inner_max_grad_value: float | None = None,
+        meta_lr: float | None = None,
+        linear_annealing: bool | None = None,
+        epochs: int | None = None,
+        iterations_per_epoch: int | None = None,
+        norm: NormPolicy | None = None,
+        loss_fn: LossFunction = F.cross_entropy,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
+        workers: int | Literal["auto"] = 1,
+        channels_last: bool = False,
+        tune: bool = False,
+        allocator: bool = True,
+        tasks_per_backward: int | None = None,
+        swap: Mapping[type[nn.Module], Factory] | None = None,
+        head: str | None = None,
+        head_init: HeadInit = "learned",
+        mask_unused_outputs: bool = False,
+        keep_norm: str | Iterable[str] = (),
+        max_skipped_steps: int = 20,
+    ) -> None:
+        if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+            raise ArgumentError(
+                f"loss_fn: {type(loss_fn).__name__} has parameters, and Reptile has no gradient to learn them by. "
+                "Freeze them with requires_grad_(False), or use another method."
+            )
+        self._build(locals() | {"adapt_norm": True})
+
+    def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
+        if not unroll.training:
+            return super()._unrolled(unroll, weights, whole_graph)
+        start, rates = self._initial_weights(unroll), self.learning_rates.per_step()
+        sweep = replace(unroll, differentiable=False, examples="support_y and target")
+        fast, state = start, NO_STATE
+        for step, examples in enumerate(self._mini_batches(unroll, len(weights))):
+            fast, state = self._inner_step(fast, state, rates, step, replace(sweep, task=examples))
+        with torch.no_grad():
+            # For the record: what the norms see here, training has seen.
+            prediction, each = self._target_loss(fast, step, 1.0, replace(sweep, moments=None))
+            away = {name: start[name] - fast[name] for name in start}
+        loss = attached(each.sum(), ((start[name], away[name]) for name in start))
+        return Unrolled(loss, each, [*(None for _ in weights[1:]), each], prediction, fast)
+
+    def _mini_batches(self, unroll: Unroll, steps: int) -> Iterator[Task]:
+        """A task, or a stack of them, for each step, whose support set are that step's examples."""
+        axis = 1 if unroll.stacked else 0
+        x, y = _joined(unroll.task, axis)
+        count = tensors_in(y)[0].shape[axis]
+        size = self.settings.inner_batch_size
+        if size is None:
+            yield from [replace(unroll.task, support_x=x, support_y=y)] * steps
+            return
+        if size > count:
+            raise TaskError(
+                f"inner_batch_size: expected at most the {count} examples of a task, support and target together, but "
+                f"got {size}."
+            )
+        drawn: list[int] = []
+        generator = torch.Generator().manual_seed(self.iteration)
+        for _ in range(steps):
+            while len(drawn) < size:
+                drawn += torch.randperm(count, generator=generator).tolist()
+            places, drawn = torch.tensor(drawn[:size], device=self._device), drawn[size:]
+            yield replace(unroll.task, support_x=_at(x, axis, places), support_y=_at(y, axis, places))
+
+
+def _joined(task: Task, axis: int) -> tuple[Inputs, Any]:
+    """All of a task's inputs and all of its labels.
+
+    Raises:
+        TaskError: support and target examples differ in shape, or an input tensor has not one entry for each label.
+    """
+    for part, x, y in (("support", task.support_x, task.support_y), ("target", task.target_x, task.target_y)):
+        counts = {tensor.shape[axis] if tensor.ndim > axis else 0 for tensor in [*tensors_in(x), *tensors_in(y)]}
+        if len(counts) > 1:
+            raise TaskError(
+                f"{part}_x: Reptile takes examples one by one out of every tensor, so each must have as many as there "
+                f"are labels, but there are {sorted(counts)}."
+            )
+    return _cat(task.support_x, task.target_x, axis), _cat(task.support_y, task.target_y, axis)
+
+
+def _cat(support: Any, target: Any, axis: int) -> Any:
+    others = iter(tensors_in(target))
+    try:
+        return map_tensors(support, lambda tensor: torch.cat([tensor, next(others)], axis))
+    except (RuntimeError, StopIteration) as error:
+        raise TaskError(
+            "task: Reptile trains on support and target examples together, so these must have one shape, but got "
+            f"{describe_value(support)} and {describe_value(target)}."
+        ) from error
+
+
+def _at(value: Any, axis: int, places: Tensor) -> Any:
+    return map_tensors(value, lambda tensor: tensor.index_select(axis, places))

@@ -1,0 +1,89 @@
+"""The control: a network trained on the targets of every task without a look at any support set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from typing_extensions import Unpack
+
+from metawrap.layers.step_clock import Moments, Statistics
+from metawrap.methods.direct import Direct, OuterKeywords
+from metawrap.methods.first_look import FirstLook, without_part
+from metawrap.methods.outputs import ignored_label
+from metawrap.methods.solved import Solved, autograd, solved_from, usable
+from metawrap.surgery.swap import plain_copy
+from metawrap.tasks import Inputs, Task, same_device
+
+
+class ZeroStep(Direct):
+    """No adaptation at all: the same network and loss, trained on target sets as in any supervised training.
+
+    Minimises the mean over tasks of L(f(target), target_y). Where labels are shuffled from task to task, as in
+    few-shot episodes, nothing but the support set says what they mean, so its accuracy is chance by construction: what
+    another method reaches above that, it owes to the support set. Where labels mean the same in every task, it is a
+    baseline in its own right.
+
+    As MAML with no inner step; there is no paper.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed.
+        keywords: see `OuterKeywords`. Under norm="support" the support set's images, never its labels, are looked at,
+            for the statistics that this policy asks for.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: the lecture's question whether a task can be solved without its support set; Yin et al. 2020,
+    arXiv:1912.03820, call this failure of meta-learning memorization.
+    """
+
+    def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
+        super().__init__(model, keywords)
+
+    def _solve(
+        self,
+        task: Task,
+        *,
+        training: bool,
+        norm: str,
+        steps: int | None = None,
+        mask: bool | None = None,
+        whole_graph: bool = True,
+    ) -> Solved:
+        self._refuse_steps(steps, mask)
+        moments: list[Moments] | None = [] if training else None
+        statistics: Statistics = "running" if norm == "running" and not training else "batch"
+        if norm == "support":
+            self._run(task.support_x, "capture", moments)
+            statistics = "captured"
+        prediction = self._run(task.target_x, statistics, moments)
+        loss = self._loss(prediction, task.target_y, "target")
+        return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
+
+    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
+        """The trained network as a plain module of the user's own class, in eval mode; changes nothing here.
+
+        Args:
+            support_x, support_y: one task's support set, (examples, ...); used for nothing but the statistics of its
+                images under norm="support".
+            steps: None or 0.
+        """
+        self._refuse_steps(steps, None)
+        with self._evaluating(), autograd(False):
+            task = usable(Task(support_x, support_y, support_x, support_y))
+            same_device([task], self._device)
+            self._prepare(task)
+            norm, held = self.settings.norm, None
+            if norm == "support":
+                self._run(task.support_x, "capture", None)
+                held = self.wrapped.clock.taken()
+            return plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
+
+    def _look(self, task: Task) -> FirstLook:
+        prediction = self._run(task.target_x, "batch", None)
+        self._loss(prediction, task.target_y, "target")
+        return FirstLook(without_part(self.model, prediction), differentiable=True)
+
+    def _refuse_steps(self, steps: int | None, mask: bool | None) -> None:
+        self._refuse_inner(None if steps == 0 else steps, mask)

@@ -1,0 +1,352 @@
+"""ANIL against MAML with a body that stands still, finite differences, and one inner step by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from face import assert_same_state, fingerprint
+from models import Conv4
+from oracle import assert_same_gradients
+from own_head_cases import (
+    MLP,
+    assert_evaluation_is_the_deployed_module,
+    assert_learns,
+    assert_same_gradient_however_it_is_run,
+    assert_survives_storage,
+    conv_tasks,
+    gradients,
+    vector_tasks,
+)
+from torch import nn
+
+from metawrap import ANIL, MAML, ArgumentError, Task, TaskError, UnsupportedModuleError
+
+
+def net(ways: int = 3, seed: int = 0) -> Conv4:
+    torch.manual_seed(seed)
+    return Conv4(filters=3, ways=ways, blocks=2).double()
+
+
+def mlp(ways: int = 3, seed: int = 0) -> MLP:
+    torch.manual_seed(seed)
+    return MLP(ways).double()
+
+
+@pytest.mark.parametrize("norm", ["batch", "support"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradient_is_that_of_maml_whose_body_has_rates_of_zero(norm, first_order, steps):
+    model, batch = net(), conv_tasks(2)
+    anil = ANIL(model, inner_steps=steps, learn_inner_lr=True, first_order=first_order, norm=norm)
+    maml = MAML(
+        model,
+        inner_steps=steps,
+        learn_inner_lr=True,
+        norm=norm,
+        engine="functional",
+        first_order_epochs=10**6 if first_order else 0,
+    )
+    with torch.no_grad():
+        for name, rate in maml.learning_rates.items():
+            rate.fill_(0.1 if name.startswith("linear") else 0.0)
+    anil.evaluate(batch[:1])  # The head is known from then on, and has its rates.
+    found, expected = anil(batch), maml(batch)
+    found.loss.backward()
+    expected.loss.backward()
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.step_losses[:, -1], expected.step_losses[:, -1], rtol=1e-9, atol=0)
+    of_model = dict(maml.model.named_parameters())
+    wanted = {f"model.{name}": p.grad for name, p in of_model.items()}
+    ours = gradients(anil)
+    assert_same_gradients({name: g for name, g in ours.items() if name in wanted}, wanted)
+    for name in ("linear.weight", "linear.bias"):
+        got, want = anil.learning_rates[name].grad, maml.learning_rates[name].grad
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_is_that_of_finite_differences():
+    model, batch = mlp(), vector_tasks(2)
+    learner = ANIL(model, inner_steps=2, inner_lr=0.4, learn_inner_lr=True, head="head")
+    learner(batch).loss.backward()
+    delta = 1e-6
+    for parameter in list(learner.parameters()):
+        flat, grad = parameter.data.view(-1), parameter.grad.view(-1)
+        for index in range(0, len(flat), 3):
+            values = []
+            for sign in (1, -1):
+                flat[index] += sign * delta
+                values.append(float(learner(batch).loss.detach()))
+                flat[index] -= sign * delta
+            assert abs((values[0] - values[1]) / (2 * delta) - float(grad[index])) < 1e-8
+
+
+def test_one_inner_step_is_that_by_hand():
+    model, [task] = mlp(), vector_tasks(1)
+    numbers = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+    def embed(x: np.ndarray) -> np.ndarray:
+        return np.tanh(x @ numbers["body.0.weight"].T + numbers["body.0.bias"])
+
+    support, target = embed(task.support_x.numpy()), embed(task.target_x.numpy())
+    weight, bias = numbers["head.weight"], numbers["head.bias"]
+    logits = support @ weight.T + bias
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    shares[np.arange(len(support)), task.support_y.numpy()] -= 1
+    shares /= len(support)
+    weight, bias = weight - 0.3 * shares.T @ support, bias - 0.3 * shares.sum(0)
+    learner = ANIL(model, inner_steps=1, inner_lr=0.3)
+    expected = target @ weight.T + bias
+    np.testing.assert_allclose(learner([task]).predictions[0].numpy(), expected, rtol=1e-9)
+    module = learner.adapt(task.support_x, task.support_y)
+    np.testing.assert_allclose(module.head.weight.detach().numpy(), weight, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(module.body[0].weight.detach().numpy(), numbers["body.0.weight"], rtol=0)
+    np.testing.assert_allclose(module(task.target_x).detach().numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["batch", "running", "support"])
+@pytest.mark.parametrize("steps", [None, 0, 7])
+def test_evaluation_is_the_deployed_module_and_changes_nothing(norm, steps):
+    learner = ANIL(net(), inner_steps=2, norm=norm)
+    learner.meta_step(conv_tasks(2))
+    assert_evaluation_is_the_deployed_module(learner, conv_tasks(3)[2], steps=steps)
+    assert learner.evaluate(conv_tasks(1), steps=steps).steps == (2 if steps is None else steps)
+
+
+def test_zero_steps_predict_as_the_initialisation():
+    learner, [task] = ANIL(net()), conv_tasks(1)
+    found = learner.evaluate(task, steps=0, keep_predictions=True).predictions[0]
+    torch.testing.assert_close(found, learner.unwrap()(task.target_x).detach(), rtol=1e-9, atol=1e-12)
+    better = learner.evaluate(Task(task.support_x, task.support_y, task.support_x, task.support_y), steps=50)
+    assert better.loss < learner.evaluate(task, steps=0).loss
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("head", [None, "linear"])
+def test_stored_learners_go_on_alike(learned, head):
+    def build() -> ANIL:
+        return ANIL(net(), inner_steps=2, learn_inner_lr=learned, head=head)
+
+    assert_survives_storage(build, build(), [conv_tasks(2), conv_tasks(3), conv_tasks(1)])
+
+
+def test_gradient_is_the_same_however_it_is_run():
+    assert_same_gradient_however_it_is_run(
+        lambda **more: ANIL(net(), inner_steps=2, learn_inner_lr=True, **more), conv_tasks(3)
+    )
+
+
+def test_learns_and_moves_its_rates():
+    learner = ANIL(mlp(), inner_steps=3, learn_inner_lr=True, meta_lr=0.01)
+    assert_learns(learner, vector_tasks(3), steps=40, factor=0.6)
+    assert all(bool((rate != 0.1).all()) for _, rate in learner.learning_rates.items())
+
+
+def test_permuted_labels_permute_the_logits():
+    model, [task] = mlp(), vector_tasks(1)
+    order = torch.tensor([2, 0, 1])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.copy_(model.head.weight[order.argsort()])
+        other.head.bias.copy_(model.head.bias[order.argsort()])
+    one = ANIL(model).evaluate(task, keep_predictions=True).predictions[0]
+    renamed = Task(task.support_x, order[task.support_y], task.target_x, order[task.target_y])
+    torch.testing.assert_close(ANIL(other).evaluate(renamed, keep_predictions=True).predictions[0][:, order], one)
+
+
+@pytest.mark.parametrize("ways", [2, 7])
+def test_any_number_of_ways_and_uneven_classes(ways):
+    [task] = vector_tasks(1, ways=ways)
+    uneven = Task(task.support_x[1:], task.support_y[1:], task.target_x[:-1], task.target_y[:-1])
+    learner = ANIL(mlp(ways), meta_lr=0.01)
+    assert_learns(learner, [uneven], steps=30, factor=0.8)
+
+
+def test_more_classes_than_outputs_are_refused_by_name():
+    learner = ANIL(mlp(2))
+    before = fingerprint(learner)
+    with pytest.raises(TaskError, match=r"support_y holds labels 0\.\.2, but the model has 2 outputs"):
+        learner.meta_step(vector_tasks(1, ways=3))
+    assert fingerprint(learner) == before
+
+
+def test_regression_with_the_users_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    batch = [Task(x, a * x, x, a * x) for a in (1.0, -1.0)]
+    learner = ANIL(model, loss_fn=F.mse_loss, meta_lr=0.01)
+    assert_learns(learner, batch, steps=60, factor=0.5)
+    assert_evaluation_is_the_deployed_module(learner, batch[0])
+
+
+class HeadOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.head = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Hardswish(), nn.Dropout(0.0), nn.Linear(5, 3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_a_named_head_of_several_layers_with_a_parametrization_and_a_hard_gate():
+    torch.manual_seed(0)
+    model, batch = HeadOfTwo().double(), vector_tasks(2)
+    anil = ANIL(model, inner_steps=2, head="head", learn_inner_lr=True)
+    maml = MAML(model, inner_steps=2, adapt="head.*", norm="batch", engine="functional")
+    anil(batch).loss.backward()
+    maml(batch).loss.backward()
+    wanted = {f"model.{name}": p.grad for name, p in maml.model.named_parameters()}
+    assert_same_gradients({name: g for name, g in gradients(anil).items() if name in wanted}, wanted)
+    found = anil.evaluate(batch[0], keep_predictions=True).predictions[0]
+    module = anil.adapt(batch[0].support_x, batch[0].support_y)
+    torch.testing.assert_close(module(batch[0].target_x).detach(), found, rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_parts_stay_and_hooks_fire():
+    model, calls = mlp(), []
+    model.head.bias.requires_grad_(False)
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    learner = ANIL(model, inner_steps=2)
+    [task] = vector_tasks(1)
+    learner.meta_step([task])
+    assert list(learner.learning_rates) == ["head.weight"]
+    assert len(calls) >= 3
+    module = learner.adapt(task.support_x, task.support_y)
+    assert_same_state(module.head.bias, model.head.bias)
+    assert not torch.equal(module.head.weight, learner.model.head.weight)
+
+
+def test_double_and_a_users_optimizer_with_named_parameters():
+    def build() -> ANIL:
+        return ANIL(MLP(), learn_inner_lr=True, optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9))
+
+    torch.manual_seed(0)
+    learner = build()
+    singles = [task.map(lambda t: t.float() if t.is_floating_point() else t) for task in vector_tasks(2)]
+    learner.meta_step(singles)
+    learner.double().meta_step(vector_tasks(2))
+    named = ANIL(mlp(), learn_inner_lr=True)
+    named.optimizer = torch.optim.Adam(named.named_parameters(), lr=0.01)
+    named.meta_step(vector_tasks(1))
+    [group] = named.optimizer.param_groups
+    assert group["param_names"] == [name for name, _ in named.named_parameters()]
+    assert len(group["params"]) == 6
+
+
+def test_describes_what_is_adapted():
+    learner = ANIL(net())
+    learner.meta_step(conv_tasks(1))
+    told = learner.describe()
+    assert set(told.adapted) == {"linear.weight", "linear.bias"}
+    assert told.rates == 10
+    assert told.settings["inner_steps"] == 5
+    assert told.settings["first_order"] is False
+    assert "ANIL" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1"),
+        ({"inner_lr": "fast"}, "inner_lr: expected a finite number"),
+        ({"learn_inner_lr": 1}, "learn_inner_lr: expected True or False"),
+        ({"first_order": "yes"}, "first_order: expected True or False"),
+        ({"embedding": "output"}, "embedding: ANIL fits the head"),
+        ({"head": "nowhere"}, "head: expected the name of a submodule"),
+    ],
+)
+def test_bad_keywords_are_named(keywords, words):
+    with pytest.raises(ArgumentError, match=words):
+        ANIL(net(), **keywords)
+
+
+def test_unknown_keyword_and_calls_without_effect_are_named():
+    with pytest.raises(TypeError, match="Did you mean 'meta_lr'"):
+        ANIL(net(), meta_rl=0.1)
+    with pytest.raises(ArgumentError, match="mask_unused_outputs: ANIL"):
+        ANIL(net()).evaluate(conv_tasks(1), mask_unused_outputs=True)
+    with pytest.raises(ArgumentError, match="steps: expected a whole number"):
+        ANIL(net()).adapt(torch.zeros(2, 1, 16, 16), torch.tensor([0, 1]), steps=-1)
+
+
+class Behind(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(super().forward(x), 1)
+
+
+class Tied(MLP):
+    def __init__(self) -> None:
+        super().__init__(ways=4, width=4)
+        self.head.weight = self.body[0].weight
+
+
+class Frozen(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.requires_grad_(False)
+
+
+class NormedHead(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "head", "words"),
+    [
+        (Behind, None, "No module's output is the prediction itself"),
+        (Behind, "head", "does more behind the head 'head'"),
+        (Tied, None, r"shares 'body\.0\.weight' with Linear\.weight"),
+        (Frozen, None, "no parameters that are not frozen"),
+        (NormedHead, "head", "holds the batch norm '0'"),
+        (lambda: nn.Linear(4, 3), None, "Use MAML"),
+    ],
+)
+def test_heads_that_cannot_be_fitted_are_refused_by_name(model, head, words):
+    made = model().double()
+    before = fingerprint(made)
+    with pytest.raises(UnsupportedModuleError, match=words):
+        ANIL(made, head=head).meta_step(vector_tasks(1))
+    assert fingerprint(made) == before
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class OnceHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 3), Square())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class Square(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Once.apply(x)
+
+
+def test_a_head_without_second_derivative_is_refused_and_runs_in_first_order():
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModuleError, match=r"cannot be differentiated twice.*first_order=True"):
+        ANIL(OnceHead().double(), head="head").meta_step(vector_tasks(1))
+    ANIL(OnceHead().double(), head="head", first_order=True).meta_step(vector_tasks(1))

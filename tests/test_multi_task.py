@@ -1,0 +1,202 @@
+"""MultiTask against a loop written by hand, with a head for each task, and with weight vectors for each class."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from face import assert_same_state, fingerprint
+from models import Conv4
+from own_head_cases import (
+    MLP,
+    assert_evaluation_is_the_deployed_module,
+    assert_learns,
+    assert_same_gradient_however_it_is_run,
+    assert_survives_storage,
+    conv_tasks,
+    vector_tasks,
+)
+from torch import nn
+
+from metawrap import ArgumentError, MultiTask, Task, TaskError
+
+IDS = ["a.b", 1, "1"]
+CLASSES = [(4, 0, 2), (1, 2, 5), (0, 3, 7)]
+
+
+def net(ways: int = 3, seed: int = 0) -> Conv4:
+    torch.manual_seed(seed)
+    return Conv4(filters=3, ways=ways, blocks=2).double()
+
+
+def mlp(ways: int = 3, seed: int = 0) -> MLP:
+    torch.manual_seed(seed)
+    return MLP(ways).double()
+
+
+def test_a_run_with_heads_is_that_of_a_loop_by_hand():
+    model, batch = mlp(), vector_tasks(3, id=IDS)
+    learner = MultiTask(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3, momentum=0.9))
+    body = copy.deepcopy(model.body)
+    heads = {key: copy.deepcopy(model.head) for key in IDS}
+    made = torch.optim.SGD([*body.parameters(), *(p for h in heads.values() for p in h.parameters())], 0.3, 0.9)
+    for shown in ([batch[0], batch[1]], [batch[1], batch[2]], batch):
+        made.zero_grad()
+        losses = []
+        for task in shown:
+            x, y = torch.cat([task.support_x, task.target_x]), torch.cat([task.support_y, task.target_y])
+            losses.append(F.cross_entropy(heads[task.id](body(x)), y))
+        loss = sum(losses) / len(losses)
+        loss.backward()
+        metrics = learner.meta_step(shown)
+        torch.testing.assert_close(metrics.loss, float(loss.detach()), rtol=1e-9, atol=0)
+        for name, parameter in body.named_parameters():
+            got = learner.model.body.get_parameter(name).grad
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
+        made.step()
+    for key, head in heads.items():
+        found = learner.heads.of(key, dict(head.named_parameters()))
+        assert set(found) == {"weight", "bias"}
+        for name, parameter in head.named_parameters():
+            torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found[name].detach(), parameter.detach(), rtol=1e-9, atol=1e-12)
+    assert_same_state(learner.model.head.weight.detach(), model.head.weight.detach())
+
+
+def test_gradient_by_classes_is_that_of_a_softmax_over_the_tasks_own_classes():
+    model, batch = mlp(), vector_tasks(2, classes=CLASSES)
+    learner = MultiTask(model, classes=6)
+    learner.evaluate(batch[:1])
+    found = learner(batch)
+    found.loss.backward()
+    weight, bias = (p.detach().clone().requires_grad_() for p in (learner.table.weight, learner.table.bias))
+    plain, losses = copy.deepcopy(model), []
+    for task in batch:
+        x, y = torch.cat([task.support_x, task.target_x]), torch.cat([task.support_y, task.target_y])
+        rows = [weight[number] for number in task.classes]
+        logits = torch.stack([plain.body(x) @ row + bias[n] for row, n in zip(rows, task.classes, strict=True)], 1)
+        losses.append(-(logits.log_softmax(1)[torch.arange(len(y)), y]).mean())
+    loss = sum(losses) / 2
+    loss.backward()
+    torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(learner.table.weight.grad, weight.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(learner.table.bias.grad, bias.grad, rtol=1e-9, atol=1e-12)
+    for name, parameter in plain.body.named_parameters():
+        torch.testing.assert_close(learner.model.body.get_parameter(name).grad, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("task_id", [None, "a.b", "new"])
+def test_a_task_is_fitted_by_a_torch_loop_on_its_head(task_id):
+    batch = conv_tasks(3, id=IDS)
+    learner = MultiTask(net(), inner_steps=4, inner_lr=0.05, meta_lr=0.05)
+    for _ in range(3):
+        learner.meta_step(batch)
+    task = batch[2]
+    adapted = learner.adapt(task.support_x, task.support_y, task_id=task_id)
+    plain = learner.unwrap().eval()
+    if task_id == "a.b":
+        with torch.no_grad():
+            for name, value in learner.heads.of("a.b", {"weight": 0, "bias": 0}).items():
+                plain.linear.get_parameter(name).copy_(value)
+    made = torch.optim.SGD(plain.linear.parameters(), lr=0.05)
+    for _ in range(4):
+        made.zero_grad()
+        F.cross_entropy(plain(task.support_x), task.support_y).backward()
+        made.step()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(adapted.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
+    again = learner.evaluate(replace(task, id=task_id), keep_predictions=True).predictions[0]
+    torch.testing.assert_close(again, plain(task.target_x).detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["batch", "running", "support"])
+def test_evaluation_is_the_deployed_module_and_changes_nothing(norm):
+    batch = conv_tasks(3, classes=CLASSES)
+    learner = MultiTask(net(), norm=norm, inner_steps=5)
+    learner.meta_step(batch[:2])
+    for steps in (None, 0, 7):
+        assert_evaluation_is_the_deployed_module(learner, batch[2], steps=steps)
+
+
+@pytest.mark.parametrize("extra", [{"id": IDS}, {"classes": CLASSES}])
+def test_stored_learners_go_on_alike(extra):
+    def build() -> MultiTask:
+        return MultiTask(net())
+
+    tasks = conv_tasks(3, **extra)
+    assert_survives_storage(build, build(), [tasks[1:2], tasks[:1], tasks])
+
+
+def test_heads_and_table_together_are_restored_in_their_order():
+    [first, second, third] = vector_tasks(3, id=IDS)
+    mixed = [first, replace(second, id=None, classes=(1, 2, 5)), third]
+
+    def build() -> MultiTask:
+        return MultiTask(mlp(), classes=6)
+
+    assert_survives_storage(build, build(), [[first], mixed, [third]])
+    learner = build()
+    learner.meta_step([first])
+    early = copy.deepcopy(learner.state_dict())
+    learner.meta_step(mixed)
+    learner.load_state_dict(early)
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in learner.parameters()}
+    assert set(map(id, learner.optimizer.state)) <= held
+    assert len(list(learner.heads.parameters())) == 2
+    assert learner.table.classes == 0
+    learner.meta_step(mixed)
+
+
+def test_gradient_is_the_same_however_it_is_run():
+    for tasks in (conv_tasks(3, classes=CLASSES), conv_tasks(3, id=IDS)):
+        assert_same_gradient_however_it_is_run(lambda **more: MultiTask(net(), classes=8, **more), tasks)
+
+
+@pytest.mark.parametrize("extra", [{"id": IDS}, {"classes": CLASSES}])
+def test_learns(extra):
+    assert_learns(MultiTask(mlp(), meta_lr=0.03), vector_tasks(3, **extra), steps=60, factor=0.6)
+
+
+def test_regression_by_id():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    batch = [Task(x, a * x, x, a * x, id=int(a)) for a in (1.0, -1.0)]
+    learner = MultiTask(model, loss_fn=F.mse_loss, meta_lr=0.03)
+    assert_learns(learner, batch, steps=60, factor=0.3)
+    assert_evaluation_is_the_deployed_module(learner, replace(batch[0], id=None))
+
+
+@pytest.mark.parametrize("ways", [2, 7])
+def test_any_number_of_ways_and_uneven_classes(ways):
+    [task] = vector_tasks(1, ways=ways, classes=[tuple(range(ways))])
+    uneven = Task(task.support_x[1:], task.support_y[1:], task.target_x[:-1], task.target_y[:-1], None, task.classes)
+    assert_learns(MultiTask(mlp(2), meta_lr=0.03), [uneven], steps=30, factor=0.8)
+
+
+def test_tasks_with_neither_id_nor_classes_are_refused_by_name():
+    learner = MultiTask(mlp())
+    before = fingerprint(learner)
+    with pytest.raises(TaskError, match=r"neither an id nor classes.*id=\.\.\.\), or with classes="):
+        learner.meta_step(vector_tasks(1))
+    assert fingerprint(learner) == before
+    assert learner.evaluate(vector_tasks(1)).tasks == 1  # A new task needs neither.
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1"),
+        ({"inner_lr": "x"}, "inner_lr: expected a finite number"),
+        ({"inner_optimizer": "lbfgs"}, "inner_optimizer: expected 'sgd' or 'adam'"),
+        ({"classes": True}, "classes: expected a whole number of at least 1"),
+        ({"embedding": "output"}, "embedding: MultiTask fits the head"),
+    ],
+)
+def test_bad_keywords_are_named(keywords, words):
+    with pytest.raises(ArgumentError, match=words):
+        MultiTask(net(), **keywords)

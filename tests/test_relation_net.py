@@ -1,0 +1,208 @@
+"""RelationNet: scores and loss against numpy on loops over pairs; maps, vectors, and modules of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import embedded_checks as checks
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from embedded_checks import MapNet, numbers, step
+from face import fingerprint
+from models import Conv4, NormedMlp, class_tasks, seeded
+from torch import Tensor, nn
+
+from metawrap import ArgumentError, RelationNet, Task, UnsupportedModuleError
+
+
+class _Gain(nn.Module):
+    """The user's own relation module: (pairs, 2 * numbers) to (pairs,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        one, other = pairs.flatten(1).chunk(2, 1)
+        return self.gain * (one * other).sum(1)
+
+
+def norm(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """One group: every pair by the mean and variance of all its numbers; weight and bias per channel."""
+    flat = rows.reshape(len(rows), -1)
+    mean, variance = flat.mean(1), flat.var(1)
+    shape = (-1,) + (1,) * (rows.ndim - 1)
+    scaled = (rows - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
+    channel = (1, -1) + (1,) * (rows.ndim - 2)
+    return scaled * weight.reshape(channel) + bias.reshape(channel)
+
+
+def convolved(maps: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """3x3, padding 1, by the definition."""
+    n, _, h, w = maps.shape
+    padded = np.pad(maps, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    out = np.empty((n, len(weight), h, w))
+    for i in range(h):
+        for j in range(w):
+            out[:, :, i, j] = np.tensordot(padded[:, :, i : i + 3, j : j + 3], weight, ([1, 2, 3], [1, 2, 3])) + bias
+    return out
+
+
+def pooled(maps: np.ndarray) -> np.ndarray:
+    h, w = maps.shape[2] // 2, maps.shape[3] // 2
+    return maps[:, :, : 2 * h, : 2 * w].reshape(*maps.shape[:2], h, 2, w, 2).max((3, 5))
+
+
+def relation_by_hand(pairs: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+    for block in "01":
+        weight, bias = parts[f"{block}.weight"], parts[f"{block}.bias"]
+        if pairs.ndim == 4 and weight.shape[-1] == 3:
+            pairs = convolved(pairs, weight, bias)
+        else:
+            pairs = pairs.reshape(len(pairs), -1) @ weight.reshape(len(weight), -1).T + bias
+        pairs = np.maximum(norm(pairs, parts[f"{block}.norm.weight"], parts[f"{block}.norm.bias"]), 0)
+        if pairs.ndim == 4:
+            pairs = pooled(pairs)
+    pairs = np.maximum(pairs.reshape(len(pairs), -1) @ parts["3.weight"].T + parts["3.bias"], 0)
+    return (pairs @ parts["5.weight"].T + parts["5.bias"])[:, 0]
+
+
+def own_parts(learner: Any) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        for index, parameter in enumerate(learner.relation.parameters()):
+            parameter.add_(0.1 * numbers(*parameter.shape, seed=index + 10))
+    return {name: value.detach().numpy() for name, value in learner.relation.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 1, 1), (3, 5, 4), (2, 3)])
+def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]) -> None:
+    learner = RelationNet(nn.Linear(1, 1).double(), embedding="output", hidden=4)
+    support, labels = numbers(5, *shape), torch.tensor([0, 1, 1, 2, 2])
+    target, target_y = numbers(4, *shape, seed=1), torch.tensor([2, 0, 1, 1])
+    learner._judged(support, labels, 3, target, target_y)
+    parts = own_parts(learner)
+    prediction, loss = learner._judged(support, labels, 3, target, target_y)
+    expected, error = np.empty((4, 3)), 0.0
+    for row in range(4):
+        for way in range(3):
+            shown = sum(support[i].numpy() for i in range(5) if labels[i] == way)
+            pair = np.concatenate([shown, target[row].numpy()])[None]
+            expected[row, way] = relation_by_hand(pair, parts)[0]
+            error += (1 / (1 + np.exp(-expected[row, way])) - (target_y[row] == way).item()) ** 2
+    np.testing.assert_allclose(prediction.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+    assert loss.item() == pytest.approx(error / 12, rel=1e-9)
+
+
+def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:
+    for model, shape, sides, options in (
+        (seeded(MapNet), (1, 10, 10), (3, 3), {"head": "head"}),
+        (seeded(Conv4), (1, 16, 16), (1, 1), {}),
+    ):
+        learner = RelationNet(model, **options)
+        step(learner, class_tasks(shape))
+        assert learner.relation[0].weight.shape == (64, 8, *sides)
+        assert learner.evaluate(class_tasks(shape)).accuracy is not None
+
+
+def test_a_map_reaches_the_head_of_the_adapted_module_as_it_is() -> None:
+    batch = class_tasks((1, 10, 10), shots=2)
+    for options in ({"head": "head"}, {"embedding": "output"}):
+        learner = RelationNet(seeded(MapNet) if "head" in options else seeded(MapNet).body, **options)
+        step(learner, batch)
+        found = learner.evaluate(batch, keep_predictions=True).predictions[0]
+        adapted = learner.adapt(batch[0][0], batch[1][0])
+        torch.testing.assert_close(adapted(batch[2][0]), found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["running", "support"])
+def test_a_target_is_scored_alone_as_in_company(norm: str) -> None:
+    learner = RelationNet(seeded(MapNet), head="head", norm=norm)
+    support_x, support_y, target_x, target_y = (part[0] for part in class_tasks((1, 10, 10)))
+    step(learner, [Task(support_x, support_y, target_x, target_y)])
+    tasks = [Task(support_x, support_y, target_x[:n], target_y[:n]) for n in (1, len(target_x))]
+    one, other = learner.evaluate(tasks, keep_predictions=True).predictions
+    torch.testing.assert_close(one, other[:1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_users_own_relation_module_is_copied_and_learned() -> None:
+    relation = _Gain()
+    learner = RelationNet(seeded(NormedMlp), relation=relation)
+    before = fingerprint(relation)
+    step(learner, class_tasks((4,)))
+    assert fingerprint(relation) == before
+    assert learner.relation.gain.dtype == torch.float64
+    assert learner.relation.gain.item() != 1
+    assert "_Gain" in str(learner.describe().settings)
+
+
+def test_a_loss_of_the_users_own_gets_the_scores_before_the_sigmoid() -> None:
+    batch = class_tasks((4,), tasks=1)
+    learner = RelationNet(seeded(NormedMlp), loss_fn=F.cross_entropy)
+    output = learner(batch)
+    expected = F.cross_entropy(output.predictions[0], batch[3][0])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_bad_keywords_are_named_before_anything_happens() -> None:
+    model = NormedMlp()
+    before = fingerprint(model)
+    ends = nn.Sequential(nn.Flatten(), nn.LazyLinear(1), nn.Sigmoid())
+    for match, options in {
+        "hidden: expected a whole number": {"hidden": 0},
+        "hidden: has no effect": {"hidden": 8, "relation": _Gain()},
+        "relation: expected a torch.nn.Module": {"relation": torch.sigmoid},
+        r"'1' is a BatchNorm1d.*GroupNorm\(1, 3\)": {"relation": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))},
+        "ends in a sigmoid": {"relation": ends},
+    }.items():
+        with pytest.raises(ArgumentError, match=match):
+            RelationNet(model, **options)
+    with pytest.raises(TypeError, match="inner_steps"):
+        RelationNet(model, inner_steps=5)
+    assert fingerprint(model) == before
+
+
+def test_a_relation_module_with_another_number_of_scores_is_refused() -> None:
+    learner = RelationNet(NormedMlp(), relation=nn.Linear(12, 2))
+    with pytest.raises(UnsupportedModuleError, match=r"relation: expected one number for each of the 9 pairs"):
+        learner.meta_step(class_tasks_single())
+
+
+def class_tasks_single() -> list[Task]:
+    return [Task(*(part[0].float() if part.is_floating_point() else part[0] for part in class_tasks((4,))))]
+
+
+def test_relation_net_learns() -> None:
+    checks.check_learns(RelationNet)
+
+
+@pytest.mark.parametrize("name", checks.SHAPES)
+@pytest.mark.parametrize("norm", ["batch", "running", "support"])
+def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
+    checks.check_adapted_is_evaluated(RelationNet, norm, name)
+
+
+@pytest.mark.parametrize("check", checks.CONTRACT)
+def test_contract(check: Any) -> None:
+    check(RelationNet)
+
+
+@pytest.mark.parametrize("name", checks.SHAPES)
+def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
+    for before in (True, False):
+        checks.check_copies_go_on_alike(RelationNet, name, before)
+    checks.check_state_loads_before_any_task(RelationNet, name)
+
+
+def test_an_adapted_module_shares_nothing_with_the_learner() -> None:
+    batch = class_tasks((4,))
+    learner = RelationNet(seeded(NormedMlp))
+    adapted = learner.adapt(batch[0][0], batch[1][0])
+    expected = adapted(batch[2][0])
+    step(learner, batch)
+    assert torch.equal(copy.deepcopy(adapted)(batch[2][0]), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(adapted))(batch[2][0]), expected)
+    assert not any(p.requires_grad and p.grad is not None for p in adapted.parameters())

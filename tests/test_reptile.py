@@ -1,0 +1,337 @@
+"""Reptile, against plain torch optimizers on a copy of the network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from face import as_tasks, assert_same_values, gradients_of, norm_values
+from models import Mlp, NormedMlp, class_tasks, seeded
+from test_engines import ENGINES
+from torch import Tensor, nn
+
+from metawrap import MAML, ArgumentError, MetaWrapWarning, Reptile, Task, TaskError
+
+ALL = [*ENGINES, "batched"]
+BATCH = class_tasks((4,), tasks=3, shots=2, seed=5)
+LR = 0.2
+
+
+def fitted(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], optimizer: Any = torch.optim.SGD, **options: Any
+) -> nn.Module:
+    """A copy of the network after one step of a torch optimizer on each batch."""
+    model = copy.deepcopy(model).train()
+    inner = optimizer(model.parameters(), **{"lr": LR} | options)
+    for x, y in batches:
+        inner.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        inner.step()
+    return model
+
+
+def whole(task: Any) -> tuple[Tensor, Tensor]:
+    return torch.cat([task[0], task[2]]), torch.cat([task[1], task[3]])
+
+
+def moved(model: nn.Module, ends: list[nn.Module], rate: float) -> list[Tensor]:
+    """theta + rate * mean(theta_k - theta), parameter by parameter."""
+    columns = zip(*(end.parameters() for end in ends), strict=True)
+    return [p + rate * (torch.stack(column).mean(0) - p) for p, column in zip(model.parameters(), columns, strict=True)]
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("count", [1, 3], ids=["serial", "batched"])
+def test_the_update_equals_plain_sgd_by_hand(count: int, rate: float, engine: str) -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=4, inner_lr=LR, meta_lr=rate, engine=engine)
+    tasks = as_tasks(BATCH)[:count]
+    metrics = learner.meta_step([Task(*task) for task in tasks])
+    ends = [fitted(model, [whole(task)] * 4) for task in tasks]
+    assert_same_values(learner.model.parameters(), moved(model, ends, rate))
+    losses = [float(F.cross_entropy(end(task[2]), task[3]).detach()) for end, task in zip(ends, tasks, strict=True)]
+    assert metrics.loss == pytest.approx(sum(losses) / count, rel=1e-9)
+
+
+def test_one_task_at_rate_one_ends_at_its_weights() -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=3, inner_lr=LR)
+    learner.meta_step([Task(*as_tasks(BATCH)[0])])
+    assert_same_values(
+        learner.model.parameters(), fitted(model, [whole(as_tasks(BATCH)[0])] * 3).parameters(), tolerance=1e-12
+    )
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_with_one_step_it_is_joint_training(engine: str) -> None:
+    # Nichol et al. 2018, section 3: for k = 1 it is SGD on the expected loss of all tasks.
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=1, inner_lr=LR, meta_lr=0.5, engine=engine)
+    joint = copy.deepcopy(model).train()
+    outer = torch.optim.SGD(joint.parameters(), lr=0.5 * LR)
+    for seed in range(3):
+        batch = class_tasks((4,), tasks=3, seed=seed)
+        learner.meta_step(batch)
+        outer.zero_grad()
+        torch.stack([F.cross_entropy(joint(x), y) for x, y in map(whole, as_tasks(batch))]).mean().backward()
+        outer.step()
+    assert_same_values(learner.model.parameters(), joint.parameters())
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize(
+    ("options", "optimizer", "theirs"),
+    [
+        ({"inner_momentum": 0.9}, torch.optim.SGD, {"momentum": 0.9}),
+        (
+            {"inner_optimizer": "adam", "inner_betas": (0.0, 0.999), "inner_eps": 1e-15},
+            torch.optim.Adam,
+            {"betas": (0.0, 0.999), "eps": 1e-15},
+        ),
+    ],
+    ids=["momentum", "adam"],
+)
+def test_other_inner_optimizers_equal_those_of_torch(options: Any, optimizer: Any, theirs: Any, engine: str) -> None:
+    # Without the norm: Adam makes a step of the rounding in a bias before it.
+    model = seeded(lambda: Mlp(4, 6, 3))
+    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **options)
+    learner.meta_step(BATCH)
+    ends = [fitted(model, [whole(task)] * 4, optimizer, lr=0.05, **theirs) for task in as_tasks(BATCH)]
+    assert_same_values(learner.model.parameters(), moved(model, ends, 1.0), tolerance=1e-9)
+
+
+def recorded(learner: Any) -> list[Tensor]:
+    seen: list[Tensor] = []
+    learner.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    return seen
+
+
+def test_mini_batches_go_through_all_examples_before_any_comes_again() -> None:
+    task = as_tasks(BATCH)[0]
+    x, y = whole(task)  # 12 examples
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=5, inner_lr=LR, inner_batch_size=4, engine="functional")
+    learner.meta_step([Task(*task)])
+    seen = recorded(learner)
+    before = copy.deepcopy(learner.model)
+    learner.meta_step([Task(*task)])
+    batches = seen[:5]
+    places = [[int((x == row).all(1).nonzero()) for row in batch] for batch in batches]
+    assert all(len(batch) == 4 for batch in places)
+    assert sorted(place for batch in places[:3] for place in batch) == list(range(12))
+    assert len({place for batch in places[3:] for place in batch}) == 8
+    assert places[0] != sorted(places[0]) or places[1] != sorted(places[1])
+    end = fitted_on(before, [(x[rows], y[rows]) for rows in places])
+    assert_same_values(learner.model.parameters(), end.parameters())
+
+
+def fitted_on(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    plain = seeded(NormedMlp)
+    plain.load_state_dict(
+        {name: value.reshape(plain.state_dict()[name].shape) for name, value in model.state_dict().items()}
+    )
+    return fitted(plain, batches)
+
+
+def test_mini_batches_are_the_same_for_every_engine_and_whenever_the_run_is_repeated() -> None:
+    def trained(**options: Any) -> Any:
+        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **options)
+        before = torch.random.get_rng_state()
+        for seed in range(2):
+            learner.meta_step(class_tasks((4,), tasks=4, shots=2, seed=seed))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return learner
+
+    first = trained(engine="functional")
+    for options in ({"engine": "higher"}, {"engine": "batched"}, {"engine": "functional", "workers": 2}):
+        assert_same_values(trained(**options).parameters(), first.parameters())
+    resumed = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5)
+    resumed.load_state_dict(first.state_dict())
+    for learner in (resumed, first):
+        learner.meta_step(BATCH)
+    assert_same_values(resumed.parameters(), first.parameters(), tolerance=0.0)
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_forward_leaves_exactly_this_gradient(engine: str) -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, engine=engine)
+    output = learner(BATCH)
+    (2 * output.loss).backward()
+    ends = [fitted(model, [whole(task)] * 3) for task in as_tasks(BATCH)]
+    expected = [2 * (p - q) for p, q in zip(model.parameters(), moved(model, ends, 1.0), strict=True)]
+    assert_same_values([g for g in gradients_of(learner).values() if g is not None], expected)
+    assert float(output.loss.detach()) == pytest.approx(
+        Reptile(model, inner_steps=3, inner_lr=LR).meta_step(BATCH).loss
+    )
+
+
+def test_running_statistics_are_those_of_ordinary_training() -> None:
+    model, task = seeded(NormedMlp), as_tasks(BATCH)[0]
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, norm="running")
+    learner.meta_step([Task(*task)])
+    end = fitted(model, [whole(task)] * 3)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(learner.model.norm, name), getattr(end.norm, name), rtol=1e-9, atol=1e-9)
+    plain = learner.unwrap().eval()
+    assert torch.equal(plain.norm.running_mean, learner.model.norm.running_mean)
+
+
+def test_evaluation_and_adapt_fit_the_support_set_alone_for_their_own_number_of_steps() -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=2, inner_lr=LR, inner_batch_size=3, evaluation_steps=7)
+    assert Reptile(model).settings.evaluation_steps == 50
+    tasks = as_tasks(BATCH)
+    ends = [fitted(model, [(task[0], task[1])] * 7) for task in tasks]
+    result = learner.evaluate(BATCH, keep_predictions=True)
+    for end, task, prediction in zip(ends, tasks, result.predictions, strict=True):
+        torch.testing.assert_close(prediction, end(task[2]).detach(), rtol=1e-9, atol=1e-9)
+        adapted = learner.adapt(task[0], task[1])
+        assert_same_values(adapted.parameters(), end.parameters())
+        assert_same_values(
+            learner.adapt(task[0], task[1], steps=2).parameters(), fitted(model, [(task[0], task[1])] * 2).parameters()
+        )
+    assert result.steps == 7
+    assert float(learner.eval()(BATCH).loss.detach()) == pytest.approx(
+        sum(float(F.cross_entropy(end(t[2]), t[3]).detach()) for end, t in zip(ends, tasks, strict=True)) / 3, rel=1e-9
+    )
+
+
+def test_the_norms_scale_and_shift_move() -> None:
+    learner = Reptile(seeded(NormedMlp), inner_lr=LR)
+    before = [value.detach().clone() for value in norm_values(learner)]
+    learner.meta_step(BATCH)
+    assert all(bool((now != then).all()) for now, then in zip(norm_values(learner), before, strict=True))
+    assert {"norm.weight", "norm.bias"} <= set(learner.describe().adapted)
+
+
+def test_the_outer_rate_goes_down_to_zero_by_epochs() -> None:
+    learner = Reptile(seeded(NormedMlp), inner_lr=LR, meta_lr=0.8, epochs=4, iterations_per_epoch=2)
+    rates = [learner.meta_step(BATCH).meta_lr for _ in range(10)]
+    assert rates == pytest.approx([0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2, 0.0, 0.0], abs=1e-12)
+    learner.epoch = 1
+    assert learner.meta_step(BATCH).meta_lr == pytest.approx(0.6)
+    steady = Reptile(seeded(NormedMlp), inner_lr=LR, linear_annealing=False, epochs=1, iterations_per_epoch=1)
+    assert [steady.meta_step(BATCH).meta_lr for _ in range(3)] == [1.0] * 3
+    learner.optimizer.param_groups[0]["lr"] = 0.123
+    with pytest.warns(MetaWrapWarning, match=r"0\.123 is not one of the linear schedule.*linear_annealing=False"):
+        learner.meta_step(BATCH)
+
+
+def test_the_users_own_optimizer_gets_the_same_gradient() -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01))
+    learner.meta_step(BATCH)
+    plain = copy.deepcopy(model)
+    ends = [fitted(model, [whole(task)] * 3) for task in as_tasks(BATCH)]
+    for p, end in zip(plain.parameters(), moved(model, ends, 1.0), strict=True):
+        p.grad = (p - end).detach()
+    torch.optim.Adam(plain.parameters(), lr=0.01).step()
+    # Where the gradient is rounding, as of a bias before a norm, Adam's step is, too.
+    named = dict(plain.named_parameters())
+    for name, parameter in learner.model.named_parameters():
+        if name != "first.bias":
+            torch.testing.assert_close(parameter, named[name], rtol=1e-7, atol=1e-7)
+    with pytest.raises(ArgumentError, match=r"meta_lr: belongs to the built-in optimizer"):
+        Reptile(model, meta_lr=0.5, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01))
+    with pytest.raises(ArgumentError, match=r"linear_annealing: belongs to the built-in optimizer"):
+        Reptile(model, linear_annealing=True, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01))
+
+
+def test_a_head_that_starts_at_zero_is_not_learned_and_the_body_is() -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, head_init="zeros")
+    learner.meta_step(BATCH)
+    zeroed = copy.deepcopy(model)
+    nn.init.zeros_(zeroed.linear.weight), nn.init.zeros_(zeroed.linear.bias)
+    ends = [fitted(zeroed, [whole(task)] * 3) for task in as_tasks(BATCH)]
+    expected = dict(zip(dict(model.named_parameters()), moved(zeroed, ends, 1.0), strict=True))
+    for name, parameter in learner.model.named_parameters():
+        wanted = dict(model.named_parameters())[name] if name.startswith("linear") else expected[name]
+        torch.testing.assert_close(parameter, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_frozen_later_it_is_adapted_and_its_start_stays() -> None:
+    model = seeded(NormedMlp)
+    learner = Reptile(model, inner_steps=3, inner_lr=LR)
+    learner.model.first.weight.requires_grad_(False)
+    learner.meta_step(BATCH)
+    assert torch.equal(learner.model.first.weight, model.first.weight)
+    ends = [fitted(model, [whole(task)] * 3) for task in as_tasks(BATCH)]
+    expected = dict(zip(dict(model.named_parameters()), moved(model, ends, 1.0), strict=True))
+    torch.testing.assert_close(learner.model.linear.weight, expected["linear.weight"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("preset", "multi_step_loss", "first_order_epochs", "learn_inner_lr", "per_step_norm_affine", "memory"),
+        *("cosine_annealing", "adapt_norm", "adapt", "cuda_graphs", "betas"),
+    ],
+)
+def test_what_does_not_apply_is_not_taken(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        Reptile(seeded(NormedMlp), **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_batch_size": 0}, "inner_batch_size: expected a whole number of at least 1"),
+        ({"evaluation_steps": 0}, "evaluation_steps: expected a whole number of at least 1"),
+        ({"linear_annealing": 3}, "linear_annealing: expected True or False"),
+        ({"inner_betas": (0.0, 0.9)}, 'inner_betas: has no effect with inner_optimizer="sgd"'),
+        ({"loss_fn": nn.Sequential(nn.Linear(1, 1))}, "loss_fn: Sequential has parameters"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_is_named(options: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Reptile(seeded(NormedMlp), **options)
+
+
+def test_mamls_learner_has_no_reptile_preset() -> None:
+    with pytest.raises(ArgumentError, match="no preset of MAML"):
+        MAML(seeded(NormedMlp), preset="reptile")
+
+
+def test_tasks_that_cannot_be_joined_are_refused_and_nothing_moves() -> None:
+    learner = Reptile(seeded(lambda: Mlp(4, 6, 3)), inner_batch_size=13, engine="functional")
+    before = copy.deepcopy(learner.state_dict())
+    with pytest.raises(TaskError, match=r"inner_batch_size: expected at most the 12 examples"):
+        learner.meta_step(BATCH)
+    learner = Reptile(Sized(), engine="functional")
+    task = Task(torch.randn(3, 4), torch.arange(3), torch.randn(3, 5), torch.arange(3))
+    with pytest.raises(TaskError, match=r"one shape, but got"):
+        learner.meta_step([task])
+    assert before.keys() == Reptile(seeded(lambda: Mlp(4, 6, 3))).state_dict().keys()
+
+
+class Sized(nn.Module):
+    """Takes vectors of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean(1, keepdim=True))
+
+
+def test_inputs_that_are_not_one_by_example_are_refused() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+            return self.linear(edges @ nodes)[:3]
+
+    learner = Reptile(Graph().double(), engine="functional")
+    x = (torch.randn(5, 4, dtype=torch.float64), torch.eye(5, dtype=torch.float64))
+    with pytest.raises(TaskError, match=r"support_x: Reptile takes examples one by one.*\[3, 5\]"):
+        learner.meta_step([Task(x, torch.arange(3), x, torch.arange(3))])
