@@ -11,7 +11,7 @@ from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import ArgumentError, MetaNet, Task, TaskError
-from metawrap.methods.embedding.memory import gradient_features
+from metawrap.layers.learned_update import preprocessed
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_the_meta_gradient_equals_differences_with_the_support_gradients_held(na
 
 
 def test_features_of_tiny_and_vanished_gradients_are_finite() -> None:
-    found = gradient_features(torch.tensor([0.0, 1e-300, -1e-4, 0.5], dtype=torch.float64), 7.0).numpy()
+    found = preprocessed(torch.tensor([0.0, 1e-300, -1e-4, 0.5], dtype=torch.float64), 7.0).numpy()
     np.testing.assert_allclose(found, features(np.array([1e-320, 1e-300, -1e-4, 0.5])), rtol=1e-12, atol=1e-310)
 
 

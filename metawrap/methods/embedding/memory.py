@@ -1,4 +1,4 @@
-"""What the methods with a memory share: cosines with its slots, learned rows per class, gradients as features."""
+"""What the methods with a memory share: cosines with its slots, and learned rows per class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from typing_extensions import Unpack
@@ -22,18 +21,6 @@ def slot_cosines(keys: Tensor, memory: Tensor) -> Tensor:
     # The floor keeps the gradient of a slot that is nearly empty in bounds.
     one, other = (nn.functional.normalize(each, dim=-1, eps=1e-6) for each in (keys, memory))
     return one @ other.mT
-
-
-def gradient_features(gradient: Tensor, p: float) -> Tensor:
-    """Size and sign of each number in the range -1..1: (...) to (..., 2).
-
-    (log|g| / p, sign g) where |g| >= exp(-p), else (-1, exp(p) g).
-    Source: Andrychowicz et al. 2016, arXiv:1606.04474, Appendix A.
-    """
-    floor = torch.finfo(gradient.dtype).tiny
-    size = (gradient.abs().clamp(min=floor).log() / p).clamp(min=-1)
-    sign = (gradient * math.exp(p)).clamp(-1, 1)
-    return torch.stack([size, sign], dim=-1)
 
 
 class ClassRows(LazyModuleMixin, nn.Module):
