@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multi-task": {"inner_steps": 5, "classes": 9},
     "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
     "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
+    "mann": {"hidden": 16, "slots": 8},
     "statistician": {"hidden": 32},
 }
 # Chance by construction.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 _FORGET = 5.0  # Its sigmoid is 0.993.
 _SMALL = 0.01
-_P = 10.0
 
 
 class LSTMUpdate(nn.Module):
@@ -71,15 +70,15 @@ class LSTMUpdate(nn.Module):
         return torch.sigmoid(hidden @ weight[:-2] + own * weight[-2] + before * weight[-1] + bias)
 
 
-def preprocessed(values: Tensor) -> Tensor:
+def preprocessed(values: Tensor, p: float = 10.0) -> Tensor:
     """Two numbers for each, on a last axis of their own: how large, and which sign.
 
-    (log|x| / p, sign(x)) where |x| >= exp(-p), else (-1, exp(p) x), with p = 10. Source: Ravi & Larochelle 2017,
+    (log|x| / p, sign(x)) where |x| >= exp(-p), else (-1, exp(p) x). Source: Ravi & Larochelle 2017,
     section 3.2, after Andrychowicz et al. 2016, arXiv:1606.04474, appendix A.
     """
-    large = values.abs() >= math.exp(-_P)
-    size = torch.where(large, values, torch.ones_like(values)).abs().log() / _P
+    large = values.abs() >= math.exp(-p)
+    size = torch.where(large, values, torch.ones_like(values)).abs().log() / p
     return torch.stack(
-        [torch.where(large, size, -torch.ones_like(values)), torch.where(large, values.sign(), math.exp(_P) * values)],
+        [torch.where(large, size, -torch.ones_like(values)), torch.where(large, values.sign(), math.exp(p) * values)],
         -1,
     )

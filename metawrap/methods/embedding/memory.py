@@ -1,4 +1,4 @@
-"""What the methods with a memory share: cosines with its slots, learned rows per class, gradients as features."""
+"""What the methods with a memory share: cosines with its slots, and learned rows per class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from typing_extensions import Unpack
@@ -18,31 +17,19 @@ from metawrap.tasks import Task
 
 
 def slot_cosines(keys: Tensor, memory: Tensor) -> Tensor:
-    """Cosines of keys (..., keys, numbers) with slots (..., slots, numbers): (..., keys, slots); 0 with an empty slot."""
+    """Cosines of (..., keys, numbers) with (..., slots, numbers), shape (..., keys, slots); 0 for an empty slot."""
     # The floor keeps the gradient of a slot that is nearly empty in bounds.
     one, other = (nn.functional.normalize(each, dim=-1, eps=1e-6) for each in (keys, memory))
     return one @ other.mT
 
 
-def gradient_features(gradient: Tensor, p: float) -> Tensor:
-    """Size and sign of each number in the range -1..1: (...) to (..., 2).
-
-    (log|g| / p, sign g) where |g| >= exp(-p), else (-1, exp(p) g).
-    Source: Andrychowicz et al. 2016, arXiv:1606.04474, Appendix A.
-    """
-    floor = torch.finfo(gradient.dtype).tiny
-    size = (gradient.abs().clamp(min=floor).log() / p).clamp(min=-1)
-    sign = (gradient * math.exp(p)).clamp(-1, 1)
-    return torch.stack([size, sign], dim=-1)
-
-
-class ClassRows(LazyModuleMixin, nn.Module):  # type: ignore[misc]
+class ClassRows(LazyModuleMixin, nn.Module):
     """A learned row for each class, (ways, numbers); a task with fewer classes uses the first.
 
     Its shape is that of the first call, unless `ways` says how many rows there are.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | nn.UninitializedParameter
 
     def __init__(self, ways: int | None) -> None:
         super().__init__()
@@ -52,12 +39,12 @@ class ClassRows(LazyModuleMixin, nn.Module):  # type: ignore[misc]
     @property
     def most(self) -> int | None:
         """The most classes that a task may have; None while that is open."""
-        return self.ways if self.has_uninitialized_params() else len(self.weight)  # type: ignore[no-untyped-call]
+        return self.ways if self.has_uninitialized_params() else len(self.weight)
 
     def initialize_parameters(self, ways: int, numbers: int) -> None:
         """Draws the rows, as `nn.Linear` does."""
-        if self.has_uninitialized_params():  # type: ignore[no-untyped-call]
-            self.weight.materialize((self.ways or ways, numbers))  # type: ignore[attr-defined]
+        if isinstance(self.weight, nn.UninitializedParameter):
+            self.weight.materialize((self.ways or ways, numbers))
             nn.init.uniform_(self.weight, -(numbers**-0.5), numbers**-0.5)
 
     def forward(self, ways: int, numbers: int) -> Tensor:

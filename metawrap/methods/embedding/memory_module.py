@@ -45,7 +45,7 @@ class MemoryModule(Embedded):
         margin: alpha, of the memory loss.
         inverse_temperature: t.
         age_noise: half the range of the uniform noise on ages when the oldest is sought, in presentations.
-        task_loss: weight of `loss_fn` on the logits; 0 for the memory loss alone, as in the paper's Omniglot experiment.
+        task_loss: weight of `loss_fn` on the logits; 0 for the memory loss alone, as in the paper on Omniglot.
         key_gradients: whether gradients flow into the keys, too.
         keywords: see `EmbeddedKeywords` and `OuterKeywords`.
     Raises:

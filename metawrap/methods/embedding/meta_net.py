@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from metawrap.layers.learned_update import preprocessed
 from metawrap.methods.embedding.embedded import EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, cosine_similarities, one_hot
-from metawrap.methods.embedding.memory import ClassRows, PerClass, check_whole, gradient_features
+from metawrap.methods.embedding.memory import ClassRows, PerClass, check_whole
 
 # How small a gradient may be, exp(-p), before its logarithm says nothing.
 _P = 7.0
@@ -67,7 +68,7 @@ class MetaNet(PerClass):
         options = {"representation": representation, "representation_steps": representation_steps, "hidden": hidden}
         for name, value in options.items():
             check_whole(name, value, 1)
-        parts = {
+        parts: dict[str, nn.Module] = {
             "representation": nn.LazyLinear(representation, bias=False),
             "representation_rows": ClassRows(ways),
             "task_fast": nn.LSTM(2, hidden),
@@ -83,7 +84,7 @@ class MetaNet(PerClass):
         truth, slow = one_hot(labels, ways, support), self.rows(ways, support.shape[1])
         layer = self._task_weights(support, truth)
         gradients = linear_gradients(support, torch.softmax(support @ slow.T, dim=1) - truth)
-        fast = self.example_fast(gradient_features(gradients.detach(), _P)).squeeze(-1)
+        fast = self.example_fast(preprocessed(gradients.detach(), _P)).squeeze(-1)
         return FastWeights(layer, support @ layer.T, slow, fast)
 
     def _task_weights(self, support: Tensor, truth: Tensor) -> Tensor:
@@ -94,9 +95,10 @@ class MetaNet(PerClass):
         gradients = linear_gradients(support, wrong @ rows * (output > 0)).detach()
         parts = gradients.tensor_split(min(len(gradients), self.representation_steps))
         steps = torch.stack([part.mean(0).flatten() for part in parts])
-        read, _ = self.task_fast(gradient_features(steps, _P))
-        slow = self.representation.weight
-        return slow + self.task_fast_out(read[-1]).view_as(slow)
+        read, _ = self.task_fast(preprocessed(steps, _P))
+        slow: Tensor = self.representation.weight
+        fast: Tensor = self.task_fast_out(read[-1]).view_as(slow)
+        return slow + fast
 
 
 def linear_gradients(inputs: Tensor, outputs: Tensor) -> Tensor:
