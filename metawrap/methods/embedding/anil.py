@@ -165,6 +165,8 @@ class ANIL(OwnHead):
 
     def _make_parts(self, task: Task | None) -> None:
         if not len(self.learning_rates):
+            if self.learn_inner_lr:
+                self._refuse_late()
             parameters = dict(self.model.named_parameters())
             self.learning_rates = LearningRates(
                 [(name, parameters[name]) for name in self._full_names().values()],

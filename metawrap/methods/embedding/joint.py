@@ -186,6 +186,7 @@ class Joint(OwnHead):
 
     def _make_parts(self, task: Task | None) -> None:
         if task is not None and not self.table.classes and task.classes and self._by_classes(task):
+            self._refuse_late()
             width = self._embedded(task.support_x, "batch").flatten(1).shape[1]
             rows = max(task.classes) + 1 if self.classes is None else self.classes
             self._learn(*self.table.make(rows, width, self._like()))

@@ -25,15 +25,17 @@ class MetaOptNet(Embedded):
     min over W of |W|^2 / 2 + C sum_i max over classes m of (w_m x_i + 1 - [m = y_i]) - w_{y_i} x_i,
     solved in its dual of n * ways variables, in double precision on the CPU; see `multiclass_svm`.
     "ridge": W = 2 X^T (X X^T + lambda I)^-1 Y, or the same by its smaller system.
-    Logits are scale * x W. The scale is learned; C and lambda are not. All of this is as in the paper and the authors'
-    code, but that the SVM of later versions of that code adds 1 to the diagonal of X X^T, for their solver's sake; that
-    is another problem than the one above, and is left out here.
+    Logits are scale * x W. The scale is learned; C and lambda are not.
+
+    As in the paper and the authors' code, but for where the scale starts, and that the SVM of later versions of that
+    code adds 1 to the diagonal of X X^T for their solver's sake: another problem than the one above, left out here.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         solver: "svm" or "ridge". "svm" needs the extra `metawrap[metaoptnet]`.
         regularizer: C of the SVM, 0.1 if None, where a smaller one regularises more; lambda of the ridge, 50 if None.
-        scale: where the scale starts.
+        scale: where the scale starts. The authors start at 1, with SGD at a rate of 0.1; under Adam, 300 steps of 4
+            tasks of Omniglot 5-way 1-shot gave 84.6 % from 1, and 91.8 % from 10.
         keywords: see `EmbeddedKeywords` and `OuterKeywords`.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination, or the solver's library is missing.
@@ -50,7 +52,7 @@ class MetaOptNet(Embedded):
         *,
         solver: Solver = "svm",
         regularizer: float | None = None,
-        scale: float = 1.0,
+        scale: float = 10.0,
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         if solver not in ("svm", "ridge"):

@@ -42,7 +42,6 @@ class OwnHead(Embedded):
 
     settings: TunedSettings
     flat: ClassVar[bool] = False
-    _in_forward = False
 
     def __init__(
         self,
@@ -58,6 +57,7 @@ class OwnHead(Embedded):
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
                 f"makes sense, but got {keywords['embedding']!r}. Leave it out; head= names the head."
             )
+        self._in_forward = False
         super().__init__(model, options=options, parts=parts, inner_steps=inner_steps, **keywords)
         if self._head is not None:
             self._refuse_shared(self._head)
@@ -107,28 +107,29 @@ class OwnHead(Embedded):
         finally:
             self._in_forward = False
 
-    def _learn(self, *made: nn.Parameter) -> None:
-        """Gives the outer optimizer parameters that were made after it, and takes from it those that are gone."""
-        new = {id(parameter) for parameter in made if parameter.requires_grad}
-        if names := [name for name, parameter in self.named_parameters() if id(parameter) in new]:
-            self._say_that_they_are_late(names)
-        self.outer.follow(self.named_parameters(), made)
-
-    def _say_that_they_are_late(self, names: list[str]) -> None:
-        late = f"{type(self).__name__} makes {', '.join(names)} when it sees its first task"
+    def _refuse_late(self) -> None:
+        """Raises UnsupportedModuleError where what is learned cannot be made any more; call it before making it."""
         # The marker that torch's own compiler goes by: it is set for the time of the wrapped module's forward.
         if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
             raise UnsupportedModuleError(
-                f"{late}, and DistributedDataParallel does not follow what is made after it. Use meta_step, or "
-                "evaluate the learner on one task before you wrap it."
+                f"{type(self).__name__} makes parameters when it sees its first task, and DistributedDataParallel does "
+                "not follow what is made after it. Use meta_step, or evaluate the learner on one task before you wrap "
+                "it."
             )
-        if self._in_forward and self.training:
+
+    def _learn(self, *made: nn.Parameter) -> None:
+        """Gives the outer optimizer parameters that were made after it, and takes from it those that are gone."""
+        new = {id(parameter) for parameter in made if parameter.requires_grad}
+        if self._in_forward and self.training and new:
+            names = [name for name, parameter in self.named_parameters() if id(parameter) in new]
             warnings.warn(
-                f"{late}: an optimizer of your own that was built before does not hold them, and they would never be "
-                "learned. Use learner.optimizer, which does, or build yours afterwards.",
+                f"{type(self).__name__} makes {', '.join(names)} when it sees its first task: an optimizer of your own "
+                "that was built before does not hold them, and they would never be learned. Use learner.optimizer, "
+                "which does, or build yours afterwards.",
                 MetaWrapWarning,
                 stacklevel=2,
             )
+        self.outer.follow(self.named_parameters(), made)
 
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; changes nothing here.

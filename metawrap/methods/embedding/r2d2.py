@@ -26,7 +26,7 @@ class R2D2(Embedded):
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
-        regularizer: where lambda starts.
+        regularizer: where lambda starts; the authors' is 50, for embeddings of thousands of numbers.
         scale: where the scale starts; the authors' value for Omniglot is the default. The bias starts at 0.
         keywords: see `EmbeddedKeywords` and `OuterKeywords`.
     Raises:
