@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from metawrap import MAMLPlusPlus
 
+# What a line of a run's log holds that no two runs share.
+MEASURED = frozenset({"seconds", "step_seconds", "peak_mib"})
 STATISTICS = ("running_mean", "running_var")
 
 

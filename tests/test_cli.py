@@ -349,11 +349,20 @@ def test_flags_that_are_not_given_leave_no_setting_behind():
 
 def test_every_setting_of_a_run_has_a_flag():
     words = ["--data", "--data-root", "--split", "--preset", "--engine", "--model", "--device"]
-    numbers = ["--ways", "--shots", "--targets", "--filters", "--image-size", "--inner-steps", "--inner-lr"]
+    numbers = [
+        "--ways",
+        "--train-ways",
+        "--shots",
+        "--targets",
+        "--filters",
+        "--image-size",
+        "--inner-steps",
+        "--inner-lr",
+    ]
     numbers += ["--meta-lr", "--epochs", "--iterations", "--batch", "--validation-tasks", "--test-tasks", "--seed"]
     numbers += ["--keep", "--ensemble"]
     given = [f"{flag}=x" for flag in words] + [f"{flag}=2" for flag in numbers]
-    given += ["--method=maml", "--norm=batch", "--backbone=conv4", "--set=a=1", "--no-rotations"]
+    given += ["--method=maml", "--norm=batch", "--backbone=conv4", "--test-norms=own", "--set=a=1", "--no-rotations"]
     assert set(RunSettings().to_dict()) <= set(vars(build_parser().parse_args(["train", *given])))
 
 

@@ -42,7 +42,7 @@ def test_each_method_gets_the_common_settings_and_its_own() -> None:
     overrides = {"protonet": {"budget": 200, "meta_lr": 0.003, "distance": "cosine"}}
     runs = settings_of(["maml", "protonet"], COMMON, 100, overrides)
     assert list(runs) == ["maml", "protonet"]
-    assert runs["maml"] == RunSettings(epochs=4, filters=8, method="maml", iterations_per_epoch=25)
+    assert runs["maml"] == RunSettings(epochs=4, filters=8, method="maml", iterations_per_epoch=25, test_norms="own")
     assert runs["protonet"].iterations_per_epoch == 50
     assert runs["protonet"].meta_lr == 0.003
     assert runs["protonet"].options == {"distance": "cosine"}

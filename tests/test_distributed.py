@@ -29,7 +29,7 @@ from distributed_cases import (
     marked,
     stepped,
 )
-from face import assert_same_state, build, reference_for
+from face import MEASURED, assert_same_state, build, reference_for
 from models import NormedMlp, seeded
 from oracle import Reference, assert_same_gradients
 from torch import nn
@@ -320,7 +320,7 @@ def _moments(checkpoint: Any) -> list[dict[str, Any]]:
 
 def _log(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
 
 
 def test_a_run_in_two_processes_is_that_of_one(place: Path, found: list[Found]) -> None:

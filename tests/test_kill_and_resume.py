@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from face import MEASURED
 
 import metawrap
 from metawrap.training.checkpoints import load_checkpoint
@@ -87,7 +88,7 @@ class Workplace:
 
     def log(self, out):
         lines = (self.path / out / "log.jsonl").read_text().splitlines()
-        return [{**json.loads(line), "seconds": None} for line in lines]
+        return [json.loads(line) | dict.fromkeys(MEASURED) for line in lines]
 
     def kept(self, out):
         return sorted(path.name for path in (self.path / out / "checkpoints").iterdir())

@@ -24,9 +24,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_listed = ", ".join(name for name in METHODS if name != "maml++")
-
-
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=112)
@@ -37,8 +34,7 @@ def _add_train(commands: Any) -> None:
         "train",
         help="meta-train, validate and test a network",
         usage="metawrap train [options]",
-        epilog="in N processes, each with its share of the tasks of a meta-step:\n"
-        "  torchrun --nproc-per-node=N -m metawrap train [options]",
+        epilog="in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -100,6 +96,7 @@ def _add_data_flags(group: Any) -> None:
         help="turned images as new classes (default: on for omniglot)",
     )
     group.add_argument("--ways", type=int, metavar="N", help="classes per task (5)")
+    group.add_argument("--train-ways", type=int, metavar="N", help="classes per task of training (as many)")
     group.add_argument("--shots", type=int, metavar="N", help="support images per class (1)")
     group.add_argument("--targets", type=int, metavar="N", help="target images per class (1)")
 
@@ -116,7 +113,8 @@ def _add_network_flags(group: Any) -> None:
 
 
 def _add_learner_flags(group: Any) -> None:
-    group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help=f"maml++ (default), {_listed}")
+    listed = "maml++ (default); metawrap compare --help lists all"
+    group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help=listed)
     group.add_argument("--preset", metavar="NAME", help="authors_code (default) or paper")
     group.add_argument(
         "--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support (the method's)"
@@ -164,6 +162,9 @@ def _add_run_flags(group: Any) -> None:
     )
     group.add_argument("--keep", type=int, metavar="N", help="keep the N best and the N newest checkpoints (5)")
     group.add_argument("--ensemble", type=int, metavar="N", help="also test the average of the N best (the paper: 5)")
+    group.add_argument(
+        "--test-norms", choices=("all", "own"), metavar="NAME", help="test under all policies, or its own"
+    )
     _add_verbose(group)
 
 

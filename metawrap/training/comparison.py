@@ -62,6 +62,7 @@ def _settings(method: str, common: RunSettings, budget: int, own: dict[str, Any]
             f"for {method}. Use a multiple of {epochs}, or other --epochs."
         )
     changes["iterations_per_epoch"] = budget // epochs
+    changes.setdefault("test_norms", "own")
     return replace(common, method=method, options={**common.options, **own}, **changes)
 
 

@@ -177,7 +177,7 @@ def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.
     rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
     return EpisodeSampler(
         images,
-        settings.ways,
+        settings.train_ways or settings.ways,
         settings.shots,
         settings.targets,
         settings.tasks_per_batch,

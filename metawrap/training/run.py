@@ -73,7 +73,8 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
         f"{settings.tasks_per_batch} tasks, on {experiment.device}{processes}, in '{out}'"
     )
     seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0)
-    result = _test(experiment, folder, history) | {"seconds": round(seconds, 3)}
+    norms = NORMS if settings.test_norms == "all" else (experiment.learner.settings.norm,)
+    result = _test(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
     by_first(lambda: folder.write_result(result))
     return result
 
@@ -203,10 +204,10 @@ def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
 
 
 def _test(
-    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str] = NORMS
+    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str]
 ) -> dict[str, Any]:
     settings, begun = folder.settings, time.monotonic()
-    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {len(norms)} batch-norm policies ...")
+    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {_counted(norms)} ...")
     test = final_test(
         experiment.learner,
         experiment.test,
@@ -230,6 +231,10 @@ def _test(
         "machine": describe_machine(experiment.device),
         "command": command_line(),
     }
+
+
+def _counted(norms: Sequence[str]) -> str:
+    return f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
 
 
 def _snapshot(

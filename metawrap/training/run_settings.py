@@ -35,10 +35,11 @@ BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
 
 # These may differ when a run is resumed: they change where training runs, what is kept and what is tested.
-FREE_ON_RESUME = frozenset({"data_root", "device", "keep", "ensemble", "test_tasks"})
+FREE_ON_RESUME = frozenset({"data_root", "device", "keep", "ensemble", "test_tasks", "test_norms"})
 
 _AT_LEAST = {
     "ways": 2,
+    "train_ways": 2,
     "shots": 1,
     "targets": 1,
     "filters": 1,
@@ -59,8 +60,10 @@ class RunSettings:
 
     data: "glyphs", "omniglot", or a folder of class folders. targets: target images per class and task.
     model: "package.module:factory" of the user's own network; it replaces backbone and filters.
+    train_ways: classes of a training task, for methods that do not use the network's own outputs; ways if None.
     keep: how many of the best checkpoints stay, and how many of the newest. ensemble: how many of the best are averaged
-    in the final test (0: none). options: further keyword arguments of the method, such as {"msl_epochs": 15}.
+    in the final test (0: none). test_norms: "all" batch-norm policies in it, or the run's "own" alone.
+    options: further keyword arguments of the method, such as {"msl_epochs": 15}.
     """
 
     data: str = "glyphs"
@@ -69,6 +72,7 @@ class RunSettings:
     image_size: int | None = None
     rotations: bool | None = None
     ways: int = 5
+    train_ways: int | None = None
     shots: int = 1
     targets: int = 1
     method: str = "maml++"
@@ -87,6 +91,7 @@ class RunSettings:
     tasks_per_batch: int = 8
     validation_tasks: int = 200
     test_tasks: int = 600
+    test_norms: str = "all"
     seed: int = 0
     device: str = "auto"
     keep: int = 5
@@ -96,7 +101,12 @@ class RunSettings:
         for name, least in _AT_LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ArgumentError(f"{name}: expected at least {least}, but got {getattr(self, name)}.")
-        choices = {"method": tuple(METHODS), "backbone": BACKBONES, "norm": (None, *NORMS)}
+        choices = {
+            "method": tuple(METHODS),
+            "backbone": BACKBONES,
+            "norm": (None, *NORMS),
+            "test_norms": ("all", "own"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice)
