@@ -44,7 +44,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         x, weight, seen, r = ctx.saved_tensors
-        dx, d_weight, d_bias = _Backward.apply(dy, x, weight, seen, r, ctx.eps)
+        first = _Backward.apply if torch.is_grad_enabled() else _projected
+        dx, d_weight, d_bias = first(dy, x, weight, seen, r, ctx.eps)
         affine = (None, None) if weight is None else (d_weight, d_bias)
         return dx, *affine, None, None, None
 
