@@ -131,13 +131,14 @@ class PerStepNorm(_BatchNorm):
     def _quick(self, input: Tensor, tracks: bool) -> Tensor:
         """What the forward of torch's own batch norm comes to, on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        weight, bias, clock = self.weight, self.bias, self.per_step.clock
+        weight: Any = self.weight
+        bias: Any = self.bias
         if self.per_step.affine:
             row, own = self.per_step.row(), self._parameters
             weight = weight if own.get("weight") is None else weight[row]
             bias = bias if own.get("bias") is None else bias[row]
         mean, variance = input.new_zeros(2, self.num_features).unbind() if tracks else (None, None)
-        if clock.twice and torch.is_grad_enabled():
+        if self.per_step.clock.twice and torch.is_grad_enabled():
             output = batch_norm(input, weight, bias, mean, variance, self.eps)
         else:
             output = torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, self.eps, False)

@@ -307,7 +307,9 @@ class MAML(GradientBased):
         self, fast: FastWeights, state: State, rates: Rates, step: int, unroll: _Unroll
     ) -> tuple[FastWeights, State]:
         with autograd(True):
-            prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll, unroll.second_order)
+            prediction = self._predict(
+                fast, unroll.task.support_x, step, unroll.statistics, unroll, unroll.second_order
+            )
             _, loss = self._judged(prediction, unroll.task.support_y, "support", unroll)
             # Only of the fast weights: every other parameter would lead back through all earlier steps.
             # Of the sum, where there are several tasks: each loss depends on its own fast weights alone.
@@ -405,7 +407,7 @@ class MAML(GradientBased):
         if self._edits_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
         with self.wrapped.clock.at(step, statistics, unroll.moments, twice):
-            return unroll.engine.call(fast, inputs)
+            return unroll.engine.call(fast, inputs, twice)
 
     def _judged(self, prediction: Any, y: Any, part: str, unroll: _Unroll) -> tuple[Any, Tensor]:
         """The prediction, masked where that is asked for, and its loss."""
