@@ -268,9 +268,9 @@ def test_tasks_per_backward_says_how_many_run_at_once(
     learner._prepare(Task(*as_tasks(batch)[0]))
     call = BatchedEngine.call
 
-    def spy(self: Any, weights: Any, inputs: Any) -> Any:
+    def spy(self: Any, weights: Any, inputs: Any, twice: bool) -> Any:
         seen.add(len(inputs))
-        return call(self, weights, inputs)
+        return call(self, weights, inputs, twice)
 
     monkeypatch.setattr(BatchedEngine, "call", spy)
     assert_equals_reference(learner, learner.meta_step(batch).loss, reference)

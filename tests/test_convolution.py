@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.engines import QuickConvolutions, quick
+from metawrap.engines import QuickForms, quick
 from metawrap.layers.convolution import convolution
 
 NATIVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -82,57 +82,81 @@ def test_the_third_derivative_equals_torchs_own() -> None:
     torch.testing.assert_close(ours, native, rtol=1e-9, atol=0)
 
 
-def test_the_mode_takes_every_way_of_calling() -> None:
-    x, w, b = inputs(FORMS[0])
-    with QuickConvolutions():
-        taken = [
-            F.conv2d(x, w, b, padding=1),
-            F.conv2d(input=x, weight=w, bias=b, stride=1, padding=(1, 1)),
-            torch.conv2d(x, w, b, 1, 1, 1, 1),
-        ]
-        layer = nn.Conv2d(3, 4, 3, padding=1).double()
-        taken.append(layer(x))
-    assert {out.grad_fn.name() for out in taken if out.grad_fn} == {"_ForwardBackward"}
-    for out in taken[:3]:
-        assert torch.equal(out, F.conv2d(x, w, b, padding=1))
+def lent(layer: nn.Module, x: Tensor, twice: bool = True) -> Tensor:
+    """What the layer gives with the quick forms, which are gone afterwards."""
+    before = dict(vars(layer))
+    with QuickForms([(layer, layer)]).lent(twice):
+        output: Tensor = layer(x)
+    assert vars(layer) == before
+    return output
+
+
+def is_ours(output: Tensor) -> bool:
+    return output.grad_fn is not None and output.grad_fn.name() in ("_ForwardBackward", "_MaxPoolBackward")
+
+
+def of_form(form: Any, **keywords: Any) -> nn.Module:
+    kinds: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    return kinds[form[0]](*form[1:], **keywords).double()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_layer_is_lent_the_form_where_it_is_differentiated_twice(form: Any) -> None:
+    layer, x = of_form(form), inputs(form)[0]
+    assert is_ours(lent(layer, x))
+    assert not is_ours(lent(layer, x, twice=False))
+    assert torch.equal(lent(layer, x), layer(x))
+
+
+def test_what_a_layer_is_told_at_its_call_counts() -> None:
+    layer, x = of_form(FORMS[0]), inputs(FORMS[0])[0]
+    with QuickForms([(layer, layer)]).lent(twice=True):
+        layer.stride = (2, 2)
+        assert layer(x).shape == (2, 4, 4, 3)
+
+
+def test_a_failed_call_takes_the_forms_back() -> None:
+    layer = of_form(FORMS[0])
+    with pytest.raises(RuntimeError, match="channels"):
+        lent(layer, torch.rand(2, 5, 7, 6, dtype=torch.float64))
+    assert "_conv_forward" not in vars(layer)
 
 
 @pytest.mark.parametrize(("side", "taken"), [(39, False), (41, True)])
 def test_only_large_convolutions_are_taken(side: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # 2 * 5 images * side^2 places / 4 by the stride * 8 * 8 * 9 weights: 2.19e6 and 2.42e6.
     monkeypatch.setattr(quick, "LARGE", 2.3e6)
-    x, w = torch.rand(5, 8, side, side), torch.rand(8, 8, 3, 3, requires_grad=True)
-    with QuickConvolutions() as mode:
-        out = F.conv2d(x, w, stride=2, padding=1)
-    assert out.grad_fn is not None
-    assert (out.grad_fn.name() == "_ForwardBackward") is mode.seen is taken
+    layer, x = nn.Conv2d(8, 8, 3, stride=2, padding=1), torch.rand(5, 8, side, side, requires_grad=True)
+    assert is_ours(lent(layer, x)) is taken
+    # Where the form saves more, smaller ones are, too.
+    assert is_ours(lent(layer, x.detach()))
+    assert is_ours(lent(layer, x.contiguous(memory_format=torch.channels_last)))
 
 
-@pytest.mark.parametrize("case", ["same", "unbatched", "no grad", "autocast", "vmap", "frozen", "half"])
-def test_the_mode_leaves_alone_what_it_does_not_know(case: str) -> None:
-    x, w, b = inputs(FORMS[0])
-    with QuickConvolutions():
-        if case == "same":
-            out = F.conv2d(x, w, b, padding="same")
-        elif case == "unbatched":
-            out = F.conv2d(x[0], w, b, padding=1)
-        elif case == "no grad":
-            with torch.no_grad():
-                out = F.conv2d(x, w, b, padding=1)
-        elif case == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                out = F.conv2d(x.float(), w.float(), b.float(), padding=1)
-            assert out.dtype == torch.bfloat16
-        elif case == "vmap":
-            out = torch.func.vmap(lambda one: F.conv2d(one[None], w, b, padding=1)[0])(x)
-        elif case == "half":
-            out = F.conv2d(x.bfloat16(), w.bfloat16(), b.bfloat16(), padding=1)
-        else:
-            out = F.conv2d(x, w.detach(), b, padding=1)
-    assert out.grad_fn is None or out.grad_fn.name() != "_ForwardBackward"
-    torch.testing.assert_close(
-        out.double().reshape(2, 4, 7, 6)[0] if out.ndim == 4 else out.double(),
-        F.conv2d(x, w, b, padding=1)[0],
-        rtol=5e-2,
-        atol=5e-2,
-    )
+@pytest.mark.parametrize(
+    "case", ["same", "circular", "unbatched", "no grad", "autocast", "vmap", "frozen", "half", "own", "subclass"]
+)
+def test_the_forms_leave_alone_what_they_do_not_know(case: str) -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    x = inputs(FORMS[0])[0]
+    keywords = {"same": {"padding": "same"}, "circular": {"padding": 1, "padding_mode": "circular"}}
+    layer: Any = (Own if case == "subclass" else nn.Conv2d)(3, 4, 3, **keywords.get(case, {"padding": 1})).double()
+    if case == "unbatched":
+        x = x[0]
+    elif case == "half":
+        layer, x = layer.bfloat16(), x.bfloat16()
+    elif case == "frozen":
+        layer.requires_grad_(False)
+    elif case == "own":
+        layer._conv_forward = lambda x, w, b: F.conv2d(x, w, b, padding=1)
+    with (
+        torch.set_grad_enabled(case != "no grad"),
+        torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
+    ):
+        expected = layer(x)
+        out = torch.func.vmap(lambda one: lent(layer, one[None])[0])(x) if case == "vmap" else lent(layer, x)
+    assert not is_ours(out)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected)

@@ -5,7 +5,7 @@ from metawrap.engines.calling import BufferEdits, HardGates, call_model, differe
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
 from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, clipped
-from metawrap.engines.quick import QuickConvolutions
+from metawrap.engines.quick import QuickForms
 
 __all__ = [
     "ENGINES",
@@ -14,7 +14,7 @@ __all__ = [
     "Engine",
     "HardGates",
     "InnerOptimizer",
-    "QuickConvolutions",
+    "QuickForms",
     "State",
     "UpdateRule",
     "call_model",

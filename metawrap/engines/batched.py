@@ -50,7 +50,7 @@ class BatchedEngine:
         norms = [module for module in model.modules() if isinstance(module, PerStepNorm)]
         self._clock = norms[0].per_step.clock if norms else StepClock()
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
         """See `Engine.call`; every tensor has a leading task axis.
 
         Raises:

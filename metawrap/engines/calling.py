@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from metawrap.engines.quick import QuickConvolutions
 from metawrap.errors import UnsupportedModuleError
 
 
@@ -104,19 +103,16 @@ def same_value(tensor: Tensor, value: Tensor) -> bool:
 
 
 @contextmanager
-def differentiable_twice(model: nn.Module, hard: bool, quick: bool = False) -> Iterator[None]:
+def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
     """Makes what runs inside differentiable twice: fused attention, recurrent networks, and, if `hard`, hard gates.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
-    whose derivative torch cannot differentiate, as relu6(x + 3) / 6. If `quick`, large
-    convolutions take a form in which that is quick.
+    whose derivative torch cannot differentiate, as relu6(x + 3) / 6.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if quick:
-            stack.enter_context(QuickConvolutions())
         if hard:
             stack.enter_context(HardGates())
         yield

@@ -20,12 +20,13 @@ class Engine(Protocol):
         """Args: edits: what is known of the buffers that the model's forward edits; calls add to it."""
         ...
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
         """The model's prediction with `weights` (by parameter name) in place of the parameters of those names.
 
         Args:
             weights: fast weights; gradients flow back to them. Parameters that are not named are used as they are.
             inputs: a tensor, or a tuple or dict of them, passed as `model(x)`, `model(*x)` or `model(**x)`.
+            twice: whether the prediction will be differentiated twice, so that what has a quick form for that takes it.
         """
         ...
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
 from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.engines.quick import QuickForms
 from metawrap.errors import UnsupportedModuleError
 from metawrap.surgery.swap import parameter_slots
 
@@ -24,9 +25,10 @@ class FunctionalEngine:
         self._slots = parameter_slots(model)
         self._known = [(name, module, set(module._parameters)) for name, module in model.named_modules()]
         self._buffers = EditedBuffers(model, edits)
+        self._forms = QuickForms((module, module) for module in model.modules())
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
         """See `Engine.call`."""
         slots = [(*slot, weights[name]) for name in weights for slot in self._slots[name]]
         originals = [module._parameters[local] for module, local, _ in slots]
@@ -35,7 +37,7 @@ class FunctionalEngine:
                 # What torch's own tensors in the place of parameters are marked by: `isinstance(_, nn.Parameter)` asks.
                 tensor._is_param = True
                 module._parameters[local] = tensor  # type: ignore[assignment]
-            with self._buffers.lent():
+            with self._buffers.lent(), self._forms.lent(twice):
                 output = call_model(self.model, inputs)
             self._refuse_new_parameters()
             return output

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
 from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, State, UpdateRule
+from metawrap.engines.quick import QuickForms
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -52,9 +53,10 @@ class HigherEngine:
             for attribute in (*_HOOKS, "_buffers"):
                 twin.__dict__[attribute] = module.__dict__[attribute]
         self._buffers = EditedBuffers(model, edits)
+        self._forms = QuickForms(self._pairs)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
         """See `Engine.call`."""
         originals = dict(self.model.named_parameters())
         for module, twin in self._pairs:
@@ -62,7 +64,7 @@ class HigherEngine:
         try:
             # In every submodule now, not as each is called: hooks run before that and may read parameters.
             self._twin.update_params([weights.get(name, original) for name, original in originals.items()])
-            with self._buffers.lent():
+            with self._buffers.lent(), self._forms.lent(twice):
                 return call_model(self._twin, inputs)
         finally:
             self._twin.update_params(list(originals.values()))

@@ -1,77 +1,96 @@
-"""Convolutions in the form whose second derivative is quick, put in the place of torch's."""
+"""Convolutions and max-poolings in the forms whose derivatives are quick, in the place of torch's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from metawrap.layers.convolution import convolution
+from metawrap.layers.pooling import max_pool2d
 
-_NATIVE: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+# Multiplications and additions of a convolution; below, what Python takes is more than what the form saves. It saves
+# more in channels_last, and of images: torch's second derivative makes their gradient, too, which nobody asks for.
+LARGE, LARGE_AT_BEST = 10**8, 4 * 10**6
 
 
-# Multiplications and additions of a convolution; below, what Python takes is more than what the form saves.
-LARGE = 10**8
+class QuickForms:
+    """Lends the quick forms to torch's own convolution and max-pooling modules, for the time of a call.
 
+    They take plain CPU tensors in single and double precision; everything else runs as it is. Lent to modules, as a
+    `TorchFunctionMode` would slow every operation of the call.
 
-class QuickConvolutions(TorchFunctionMode):
-    """Takes large convolutions of plain CPU tensors in single and double precision; everything else runs as it is.
-
-    The mode slows every operation a little; `seen` tells whether there was anything for it to do.
+    Args:
+        modules: pairs of a module as the user has it, and the one that runs in its place.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
+    def __init__(self, modules: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        self._always: list[tuple[dict[str, Any], str, Callable[..., Tensor]]] = []
+        self._twice = []
+        for module, runs in modules:
+            # Of the exact class: a subclass may read other attributes, or be somebody else's own form.
+            if type(module) is nn.MaxPool2d and "forward" not in vars(module):
+                self._always.append((vars(runs), "forward", partial(_max_pooling, runs, False)))
+                self._twice.append((vars(runs), "forward", partial(_max_pooling, runs, True)))
+            elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "_conv_forward" not in vars(module):
+                self._twice.append((vars(runs), "_conv_forward", partial(_convolution, runs)))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every call of a torch function passes here."""
-        if func not in _NATIVE:
-            return func(*args, **(kwargs or {}))
-        return self._convolution(func, *args, **(kwargs or {}))
-
-    def _convolution(
-        self,
-        native: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        quick = (
-            weight.requires_grad
-            and torch.is_grad_enabled()
-            and not isinstance(padding, str)
-            and input.ndim == _NATIVE[native] + 2
-            and _work(input, weight, stride) >= LARGE
-            and all(_plain(tensor, weight.dtype) for tensor in (input, weight, bias) if tensor is not None)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
-        )
-        if not quick:
-            return native(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
-        self.seen = True
-        return convolution(input, weight, bias, stride, padding, dilation, groups)
+    @contextmanager
+    def lent(self, twice: bool) -> Iterator[None]:
+        """Args: twice: whether what runs inside will be differentiated twice."""
+        forms = self._twice if twice else self._always
+        try:
+            for attributes, name, form in forms:
+                attributes[name] = form
+            yield
+        finally:
+            for attributes, name, _ in forms:
+                attributes.pop(name, None)
 
 
-def _work(input: Tensor, weight: Tensor, stride: Any) -> float:
-    """About how many multiplications and additions it takes, however the edges are padded."""
-    strides = [stride] * (input.ndim - 2) if isinstance(stride, int) else list(stride) * (input.ndim - 2)
-    skipped = math.prod(strides[: input.ndim - 2])
-    return 2.0 * len(input) * math.prod(input.shape[2:]) / skipped * weight.numel()
+def _max_pooling(module: Any, twice: bool, input: Tensor) -> Tensor:
+    if (
+        not module.return_indices
+        and input.requires_grad
+        and input.ndim == 4
+        and (twice or input.is_contiguous())
+        and _plain(input)
+    ):
+        return max_pool2d(input, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    return type(module).forward(module, input)  # type: ignore[no-any-return]
 
 
-def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+def _convolution(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if (
+        module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and weight.requires_grad
+        and input.ndim == weight.ndim
+        and _pays(input, weight, module.stride)
+        and _plain(*(tensor for tensor in (input, weight, bias) if tensor is not None))
+    ):
+        return convolution(input, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+    return type(module)._conv_forward(module, input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _pays(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> bool:
+    """By about how many multiplications and additions it takes, however the edges are padded."""
+    work = 2.0 * len(input) * math.prod(input.shape[2:]) / math.prod(stride) * weight.numel()
+    return work >= (LARGE if input.requires_grad and input.is_contiguous() else LARGE_AT_BEST)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether torch would do with them what it says, and keep a graph of it: in no mode that does otherwise."""
+    dtype = tensors[0].dtype
     return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == dtype
-        and dtype in (torch.float32, torch.float64)
+        dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == dtype for t in tensors)
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
     )

@@ -44,7 +44,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         x, weight, seen, r = ctx.saved_tensors
-        dx, d_weight, d_bias = _Backward.apply(dy, x, weight, seen, r, ctx.eps)
+        first: Any = _Backward.apply if torch.is_grad_enabled() else _projected
+        dx, d_weight, d_bias = first(dy, x, weight, seen, r, ctx.eps)
         affine = (None, None) if weight is None else (d_weight, d_bias)
         return dx, *affine, None, None, None
 
@@ -60,49 +61,57 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Any, a: Any, b: Any) -> Any:
-        return *_Twice.apply(v, a, b, ctx.eps, *ctx.saved_tensors), None, None, None
+        along: Any = _Twice.apply if torch.is_grad_enabled() else _along
+        return *along(v, a, b, ctx.eps, *ctx.saved_tensors), None, None, None
 
 
 class _Twice(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        v: Any,
-        a: Any,
-        b: Any,
-        eps: float,
-        dy: Any,
-        x: Any,
-        weight: Any,
-        seen: Any,
-        r: Any,
-        dx: Any,
-        *sums: Any,
-    ) -> Any:
-        dy_x, dy_sum = sums
-        count, wide = x.numel() // x.shape[1], (1, -1, *(1,) * (x.ndim - 2))
-        to_dy = to_x = to_weight = None
-        if v is not None:
-            to_dy, v_x, v_sum = _projected(v, x, weight, seen, r, eps)
-            q = (v * dy).sum([0, *range(2, x.ndim)]) / count
-            q = q - v_sum * dy_sum / count**2 - v_x * dy_x / count**2
-            slope = -(r**3) * q if weight is None else -weight * r**3 * q
-            to_x = torch.addcmul((-slope * seen).view(wide), x, slope.view(wide))
-            to_x.addcmul_(to_dy, (-r * dy_x / count).view(wide)).addcmul_(dx, (-r * v_x / count).view(wide))
-            to_weight = None if weight is None else r * q * count
-        # Along the gradients of weight and bias, sum(dy x_hat) and sum(dy): asked for where they are adapted.
-        if a is not None:
-            x_hat = (x - seen.view(wide)) * r.view(wide)
-            to_dy = _plus(to_dy, a.view(wide) * x_hat)
-            to_x = _plus(to_x, a.view(wide) * _projected(dy, x, None, seen, r, eps)[0])
-        if b is not None:
-            to_dy = _plus(to_dy, b.view(wide).expand_as(x))
-        return to_dy, to_x, to_weight
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _along(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         # Mean and r were taken as constants above: they are not, three times.
         raise RuntimeError("batch norm over a batch's statistics has no third derivative")
+
+
+def _along(
+    v: Any,
+    a: Any,
+    b: Any,
+    eps: float,
+    dy: Any,
+    x: Any,
+    weight: Any,
+    seen: Any,
+    r: Any,
+    dx: Any,
+    dy_x: Any,
+    dy_sum: Any,
+) -> Any:
+    """The derivative of (dx, d_weight, d_bias) along (v, a, b) with respect to dy, x and weight."""
+    count, wide = x.numel() // x.shape[1], (1, -1, *(1,) * (x.ndim - 2))
+    to_dy = to_x = to_weight = None
+    if v is not None:
+        # What comes from a pooling is in another layout, at which every operation below would stumble.
+        v = v if v.stride() == x.stride() else torch.empty_like(x).copy_(v)
+        to_dy, v_x, v_sum = _projected(v, x, weight, seen, r, eps)
+        q = (v * dy).sum([0, *range(2, x.ndim)])
+        q = q.addcmul(v_sum, dy_sum, value=-1 / count).addcmul_(v_x, dy_x, value=-1 / count)
+        rq, r_mean = r * q, r / count
+        slope = r * rq * r_mean if weight is None else weight * r * rq * r_mean
+        to_x = torch.addcmul((slope * seen).view(wide), x, slope.view(wide), value=-1)
+        to_x.addcmul_(to_dy, (r_mean * dy_x).view(wide), value=-1).addcmul_(dx, (r_mean * v_x).view(wide), value=-1)
+        to_weight = None if weight is None else rq
+    # Along the gradients of weight and bias, sum(dy x_hat) and sum(dy): asked for where they are adapted.
+    if a is not None:
+        x_hat = (x - seen.view(wide)) * r.view(wide)
+        to_dy = _plus(to_dy, a.view(wide) * x_hat)
+        to_x = _plus(to_x, a.view(wide) * _projected(dy, x, None, seen, r, eps)[0])
+    if b is not None:
+        to_dy = _plus(to_dy, b.view(wide).expand_as(x))
+    return to_dy, to_x, to_weight
 
 
 def _projected(z: Tensor, x: Tensor, weight: Tensor | None, seen: Tensor, r: Tensor, eps: float) -> Any:

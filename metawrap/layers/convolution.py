@@ -44,6 +44,13 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> 
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...], geometry: Geometry) -> Any:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups, list(wanted)
+    )
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -54,7 +61,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         wanted = tuple(ctx.needs_input_grad[:3])
-        return *_Backward.apply(g, *ctx.saved_tensors, wanted, ctx.geometry), None
+        first: Any = _Backward.apply if torch.is_grad_enabled() else _gradients
+        return *first(g, *ctx.saved_tensors, wanted, ctx.geometry), None
 
 
 class _Backward(torch.autograd.Function):
@@ -65,23 +73,21 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(g, x, weight)
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
-        stride, padding, dilation, groups = geometry
-        return torch.ops.aten.convolution_backward(
-            g, x, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups, list(wanted)
-        )
+        return _gradients(g, x, weight, wanted, geometry)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None, b: Tensor | None) -> Any:
         g, x, weight = ctx.saved_tensors
+        forward, gradients = (_Forward.apply, _Backward.apply) if torch.is_grad_enabled() else (_run, _gradients)
         to_g = to_x = to_weight = None
         if ctx.needs_input_grad[0]:
-            parts = [] if v is None else [_Forward.apply(v, weight, b, ctx.geometry)]
-            parts += [] if u is None else [_Forward.apply(x, u, b if v is None else None, ctx.geometry)]
+            parts = [] if v is None else [forward(v, weight, b, ctx.geometry)]
+            parts += [] if u is None else [forward(x, u, b if v is None else None, ctx.geometry)]
             if not parts and b is not None:
                 parts = [b.view(1, -1, *(1,) * (g.ndim - 2)).expand_as(g)]
             to_g = parts[0] if len(parts) == 1 else parts[0] + parts[1] if parts else None
         wanted = (u is not None and ctx.needs_input_grad[1], v is not None and ctx.needs_input_grad[2], False)
         if any(wanted):
             like_x, like_weight = x if v is None else v, weight if u is None else u
-            to_x, to_weight, _ = _Backward.apply(g, like_x, like_weight, wanted, ctx.geometry)
+            to_x, to_weight, _ = gradients(g, like_x, like_weight, wanted, ctx.geometry)
         return to_g, to_x, to_weight, None, None

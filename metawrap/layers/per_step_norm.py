@@ -22,6 +22,8 @@ from metawrap.layers.batch_norm import batch_norm
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.tasks import describe_value
 
+_PRECISE = (torch.float32, torch.float64)
+
 
 @dataclass
 class PerStepState:
@@ -61,16 +63,16 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         self._check_size(input)
+        if self._is_plain(input):
+            return self._quick(input, tracks)
         seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
         # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
         with self._lent(seen, training=True, momentum=1.0):
-            output = self._quick(input) if self._is_plain(input) else super().forward(input, *args, **kwargs)
+            output = super().forward(input, *args, **kwargs)
             # Read from the slots: the user's forward may have replaced the statistics rather than edited them.
             seen = {name: self._buffers[name] for name in seen}
-        if self.per_step.clock.recorder is not None and tracks:
-            mean, variance = (seen[kind].detach() for kind in ("running_mean", "running_var"))
-            moments = Moments(self.per_step.name, self.per_step.row(), mean, variance)
-            self.per_step.clock.recorder.append(moments)
+        if tracks:
+            self._record(seen["running_mean"].detach(), seen["running_var"].detach())
         return output
 
     @torch.no_grad()
@@ -116,20 +118,38 @@ class PerStepNorm(_BatchNorm):
 
     def _is_plain(self, input: Tensor) -> bool:
         """Whether the norm is torch's own, on numbers that the quicker form of it takes; measured on the CPU only."""
-        tensors = [t for t in (self.weight, self.bias, self.running_mean) if t is not None]
-        return (
-            type(self).original_class.forward is _BatchNorm.forward  # type: ignore[attr-defined]
-            and torch.is_grad_enabled()
-            and input.device.type == "cpu"
-            and input.dtype in (torch.float32, torch.float64)
-            and all(tensor.dtype == input.dtype for tensor in tensors)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
-        )
+        if (
+            type(self).original_class.forward is not _BatchNorm.forward  # type: ignore[attr-defined]
+            or not input.is_cpu
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return False
+        dtype, tensors = input.dtype, (self.weight, self.bias, self._buffers.get("running_mean"))
+        return dtype in _PRECISE and all(tensor is None or tensor.dtype == dtype for tensor in tensors)
 
-    def _quick(self, input: Tensor) -> Tensor:
+    def _quick(self, input: Tensor, tracks: bool) -> Tensor:
+        """What the forward of torch's own batch norm comes to, on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return batch_norm(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        weight: Any = self.weight
+        bias: Any = self.bias
+        if self.per_step.affine:
+            row, own = self.per_step.row(), self._parameters
+            weight = weight if own.get("weight") is None else weight[row]
+            bias = bias if own.get("bias") is None else bias[row]
+        mean, variance = input.new_zeros(2, self.num_features).unbind() if tracks else (None, None)
+        if self.per_step.clock.twice and torch.is_grad_enabled():
+            output = batch_norm(input, weight, bias, mean, variance, self.eps)
+        else:
+            output = torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, self.eps, False)
+        if mean is not None and variance is not None:
+            self._record(mean, variance)
+        return output
+
+    def _record(self, mean: Tensor, variance: Tensor) -> None:
+        state = self.per_step
+        if state.clock.recorder is not None:
+            state.clock.recorder.append(Moments(state.name, state.row(), mean, variance))
 
     @contextmanager
     def _lent(self, buffers: dict[str, Tensor], **attributes: Any) -> Iterator[None]:

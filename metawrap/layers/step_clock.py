@@ -31,27 +31,31 @@ class StepClock:
 
     A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
     With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary ones do.
+    twice: whether the pass will be differentiated twice, so that what has a quick form for that takes it.
     """
 
     step: int = 0
     statistics: Statistics | None = None
     recorder: list[Moments] | None = None
+    twice: bool = False
     captured: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @contextmanager
-    def at(self, step: int, statistics: Statistics, recorder: list[Moments] | None = None) -> Iterator[None]:
-        """Sets step, statistics and recorder for one pass, and puts the old ones back."""
-        before = self.step, self.statistics, self.recorder
+    def at(
+        self, step: int, statistics: Statistics, recorder: list[Moments] | None = None, twice: bool = False
+    ) -> Iterator[None]:
+        """Sets all this for one pass, and puts back what was set before."""
+        before = self.step, self.statistics, self.recorder, self.twice
         if statistics == "capture":
             self.captured = {}
-        self.step, self.statistics, self.recorder = step, statistics, recorder
+        self.step, self.statistics, self.recorder, self.twice = step, statistics, recorder, twice
         try:
             yield
         except BaseException:
             self.captured = {}
             raise
         finally:
-            self.step, self.statistics, self.recorder = before
+            self.step, self.statistics, self.recorder, self.twice = before
             if statistics == "captured":
                 self.captured = {}
 

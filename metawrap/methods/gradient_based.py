@@ -23,7 +23,6 @@ from metawrap.engines import (
     BufferEdits,
     Engine,
     HardGates,
-    QuickConvolutions,
     cannot,
     choose_engine,
 )
@@ -91,7 +90,7 @@ class GradientBased(Paced):
         self._buffer_edits = BufferEdits(find_buffer_aliases(wrapped.model))
         self._looks: dict[bool, FirstLook] = {}
         self._head = head
-        self._has_hard_gates = self._has_large_convolutions = self._edits_inputs = False
+        self._has_hard_gates = self._edits_inputs = False
         self.head_start: HeadStart = HEAD_STARTS[settings.head_init]()
         if head is not None:
             self.head_start.find(wrapped.model, head, wrapped.adapted)
@@ -184,10 +183,9 @@ class GradientBased(Paced):
                 refuse_other_layout(lambda: self._support_prediction(learned, task.map(Tensor.clone)))
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates, QuickConvolutions() as convolutions, Traces(self._parts()) as traces:
+            with HardGates() as gates, Traces(self._parts()) as traces:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
-            self._has_large_convolutions = self._has_large_convolutions or convolutions.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
             if differentiable:
                 refuse_carried_graphs(self.model, self._buffer_edits.carried, lambda: support_loss(learned))

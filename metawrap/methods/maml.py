@@ -339,7 +339,9 @@ class MAML(GradientBased):
         self, fast: FastWeights, state: State, rates: Rates, step: int, unroll: Unroll
     ) -> tuple[FastWeights, State]:
         with autograd(True):
-            prediction = self._predict(fast, unroll.task.support_x, step, unroll.statistics, unroll)
+            prediction = self._predict(
+                fast, unroll.task.support_x, step, unroll.statistics, unroll, unroll.second_order
+            )
             _, loss = self._judged(prediction, unroll.task.support_y, unroll.examples, unroll)
             # Only of the fast weights: every other parameter would lead back through all earlier steps.
             # Of the sum, where there are several tasks: each loss depends on its own fast weights alone.
@@ -427,11 +429,19 @@ class MAML(GradientBased):
             return self._predict(fast, unroll.task.target_x, step, "captured", unroll)
         return self._predict(fast, unroll.task.target_x, step, unroll.statistics, unroll)
 
-    def _predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, unroll: Unroll) -> Any:
+    def _predict(
+        self,
+        fast: FastWeights,
+        inputs: Inputs,
+        step: int,
+        statistics: Statistics,
+        unroll: Unroll,
+        twice: bool = False,
+    ) -> Any:
         if self._edits_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
-        with self.wrapped.clock.at(step, statistics, unroll.moments):
-            return unroll.engine.call(fast, inputs)
+        with self.wrapped.clock.at(step, statistics, unroll.moments, twice):
+            return unroll.engine.call(fast, inputs, twice)
 
     def _judged(self, prediction: Any, y: Any, part: str, unroll: Unroll) -> tuple[Any, Tensor]:
         """The prediction, masked where that is asked for, and its loss."""

@@ -190,7 +190,9 @@ class Method(nn.Module, ABC):
         self, chunk: Chunk, parameters: list[nn.Parameter], tasks: int
     ) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
         loss, outcomes = self._solve_all(chunk, training=True, norm=self.settings.norm, whole_graph=False)
-        return outcomes, torch.autograd.grad(loss / tasks, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss / tasks, parameters, allow_unused=True)
+        del loss
+        return [outcome.packed() for outcome in outcomes], gradients
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.

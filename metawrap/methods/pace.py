@@ -41,7 +41,6 @@ class Paced(Method):
     _buffer_edits: BufferEdits
     _looks: dict[bool, FirstLook]
     _has_hard_gates: bool
-    _has_large_convolutions: bool
     head_start: HeadStart
 
     def __init__(self, model: nn.Module, settings: Settings, loss_fn: LossFunction) -> None:
@@ -185,7 +184,7 @@ class Paced(Method):
                 raise DisturbedError(changed)
 
     def _twice(self) -> AbstractContextManager[None]:
-        return differentiable_twice(self.model, self._has_hard_gates, self._has_large_convolutions)
+        return differentiable_twice(self.model, self._has_hard_gates)
 
     def _replica(self) -> Paced:
         made = replica(self, shared=[self.outer, self.head_start, self._looks, self._recordings])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.results import accuracy_of
-from metawrap.tasks import Task, TaskId, map_tensors
+from metawrap.tasks import Task, TaskId, map_tensors, tensors_in
 
 
 @dataclass
@@ -36,6 +36,40 @@ class Solved:
     def detached(self) -> Solved:
         """The same without its graph, so that the graph can be freed."""
         return replace(self, loss=self.loss.detach())
+
+    def packed(self) -> Solved:
+        """The same, copied into one block of memory for each dtype, for when the graph is gone.
+
+        It stays until the last task is solved, and small blocks that stay between large ones that went tear the memory
+        of a process to pieces.
+        """
+        own = (
+            self.loss,
+            self.step_losses,
+            self.prediction,
+            self.accuracy,
+            [(m.mean, m.variance) for m in self.moments],
+        )
+        values = iter(_in_few_blocks(tensors_in(own)))
+        loss, step_losses, prediction, accuracy, pairs = map_tensors(own, lambda _: next(values))
+        moments = [m._replace(mean=a, variance=b) for m, (a, b) in zip(self.moments, pairs, strict=True)]
+        return replace(
+            self, loss=loss, step_losses=step_losses, prediction=prediction, accuracy=accuracy, moments=moments
+        )
+
+
+def _in_few_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = list(tensors)
+    groups: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if type(tensor) is Tensor and tensor.layout == torch.strided:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(place)
+    for places in groups.values():
+        block = torch.cat([tensors[place].reshape(-1) for place in places])
+        parts = block.split([tensors[place].numel() for place in places])  # type: ignore[no-untyped-call]
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part.view(tensors[place].shape)
+    return copies
 
 
 def solved_from(
