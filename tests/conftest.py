@@ -8,4 +8,4 @@ import torch
 from metawrap.engines import quick
 
 torch.set_num_threads(1)
-quick.LARGE = quick.LARGE_AT_BEST = 0
+quick.LARGE = quick.LARGE_AT_BEST = quick.LARGE_POOLING = 0

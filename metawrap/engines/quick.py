@@ -17,6 +17,8 @@ from metawrap.layers.pooling import max_pool2d
 # Multiplications and additions of a convolution; below, what Python takes is more than what the form saves. It saves
 # more in channels_last, and of images: torch's second derivative makes their gradient, too, which nobody asks for.
 LARGE, LARGE_AT_BEST = 10**8, 4 * 10**6
+# Numbers that a max-pooling in the usual layout reads: a quick one copies them to channels_last.
+LARGE_POOLING = 2**15
 
 
 class QuickForms:
@@ -58,7 +60,7 @@ def _max_pooling(module: Any, twice: bool, input: Tensor) -> Tensor:
         not module.return_indices
         and input.requires_grad
         and input.ndim == 4
-        and (twice or input.is_contiguous())
+        and (input.numel() >= LARGE_POOLING if input.is_contiguous() else twice)
         and _plain(input)
     ):
         return max_pool2d(input, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
