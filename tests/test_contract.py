@@ -90,8 +90,9 @@ def test_it_names_its_source(name: str) -> None:
 
 def test_its_keywords_are_known_and_a_wrong_one_is_refused(name: str) -> None:
     assert {"meta_lr", "norm", "loss_fn", "optimizer"} <= set(keywords_of(getattr(methods, METHODS[name])))
-    with pytest.raises(TypeError, match="meta_rl"):
-        make(name, meta_rl=0.1)
+    for wrong in ("meta_rl", "parts"):
+        with pytest.raises(TypeError, match=wrong):
+            make(name, **{wrong: 0.1})
 
 
 def test_the_users_module_is_never_changed(name: str) -> None:

@@ -71,7 +71,7 @@ class ANIL(OwnHead):
             check_choice(name, value)
         self.inner_lr, self.learn_inner_lr, self.first_order = inner_lr, learn_inner_lr, first_order
         rates = {"learning_rates": LearningRates([], inner_steps, inner_lr, learn_inner_lr)}
-        super().__init__(model, inner_steps=inner_steps, options=own, parts=rates, **keywords)
+        super().__init__(model, keywords, inner_steps=inner_steps, options=own, parts=rates)
 
     def _solve(
         self,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import TypedDict
 
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.layers.step_clock import Moments, Statistics
@@ -59,18 +59,18 @@ class Embedded(Direct):
     def __init__(
         self,
         model: nn.Module,
+        keywords: EmbeddedKeywords,
         *,
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
         own_steps: int | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
-        own: _Own = {"head": keywords.pop("head", None), "embedding": keywords.pop("embedding", "head_input")}
+        own: _Own = {"head": keywords.get("head"), "embedding": keywords.get("embedding", "head_input")}
         if own["embedding"] not in ("head_input", "output"):
             raise ArgumentError(f"embedding: expected 'head_input' or 'output', but got {own['embedding']!r}.")
         if own["embedding"] == "output" and own["head"] is not None:
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
-        outer = cast(OuterKeywords, keywords)
+        outer = cast(OuterKeywords, {name: value for name, value in keywords.items() if name not in own})
         shown = {**(options or {}), **own}
         super().__init__(model, outer, head=own["head"], options=shown, parts=parts, own_steps=own_steps)
         self.embedding: Embedding = own["embedding"]

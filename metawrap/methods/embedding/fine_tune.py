@@ -66,13 +66,13 @@ class FineTune(Joint):
             raise ArgumentError(f"tune: expected 'full' or 'head', but got {tune!r}.")
         super().__init__(
             model,
+            keywords,
             tune=tune,
             inner_steps=inner_steps,
             inner_lr=inner_lr,
             inner_optimizer=inner_optimizer,
             classes=classes,
             options={"tune": tune},
-            **keywords,
         )
 
     def _joint(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

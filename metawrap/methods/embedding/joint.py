@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from metawrap.engines import call_model
 from metawrap.errors import ArgumentError, TaskError
@@ -43,6 +42,7 @@ class Joint(OwnHead):
     def __init__(
         self,
         model: nn.Module,
+        keywords: EmbeddedKeywords,
         *,
         tune: Tune,
         inner_steps: int,
@@ -51,7 +51,6 @@ class Joint(OwnHead):
         classes: int | None,
         options: Mapping[str, Any],
         parts: Parts | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         own = {"inner_lr": inner_lr, "inner_optimizer": inner_optimizer}
         for name, value in own.items():
@@ -61,7 +60,7 @@ class Joint(OwnHead):
         self.tune, self.inner_lr, self.inner_optimizer, self.classes = tune, inner_lr, inner_optimizer, classes
         parts = {"table": ClassTable(), **(parts or {})}
         shown = {**options, **own, "classes": classes}
-        super().__init__(model, inner_steps=inner_steps, options=shown, parts=parts, **keywords)
+        super().__init__(model, keywords, inner_steps=inner_steps, options=shown, parts=parts)
 
     @abstractmethod
     def _joint(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,7 +90,7 @@ class MANN(PerClass):
         options: dict[str, Any] = {**sizes, "decay": decay, "key_strength": key_strength}
         options |= {"order": order, "support_loss": support_loss}
         parts = {"controller": Controller(hidden, slots, width, reads, decay, key_strength)}
-        super().__init__(model, ways, options=options, parts=parts, **keywords)
+        super().__init__(model, keywords, ways, options=options, parts=parts)
         self.order: Order = order
         self.support_loss = support_loss
 

@@ -81,7 +81,7 @@ class MatchingNet(Embedded):
         if full_context:
             options["processing_steps"] = steps
             parts |= {"forwards": _LazyLSTMCell(1), "backwards": _LazyLSTMCell(1), "reader": _LazyLSTMCell(2)}
-        super().__init__(model, options=options, parts=parts, **keywords)
+        super().__init__(model, keywords, options=options, parts=parts)
         self.full_context, self.processing_steps = full_context, steps
         self.scale, self.learn_scale = float(scale), learn_scale
 

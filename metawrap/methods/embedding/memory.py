@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.methods.direct import Parts
@@ -60,16 +59,16 @@ class PerClass(Embedded):
     def __init__(
         self,
         model: nn.Module,
+        keywords: EmbeddedKeywords,
         ways: int | None,
         *,
         options: Mapping[str, Any],
         parts: Parts,
-        **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         if ways is not None:
             check_whole("ways", ways, 2)
         rows = ClassRows(ways)
-        super().__init__(model, options={"ways": ways, **options}, parts={**parts, "rows": rows}, **keywords)
+        super().__init__(model, keywords, options={"ways": ways, **options}, parts={**parts, "rows": rows})
 
     def _labels(self, task: Task) -> tuple[Tensor, int]:
         labels, ways = super()._labels(task)

@@ -80,7 +80,7 @@ class MemoryModule(Embedded):
             raise ArgumentError("loss_fn: has no effect with task_loss=0. Leave it out, or give task_loss a weight.")
         options: dict[str, Any] = {"slots": slots, "neighbours": neighbours, "key_gradients": key_gradients}
         options |= {**numbers, "inverse_temperature": inverse_temperature}
-        super().__init__(model, options=options, **keywords)
+        super().__init__(model, keywords, options=options)
         self.slots, self.neighbours, self.margin = slots, neighbours, margin
         self.inverse_temperature, self.age_noise = inverse_temperature, age_noise
         self.task_loss, self.key_gradients = task_loss, key_gradients

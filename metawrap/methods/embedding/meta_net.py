@@ -77,7 +77,7 @@ class MetaNet(PerClass):
                 nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
             ),
         }
-        super().__init__(model, ways, options=options, parts=parts, **keywords)
+        super().__init__(model, keywords, ways, options=options, parts=parts)
         self.representation_steps = representation_steps
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FastWeights:

@@ -64,9 +64,9 @@ class MetaOptNet(Embedded):
             check_solver()
         super().__init__(
             model,
+            keywords,
             options={"solver": solver, "regularizer": regularizer, "scale": scale},
             parts={"scale": nn.Parameter(torch.tensor(scale, dtype=torch.float64))},
-            **keywords,
         )
         self.solver: Solver = solver
         self.regularizer = float(regularizer)

@@ -64,6 +64,7 @@ class MultiTask(Joint):
     ) -> None:
         super().__init__(
             model,
+            keywords,
             tune="head",
             inner_steps=inner_steps,
             inner_lr=inner_lr,
@@ -71,7 +72,6 @@ class MultiTask(Joint):
             classes=classes,
             options={},
             parts={"heads": TaskHeads()},
-            **keywords,
         )
 
     def _joint(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

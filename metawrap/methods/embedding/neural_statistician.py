@@ -104,7 +104,7 @@ class NeuralStatistician(Embedded):
                 "out, or give it a weight with discriminative=."
             )
         options = {**sizes, "likelihood": likelihood, "discriminative": discriminative}
-        super().__init__(model, options=options, parts={"statistician": Statistician(**sizes)}, **keywords)
+        super().__init__(model, keywords, options=options, parts={"statistician": Statistician(**sizes)})
         self.discriminative = discriminative
         self._likelihood: Likelihood | None = None if likelihood == "auto" else likelihood
 

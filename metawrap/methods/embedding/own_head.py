@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import Unpack
 
 from metawrap.description import Description
 from metawrap.engines.functional import FunctionalEngine
@@ -46,11 +45,11 @@ class OwnHead(Embedded):
     def __init__(
         self,
         model: nn.Module,
+        keywords: EmbeddedKeywords,
         *,
         inner_steps: int,
         options: Mapping[str, Any],
         parts: Parts | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         if keywords.get("embedding", "head_input") != "head_input":
             raise ArgumentError(
@@ -58,7 +57,7 @@ class OwnHead(Embedded):
                 f"makes sense, but got {keywords['embedding']!r}. Leave it out; head= names the head."
             )
         self._in_forward = False
-        super().__init__(model, options=options, parts=parts, own_steps=inner_steps, **keywords)
+        super().__init__(model, keywords, options=options, parts=parts, own_steps=inner_steps)
         if self._head is not None:
             self._refuse_shared(self._head)
             self._make_parts(None)

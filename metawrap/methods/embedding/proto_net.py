@@ -33,7 +33,7 @@ class ProtoNet(Embedded):
     ) -> None:
         if distance not in ("euclidean", "cosine"):
             raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {distance!r}.")
-        super().__init__(model, options={"distance": distance}, **keywords)
+        super().__init__(model, keywords, options={"distance": distance})
         self.distance: Distance = distance
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:

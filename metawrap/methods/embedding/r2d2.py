@@ -47,7 +47,7 @@ class R2D2(Embedded):
         check_positive("scale", scale)
         starts = {"log_regularizer": math.log(regularizer), "scale": scale, "bias": 0}
         parts = {name: nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in starts.items()}
-        super().__init__(model, options={"regularizer": regularizer, "scale": scale}, parts=parts, **keywords)
+        super().__init__(model, keywords, options={"regularizer": regularizer, "scale": scale}, parts=parts)
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         # LAPACK knows no half precision.

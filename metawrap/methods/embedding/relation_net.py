@@ -87,7 +87,7 @@ class RelationNet(Embedded):
             part, shown = copy.deepcopy(relation), type(relation).__name__
         keywords.setdefault("loss_fn", relation_loss)
         options = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
-        super().__init__(model, options=options, parts={"relation": part}, **keywords)
+        super().__init__(model, keywords, options=options, parts={"relation": part})
 
     def _stateful(self) -> list[nn.Module]:
         return [*super()._stateful(), self.relation]

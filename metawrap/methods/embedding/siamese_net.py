@@ -41,7 +41,7 @@ class SiameseNet(Embedded):
     match: nn.Linear
 
     def __init__(self, model: nn.Module, **keywords: Unpack[EmbeddedKeywords]) -> None:
-        super().__init__(model, parts={"match": _Match()}, **keywords)
+        super().__init__(model, keywords, parts={"match": _Match()})
         self.on_pairs = "loss_fn" not in keywords
 
     def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
