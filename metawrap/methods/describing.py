@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from metawrap.description import Description, Fate, ModuleRow
 from metawrap.layers.learning_rates import LearningRates
@@ -19,6 +20,7 @@ from metawrap.methods.solved import autograd, usable
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task
 
+_ELSEWHERE = ("model", "learning_rates")
 _NO_RATES: dict[str, Tensor] = {}
 
 
@@ -60,7 +62,7 @@ def describe_learner(
         engine=engine[0],
         engine_reason=engine[1],
         rates=sum(values.numel() for _, values in rates.items()),
-        notes=wrapped.notes,
+        notes=[*wrapped.notes, *_besides(learner)],
         warnings=list(warnings),
         modules=list(_rows(wrapped, fates, rates)),
         rate_range=_range(rates),
@@ -82,6 +84,18 @@ def first_order_warning(settings: Settings) -> str:
         f"from epoch {settings.step_loss_epochs} to {until} the gradient is first-order and only the last step "
         f"counts, so batch-norm rows 0..{settings.inner_steps - 2} get no gradient"
     )
+
+
+def _besides(learner: Method) -> Iterator[str]:
+    """What is learned that is neither the network nor its inner rates."""
+    own = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n.split(".")[0] not in _ELSEWHERE]
+    if own:
+        sizes = [None if is_lazy(p) else p.numel() for _, p in own]
+        numbers = (
+            "as many numbers as the first task asks for" if None in sizes else f"{sum(filter(None, sizes)):,} numbers"
+        )
+        places = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in own))
+        yield f"besides the network, {numbers} are learned in {places}"
 
 
 def _fate(name: str, parameter: nn.Parameter, adapted: tuple[str, ...], unused: set[str]) -> Fate:
