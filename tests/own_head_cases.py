@@ -7,6 +7,7 @@ import pickle
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from face import assert_same_state, fingerprint
 from torch import Tensor, nn
@@ -121,6 +122,23 @@ def assert_same_gradient_however_it_is_run(build: Any, batch: list[Task]) -> Non
         parts = [one[name] for one in single if one.get(name) is not None]
         if expected is not None and all(part.shape == expected.shape for part in parts):
             torch.testing.assert_close(sum(parts) / len(batch), expected, rtol=1e-9, atol=1e-12)
+
+
+def assert_a_failed_call_changes_nothing(learner: Any, call: Any, batch: Any, *, raises: Any = RuntimeError) -> None:
+    """Everything that is learned, by identity and value, and the optimizer: its groups, their order, its state."""
+
+    def known() -> Any:
+        groups = [[id(p) for p in group["params"]] for group in learner.optimizer.param_groups]
+        return fingerprint(learner), groups, set(map(id, learner.optimizer.state))
+
+    before, state, head = known(), copy.deepcopy(learner.state_dict()), learner.head
+    optimizer = copy.deepcopy(learner.optimizer.state_dict())
+    with pytest.raises(raises):
+        call(batch)
+    assert known() == before
+    assert learner.head == head
+    assert_same_state(dict(learner.state_dict()), dict(state))
+    assert_same_state(learner.optimizer.state_dict(), optimizer)
 
 
 def assert_learns(learner: Any, batch: Any, steps: int, factor: float) -> None:

@@ -12,6 +12,7 @@ from face import assert_same_state, fingerprint
 from models import Conv4
 from own_head_cases import (
     MLP,
+    assert_a_failed_call_changes_nothing,
     assert_evaluation_is_the_deployed_module,
     assert_learns,
     assert_same_gradient_however_it_is_run,
@@ -272,7 +273,9 @@ def test_turned_classes_have_numbers_of_their_own():
     [
         ({"tune": "body"}, "tune: expected 'full' or 'head', but got 'body'"),
         ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1"),
-        ({"inner_lr": None}, "inner_lr: expected a finite number"),
+        ({"inner_lr": None}, "inner_lr: expected a positive number"),
+        ({"inner_lr": -0.1}, "inner_lr: expected a positive number, but got -0.1"),
+        ({"inner_lr": 0}, "inner_lr: expected a positive number"),
         ({"inner_optimizer": "lbfgs"}, "inner_optimizer: expected 'sgd' or 'adam'"),
         ({"classes": 0}, "classes: expected a whole number of at least 1"),
         ({"embedding": "output"}, "embedding: FineTune fits the head"),
@@ -281,6 +284,77 @@ def test_turned_classes_have_numbers_of_their_own():
 def test_bad_keywords_are_named(keywords, words):
     with pytest.raises(ArgumentError, match=words):
         FineTune(net(), **keywords)
+
+
+@pytest.mark.parametrize("classes", [None, 8])
+@pytest.mark.parametrize("tune", ["head", "full"])
+def test_what_was_evaluated_before_makes_no_difference_to_training(classes, tune):
+    tasks = vector_tasks(3, classes=[(0, 1, 2), (3, 1, 4), (5, 6, 7)])
+    new = replace(vector_tasks(1)[0], classes=(97, 98, 99))
+    first, other = FineTune(mlp(), classes=classes, tune=tune), FineTune(mlp(), classes=classes, tune=tune)
+    first.evaluate([new])
+    first.adapt(new.support_x, new.support_y)
+    first.eval()([new])
+    first.train()
+    for batch in ([tasks[0]], tasks):
+        assert first.meta_step(batch).loss == other.meta_step(batch).loss
+        assert first.table.classes == other.table.classes == (classes or 1 + max(max(t.classes) for t in batch))
+    assert_same_state(dict(first.state_dict()), dict(other.state_dict()))
+    assert_same_state(first.optimizer.state_dict(), other.optimizer.state_dict())
+
+
+def test_with_classes_a_task_without_is_refused_whatever_was_evaluated():
+    [plain], [named] = vector_tasks(1), vector_tasks(1, classes=CLASSES)
+    for evaluated in ([], [named]):
+        learner = FineTune(mlp(), classes=5)
+        for task in evaluated:
+            learner.evaluate(task)
+        with pytest.raises(TaskError, match="classes: a task without them"):
+            learner.meta_step([plain])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("part", ["support_x", "target_x"])
+def test_a_failed_call_takes_back_a_table_that_was_made_or_that_grew(trained, part):
+    [first, middle, last] = vector_tasks(3, classes=CLASSES)
+    learner, twin = FineTune(mlp(), meta_lr=0.01), FineTune(mlp(), meta_lr=0.01)
+    for one in (learner, twin) if trained else ():
+        one.meta_step([first])
+    broken = replace(last, **{part: getattr(last, part)[:, :3]})
+    assert_a_failed_call_changes_nothing(learner, learner.meta_step, [middle, broken])
+    assert learner.table.classes == (5 if trained else 0)
+    if not trained:
+        with pytest.warns(MetaWrapWarning, match="makes table"):
+            assert_a_failed_call_changes_nothing(learner, learner, [middle, broken])
+    for batch in ([middle], [last]):
+        assert learner.meta_step(batch).loss == twin.meta_step(batch).loss
+    assert_same_state(dict(learner.state_dict()), dict(twin.state_dict()))
+
+
+def test_what_fails_behind_the_outer_update_takes_nothing_back():
+    class Late(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            if self.last_epoch > 0:
+                raise RuntimeError("late")
+            return [group["lr"] for group in self.optimizer.param_groups]
+
+    [task] = vector_tasks(1, classes=CLASSES)
+    learner, twin = FineTune(mlp(), scheduler=Late, iterations_per_epoch=1), FineTune(mlp(), cosine_annealing=False)
+    with pytest.raises(RuntimeError, match="late"):
+        learner.meta_step([task])
+    twin.meta_step([task])
+    assert learner.iteration == 1
+    assert_same_state(learner.table.state_dict(), twin.table.state_dict())
+
+
+@pytest.mark.parametrize("tune", ["head", "full"])
+@pytest.mark.parametrize("norm", ["batch", "running", "support"])
+def test_backward_of_an_evaluation_loss_fails_loudly(tune, norm):
+    learner, batch = FineTune(net(), tune=tune, norm=norm, inner_steps=2).eval(), conv_tasks(1)
+    output = learner(batch)
+    assert float(output.loss) == pytest.approx(learner.evaluate(batch).loss, rel=1e-9)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        output.loss.backward()
 
 
 def test_tasks_that_do_not_go_together_are_refused_by_name():

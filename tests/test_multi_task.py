@@ -12,6 +12,7 @@ from face import assert_same_state, fingerprint
 from models import Conv4
 from own_head_cases import (
     MLP,
+    assert_a_failed_call_changes_nothing,
     assert_evaluation_is_the_deployed_module,
     assert_learns,
     assert_same_gradient_however_it_is_run,
@@ -178,6 +179,40 @@ def test_any_number_of_ways_and_uneven_classes(ways):
     assert_learns(MultiTask(mlp(2), meta_lr=0.03), [uneven], steps=30, factor=0.8)
 
 
+def test_what_was_evaluated_before_makes_no_difference_to_training():
+    tasks = vector_tasks(2, classes=[(0, 1, 2), (3, 1, 4)])
+    first, other = MultiTask(mlp()), MultiTask(mlp())
+    first.evaluate([replace(tasks[0], classes=(97, 98, 99))])
+    for batch in (tasks[:1], tasks):
+        assert first.meta_step(batch).loss == other.meta_step(batch).loss
+    assert first.table.classes == 5
+    assert_same_state(dict(first.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_failed_call_takes_back_heads_and_table(trained):
+    [first, second, third] = vector_tasks(3, id=IDS)
+    named = replace(second, id=None, classes=(1, 2, 5))
+    learner, twin = MultiTask(mlp(), meta_lr=0.01), MultiTask(mlp(), meta_lr=0.01)
+    for one in (learner, twin) if trained else ():
+        one.meta_step([first, replace(named, classes=(0, 1, 2))])
+    broken = replace(third, target_x=third.target_x[:, :3])
+    for batch in ([second, broken], [named, broken], [first, broken]):
+        assert_a_failed_call_changes_nothing(learner, learner.meta_step, batch)
+    for batch in ([third], [named, second]):
+        assert learner.meta_step(batch).loss == twin.meta_step(batch).loss
+    assert_same_state(dict(learner.state_dict()), dict(twin.state_dict()))
+    assert_same_state(learner.optimizer.state_dict(), twin.optimizer.state_dict())
+
+
+def test_backward_of_an_evaluation_loss_fails_loudly():
+    learner, batch = MultiTask(mlp(), inner_steps=2).eval(), vector_tasks(2)
+    output = learner(batch)
+    assert float(output.loss) == pytest.approx(learner.evaluate(batch).loss, rel=1e-9)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        output.loss.backward()
+
+
 def test_tasks_with_neither_id_nor_classes_are_refused_by_name():
     learner = MultiTask(mlp())
     before = fingerprint(learner)
@@ -191,7 +226,8 @@ def test_tasks_with_neither_id_nor_classes_are_refused_by_name():
     ("keywords", "words"),
     [
         ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1"),
-        ({"inner_lr": "x"}, "inner_lr: expected a finite number"),
+        ({"inner_lr": "x"}, "inner_lr: expected a positive number"),
+        ({"inner_lr": -0.1}, "inner_lr: expected a positive number, but got -0.1"),
         ({"inner_optimizer": "lbfgs"}, "inner_optimizer: expected 'sgd' or 'adam'"),
         ({"classes": True}, "classes: expected a whole number of at least 1"),
         ({"embedding": "output"}, "embedding: MultiTask fits the head"),

@@ -33,7 +33,8 @@ class FineTune(Joint):
     fitted the same way each time; images are not augmented. tune="full" moves the body, too: "train on the union of all
     tasks, then fine-tune". Batches are the episodes themselves, so that a batch norm sees one task at a time.
 
-    In training the accuracy is that among the task's own classes.
+    In training the accuracy is that among the task's own classes. In `eval()` mode `learner(batch).loss` has no graph,
+    and its backward fails: a fitted network is nothing to learn from.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
@@ -94,10 +95,11 @@ class FineTune(Joint):
         return found
 
     def _check_joint(self, task: Task) -> None:
-        if task.classes is None and self.table.classes:
+        if task.classes is None and (self.table.classes or self.classes is not None):
             raise TaskError(
-                "classes: a task without them, after tasks that named theirs: its labels are not known to mean the "
-                "same. Pass Task(..., classes=...) for all tasks, or for none."
+                "classes: a task without them, after tasks that named theirs, or where classes= says how many there "
+                "are: its labels are not known to mean the same. Pass Task(..., classes=...) for all tasks, or for "
+                "none, and then no classes=."
             )
         super()._check_joint(task)
 

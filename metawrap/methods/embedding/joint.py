@@ -21,7 +21,7 @@ from metawrap.methods.embedding.embedded import EmbeddedKeywords
 from metawrap.methods.embedding.own_head import OwnHead
 from metawrap.methods.outputs import ignored_label
 from metawrap.methods.ranks import several
-from metawrap.methods.settings import InnerOptimizerName, check_choice
+from metawrap.methods.settings import InnerOptimizerName, check_choice, check_positive
 from metawrap.methods.solved import Solved, autograd, dense, solved_from, usable
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Task, TaskBatch, describe_value
@@ -53,8 +53,8 @@ class Joint(OwnHead):
         parts: Parts | None = None,
     ) -> None:
         own = {"inner_lr": inner_lr, "inner_optimizer": inner_optimizer}
-        for name, value in own.items():
-            check_choice(name, value)
+        check_positive("inner_lr", inner_lr)
+        check_choice("inner_optimizer", inner_optimizer)
         if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
             raise ArgumentError(f"classes: expected a whole number of at least 1, or None, but got {classes!r}.")
         self.tune, self.inner_lr, self.inner_optimizer, self.classes = tune, inner_lr, inner_optimizer, classes
@@ -96,8 +96,10 @@ class Joint(OwnHead):
             prediction = own[len(task.support_y) :]
         else:
             module = self._module(task, norm, self.settings.inner_steps if steps is None else steps)
-            prediction = call_model(module, task.target_x)
-            loss = self._loss(prediction, task.target_y, "target")
+            # A graph would lead to that module's own weights, and backward would end there without a word.
+            with autograd(False):
+                prediction = call_model(module, task.target_x)
+                loss = self._loss(prediction, task.target_y, "target")
         return solved_from(loss, [], prediction, task, moments, {}, ignored_label(self.loss_fn))
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
@@ -184,18 +186,21 @@ class Joint(OwnHead):
                 )
 
     def _make_parts(self, task: Task | None) -> None:
-        if task is not None and not self.table.classes and task.classes and self._by_classes(task):
+        # How many rows there are is for training to say: from other tasks only where it needs none of their numbers.
+        sized = self.training or self.classes is not None
+        if sized and task is not None and not self.table.classes and task.classes and self._by_classes(task):
             self._refuse_late()
             width = self._embedded(task.support_x, "batch").flatten(1).shape[1]
             rows = max(task.classes) + 1 if self.classes is None else self.classes
             self._learn(*self.table.make(rows, width, self._like()))
 
     def _make_room(self, stored: Mapping[str, Any]) -> None:
-        self._learn(*self.table.follow(_below("table.", stored), self._like()))
+        self._learn(*self.table.follow(below("table.", stored), self._like()))
 
     def _like(self) -> Tensor:
         return next(p for p in self.model.parameters() if p.is_floating_point())
 
 
-def _below(prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+def below(prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state_dict holds under a prefix, by the rest of each key."""
     return {key[len(prefix) :]: value for key, value in stored.items() if key.startswith(prefix)}

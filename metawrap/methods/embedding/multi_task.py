@@ -14,7 +14,7 @@ from metawrap.errors import TaskError
 from metawrap.layers.step_clock import Moments
 from metawrap.methods.embedding.class_table import TaskHeads
 from metawrap.methods.embedding.embedded import EmbeddedKeywords
-from metawrap.methods.embedding.joint import Joint, _below
+from metawrap.methods.embedding.joint import Joint, below
 from metawrap.methods.ranks import several
 from metawrap.methods.settings import InnerOptimizerName
 from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
@@ -34,6 +34,8 @@ class MultiTask(Joint):
 
     As in the sources: hard parameter sharing, equal weights of the tasks. What differs: the test-time head is fitted
     by gradient steps on the support set alone, as in `FineTune`, because the sources know no new tasks.
+
+    In `eval()` mode `learner(batch).loss` has no graph, and its backward fails: a fitted head is nothing to learn from.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
@@ -127,4 +129,4 @@ class MultiTask(Joint):
 
     def _make_room(self, stored: Mapping[str, Any]) -> None:
         super()._make_room(stored)
-        self._learn(*self.heads.follow(_below("heads.", stored), self._like()))
+        self._learn(*self.heads.follow(below("heads.", stored), self._like()))

@@ -6,9 +6,11 @@ they learn besides the network is made when it is known how large it must be.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -27,7 +29,7 @@ from metawrap.methods.embedding.fitted import FittedHead
 from metawrap.methods.first_look import FirstLook, without_part
 from metawrap.methods.settings import TunedSettings
 from metawrap.methods.solved import autograd, usable
-from metawrap.results import MetaOutput
+from metawrap.results import MetaOutput, StepMetrics
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import parameter_slots, plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, same_device, tensors_in
@@ -95,6 +97,11 @@ class OwnHead(Embedded):
         full = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return {local: full[id(p)] for local, p in self._own_head().named_parameters() if all or p.requires_grad}
 
+    def meta_step(self, task_batch: Any) -> StepMetrics:
+        """See `Method.meta_step`."""
+        with self._undone_if_it_fails():
+            return super().meta_step(task_batch)
+
     def forward(self, task_batch: Any) -> MetaOutput:
         """See `Method.forward`. What is learned besides the network is made with the first task.
 
@@ -102,9 +109,39 @@ class OwnHead(Embedded):
         """
         self._in_forward = True
         try:
-            return super().forward(task_batch)
+            with self._undone_if_it_fails():
+                return super().forward(task_batch)
         finally:
             self._in_forward = False
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Takes back what a call makes besides the network, and in the optimizer; not once the outer update is made."""
+        optimizer, iteration, head, looks = self.optimizer, self.iteration, self._head, dict(self._looks)
+        children = dict(self._modules)
+        own = [child for child in children.values() if child is not None and child is not self.model]
+        tables = [(part, dict(part._parameters)) for child in own for part in child.modules()]
+        held = [(p, p.data, p.grad) for _, table in tables for p in table.values() if p is not None]
+        groups = [dict(group) for group in optimizer.param_groups]
+        state = {parameter: copy.copy(value) for parameter, value in optimizer.state.items()}
+        try:
+            yield
+        except BaseException:
+            if self.iteration == iteration:
+                self._head, self._looks = head, looks
+                self._modules.clear()
+                self._modules.update(children)
+                for part, table in tables:
+                    part._parameters.clear()
+                    part._parameters.update(table)
+                for parameter, data, gradient in held:
+                    parameter.grad = None  # It may be of the other shape.
+                    parameter.data, parameter.grad = data, gradient
+                for group, known in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(known)
+                optimizer.state.clear()
+                optimizer.state.update(state)
+            raise
 
     def _refuse_late(self) -> None:
         """Raises UnsupportedModuleError where what is learned cannot be made any more; call it before making it."""
@@ -113,7 +150,7 @@ class OwnHead(Embedded):
             raise UnsupportedModuleError(
                 f"{type(self).__name__} makes parameters when it sees its first task, and DistributedDataParallel does "
                 "not follow what is made after it. Use meta_step, or evaluate the learner on one task before you wrap "
-                "it."
+                "it; one with a table of classes needs classes= for that."
             )
 
     def _learn(self, *made: nn.Parameter) -> None:
