@@ -13,6 +13,7 @@ from models import Conv4
 from oracle import assert_same_gradients
 from own_head_cases import (
     MLP,
+    assert_a_failed_call_changes_nothing,
     assert_evaluation_is_the_deployed_module,
     assert_learns,
     assert_same_gradient_however_it_is_run,
@@ -132,6 +133,53 @@ def test_stored_learners_go_on_alike(learned, head):
         return ANIL(net(), inner_steps=2, learn_inner_lr=learned, head=head)
 
     assert_survives_storage(build, build(), [conv_tasks(2), conv_tasks(3), conv_tasks(1)])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("head", [None, "linear"])
+def test_a_state_from_before_any_task_makes_a_trained_learner_as_it_was_then(learned, head):
+    def build(head=head) -> ANIL:
+        return ANIL(net(), inner_steps=2, learn_inner_lr=learned, head=head)
+
+    saved, learner, batch = build(None), build(), conv_tasks(2)
+    state, optimizer = copy.deepcopy(saved.state_dict()), copy.deepcopy(saved.optimizer.state_dict())
+    for _ in range(2):
+        learner.meta_step(batch)
+    learner.evaluate(batch)
+    trained = copy.deepcopy(learner.state_dict())
+    learner.load_state_dict(state)
+    learner.optimizer.load_state_dict(optimizer)
+    if head is None:
+        assert_same_state(dict(learner.state_dict()), dict(state))
+    assert learner.describe()
+    evaluated = [one.evaluate(batch, keep_predictions=True).predictions for one in (learner, saved)]
+    assert_same_state(*evaluated)
+    for _ in range(2):
+        assert learner.meta_step(batch).loss == saved.meta_step(batch).loss
+    assert_same_state(dict(learner.state_dict()), dict(saved.state_dict()))
+    # And the other way round, into one that has gone back.
+    learner.load_state_dict(state)
+    learner.load_state_dict(trained)
+    assert_same_state(dict(learner.state_dict()), dict(trained))
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in learner.parameters() if p.requires_grad} <= held <= set(map(id, learner.parameters()))
+
+
+def test_a_part_of_a_state_leaves_the_rates_alone():
+    learner = ANIL(net(), inner_steps=2, learn_inner_lr=True)
+    learner.meta_step(conv_tasks(2))
+    rates = copy.deepcopy(learner.learning_rates.state_dict())
+    learner.load_state_dict({f"model.{name}": v for name, v in learner.model.state_dict().items()}, strict=False)
+    assert_same_state(learner.learning_rates.state_dict(), rates)
+
+
+def test_a_failed_first_call_leaves_no_rates():
+    [task] = vector_tasks(1)
+    learner, twin = ANIL(mlp(), learn_inner_lr=True), ANIL(mlp(), learn_inner_lr=True)
+    broken = Task(task.support_x, task.support_y, task.target_x[:, :3], task.target_y)
+    assert_a_failed_call_changes_nothing(learner, learner.meta_step, [broken])
+    assert learner.meta_step([task]).loss == twin.meta_step([task]).loss
+    assert_same_state(dict(learner.state_dict()), dict(twin.state_dict()))
 
 
 def test_gradient_is_the_same_however_it_is_run():

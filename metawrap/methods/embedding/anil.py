@@ -177,5 +177,13 @@ class ANIL(OwnHead):
             self._learn(*self.learning_rates.parameters())
 
     def _make_room(self, stored: Mapping[str, Any]) -> None:
-        if self._head is not None and any(key.startswith("learning_rates.") for key in stored):
-            self._make_parts(None)
+        state = stored.get("_extra_state")
+        if any(key.startswith("learning_rates.") for key in stored):
+            if self._head is not None:
+                self._make_parts(None)
+        elif state is not None and state.get("head") is None:
+            # It was saved before any task: this one begins anew, too, and makes its rates with the next.
+            self._head = self.options["head"]
+            self._looks.clear()
+            self.learning_rates = LearningRates([], self.settings.inner_steps, self.inner_lr, self.learn_inner_lr)
+            self._learn()
