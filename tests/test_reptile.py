@@ -156,6 +156,74 @@ def test_mini_batches_are_the_same_for_every_engine_and_whenever_the_run_is_repe
     assert_same_values(resumed.parameters(), first.parameters(), tolerance=0.0)
 
 
+def test_in_a_loop_of_ones_own_each_call_draws_other_mini_batches_and_a_resumed_one_the_same() -> None:
+    def make() -> Any:
+        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, engine="functional")
+
+    def drawn(learner: Any) -> list[list[Tensor]]:
+        learner(task)  # The first look.
+        seen = recorded(learner)
+        calls = []
+        for _ in range(4):
+            seen.clear()
+            learner(task)
+            calls.append(seen[:3])
+        return calls
+
+    task = [Task(*as_tasks(BATCH)[0])]
+    learner = make()
+    calls = drawn(learner)
+    assert len({torch.cat(call).numpy().tobytes() for call in calls}) == 4
+    assert learner.forwards == 5
+    for one, other in zip(calls, drawn(make()), strict=True):
+        assert torch.equal(torch.cat(one), torch.cat(other))
+    # Saved and restored; a copy has it too; evaluation does not count, nor does a call that fails.
+    resumed = make()
+    resumed.load_state_dict(learner.state_dict())
+    twin = copy.deepcopy(learner)
+    learner.evaluate(task)
+    learner.eval()(task)
+    with pytest.raises(TaskError, match="inner_batch_size"):
+        Reptile.forward(learner.train(), [task[0].map(lambda tensor: tensor[:1])])
+    losses = [float(one(task).loss.detach()) for one in (learner, resumed, twin)]
+    assert losses[0] == losses[1] == losses[2]
+    assert learner.forwards == resumed.forwards == twin.forwards == 6
+
+
+def test_forwards_do_not_change_what_a_meta_step_draws_and_an_old_state_has_none() -> None:
+    def make(**options: Any) -> Any:
+        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **options)
+
+    batch = class_tasks((4,), tasks=4, shots=2, seed=0)
+    plain = make(engine="functional")
+    for _ in range(2):
+        plain.meta_step(batch)
+    for options in ({"engine": "functional"}, {"engine": "batched"}, {"engine": "functional", "workers": 2}):
+        learner = make(**options)
+        for _ in range(2):
+            for _ in range(3):
+                learner(batch)
+            learner.meta_step(batch)
+        assert learner.forwards == 6
+        assert_same_values(learner.parameters(), plain.parameters())
+    old = learner.state_dict()
+    assert old["_extra_state"].pop("forwards") == 6
+    learner.load_state_dict(old)
+    assert learner.forwards == 0
+
+
+def test_the_first_forward_is_the_gradient_of_a_meta_step_with_mini_batches() -> None:
+    learner = Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4)
+    learner.meta_step(BATCH)
+    twin = copy.deepcopy(learner)
+    learner.zero_grad()
+    learner(BATCH).loss.backward()
+    twin.meta_step(BATCH)
+    for name, expected in gradients_of(twin).items():
+        if expected is not None:
+            torch.testing.assert_close(gradients_of(learner)[name], expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("engine", ALL)
 def test_forward_leaves_exactly_this_gradient(engine: str) -> None:
     model = seeded(NormedMlp)

@@ -20,6 +20,7 @@ from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
 from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings
 from metawrap.methods.solved import attached
+from metawrap.results import MetaOutput
 from metawrap.surgery.swap import Factory
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
@@ -45,7 +46,8 @@ class Reptile(MAML):
     support and target together, in mini-batches; a batch of one task is the serial form, of several the batched form;
     the outer update is plain SGD, from rate 1 to 0. As in the authors' code: more inner steps in evaluation. Different:
     mini-batches come in an order that the meta-step alone decides, so that a run can be repeated and resumed, and the
-    outer rate goes down by epochs. With inner_optimizer="adam" (theirs has inner_betas=(0.0, 0.999) and
+    outer rate goes down by epochs; in a loop of your own, each `learner(batch)` in training mode draws anew, by a count
+    that state_dict holds. With inner_optimizer="adam" (theirs has inner_betas=(0.0, 0.999) and
     inner_lr=0.001) each task begins with a state of its own; theirs goes from task to task. In `evaluate` and
     `adapt` each step is on the whole support set. `loss` and `accuracy` of a meta-step are those of the target part at
     the adapted weights, which have seen it. Source: Nichol, Achiam, Schulman 2018, arXiv:1803.02999.
@@ -113,6 +115,29 @@ class Reptile(MAML):
                 "Freeze them with requires_grad_(False), or use another method."
             )
         self._build(locals() | {"adapt_norm": True})
+        # Training forwards so far, and where the present call's draws stand because of them: 0 in a meta-step.
+        self.forwards = self._ahead = 0
+
+    def forward(self, task_batch: Any) -> MetaOutput:
+        """See `Method.forward`; in training mode the next call draws other mini-batches."""
+        if not self.training:
+            return super().forward(task_batch)
+        self._ahead = self.forwards
+        try:
+            output = super().forward(task_batch)
+        finally:
+            self._ahead = 0
+        self.forwards += 1
+        return output
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The counters and what was measured, for state_dict."""
+        return super().get_extra_state() | {"forwards": self.forwards}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restores these; in states from before forwards were counted there were none."""
+        super().set_extra_state(state)
+        self.forwards = int(state.get("forwards", 0))
 
     def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
         if not unroll.training:
@@ -144,7 +169,7 @@ class Reptile(MAML):
                 f"got {size}."
             )
         drawn: list[int] = []
-        generator = torch.Generator().manual_seed(self.iteration)
+        generator = torch.Generator().manual_seed(self.iteration + self._ahead)
         for _ in range(steps):
             while len(drawn) < size:
                 drawn += torch.randperm(count, generator=generator).tolist()
