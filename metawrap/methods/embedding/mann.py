@@ -36,7 +36,8 @@ class MANN(PerClass):
     the user's network's, not the pixels; a step reads before it writes, so that it does not find its own key; alpha is
     one learned number for each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1
     spreads it evenly over the rows (cosines differ by 2 at most), and needs about a hundred thousand episodes; and the
-    support set goes sorted by class, so that the outcome does not depend on how it is listed.
+    support set goes sorted by class, so that the outcome does not depend on the order of the classes; the examples of
+    a class keep theirs.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.

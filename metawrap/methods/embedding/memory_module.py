@@ -13,7 +13,6 @@ from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead
 from metawrap.methods.embedding.memory import check_number, check_whole
 from metawrap.methods.outputs import ignored_label
-from metawrap.results import IGNORED
 
 _FREE = -1
 
@@ -101,7 +100,7 @@ class MemoryModule(Embedded):
     ) -> tuple[Tensor, Tensor]:
         memory = self._fitted(support, labels, ways)
         prediction = memory(target)
-        counted = (target_y != ignored_label(self.loss_fn)) & (target_y != IGNORED)
+        counted = target_y != ignored_label(self.loss_fn)
         loss = memory.loss(target[counted], target_y[counted], self.margin)
         if self.task_loss:
             loss = loss + self.task_loss * self._loss(prediction, target_y, "target")
