@@ -234,7 +234,7 @@ class Embedded(Direct):
         calls: list[tuple[int, Any]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((len(args) + len(kwargs), output))
+            calls.append((len(args) + len(kwargs), map_tensors(output, Tensor.clone)))
 
         handle = self.model.get_submodule(head).register_forward_hook(note, with_kwargs=True)
         try:
@@ -246,7 +246,7 @@ class Embedded(Direct):
                 f"The head '{head}' is called with {calls[-1][0]} arguments, but what stands in its place is fitted to "
                 "one, the embedding. Name a module that takes one tensor with head=."
             )
-        if calls and not any(part is calls[-1][1] for part in tensors_in(prediction)):
+        if calls and not _holds(prediction, calls[-1][1]):
             raise UnsupportedModuleError(
                 f"The network does more behind the head '{head}': its prediction is not the head's own output, which "
                 f"is what {type(self).__name__} fits. Name the last module with head=, or move what follows into the "
@@ -311,6 +311,16 @@ class Embedded(Direct):
         """Restores the counters, and the head's name where this learner has none yet."""
         super().set_extra_state(state)
         self._head = self._head or state.get("head")
+
+
+def _holds(prediction: Any, output: Any) -> bool:
+    """Whether a head's output is in a prediction, as it is or in another shape."""
+    if not isinstance(output, Tensor):
+        return False
+    own = output.flatten()
+    return any(
+        part.shape[:1] == output.shape[:1] and torch.equal(part.flatten(), own) for part in tensors_in(prediction)
+    )
 
 
 class _StandIn(nn.Module):
