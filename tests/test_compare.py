@@ -57,6 +57,7 @@ def test_each_method_gets_the_common_settings_and_its_own() -> None:
         (["maml"], 102, {}, "budget: expected meta-steps in 4 equal parts.*102 for maml"),
         (["maml"], 2, {}, "budget: expected meta-steps in 4 equal parts"),
         (["maml"], 100, {"maml": {"budget": "many"}}, "budget: expected meta-steps"),
+        (["maml"], 100, {"maml": {"shots": 3}}, "set: shots is what the methods are compared on"),
         (["maml"], 100, {"protonet": {"budget": 100}}, "set: 'protonet' is not one of --methods maml"),
     ],
 )
@@ -110,7 +111,7 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(
         done, failed = json.loads(Path("out/comparison.json").read_text())["rows"]
         result = json.loads(Path("out/protonet/result.json").read_text())
         assert done["accuracy"] == result["test"]["norms"]["running"]["after"]["accuracy"]
-        assert done["parameters"] == 64 * 8 + 8 + 8 * 5 + 5
+        assert done["parameters"] == 64 * 8 + 8  # The head plays no part.
         assert done["meta_steps"] == 2
         assert done["peak_mib"] > 50
         assert len(done["validation"]) == 2

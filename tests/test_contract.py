@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +221,14 @@ def test_a_fresh_learner_takes_a_trained_ones_state_before_any_task(name: str) -
         torch.manual_seed(6)
         one.meta_step(batch)
     assert_same_state(dict(fresh.state_dict()), dict(learner.state_dict()))
+
+
+def test_its_state_is_plain_tensors_before_any_task_too(name: str, tmp_path: Path) -> None:
+    learner = make(name)
+    torch.save(learner.state_dict(), tmp_path / "state.pt")
+    fresh = make(name, seeded(NormedMlp, seed=9))
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(fresh.model.first.weight, learner.model.first.weight)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -10,7 +10,11 @@ import torch
 from models import Conv4, NormedMlp, TwoInputs, class_tasks, seeded
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, ProtoNet, Task, TaskError, UnsupportedModuleError
+from metawrap import ArgumentError, ProtoNet, Task, TaskError, UnsupportedModuleError, methods
+from metawrap.training.run_settings import METHODS
+
+# Those that have an inner loop, or keep the user's own head.
+NOT_FITTED = {"maml++", "maml", "fomaml", "meta-sgd", "reptile", "lstm", "anil", "fine-tune", "multi-task", "zero-step"}
 
 
 def task_of(shape: tuple[int, ...] = (4,), **options: Any) -> Task:
@@ -121,6 +125,13 @@ def test_inputs_may_be_tuples_or_dicts(kind: type) -> None:
     torch.testing.assert_close(found, learner.evaluate([task], keep_predictions=True).predictions[0])
 
 
+def test_inputs_in_a_tuple_train_as_the_same_tensor_does() -> None:
+    task = task_of(shots=2)
+    wrapped = Task((task.support_x,), task.support_y, (task.target_x,), task.target_y)
+    losses = [ProtoNet(seeded(NormedMlp)).meta_step([each]).loss for each in (task, wrapped)]
+    assert losses[0] == losses[1]
+
+
 def test_a_network_without_a_head_is_embedded_by_its_output() -> None:
     body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).double()
     task = task_of((1, 6, 6), shots=2)
@@ -139,7 +150,8 @@ def test_the_adapted_module_is_of_the_users_class_with_a_fitted_head_in_its_plac
     module = learner.adapt(task.support_x, task.support_y)
     assert type(module) is Conv4
     assert type(learner.model.linear) is nn.Linear
-    assert [type(part).__name__ for part in module.linear] == ["Flatten", "Prototypes"]
+    assert type(module.linear).__name__ == "PlacedHead"
+    assert type(module.linear.head).__name__ == "Prototypes"
 
 
 class Hidden(nn.Module):
@@ -152,6 +164,52 @@ class Hidden(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.calls[0](torch.tanh(self.body(x)))  # type: ignore[no-any-return]
+
+
+class Called(nn.Module):
+    """Calls its head in its own way."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), Named(5, 3)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self.head, torch.tanh(self.body(x)))
+
+
+class Named(nn.Linear):
+    """Takes its input by another name, and a second argument."""
+
+    def forward(self, features: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(features)
+
+
+EMBEDDING = [name for name in METHODS if name not in NOT_FITTED]
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_a_head_may_be_called_by_keyword(name: str) -> None:
+    task = task_of(shots=2)
+    learner = getattr(methods, METHODS[name])(Called(lambda head, x: head(features=x)).double(), head="head")
+    learner.evaluate([task])
+    found = learner.adapt(task.support_x, task.support_y)(task.target_x)
+    torch.testing.assert_close(found, learner.evaluate([task], keep_predictions=True).predictions[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda head, x: -head(x), "does more behind the head 'head'"),
+        (lambda head, x: head(x, 2.0), "'head' is called with 2 arguments"),
+        (lambda head, x: head(x.to(head.weight.dtype)), r"is used for more than being called \(AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_what_a_fitted_head_could_not_do_in_its_place_is_refused(name: str, call: Any, words: str) -> None:
+    learner = getattr(methods, METHODS[name])(Called(call).double(), head="head")
+    with pytest.raises(UnsupportedModuleError, match=words):
+        learner.evaluate([task_of(shots=2)])
 
 
 class Twice(nn.Module):
@@ -225,9 +283,25 @@ def test_labels_that_are_no_classes_are_refused(change: Any, words: str) -> None
         ProtoNet(seeded(NormedMlp)).meta_step([change(task_of())])
 
 
+def test_a_label_that_the_loss_does_not_ignore_is_refused() -> None:
+    task = task_of()
+    wrong = Task(task.support_x, task.support_y, task.target_x, task.target_y.clone().fill_(-100))
+    learner = ProtoNet(seeded(NormedMlp), loss_fn=nn.CrossEntropyLoss(ignore_index=-1))
+    with pytest.raises(TaskError, match=r"target_y holds classes \[-100\]"):
+        learner.meta_step([wrong])
+
+
+@pytest.mark.parametrize("loss_fn", [None, 3])
+def test_a_loss_that_cannot_be_called_is_refused(loss_fn: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"loss_fn: expected a function"):
+        ProtoNet(seeded(NormedMlp), loss_fn=loss_fn)
+
+
 def test_a_wholly_frozen_network_can_be_evaluated() -> None:
     model = seeded(NormedMlp).requires_grad_(False)
     task = task_of(shots=2)
     learner = ProtoNet(model)
     result = learner.evaluate([task])
     assert result.accuracy is not None
+    with pytest.raises(UnsupportedModuleError, match=r"all that comes before the head is frozen"):
+        learner.meta_step([task])

@@ -72,7 +72,7 @@ def test_loss_and_logits_equal_those_by_hand() -> None:
     entropy = -np.log(np.exp(logits)[np.arange(3), target_y] / np.exp(logits).sum(1)).mean()
     task = Task(SUPPORT[[0, 1, 3]], torch.tensor([0, 1, 2]), target, target_y)
     for weight in (0.0, 0.5):
-        learner = learner_of(margin=0.3, inverse_temperature=7.0, task_loss=weight)
+        learner = learner_of(margin=0.3, inverse_temperature=7.0, task_loss=weight).eval()
         found = learner([task])
         np.testing.assert_allclose(found.predictions[0].numpy(), logits, rtol=1e-12)
         assert float(found.loss.detach()) == pytest.approx(np.mean(hinge) + weight * entropy, rel=1e-12)
@@ -131,7 +131,7 @@ def test_targets_that_the_loss_ignores_are_left_out_of_the_memory_loss() -> None
     target, y = SUPPORT[[0, 4]], torch.tensor([0, -100])
     task = Task(SUPPORT[:2], torch.tensor([0, 1]), target, y)
     alone = Task(SUPPORT[:2], torch.tensor([0, 1]), target[:1], y[:1])
-    learner = learner_of(margin=1.5)
+    learner = learner_of(margin=1.5).eval()
     assert float(learner([task]).loss.detach()) == pytest.approx(float(learner([alone]).loss.detach()), rel=1e-12)
 
 

@@ -34,7 +34,8 @@ class OuterKeywords(TypedDict, total=False):
     """The keywords that every method without an inner loop takes, with the meaning that `MAMLPlusPlus` gives them.
 
     Other defaults than there: norm="running" (a norm is trained on the batch's own statistics and evaluated on stored
-    ones, as in any network), and cosine_annealing=True.
+    ones, as in any network), and cosine_annealing=True. Methods on an embedding then run support and target as one
+    batch in training, where both have the same shapes.
     """
 
     meta_lr: float | None
@@ -108,6 +109,9 @@ class Direct(Method):
         if not list(self.parameters()):
             raise ArgumentError(f"model: {type(model).__name__} has no parameters, so there is nothing to learn.")
         self._make_outer(outer.get("optimizer"), outer.get("scheduler"))
+        # What has no size yet has no value: torch.load(weights_only=True) would not take it.
+        self._register_state_dict_hook(_without_unsized)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_unsized)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -178,6 +182,18 @@ def _check_known(method: str, outer: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise TypeError(f"{method}() got an unexpected keyword argument '{name}'.{hint}")
+
+
+def _without_unsized(learner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name, parameter in learner.named_parameters():
+        if is_lazy(parameter):
+            state.pop(prefix + name, None)
+
+
+def _with_unsized(learner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in learner.named_parameters():
+        if is_lazy(parameter):
+            state.setdefault(prefix + name, parameter)
 
 
 def _moved(part: nn.Module | nn.Parameter, like: Tensor) -> nn.Module | nn.Parameter:

@@ -62,6 +62,10 @@ class Method(nn.Module, ABC):
         loss_fn: LossFunction,
     ) -> None:
         super().__init__()
+        if not callable(loss_fn):
+            raise ArgumentError(
+                f"loss_fn: expected a function loss_fn(prediction, y) to a scalar, but got {describe_value(loss_fn)}."
+            )
         self.settings = settings
         # A loss that is a module moves and trains with the learner; the user's own must not.
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn

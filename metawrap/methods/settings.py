@@ -363,3 +363,24 @@ def check_positive(name: str, value: Any) -> None:
     """Checks a method's own argument: a finite number above 0."""
     if not _POSITIVE[1](_plain(value)):
         raise ArgumentError(f"{name}: expected {_POSITIVE[0]}, but got {value!r}.")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises ArgumentError unless the value is True or False."""
+    if not _SWITCH[1](value):
+        raise ArgumentError(f"{name}: expected {_SWITCH[0]}, but got {value!r}.")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ArgumentError unless the value is a whole number of at least `least`."""
+    if not _is_int(value) or value < least:
+        raise ArgumentError(f"{name}: expected a whole number of at least {least}, but got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_below: bool = False) -> None:
+    """Raises ArgumentError unless the value is a finite number in low..high, where low itself may be left out."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_below and value == low) or value == math.inf:
+        bounds = f"{'above' if open_below else 'of at least'} {low:g}"
+        bounds += "" if high == math.inf else f" and at most {high:g}"
+        raise ArgumentError(f"{name}: expected a number {bounds}, but got {value!r}.")

@@ -28,7 +28,24 @@ from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.tables import comparison_table, method_name
 
 Overrides = Mapping[str, Mapping[str, Any]]
-_RUN_FIELDS = {each.name for each in fields(RunSettings)} - {"method", "options", "seed"}
+# What is compared on: the same for all methods.
+_COMMON = frozenset(
+    {
+        "data",
+        "data_root",
+        "split",
+        "image_size",
+        "ways",
+        "shots",
+        "targets",
+        "test_tasks",
+        "test_norms",
+        "seed",
+        "device",
+    }
+    | {"backbone", "filters", "model"}
+)
+_RUN_FIELDS = {each.name for each in fields(RunSettings)} - {"method", "options"}
 
 
 def settings_of(methods: list[str], common: RunSettings, budget: int, overrides: Overrides) -> dict[str, RunSettings]:
@@ -38,9 +55,10 @@ def settings_of(methods: list[str], common: RunSettings, budget: int, overrides:
         methods: names on the command line.
         common: what all of them share; its `epochs` validations divide the budget.
         budget: meta-steps of each.
-        overrides: for one method, by its name: "budget", another field of the run, or a keyword of the method.
+        overrides: for one method, by its name: "budget", a field of the run that does not change what is compared on,
+            or a keyword of the method.
     Raises:
-        ArgumentError: an unknown or repeated method, or a budget that the epochs do not divide.
+        ArgumentError: an unknown or repeated method, a budget that the epochs do not divide, or another task for one.
     """
     for name in [*methods, *overrides]:
         if name not in METHODS:
@@ -53,6 +71,10 @@ def settings_of(methods: list[str], common: RunSettings, budget: int, overrides:
 
 
 def _settings(method: str, common: RunSettings, budget: int, own: dict[str, Any]) -> RunSettings:
+    if shared := [name for name in own if name in _COMMON]:
+        raise ArgumentError(
+            f"set: {shared[0]} is what the methods are compared on, and cannot be another for {method}. Set it for all."
+        )
     budget = own.pop("budget", budget)
     changes = {name: own.pop(name) for name in list(own) if name in _RUN_FIELDS}
     epochs = changes.get("epochs", common.epochs)

@@ -201,7 +201,9 @@ def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
     except MetaWrapError as error:
         if "holds labels" not in str(error):
             raise
-        raise ArgumentError(f"ways: {error} --ways sets how many classes the task has.") from error
+        raise ArgumentError(
+            f"ways: {error} --ways, or --train-ways in training, sets how many the task has."
+        ) from error
     except Exception as error:  # Whatever the user's own forward raises.
         shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
         raise ArgumentError(

@@ -6,11 +6,11 @@ weights, optimizer state and random state, on the same tasks, and so ends with t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
         batch = experiment.train.batch(iteration)
         steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
         progress.step(steps[-1])
-    good = [step for step in steps if isfinite(step.loss)]  # The first number read waits for the device.
+    good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
     seconds = time.monotonic() - begun
     return {
         "epoch": epoch + 1,
@@ -224,7 +224,7 @@ def _test(
         "trained_norm": experiment.learner.settings.norm,
         "best_validation": {"epoch": test["epoch"], "accuracy": best["validation_accuracy"]},
         "skipped_steps": sum(record["skipped_steps"] for record in history),
-        "parameters": sum(p.numel() for p in experiment.learner.parameters() if p.requires_grad),
+        "parameters": _learned_numbers(experiment.learner),
         "step_seconds": _median([record.get("step_seconds") for record in history]),
         "peak_mib": max((record.get("peak_mib") or 0.0 for record in history), default=0.0) or None,
         "test_seconds": round(time.monotonic() - begun, 3),
@@ -267,6 +267,15 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
 
 def _device_rng(device: torch.device) -> list[Tensor]:
     return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+
+
+def _learned_numbers(learner: Any) -> int:
+    """How many numbers training changes: those of parameters that play no part are left out."""
+    rows = learner.describe().modules
+    unused = sum(
+        math.prod(row.parameters[name]) for row in rows for name, fate in row.fates.items() if fate == "unused"
+    )
+    return int(sum(p.numel() for p in learner.parameters() if p.requires_grad) - unused)
 
 
 def _median(values: Sequence[float | None]) -> float | None:

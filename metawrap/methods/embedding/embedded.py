@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from metawrap.engines.batched import first_line
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.direct import Direct, OuterKeywords, Parts
-from metawrap.methods.embedding.fitted import FittedHead
+from metawrap.methods.embedding.fitted import FittedHead, PlacedHead
 from metawrap.methods.first_look import FirstLook
 from metawrap.methods.outputs import ignored_label
 from metawrap.methods.solved import Solved, autograd, solved_from, usable
-from metawrap.results import IGNORED
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Inputs, Task, describe_value, same_device, tensors_in
+from metawrap.tasks import Inputs, Task, describe_value, map_tensors, same_device, tensors_in
 
 Embedding = Literal["head_input", "output"]
 
@@ -113,7 +113,7 @@ class Embedded(Direct):
         if norm == "running" and training and (both := _together(task)) is not None:
             # One batch, as in ordinary training: its statistics are those that are stored and used in evaluation.
             found = run(both, "batch", moments)
-            count = len(cast(Tensor, task.support_x))
+            count = len(tensors_in(task.support_x)[0])
             return found[:count], found[count:]
         statistics: Statistics = "running" if norm == "running" and not training else "batch"
         return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
@@ -175,8 +175,8 @@ class Embedded(Direct):
                 f"support_y: {name} needs each class from 0 to the last, but it holds {shown}. Relabel the episode to "
                 f"0..{ways - 1}."
             )
-        ignored = {ignored_label(self.loss_fn), IGNORED}
-        if missing := [y for y in asked if y >= ways or (y < 0 and y not in ignored)]:
+        ignored = ignored_label(self.loss_fn)
+        if missing := [y for y in asked if y != ignored and not 0 <= y < ways]:
             raise TaskError(
                 f"target_y holds classes {missing}, which the support set has not shown. Leave such targets out, or "
                 "show the classes."
@@ -188,6 +188,7 @@ class Embedded(Direct):
         before, self._head = self._head, head
         try:
             if head is not None:
+                self._refuse_unlike(head, task)
                 self._refuse_hidden(head, task)
             labels, ways = self._labels(task)
             # The statistics that every mode has; a first look is no pass, and records nothing.
@@ -200,6 +201,11 @@ class Embedded(Direct):
             _, loss = self._judged_on(shown, support, labels, ways, support)
             learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             unused: list[str] = []
+            if self.model.training and not loss.requires_grad:
+                raise UnsupportedModuleError(
+                    f"Nothing that {type(self).__name__} would learn has a gradient: all that comes before the head is "
+                    "frozen. Unfreeze some of it with requires_grad_(); evaluate and adapt work as it is."
+                )
             if loss.requires_grad and learned:
                 gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
                 unused = [name for name, g in zip(learned, gradients, strict=True) if g is None]
@@ -223,21 +229,48 @@ class Embedded(Direct):
             )
         return head
 
+    def _refuse_unlike(self, head: str, task: Task) -> None:
+        """Raises UnsupportedModuleError when a fitted head in its place would not predict what is judged here."""
+        calls: list[tuple[int, Any]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((len(args) + len(kwargs), map_tensors(output, Tensor.clone)))
+
+        handle = self.model.get_submodule(head).register_forward_hook(note, with_kwargs=True)
+        try:
+            prediction = self._run(task.support_x, "batch", None)
+        finally:
+            handle.remove()
+        if calls and calls[-1][0] != 1:
+            raise UnsupportedModuleError(
+                f"The head '{head}' is called with {calls[-1][0]} arguments, but what stands in its place is fitted to "
+                "one, the embedding. Name a module that takes one tensor with head=."
+            )
+        if calls and not _holds(prediction, calls[-1][1]):
+            raise UnsupportedModuleError(
+                f"The network does more behind the head '{head}': its prediction is not the head's own output, which "
+                f"is what {type(self).__name__} fits. Name the last module with head=, or move what follows into the "
+                "loss."
+            )
+
     def _refuse_hidden(self, head: str, task: Task) -> None:
         """Raises UnsupportedModuleError when another head in its place would not be run."""
-        stand_in = _StandIn()
+        stand_in, reason = (
+            _StandIn(),
+            "is called through something other than its place in the network (a list, a closure)",
+        )
         places = list(_put(self.model, head, stand_in))
         try:
             self._run(task.support_x, "batch", None)
-        except Exception:  # What it returns may not suit what comes behind it.
-            stand_in.calls = stand_in.calls or 1
+        except Exception as error:  # Once it was called, what it returned may not suit what comes behind it.
+            reason = f"is used for more than being called ({type(error).__name__}: {first_line(error)})"
         finally:
             for owner, local, original in places:
                 owner._modules[local] = original
         if not stand_in.calls:
             raise UnsupportedModuleError(
-                f"The head '{head}' is called through something other than its place in the network (a list, a "
-                "closure), so no fitted head could take its place. Call it by its attribute in forward."
+                f"The head '{head}' {reason}, so no fitted head could take its place. Call it by its attribute in "
+                "forward, and read nothing of it there."
             )
 
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
@@ -266,9 +299,8 @@ class Embedded(Direct):
         if self.embedding == "output":
             flatten = [("flatten", nn.Flatten())] if self.flat else []
             return nn.Sequential(OrderedDict([("network", module), *flatten, ("head", fitted)])).eval()
-        head = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), ("head", fitted)])) if self.flat else fitted
         assert self._head is not None
-        list(_put(module, self._head, head.eval()))
+        list(_put(module, self._head, PlacedHead(fitted, self.flat).eval()))
         return module
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -279,6 +311,16 @@ class Embedded(Direct):
         """Restores the counters, and the head's name where this learner has none yet."""
         super().set_extra_state(state)
         self._head = self._head or state.get("head")
+
+
+def _holds(prediction: Any, output: Any) -> bool:
+    """Whether a head's output is in a prediction, as it is or in another shape."""
+    if not isinstance(output, Tensor):
+        return False
+    own = output.flatten()
+    return any(
+        part.shape[:1] == output.shape[:1] and torch.equal(part.flatten(), own) for part in tensors_in(prediction)
+    )
 
 
 class _StandIn(nn.Module):
@@ -314,10 +356,12 @@ def _entering(module: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _together(task: Task) -> Tensor | None:
-    """Support and target inputs as one batch, where they can be."""
-    pair = [task.support_x, task.target_x]
-    one, other = (x if isinstance(x, Tensor) else None for x in pair)
-    if one is None or other is None or one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
-        return None
-    return torch.cat(tensors_in(pair))
+def _together(task: Task) -> Inputs | None:
+    """Support and target inputs as one batch; None where their shapes do not allow it."""
+    one, other = tensors_in(task.support_x), tensors_in(task.target_x)
+    alike = len(one) == len(other) and all(
+        a.ndim and b.ndim and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and len(a) == len(one[0])
+        for a, b in zip(one, other, strict=True)
+    )
+    targets = iter(other)
+    return map_tensors(task.support_x, lambda support: torch.cat([support, next(targets)])) if alike else None

@@ -25,6 +25,23 @@ class FittedHead(nn.Module):
         return copy.deepcopy(self).eval()
 
 
+class PlacedHead(nn.Module):
+    """A fitted head in the place of the user's own: takes one argument, whatever it is called there.
+
+    flat: whether an embedding of any shape is taken as a vector.
+    """
+
+    def __init__(self, head: nn.Module, flat: bool) -> None:
+        super().__init__()
+        self.head, self.flat = head, flat
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """(targets, ...) to (targets, ways)."""
+        [embeddings] = (*args, *kwargs.values())
+        logits: Tensor = self.head(embeddings.flatten(1) if self.flat else embeddings)
+        return logits
+
+
 def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:
     """(examples,) to (examples, ways), in the precision of `like`."""
     return nn.functional.one_hot(labels.long(), ways).to(like.dtype)

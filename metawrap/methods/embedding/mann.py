@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError
 from metawrap.methods.embedding.embedded import EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, one_hot
-from metawrap.methods.embedding.memory import PerClass, check_number, check_whole, slot_cosines
+from metawrap.methods.embedding.memory import PerClass, slot_cosines
+from metawrap.methods.settings import check_number, check_switch, check_whole
 
 Order = Literal["sorted", "given", "shuffled"]
 
@@ -36,7 +37,8 @@ class MANN(PerClass):
     the user's network's, not the pixels; a step reads before it writes, so that it does not find its own key; alpha is
     one learned number for each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1
     spreads it evenly over the rows (cosines differ by 2 at most), and needs about a hundred thousand episodes; and the
-    support set goes sorted by class, so that the outcome does not depend on how it is listed.
+    support set goes sorted by class, so that the outcome does not depend on the order of the classes; the examples of
+    a class keep theirs.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
@@ -85,8 +87,7 @@ class MANN(PerClass):
         check_number("key_strength", key_strength, 0, open_below=True)
         if order not in ("sorted", "given", "shuffled"):
             raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {order!r}.")
-        if not isinstance(support_loss, bool):
-            raise ArgumentError(f"support_loss: expected True or False, but got {support_loss!r}.")
+        check_switch("support_loss", support_loss)
         options: dict[str, Any] = {**sizes, "decay": decay, "key_strength": key_strength}
         options |= {"order": order, "support_loss": support_loss}
         parts = {"controller": Controller(hidden, slots, width, reads, decay, key_strength)}

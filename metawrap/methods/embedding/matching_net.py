@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError
 from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, cosine_similarities
-from metawrap.methods.settings import check_positive
+from metawrap.methods.settings import check_positive, check_switch, check_whole
 
 _STEPS = 5
 
@@ -66,14 +66,12 @@ class MatchingNet(Embedded):
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
         for name, value in {"full_context": full_context, "learn_scale": learn_scale}.items():
-            if not isinstance(value, bool):
-                raise ArgumentError(f"{name}: expected True or False, but got {value!r}.")
+            check_switch(name, value)
         check_positive("scale", scale)
         if processing_steps is not None and not full_context:
             raise ArgumentError("processing_steps: has no effect without full_context=True. Leave it out.")
         steps = _STEPS if processing_steps is None else processing_steps
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ArgumentError(f"processing_steps: expected a whole number of at least 1, but got {steps!r}.")
+        check_whole("processing_steps", steps, 1)
         options = {"full_context": full_context, "scale": scale, "learn_scale": learn_scale}
         parts: dict[str, nn.Module | nn.Parameter] = {}
         if learn_scale:

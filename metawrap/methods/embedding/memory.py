@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import TaskError
 from metawrap.methods.direct import Parts
 from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
+from metawrap.methods.settings import check_whole
 from metawrap.tasks import Task
 
 
@@ -79,18 +79,3 @@ class PerClass(Embedded):
                 f"{'as ways= says' if self.rows.ways else 'the number in its first task'}. Build it with ways={ways}."
             )
         return labels, ways
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ArgumentError unless the value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name}: expected a whole number of at least {least}, but got {value!r}.")
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_below: bool = False) -> None:
-    """Raises ArgumentError unless the value is a finite number in low..high, where low itself may be left out."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_below and value == low) or value == math.inf:
-        bounds = f"{'above' if open_below else 'of at least'} {low:g}"
-        bounds += "" if high == math.inf else f" and at most {high:g}"
-        raise ArgumentError(f"{name}: expected a number {bounds}, but got {value!r}.")

@@ -11,9 +11,8 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead
-from metawrap.methods.embedding.memory import check_number, check_whole
 from metawrap.methods.outputs import ignored_label
-from metawrap.results import IGNORED
+from metawrap.methods.settings import check_number, check_switch, check_whole
 
 _FREE = -1
 
@@ -74,8 +73,7 @@ class MemoryModule(Embedded):
         for name, number in numbers.items():
             check_number(name, number, 0)
         check_number("inverse_temperature", inverse_temperature, 0, open_below=True)
-        if not isinstance(key_gradients, bool):
-            raise ArgumentError(f"key_gradients: expected True or False, but got {key_gradients!r}.")
+        check_switch("key_gradients", key_gradients)
         if task_loss == 0 and "loss_fn" in keywords:
             raise ArgumentError("loss_fn: has no effect with task_loss=0. Leave it out, or give task_loss a weight.")
         options: dict[str, Any] = {"slots": slots, "neighbours": neighbours, "key_gradients": key_gradients}
@@ -101,7 +99,7 @@ class MemoryModule(Embedded):
     ) -> tuple[Tensor, Tensor]:
         memory = self._fitted(support, labels, ways)
         prediction = memory(target)
-        counted = (target_y != ignored_label(self.loss_fn)) & (target_y != IGNORED)
+        counted = target_y != ignored_label(self.loss_fn)
         loss = memory.loss(target[counted], target_y[counted], self.margin)
         if self.task_loss:
             loss = loss + self.task_loss * self._loss(prediction, target_y, "target")

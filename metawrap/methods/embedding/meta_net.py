@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from metawrap.layers.learned_update import preprocessed
 from metawrap.methods.embedding.embedded import EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, cosine_similarities, one_hot
-from metawrap.methods.embedding.memory import ClassRows, PerClass, check_whole
+from metawrap.methods.embedding.memory import ClassRows, PerClass
+from metawrap.methods.settings import check_whole
 
 # How small a gradient may be, exp(-p), before its logarithm says nothing.
 _P = 7.0

@@ -17,6 +17,7 @@ from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, class_means
 from metawrap.methods.first_look import FirstLook
 from metawrap.methods.outputs import ignored_label
+from metawrap.methods.settings import check_number, check_whole
 from metawrap.methods.solved import autograd
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -91,13 +92,10 @@ class NeuralStatistician(Embedded):
     ) -> None:
         sizes = {"context": context, "latent": latent, "hidden": hidden}
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ArgumentError(f"{name}: expected a whole number of at least 1, but got {size!r}.")
+            check_whole(name, size, 1)
         if likelihood not in ("auto", "bernoulli", "gaussian"):
             raise ArgumentError(f"likelihood: expected 'auto', 'bernoulli' or 'gaussian', but got {likelihood!r}.")
-        number = isinstance(discriminative, int | float) and not isinstance(discriminative, bool)
-        if not number or not 0 <= discriminative < math.inf:
-            raise ArgumentError(f"discriminative: expected a number of at least 0, but got {discriminative!r}.")
+        check_number("discriminative", discriminative, 0)
         if "loss_fn" in keywords and not discriminative:
             raise ArgumentError(
                 "loss_fn: has no effect on NeuralStatistician, which is trained by its variational bound. Leave it "

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.methods.embedding.embedded import Embedded, EmbeddedKeywords
 from metawrap.methods.embedding.fitted import FittedHead, class_sums, one_hot
+from metawrap.methods.settings import check_whole
 from metawrap.results import IGNORED
 from metawrap.tasks import describe_value
 
@@ -74,8 +75,8 @@ class RelationNet(Embedded):
         relation: nn.Module | None = None,
         **keywords: Unpack[EmbeddedKeywords],
     ) -> None:
-        if hidden is not None and (not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1):
-            raise ArgumentError(f"hidden: expected a whole number of at least 1, or None, but got {hidden!r}.")
+        if hidden is not None:
+            check_whole("hidden", hidden, 1)
         if relation is None:
             hidden = hidden or 64
             part = relation_module(hidden)
