@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of benchmarks/results/methods.md: every method on Omniglot, 5-way 1-shot, Conv4 with 64 filters.
 #   bash benchmarks/methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]
-# DATA_ROOT is Omniglot's folder or zip. Run again, it continues what was stopped; an hour and a half on two cores.
+# DATA_ROOT is Omniglot's folder or zip. Run again, it continues what was stopped; an hour and a quarter on two cores.
 # Metric and joint methods train on 20-way tasks, as ProtoNet's paper does; the test tasks are the same for all.
 set -euo pipefail
 data=${1:?usage: methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]}
@@ -10,8 +10,8 @@ methods=${3:-maml++,maml,fomaml,meta-sgd,anil,reptile,lstm,r2d2,metaoptnet,proto
 jobs=${4:-2}
 
 settings=(
-  maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4 maml++.engine=functional maml++.channels_last=true
-  maml.budget=1000 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
+  maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4 maml++.workers=2 maml++.channels_last=true
+  maml.budget=600 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
   fomaml.budget=1500 fomaml.meta_lr=0.002 fomaml.cosine_annealing=true fomaml.engine=functional
   meta-sgd.budget=3000 meta-sgd.meta_lr=0.003 meta-sgd.cosine_annealing=true meta-sgd.engine=functional
   anil.budget=3500 anil.tasks_per_batch=8 anil.meta_lr=0.002
