@@ -202,7 +202,7 @@ def test_inspect_hints_at_ways_only_where_the_network_has_fewer_outputs(capsys):
         "from torch import nn\ndef three(): return nn.Linear(4, 3)\n"
         "def flat(): return nn.Sequential(nn.Linear(4, 5), nn.Flatten(0))\n"
     )
-    hint = "--ways sets how many classes the task has."
+    hint = "--ways sets how many classes a task has, --train-ways in training."
     for options in ([], ["--set", "mask_unused_outputs=true"]):
         assert main(["inspect", "--model", "outputs:three", "--input-shape", "4", *options]) == 2
         assert complaint(capsys).endswith(hint)

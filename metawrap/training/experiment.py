@@ -202,7 +202,7 @@ def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
         if "holds labels" not in str(error):
             raise
         raise ArgumentError(
-            f"ways: {error} --ways, or --train-ways in training, sets how many the task has."
+            f"ways: {error} --ways sets how many classes a task has, --train-ways in training."
         ) from error
     except Exception as error:  # Whatever the user's own forward raises.
         shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
