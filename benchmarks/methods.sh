@@ -11,7 +11,7 @@ jobs=${4:-2}
 
 settings=(
   maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4 maml++.workers=2 maml++.channels_last=true
-  maml.budget=600 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
+  maml.budget=400 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
   fomaml.budget=1500 fomaml.meta_lr=0.002 fomaml.cosine_annealing=true fomaml.engine=functional
   meta-sgd.budget=3000 meta-sgd.meta_lr=0.003 meta-sgd.cosine_annealing=true meta-sgd.engine=functional
   anil.budget=3500 anil.tasks_per_batch=8 anil.meta_lr=0.002
@@ -25,7 +25,7 @@ settings=(
   protonet.budget=5000 protonet.train_ways=20 protonet.tasks_per_batch=1 protonet.meta_lr=0.003
   matchingnet.budget=5000 matchingnet.train_ways=20 matchingnet.tasks_per_batch=1 matchingnet.meta_lr=0.003
   matchingnet.scale=10
-  relationnet.budget=5000 siamese.budget=3000 mann.budget=3000 metanet.budget=3000 memorymodule.budget=3500
+  relationnet.budget=5000 siamese.budget=3000 mann.budget=3000 metanet.budget=2000 memorymodule.budget=3500
   statistician.budget=3000 statistician.discriminative=10
   fine-tune.budget=1200 fine-tune.epochs=4 fine-tune.train_ways=20 fine-tune.meta_lr=0.003
   multi-task.budget=1200 multi-task.epochs=4 multi-task.train_ways=20 multi-task.meta_lr=0.003
