@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +62,9 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        with suppress(RuntimeError):  # Who fails has gone by then.
+            # Or one closes its connections while another still uses them: seen to abort at exit on a busy machine.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
