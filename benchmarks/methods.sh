@@ -12,7 +12,7 @@ jobs=${4:-2}
 settings=(
   maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4 maml++.workers=2 maml++.channels_last=true
   maml.budget=400 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
-  fomaml.budget=1500 fomaml.meta_lr=0.002 fomaml.cosine_annealing=true fomaml.engine=functional
+  fomaml.budget=1200 fomaml.meta_lr=0.002 fomaml.cosine_annealing=true fomaml.engine=functional
   meta-sgd.budget=3000 meta-sgd.meta_lr=0.003 meta-sgd.cosine_annealing=true meta-sgd.engine=functional
   anil.budget=3500 anil.tasks_per_batch=8 anil.meta_lr=0.002
   reptile.budget=800 reptile.epochs=5 reptile.tasks_per_batch=2 reptile.inner_steps=8 reptile.evaluation_steps=20
@@ -28,7 +28,7 @@ settings=(
   relationnet.budget=5000 siamese.budget=3000 mann.budget=3000 metanet.budget=2000 memorymodule.budget=3500
   statistician.budget=3000 statistician.discriminative=10
   fine-tune.budget=1200 fine-tune.epochs=4 fine-tune.train_ways=20 fine-tune.meta_lr=0.003
-  multi-task.budget=1200 multi-task.epochs=4 multi-task.train_ways=20 multi-task.meta_lr=0.003
+  multi-task.budget=600 multi-task.epochs=4 multi-task.train_ways=20 multi-task.meta_lr=0.003
   zero-step.budget=200
 )
 sets=()
