@@ -149,6 +149,14 @@ SETTINGS = {
         _metawrap("workers", engine="functional", workers="auto"),
         _metawrap("workers channels_last", engine="functional", workers="auto", channels_last=True),
         _metawrap("workers flat", engine="functional", workers="auto", memory="flat"),
+        _metawrap("processes", engine="functional", workers="auto", workers_in="processes"),
+        _metawrap(
+            "processes channels_last",
+            engine="functional",
+            workers="auto",
+            workers_in="processes",
+            channels_last=True,
+        ),
         _metawrap("tune", engine="functional", tune=True),
         _metawrap("batched", engine="batched"),
         _metawrap("batched flat", engine="batched", memory="flat"),
@@ -157,6 +165,9 @@ SETTINGS = {
         _metawrap("batched graphs", engine="batched", cuda_graphs=True, settles=4, by_name=True),
         _metawrap("first-order", engine="functional", first_order=True),
         _metawrap("first-order workers", engine="functional", first_order=True, workers="auto"),
+        _metawrap(
+            "first-order processes", engine="functional", first_order=True, workers="auto", workers_in="processes"
+        ),
         _metawrap("first-order tune", engine="functional", first_order=True, tune=True),
     )
 }

@@ -50,6 +50,7 @@ from metawrap.methods.graphed import Recordings
 from metawrap.methods.head_start import HEAD_STARTS, HeadStart
 from metawrap.methods.method import LossFunction
 from metawrap.methods.pace import Paced
+from metawrap.methods.processes import in_processes, refused
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
 from metawrap.methods.solved import Solved, autograd, dense
@@ -210,8 +211,8 @@ class GradientBased(Paced):
         warn_unused([name for name in unused if name not in known])
         if once:
             warn_once(once, self.settings.first_order_epochs)
-        threads = differentiable and self.model.training and self.settings.workers != 1
-        left = traces.found or (self._replica_differs(task) if threads else None)
+        several = differentiable and self.model.training and self.settings.workers != 1
+        left = traces.found or (self._worker_differs(task, self.speed.processes) if several else None)
         return FirstLook(unused, differentiable, once, left)
 
     @contextmanager
@@ -269,19 +270,26 @@ class GradientBased(Paced):
             probe._tuned, probe._engine = before, None
         return not differ(found[1], found[0], tolerance)
 
-    def _replica_differs(self, task: Task) -> str | None:
+    def _worker_differs(self, task: Task, processes: bool) -> str | None:
         engine = self._chosen[0]
 
         def gradient(learner: Any, one: Task) -> Gradients:
             return learner._gradient_with(engine, [one])  # type: ignore[no-any-return]
 
+        if processes and refused():
+            return None  # Which `_alone` says.
         try:
-            # In a thread, as it will run: what belongs to a thread is another there.
-            [found] = in_threads(gradient, [task], [self._replica()])
+            # Where it will run: what belongs to a thread is another there, and not all libraries can be forked.
+            if processes:
+                [found] = in_processes(lambda one: gradient(self, one), [task], 1, lambda: None)
+            else:
+                [found] = in_threads(gradient, [task], [self._replica()])
             same = not differ(found, gradient(self, task))
         except Exception as error:  # A copy of the user's own that does not run, in whatever way.
-            return f"a replica of it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        return None if same else "a replica of it does not give the same gradient"
+            what = "in a forked process it" if processes else "a replica of it"
+            return f"{what} fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        where = "in a forked process it" if processes else "a replica of it"
+        return None if same else f"{where} does not give the same gradient"
 
     def _refuse_impure(self, task: Task) -> None:
         if edited := self._buffer_edits.edited:

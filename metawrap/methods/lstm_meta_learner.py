@@ -16,7 +16,7 @@ from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.maml import MAML, Unroll
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
-from metawrap.methods.settings import HeadInit, Memory, NormPolicy, Settings
+from metawrap.methods.settings import HeadInit, Memory, NormPolicy, Settings, WorkersIn
 from metawrap.surgery.swap import Factory
 from metawrap.surgery.wrap import Selection
 
@@ -86,6 +86,7 @@ class LSTMMetaLearner(MAML):
         engine: Literal["auto", "higher", "functional", "batched"] = "auto",
         memory: Memory = "unrolled",
         workers: int | Literal["auto"] = 1,
+        workers_in: WorkersIn | None = None,
         channels_last: bool = False,
         tune: bool = False,
         allocator: bool = True,

@@ -39,6 +39,7 @@ from metawrap.methods.settings import (
     InnerOptimizerName,
     NormPolicy,
     Settings,
+    WorkersIn,
     check_choice,
     check_preset,
     resolve,
@@ -149,6 +150,7 @@ class MAML(GradientBased):
         engine: Literal["auto", "higher", "functional", "batched"] = "auto",
         memory: Literal["unrolled", "flat"] = "unrolled",
         workers: int | Literal["auto"] = 1,
+        workers_in: WorkersIn | None = None,
         channels_last: bool = False,
         tune: bool = False,
         allocator: bool = True,
@@ -564,13 +566,15 @@ class MAMLPlusPlus(MAML):
             pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
             the batch with engine="batched", whose tasks run at once only within it.
-        workers: in `meta_step`, threads that solve tasks at the same time, on a CPU; "auto" for one a core. They share
-            the cores out, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same, added in
-            the same order. A model or loss that draws random numbers, changes anything that it holds, or has hooks, is
-            solved one task after another; `describe()` says so.
+        workers: in `meta_step`, how many tasks are solved at the same time, on a CPU; "auto" for one a core. Workers
+            share the cores out, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same,
+            added in the same order. A model or loss that draws random numbers, changes anything that it holds, or has
+            hooks, is solved one task after another; `describe()` says so.
+        workers_in: "threads" (default) or "processes", which are forked for each meta-step, on Linux: faster where
+            much of the time is Python's, as threads wait for each other there.
         channels_last: hands 4- and 5-dimensional inputs to the model with the channels of a pixel side by side, which
             convolutions and pooling often run faster on; the gradients are the same up to rounding.
-        tune: times these two in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint
+        tune: times these three in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint
             holds it.
         allocator: on Linux, lets this process keep the memory that it frees, from the first meta-step on.
         cuda_graphs: on a GPU, records the kernels of a meta-gradient and replays them, for batches of one shape; what

@@ -22,6 +22,7 @@ from metawrap.methods.first_look import FirstLook, Gradients, warn_alone
 from metawrap.methods.graphed import Recordings, check_can_record, form_of
 from metawrap.methods.head_start import HeadStart
 from metawrap.methods.method import Chunk, LossFunction, Method, Result
+from metawrap.methods.processes import ChildError, LeftBehindError, in_processes, refused
 from metawrap.methods.settings import Settings
 from metawrap.methods.solved import Solved, restored_buffers, usable
 from metawrap.methods.traces import Generators, difference, state_of
@@ -50,8 +51,8 @@ class Paced(Method):
         self._in_one_thread: str | None = None
 
     @abstractmethod
-    def _replica_differs(self, task: Task) -> str | None:
-        """Why a replica in a thread does not do what the learner does, or None."""
+    def _worker_differs(self, task: Task, processes: bool) -> str | None:
+        """Why a worker, in a thread or a process, does not do what the learner does, or None."""
 
     @abstractmethod
     def _carries_layout(self, task: Task) -> bool:
@@ -77,10 +78,17 @@ class Paced(Method):
         except DisturbedError as disturbed:
             # What began after the first look: random draws, a counter. From now on in order, this step included.
             self._in_one_thread = str(disturbed)
+            failed = isinstance(disturbed.__cause__, ChildError)
             generators.put_back()
-            if self.settings.workers not in (1, "auto"):  # What was measured is nobody's wish; describe() says it.
-                warn_alone(self.settings.workers, self._in_one_thread)
-        return super()._meta_gradient(batch, parameters)
+        try:
+            found = super()._meta_gradient(batch, parameters)
+        except BaseException:
+            if failed:  # Here as there, so it is not the process that is to blame.
+                self._in_one_thread = None
+            raise
+        if self.settings.workers not in (1, "auto"):  # What was measured is nobody's wish; describe() says it.
+            warn_alone(self.settings.workers, self._in_one_thread)
+        return found
 
     def _replayed(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> tuple[list[Solved], list[Tensor | None]]:
         batch = TaskBatch(tuple(usable(task) for task in batch))
@@ -128,16 +136,22 @@ class Paced(Method):
             if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].once:
                 self.settings = replace(settings, first_order_epochs=0)
             task = usable(few[0])
-            independent = not self._alone() and not self._replica_differs(task)
-            counts = [n for n in range(2, cores + 1) if cores % n == 0] if independent else []
-            chosen = fastest(run, [True] if images and self._carries_layout(task) else [], counts)
+            counts = [n for n in range(2, cores + 1) if cores % n == 0]
+            workers = [
+                (count, processes)
+                for processes in (False, True)
+                if counts and not self._alone(processes) and not self._worker_differs(task, processes)
+                for count in counts
+            ]
+            chosen = fastest(run, [True] if images and self._carries_layout(task) else [], workers)
         finally:
             self.settings, self._tuned = settings, chosen
 
     @property
     def speed(self) -> Speed:
         """How tasks are run: as the constructor was told, or as was measured."""
-        return self._tuned or Speed(self.settings.workers, self.settings.channels_last)
+        s = self.settings
+        return self._tuned or Speed(s.workers, s.channels_last, s.workers_in == "processes")
 
     def _speed_text(self) -> str:
         if self._chosen[0] == "batched":
@@ -150,17 +164,20 @@ class Paced(Method):
             return f"{replace(self.speed, workers=1)}: {reason}"
         return str(self.speed)
 
-    def _alone(self) -> str | None:
-        """Why tasks cannot be solved at the same time, or None."""
+    def _alone(self, processes: bool | None = None) -> str | None:
+        """Why tasks cannot be solved at the same time, in threads or in processes, or None."""
+        processes = self.speed.processes if processes is None else processes
         if self._device.type != "cpu":
-            return "threads are for the CPU"
+            return "workers are for the CPU"
         if self._chosen[0] != "functional":
             return f'engine="{self._chosen[0]}" runs in one thread'
         if reason := self._in_one_thread or self._changes():
             return reason
         if any(getattr(module, "max_norm", None) is not None for module in self.model.modules()):
             return "an embedding with max_norm edits its weights in forward"
-        if any(parametrize.is_parametrized(module) for module in self.model.modules()):
+        if processes and (reason := refused()):
+            return reason
+        if not processes and any(parametrize.is_parametrized(module) for module in self.model.modules()):
             return "torch caches the results of parametrizations for all threads together"
         if any(parameter._backward_hooks for parameter in self.parameters()):
             return "a parameter has a hook on its gradient"
@@ -170,7 +187,28 @@ class Paced(Method):
         count = self.speed.number_of_workers(len(chunks))
         if count < 2 or self._alone():
             yield from super()._in_order(work, chunks)
-            return
+        elif self.speed.processes:
+            yield from self._in_processes(work, chunks, count)
+        else:
+            yield from self._in_threads(work, chunks, count)
+
+    def _in_processes(
+        self, work: Callable[[Any, Chunk], Result], chunks: Sequence[Chunk], count: int
+    ) -> Iterator[Result]:
+        before = state_of(self._parts())
+        try:
+            # What this sets for the whole process is set in those that are forked from it, too.
+            with self._twice():
+                yield from in_processes(
+                    lambda chunk: work(self, chunk), chunks, count, lambda: difference(before, state_of(self._parts()))
+                )
+        except (ChildError, LeftBehindError) as error:
+            # The same step again, in order: if it fails there too, whoever called sees it as it is.
+            raise DisturbedError(str(error)) from error
+
+    def _in_threads(
+        self, work: Callable[[Any, Chunk], Result], chunks: Sequence[Chunk], count: int
+    ) -> Iterator[Result]:
         try:
             replicas = [self._replica() for _ in range(count)]
         except Exception as error:  # A lock, say, that was given to the model since the first look.

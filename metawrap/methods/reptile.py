@@ -18,7 +18,7 @@ from metawrap.errors import ArgumentError, TaskError
 from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
-from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings
+from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, WorkersIn
 from metawrap.methods.solved import attached
 from metawrap.results import MetaOutput
 from metawrap.surgery.swap import Factory
@@ -98,6 +98,7 @@ class Reptile(MAML):
         max_grad_value: float | None = None,
         engine: Literal["auto", "higher", "functional", "batched"] = "auto",
         workers: int | Literal["auto"] = 1,
+        workers_in: WorkersIn | None = None,
         channels_last: bool = False,
         tune: bool = False,
         allocator: bool = True,

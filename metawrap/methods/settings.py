@@ -15,6 +15,7 @@ from metawrap.errors import ArgumentError
 NormPolicy = Literal["batch", "running", "support"]
 HeadInit = Literal["learned", "zeros", "random", "stored"]
 Memory = Literal["unrolled", "flat"]
+WorkersIn = Literal["threads", "processes"]
 InnerOptimizerName = Literal["sgd", "adam"]
 
 _OFF: dict[str, Any] = {
@@ -40,6 +41,7 @@ _INNER: dict[str, Any] = {
     "inner_momentum": _RULE.momentum,
     "inner_betas": _RULE.betas,
     "inner_eps": _RULE.eps,
+    "workers_in": "threads",
 }
 _ALL_PARTS = dict.fromkeys(
     ("multi_step_loss", "per_step_norm_statistics", "per_step_norm_affine", "learn_inner_lr", "cosine_annealing"), True
@@ -126,6 +128,7 @@ class Settings(OuterSettings):
     mask_unused_outputs: bool
     memory: Memory
     workers: int | str
+    workers_in: str
     channels_last: bool
     tune: bool
     cuda_graphs: bool
@@ -148,7 +151,7 @@ class Settings(OuterSettings):
     @property
     def in_threads(self) -> bool:
         """Whether tasks may be solved in several threads."""
-        return self.workers != 1 or self.tune
+        return (self.workers != 1 and self.workers_in == "threads") or self.tune
 
 
 OUTER_DEFAULTS: dict[str, Any] = {
@@ -247,6 +250,8 @@ def _consistent(values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str
             raise ArgumentError(f"{name}: has no effect with {switch}=False. Leave it out, or pass {switch}=True.")
     if "min_meta_lr" not in explicit:
         values["min_meta_lr"] = min(values["min_meta_lr"], values["meta_lr"])
+    if "workers_in" in explicit and values["workers"] == 1:
+        raise ArgumentError('workers_in: has no effect with workers=1. Leave it out, or pass workers=2 or "auto".')
     for name in {"betas", "inner_betas"} & values.keys():
         values[name] = tuple(values[name])
     if values["min_meta_lr"] > values["meta_lr"]:
@@ -263,7 +268,7 @@ def _check(name: str, value: Any) -> None:
 
 
 _BELONGS_TO_RULE = {"inner_momentum": "sgd", "inner_betas": "adam", "inner_eps": "adam"}
-_TUNED = {"workers": 1, "channels_last": False}
+_TUNED = {"workers": 1, "workers_in": None, "channels_last": False}
 _BELONGS = {"msl_epochs": "multi_step_loss", "min_meta_lr": "cosine_annealing"}
 _REPLACED = {
     "optimizer": ("meta_lr", "min_meta_lr", "betas", "cosine_annealing", "linear_annealing"),
@@ -340,6 +345,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
     "mask_unused_outputs": _SWITCH,
     "memory": _one_of(Memory),
     "workers": ('a whole number of at least 1, or "auto"', lambda v: v == "auto" or (_is_int(v) and v >= 1)),
+    "workers_in": _one_of(WorkersIn),
     "channels_last": _SWITCH,
     "tune": _SWITCH,
     "allocator": _SWITCH,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ _REPEATS = 2
 
 @dataclass(frozen=True)
 class Speed:
-    """workers: threads that solve tasks at the same time; "auto": one a core. channels_last: the layout of images."""
+    """workers: how many solve tasks at the same time; "auto": one a core. channels_last: the layout of images.
+
+    processes: whether they are processes, and not threads.
+    """
 
     workers: int | str = 1
     channels_last: bool = False
+    processes: bool = False
     why: str = ""
 
     def number_of_workers(self, chunks: int) -> int:
@@ -28,13 +32,12 @@ class Speed:
         return min(torch.get_num_threads() if isinstance(self.workers, str) else self.workers, chunks)
 
     def __str__(self) -> str:
-        threads = "one task after another" if self.workers == 1 else f"{_threads(self.workers)}, a task in each"
+        kind = "process" if self.processes else "thread"
+        plural = f"{kind}es" if self.processes else f"{kind}s"
+        many = f"one {kind} a core" if isinstance(self.workers, str) else f"{self.workers} {plural}"
+        workers = "one task after another" if self.workers == 1 else f"{many}, a task in each"
         layout = ", images in channels_last" if self.channels_last else ""
-        return threads + layout + (f" ({self.why})" if self.why else "")
-
-
-def _threads(workers: int | str) -> str:
-    return "one thread a core" if isinstance(workers, str) else f"{workers} threads"
+        return workers + layout + (f" ({self.why})" if self.why else "")
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:
@@ -49,12 +52,13 @@ def to_channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
 
 
-def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Iterable[int]) -> Speed:
+def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Iterable[tuple[int, bool]]) -> Speed:
     """The fastest way: first the layout with one worker, then the workers.
 
     Args:
         run: the meta-gradient of one batch; a way in which it raises is passed over, unless it is the plain one.
-        layouts, workers: what may be tried besides the plain way; known to give the same gradient.
+        layouts, workers: what may be tried besides the plain way; known to give the same gradient. workers: how many,
+            and whether they are processes.
     """
     plain = Speed()
     run(plain)
@@ -69,11 +73,11 @@ def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Itera
         return so_far
 
     chosen = best((Speed(1, layout) for layout in layouts), plain)
-    chosen = best((Speed(count, chosen.channels_last) for count in workers), chosen)
+    chosen = best((Speed(count, chosen.channels_last, processes) for count, processes in workers), chosen)
     why = f"measured: {seconds[chosen]:.3g} s for a meta-gradient"
     if chosen != plain:
         why += f", {seconds[plain]:.3g} s one after another" + (" in the usual layout" if chosen.channels_last else "")
-    return Speed(chosen.workers, chosen.channels_last, why)
+    return replace(chosen, why=why)
 
 
 def _runs(run: Callable[[Speed], Any], candidate: Speed) -> bool:
