@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import random
+import sys
 import threading
 import time
 import weakref
@@ -38,7 +39,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "flat": {"workers": 2, "memory": "flat"},
     "channels_last": {"channels_last": True},
     "both": {"workers": 2, "channels_last": True},
+    "processes": {"workers": 2, "workers_in": "processes"},
+    "more processes than tasks": {"workers": 7, "workers_in": "processes"},
+    "two tasks in each process": {"workers": 2, "workers_in": "processes", "tasks_per_backward": 2},
+    "flat in processes": {"workers": 2, "workers_in": "processes", "memory": "flat"},
+    "channels_last in processes": {"workers": 2, "workers_in": "processes", "channels_last": True},
 }
+WORKERS_IN = ["threads", pytest.param("processes", marks=pytest.mark.skipif(sys.platform != "linux", reason="no fork"))]
 
 
 @pytest.mark.parametrize(
@@ -69,18 +76,21 @@ def test_every_way_equals_the_oracle(way: str, second_order: bool) -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "support", "running"])
-def test_every_norm_policy_in_threads_equals_the_oracle(norm: str) -> None:
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_every_norm_policy_in_workers_equals_the_oracle(norm: str, workers_in: str) -> None:
     model, batch = seeded(NormedMlp), class_tasks((4,))
-    learner = build(model, norm=norm, inner_steps=STEPS, workers=2, msl_epochs=ANNEAL_EPOCHS)
+    learner = build(model, norm=norm, inner_steps=STEPS, workers=2, workers_in=workers_in, msl_epochs=ANNEAL_EPOCHS)
     reference = reference_for(model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm)
     assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
 
 
-def test_threads_are_bit_for_bit_one_thread() -> None:
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_workers_are_bit_for_bit_one_thread(workers_in: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        learners = [build(seeded(Conv4).float(), workers=workers) for workers in (1, 2)]
+        ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": workers_in}]
+        learners = [build(seeded(Conv4).float(), **way) for way in ways]
         for _ in range(3):
             for learner in learners:
                 learner.meta_step(floats(CASES["conv4"].batch()))
@@ -266,8 +276,10 @@ HELD: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_whatever_a_forward_changes_is_seen(held: str) -> None:
-    alone, asked = (build(seeded(HELD[held]), workers=n, engine="functional") for n in (1, 2))
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
+    alone = build(seeded(HELD[held]), engine="functional")
+    asked = build(seeded(HELD[held]), workers=2, workers_in=workers_in, engine="functional")
     ByClass.calls = Watch.most = 0
     first = [alone.meta_step(class_tasks((4,), tasks=4)).loss for _ in range(2)]
     ByClass.calls = 0
@@ -331,8 +343,10 @@ class Scheduled(Watched):
 
 @pytest.mark.parametrize("change", ["dropout", "counting"])
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
-def test_what_begins_after_the_first_step_is_seen(change: str, memory: str) -> None:
-    plain, fast = (build(seeded(Scheduled), engine="functional", workers=n, memory=memory) for n in (1, 2))
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_what_begins_after_the_first_step_is_seen(change: str, memory: str, workers_in: str) -> None:
+    ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": workers_in}]
+    plain, fast = (build(seeded(Scheduled), engine="functional", memory=memory, **way) for way in ways)
     batch = class_tasks((4,), tasks=4)
     for learner in (plain, fast):
         learner.meta_step(batch)
@@ -442,11 +456,13 @@ HAZARDS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("hazard", HAZARDS)
-def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str) -> None:
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str, workers_in: str) -> None:
     make, reason = HAZARDS[hazard]
     batch = CASES["conv4"].batch() if make is hooked_conv4 else class_tasks((4,), tasks=4)
     Watch.most = 0
-    alone, asked = (build(seeded(make), workers=n, engine="functional") for n in (1, 2))
+    ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": workers_in}]
+    alone, asked = (build(seeded(make), engine="functional", **way) for way in ways)
     torch.manual_seed(3)
     alone.meta_step(batch)
     torch.manual_seed(3)
@@ -496,8 +512,9 @@ def test_a_model_whose_copy_differs_is_solved_in_order() -> None:
         learner.meta_step(class_tasks((4,)))
 
 
-def test_a_failing_task_leaves_all_as_it_was() -> None:
-    learner, batch = build(seeded(NormedMlp), workers=2), class_tasks((4,), tasks=4)
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_a_failing_task_leaves_all_as_it_was(workers_in: str) -> None:
+    learner, batch = build(seeded(NormedMlp), workers=2, workers_in=workers_in), class_tasks((4,), tasks=4)
     learner.meta_step(batch)
     before, threads = fingerprint(learner), torch.get_num_threads()
     tasks = TaskBatch.stacked(*batch).tasks
@@ -507,6 +524,7 @@ def test_a_failing_task_leaves_all_as_it_was() -> None:
     assert fingerprint(learner) == before
     assert torch.get_num_threads() == threads
     assert not [t for t in threading.enumerate() if t.name.startswith("metawrap-worker")]
+    assert learner._alone() is None, "it was the task's fault, so the next step has workers again"
 
 
 def test_results_come_in_order_and_modes_are_the_callers() -> None:
@@ -562,25 +580,28 @@ def test_channels_last_reaches_the_first_convolution() -> None:
 
 def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    cost = {(1, False): 10.0, (1, True): 9.0, (2, True): 8.0, (4, True): 7.9, (8, True): 2.0}
+    cost = {(1, False): 10.0, (1, True): 9.0, (2, True): 8.0, (4, True): 7.9, (8, True): 2.0, "processes": 5.0}
 
     def run(speed: Speed) -> list[Tensor]:
         nonlocal clock
         if speed.workers == 8:
             raise RuntimeError("not this one")
-        clock += cost[speed.workers, speed.channels_last]  # type: ignore[index]
+        clock += cost["processes" if speed.processes else (speed.workers, speed.channels_last)]  # type: ignore[index]
         return [torch.tensor([1.0, 2.0 + speed.channels_last])]
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     # Eight workers fail, and four gain too little over two.
-    found = fastest(run, [True], [2, 4, 8])
-    assert (found.workers, found.channels_last) == (2, True)
+    found = fastest(run, [True], [(2, False), (4, False), (8, False)])
+    assert (found.workers, found.channels_last, found.processes) == (2, True, False)
+    found = fastest(run, [True], [(2, False), (2, True)])
+    assert (found.workers, found.channels_last, found.processes) == (2, True, True)
+    found = fastest(run, [True], [(2, False), (4, False), (8, False)])
     assert "8" in found.why
     assert "10" in found.why
 
 
 def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Speed(2, True, "measured: so")
+    chosen = Speed(2, True, why="measured: so")
     calls: list[Any] = []
 
     def choose(run: Any, layouts: Any, workers: Any) -> Speed:
@@ -688,6 +709,9 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
         ({"workers": "all"}, "workers: expected"),
         ({"workers": 2, "engine": "higher"}, "workers: expected 1 with engine"),
         ({"workers": 2, "tune": True}, "workers: is chosen by measurement"),
+        ({"workers_in": "processes", "tune": True}, "workers_in: is chosen by measurement"),
+        ({"workers_in": "processes"}, "workers_in: has no effect with workers=1"),
+        ({"workers": 2, "workers_in": "fibres"}, "workers_in: expected 'threads' or 'processes'"),
         ({"channels_last": True, "tune": True}, "channels_last: is chosen by measurement"),
         ({"channels_last": 1}, "channels_last: expected True or False"),
         ({"tune": "yes"}, "tune: expected True or False"),
