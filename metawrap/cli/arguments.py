@@ -168,7 +168,10 @@ def _add_run_flags(group: Any) -> None:
         "--test-norms", choices=("all", "own"), metavar="NAME", help="test under all policies, or its own"
     )
     group.add_argument(
-        "--tensorboard", action="store_true", default=False, help="also log to PATH/tensorboard; --resume goes on with it"
+        "--tensorboard",
+        action="store_true",
+        default=False,
+        help="also log to PATH/tensorboard; --resume goes on with it",
     )
     _add_verbose(group)
 

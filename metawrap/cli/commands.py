@@ -47,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "inspect": _inspect, "report": write_report}
+    commands = {
+        "train": _train,
+        "compare": _compare,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "report": write_report,
+    }
     command = commands[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:

@@ -16,11 +16,13 @@ def add_report(commands: Any, formatter: Any) -> None:
         "report",
         help="show what runs have learned, in one HTML file",
         usage="metawrap report RUN [RUN ...] [options]",
-        epilog="Runs with the same settings are drawn as seeds of one; a run that still trains is shown as far as it is.",
+        epilog="Runs that differ in their seed alone are drawn as one; a run that still trains, as far as it is.",
         formatter_class=formatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of such (seeds, a comparison)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of such (seeds, a comparison)"
+    )
     parser.add_argument("--out", default=None, metavar="FILE", help="the page (report.html in the first run's folder)")
     parser.add_argument("--png", default=None, metavar="DIR", help="also draw the main figures, as report-*.png there")
     parser.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")

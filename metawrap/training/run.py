@@ -44,9 +44,7 @@ from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
 
 
-def train(
-    settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False
-) -> dict[str, Any]:
+def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
 
     Args:

@@ -75,7 +75,9 @@ class RunFolder:
 
     def insight(self, epochs: int) -> list[dict[str, Any]]:
         """The lines of insight on the first `epochs`, in order; those that cannot be read are left out."""
-        found = {record["epoch"]: record for record in read_lines(self._insight) if isinstance(record.get("epoch"), int)}
+        found = {
+            record["epoch"]: record for record in read_lines(self._insight) if isinstance(record.get("epoch"), int)
+        }
         return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
 
     def result(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Scalars of a run for TensorBoard: the log, and the learned rates by layer and inner step; one point for each epoch."""
+"""Scalars of a run for TensorBoard, one point an epoch: the log, and the learned rates by layer and inner step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TensorBoard:
 
         logged = logs_to_tensorboard(run)
         purged = len(history) + 1 if logged else None
-        self._writer: Any = SummaryWriter(str(run / FOLDER), purge_step=purged)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(run / FOLDER), purge_step=purged)
         if not logged:
             by_epoch = {record["epoch"]: record for record in insight}
             for record in history:
