@@ -148,8 +148,8 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
             "results",
             "Final test",
             "Look at the row marked *, the batch-norm policy of training. Accuracies are on tasks of unseen classes, "
-            "by the epoch with the best validation accuracy; transductive policies let a prediction depend on the other "
-            "targets of its task.",
+            "by the epoch with the best validation accuracy; transductive policies let a prediction depend on the "
+            "other targets of its task.",
             words.final_table(groups),
             _without(groups, lambda run: bool(run.scores), "the final test has not been run"),
         ),

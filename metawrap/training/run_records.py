@@ -20,6 +20,7 @@ from metawrap.training.run_folder import FINAL_INSIGHT, INSIGHT, LOG, read_json,
 Number = float | None
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_IMAGE = 1_000_000
+_MOST = 2**31
 _CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "validation_interval")
 
 
@@ -113,17 +114,10 @@ def read_records(path: Path) -> list[RunRecords]:
     Raises:
         CheckpointError: there is none.
     """
-    content = read_json(path / "run.json")
-    if isinstance(content.get("settings"), dict):
-        seeds = content.get("seeds")
-        if not isinstance(seeds, list):
-            return [_read(path, content)]
-        command = _text(content.get("command"))
-        folders = [path / f"seed-{seed}" for seed in seeds if isinstance(seed, int)]
-        found = [_read(each, inner, command) for each in folders if (inner := read_json(each / "run.json"))]
-    else:
+    found = _runs_in(path)
+    if not found:
         inside = sorted(each.parent for each in path.glob("*/run.json"))
-        found = [run for folder in inside if folder != path for run in read_records(folder)]
+        found = [run for folder in inside for run in _runs_in(folder)]
     if not found:
         raise CheckpointError(
             f"There is no run in '{path}' (no run.json that can be read). Start one with: metawrap train --out {path}"
@@ -131,10 +125,20 @@ def read_records(path: Path) -> list[RunRecords]:
     return found
 
 
+def _runs_in(path: Path) -> list[RunRecords]:
+    content = read_json(path / "run.json")
+    if not isinstance(content.get("settings"), dict):
+        return []
+    if not isinstance(seeds := content.get("seeds"), list):
+        return [_read(path, content)]
+    command = _text(content.get("command"))
+    folders = [path / f"seed-{seed}" for seed in seeds if isinstance(seed, int)]
+    return [_read(each, inner, command) for each in folders if (inner := read_json(each / "run.json"))]
+
+
 def _read(path: Path, content: dict[str, Any], command: str | None = None) -> RunRecords:
     settings = content.get("settings")
-    insight = {record["epoch"]: record for record in read_lines(path / INSIGHT) if isinstance(record.get("epoch"), int)}
-    lines = {record["epoch"]: record for record in read_lines(path / LOG) if isinstance(record.get("epoch"), int)}
+    lines, insight = (_by_epoch(read_lines(path / name)) for name in (LOG, INSIGHT))
     result, final = read_json(path / "result.json"), read_json(path / FINAL_INSIGHT)
     test = _table(result.get("test"))
     steps = [_table(each) for each in _list(final.get("steps"))]
@@ -158,6 +162,10 @@ def _read(path: Path, content: dict[str, Any], command: str | None = None) -> Ru
         step_tasks=_whole(final.get("tasks")),
         episodes=[episode for each in _list(final.get("episodes")) if (episode := _episode(_table(each))) is not None],
     )
+
+
+def _by_epoch(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {number: record for record in records if (number := _whole(record.get("epoch"))) is not None}
 
 
 def _epoch(number: int, line: dict[str, Any], insight: dict[str, Any]) -> Epoch:
@@ -232,7 +240,8 @@ def _number(value: Any) -> Number:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A whole number of a size that counts things."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST else None
 
 
 def _text(value: Any) -> str | None:
