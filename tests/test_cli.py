@@ -278,7 +278,7 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["train", "compare", "evaluate", "inspect"]
+    assert listed == ["train", "compare", "evaluate", "inspect", "report"]
 
 
 def test_inspect_prints_the_table_of_the_wrapped_network(capsys):

@@ -156,6 +156,8 @@ def assert_ended_alike(workplace, out):
         assert_same(getattr(resumed, part), getattr(reference, part))
     assert workplace.log(out) == workplace.log("uninterrupted")
     assert workplace.kept(out) == workplace.kept("uninterrupted")
+    for name in ("insight.jsonl", "final_insight.json"):
+        assert (workplace.path / out / name).read_text() == (workplace.path / "uninterrupted" / name).read_text()
     results = [json.loads((workplace.path / name / "result.json").read_text()) for name in ("uninterrupted", out)]
     assert results[0]["test"] == results[1]["test"]
 
@@ -173,8 +175,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(workplace):
 
 
 def test_killed_while_saving_it_ends_with_the_same_bits(workplace):
-    # Each start writes run.json, the log, and then a checkpoint per epoch: an fsync, a replace and an fsync for each.
-    for moment in ("replace:4:before", "replace:5:after", "fsync:5:before"):
+    # Each start writes run.json, the log, the insight if there is any yet, and then a checkpoint per epoch: an fsync, a
+    # replace and an fsync for each.
+    for moment in ("replace:4:before", "replace:3:before", "replace:5:after", "fsync:7:before"):
         process = workplace.start("saving", *FLAGS, "--resume", KILL_AT=moment)
         process.communicate(timeout=SECONDS_TO_WAIT)
         assert process.returncode == -signal.SIGKILL, moment

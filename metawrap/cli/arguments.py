@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from metawrap import __version__
+from metawrap.cli.report import add_report
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
 
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
+    add_report(commands, _Formatter)
     return parser
 
 
@@ -164,6 +166,12 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--ensemble", type=int, metavar="N", help="also test the average of the N best (the paper: 5)")
     group.add_argument(
         "--test-norms", choices=("all", "own"), metavar="NAME", help="test under all policies, or its own"
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=False,
+        help="also log to PATH/tensorboard; --resume goes on with it",
     )
     _add_verbose(group)
 

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
+from metawrap.cli.report import write_report
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.training.checkpoints import CheckpointFolder, write_json
@@ -46,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    command = {"train": _train, "compare": _compare, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
+    commands = {
+        "train": _train,
+        "compare": _compare,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "report": write_report,
+    }
+    command = commands[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
             _check_processes(arguments.command)
@@ -88,9 +96,9 @@ def _train(arguments: Namespace) -> None:
         seeds = seeds or stored_seeds
     settings = replace(settings, **changes)
     if seeds is None:
-        result = train(settings, out, arguments.resume)
+        result = train(settings, out, arguments.resume, arguments.tensorboard)
     else:
-        result = train_seeds(settings, seeds, out, arguments.resume)
+        result = train_seeds(settings, seeds, out, arguments.resume, arguments.tensorboard)
     if rank() == 0:
         print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
 

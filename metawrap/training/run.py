@@ -10,7 +10,9 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +34,24 @@ from metawrap.training.experiment import (
     load_splits,
 )
 from metawrap.training.final_evaluation import final_test
+from metawrap.training.insight import epoch_insight, final_insight
 from metawrap.training.machine import command_line, describe_machine, peak_memory
 from metawrap.training.processes import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
 from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
+from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
 
 
-def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[str, Any]:
+def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
 
     Args:
         settings: what to run.
         out: a folder without a run, or with `resume` one that may have a run with these settings.
         resume: continue from the newest readable checkpoint; a finished run is tested again only if it has to be.
+        tensorboard: also log to `out`/tensorboard; a resumed run that did goes on with it.
     Returns:
         What result.json holds: "settings", "test" (see `final_test`), "trained_norm", "best_validation",
         "skipped_steps", "parameters" (learned numbers), "step_seconds" (of a meta-step, median over epochs), "peak_mib"
@@ -57,6 +62,9 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
     """
     _check_shares(settings)
     folder = RunFolder(Path(out), settings)
+    tensorboard = tensorboard or (resume and logs_to_tensorboard(folder.path))
+    if tensorboard:
+        check_tensorboard()
     start = by_first(lambda: folder.find_start(resume))
     if start is not None and start.epoch == settings.epochs and (done := by_first(folder.result)) is not None:
         say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
@@ -67,25 +75,32 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
     by_first(lambda: folder.begin(history))
+    board = TensorBoard(folder.path, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
     processes = f" in {size()} processes" if size() > 1 else ""
     say(
         f"{headline(settings)}: {settings.epochs} epochs x {settings.iterations_per_epoch} meta-steps x "
         f"{settings.tasks_per_batch} tasks, on {experiment.device}{processes}, in '{out}'"
     )
-    seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0)
+    with board or nullcontext():
+        seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0, board)
     norms = NORMS if settings.test_norms == "all" else (experiment.learner.settings.norm,)
     result = _test(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
-    by_first(lambda: folder.write_result(result))
+    insight = final_insight(experiment.learner, experiment.test, settings.test_tasks)
+    by_first(lambda: folder.write_result(result, insight))
     return result
 
 
-def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, resume: bool = False) -> dict[str, Any]:
+def train_seeds(
+    settings: RunSettings, seeds: Sequence[int], out: str | Path, resume: bool = False, tensorboard: bool = False
+) -> dict[str, Any]:
     """Runs `train` for each seed in `out`/seed-0, ... and summarises over them; resumes what is unfinished.
 
     Returns:
         What `out`/result.json holds: "settings", "summary" (see `summarise_seeds`), "trained_norm", "results" by seed.
     """
     path = Path(out)
+    if tensorboard:
+        check_tensorboard()
     if stored := by_first(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
         settings.check_resumes(stored.to_dict())
     else:
@@ -96,7 +111,7 @@ def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, re
     results: dict[int, dict[str, Any]] = {}
     for seed, folder in seed_folders(path, settings, seeds).items():
         say(f"Seed {seed} in '{folder.path}'")
-        results[seed] = train(folder.settings, folder.path, resume)
+        results[seed] = train(folder.settings, folder.path, resume, tensorboard)
     summary = {
         "settings": settings.to_dict(),
         "summary": summarise_seeds(results),
@@ -139,7 +154,11 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
 
 
 def _train_epochs(
-    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], seconds_before: float
+    experiment: Experiment,
+    folder: RunFolder,
+    history: list[dict[str, Any]],
+    seconds_before: float,
+    board: TensorBoard | None,
 ) -> float:
     """Trains what is missing of the run; returns the seconds that training took, over all resumes."""
     settings, begun = folder.settings, time.monotonic()
@@ -147,22 +166,30 @@ def _train_epochs(
     with Progress(settings.epochs, settings.iterations_per_epoch, len(history), shown=rank() == 0) as progress:
         for epoch in range(len(history), settings.epochs):
             progress.start_epoch(epoch)
-            record = _train_epoch(experiment, settings, epoch, progress) | _validate(experiment, settings)
+            trained, insight = _train_epoch(experiment, settings, epoch, progress)
+            record = trained | _validate(experiment, settings)
             seconds = seconds_before + time.monotonic() - begun
             record["seconds"] = round(seconds, 3)
             history.append(record)
             snapshot = _snapshot(experiment, settings, history, seconds)
-            by_first(lambda record=record, snapshot=snapshot: _write_epoch(folder, record, snapshot))  # type: ignore[misc]
+            by_first(partial(_write_epoch, folder, record, insight, snapshot, board))
             progress.end_epoch(record)
     return seconds
 
 
-def _write_epoch(folder: RunFolder, record: dict[str, Any], snapshot: Checkpoint) -> None:
-    folder.append(record)
+def _write_epoch(
+    folder: RunFolder, record: dict[str, Any], insight: dict[str, Any], snapshot: Checkpoint, board: TensorBoard | None
+) -> None:
+    folder.append(record, insight)
+    if board is not None:
+        board.write(record, insight)
     folder.checkpoints.save(snapshot)
 
 
-def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, progress: Progress) -> dict[str, Any]:
+def _train_epoch(
+    experiment: Experiment, settings: RunSettings, epoch: int, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The epoch's line of the log, as far as training goes, and that of the insight."""
     learner, count = experiment.learner.train(), settings.iterations_per_epoch
     steps: list[StepMetrics] = []
     own = share(settings.tasks_per_batch)
@@ -174,7 +201,7 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
         progress.step(steps[-1])
     good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
     seconds = time.monotonic() - begun
-    return {
+    record = {
         "epoch": epoch + 1,
         "iteration": (epoch + 1) * count,
         "train_loss": _mean([step.loss for step in good]),
@@ -184,6 +211,7 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
         "step_seconds": round(seconds / count, 5),
         "peak_mib": peak_memory(experiment.device),
     }
+    return record, epoch_insight(learner, epoch, steps)
 
 
 def _check_shares(settings: RunSettings) -> None:

@@ -1,7 +1,9 @@
-"""A run's folder: run.json (settings), log.jsonl (a line per epoch), checkpoints/, result.json (the final test).
+"""A run's folder: run.json (settings, command), log.jsonl (a line per epoch), insight.jsonl (likewise, what the learner
+is like inside), checkpoints/, final_insight.json and result.json (the final test).
 
 The truth is in the checkpoints: each holds the history of all epochs before it, and a resumed run rewrites the log from
-there, so that a log never shows an epoch that the weights have not seen.
+there, so that a log never shows an epoch that the weights have not seen. The insight, which would make each checkpoint
+grow, is cut there instead; each of its lines is written before the checkpoint of its epoch.
 """
 
 from __future__ import annotations
@@ -14,8 +16,13 @@ from typing import Any
 
 from metawrap.errors import CheckpointError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, write_atomically, write_json
+from metawrap.training.machine import command_line
 from metawrap.training.progress import say
 from metawrap.training.run_settings import RunSettings
+
+LOG = "log.jsonl"
+INSIGHT = "insight.jsonl"
+FINAL_INSIGHT = "final_insight.json"
 
 
 class RunFolder:
@@ -55,11 +62,23 @@ class RunFolder:
         write_run(self.path, self.settings, None)
         lines = "".join(_line(record) for record in history)
         write_atomically(self._log, lambda handle: handle.write(lines.encode()))
+        insight = self.insight(len(history))
+        kept = "".join(_line(record) for record in insight)
+        if kept or self._insight.exists():
+            write_atomically(self._insight, lambda handle: handle.write(kept.encode()))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a line to the log."""
-        with open(self._log, "a", encoding="utf-8") as handle:
-            handle.write(_line(record))
+    def append(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
+        """Adds a line to the log, and one to the insight."""
+        for path, line in ((self._insight, _line(insight)), (self._log, _line(record))):
+            with open(path, "a", encoding="utf-8") as handle:
+                handle.write(line)
+
+    def insight(self, epochs: int) -> list[dict[str, Any]]:
+        """The lines of insight on the first `epochs`, in order; those that cannot be read are left out."""
+        found = {
+            record["epoch"]: record for record in read_lines(self._insight) if isinstance(record.get("epoch"), int)
+        }
+        return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
 
     def result(self) -> dict[str, Any] | None:
         """The final test's result if there is one for exactly these settings."""
@@ -69,13 +88,18 @@ class RunFolder:
             return None
         return content if content.get("settings") == self.settings.to_dict() else None
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json."""
+    def write_result(self, result: dict[str, Any], insight: dict[str, Any]) -> None:
+        """Writes final_insight.json, then result.json, which makes the run a finished one."""
+        write_json(self.path / FINAL_INSIGHT, insight)
         write_json(self.path / "result.json", result)
 
     @property
     def _log(self) -> Path:
-        return self.path / "log.jsonl"
+        return self.path / LOG
+
+    @property
+    def _insight(self) -> Path:
+        return self.path / INSIGHT
 
 
 def refuse_existing_run(path: Path) -> None:
@@ -85,9 +109,11 @@ def refuse_existing_run(path: Path) -> None:
 
 
 def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) -> None:
-    """Writes run.json; `seeds` lists those of a run that has one folder per seed."""
+    """Writes run.json; `seeds` lists those of a run that has one folder per seed. The first command stays."""
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "run.json", {"settings": settings.to_dict(), "seeds": None if seeds is None else list(seeds)})
+    command = read_json(path / "run.json").get("command", command_line())
+    listed = None if seeds is None else list(seeds)
+    write_json(path / "run.json", {"settings": settings.to_dict(), "seeds": listed, "command": command})
 
 
 def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
@@ -111,6 +137,32 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
 def seed_folders(path: Path, settings: RunSettings, seeds: Sequence[int]) -> dict[int, RunFolder]:
     """One folder per seed inside `path`."""
     return {seed: RunFolder(path / f"seed-{seed}", replace(settings, seed=seed)) for seed in seeds}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is missing, damaged, or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one a line; none where it is missing, and a line that cannot be read is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -126,7 +126,12 @@ def headline(settings: RunSettings) -> str:
 
 def method_name(settings: RunSettings) -> str:
     """The method as people write it."""
-    return _METHODS.get(settings.method, METHODS[settings.method])
+    return method_title(settings.method)
+
+
+def method_title(method: str) -> str:
+    """A method's name on the command line as people write it; one that is not known stays as it is."""
+    return _METHODS.get(method, METHODS.get(method, method))
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

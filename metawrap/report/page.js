@@ -1,0 +1,114 @@
+"use strict";
+// Draws each panel's charts from the JSON beside them, and follows its controls and the colours of the system.
+(function () {
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const narrow = window.matchMedia("(max-width: 520px)");
+  const touched = window.matchMedia("(pointer: coarse)").matches;
+  const panels = [];
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
+  function themed(layout) {
+    const ink = colour("--ink"), grid = colour("--grid"), card = colour("--card");
+    const small = narrow.matches ? 11 : 13;
+    const shown = Object.assign({}, layout, {
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: ink, size: small, family: "system-ui, sans-serif" },
+      hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink } },
+      // A finger that scrolls the page must not zoom.
+      dragmode: touched ? false : "zoom",
+    });
+    for (const name of ["xaxis", "yaxis"]) {
+      shown[name] = Object.assign({ gridcolor: grid, linecolor: grid, zerolinecolor: colour("--soft") }, layout[name]);
+    }
+    return shown;
+  }
+
+  function draw(panel) {
+    const choice = panel.choice ? Number(panel.choice.value) : 0;
+    const names = panel.content.slides[choice] || [];
+    const place = panel.slider && names.length ? Math.min(Number(panel.slider.value), names.length - 1) : null;
+    if (panel.slider) {
+      panel.slider.max = Math.max(0, names.length - 1);
+      panel.output.textContent = place === null ? "" : names[place];
+    }
+    for (const chart of panel.content.charts) {
+      const state = chart.states[choice];
+      const slide = place === null ? [] : state.slides[place] || [];
+      const data = state.data.map((trace, index) => Object.assign({}, trace, slide[index]));
+      Plotly.react("chart-" + chart.name, data, themed(state.layout), config);
+    }
+  }
+
+  function play(panel, button) {
+    if (panel.timer) {
+      clearInterval(panel.timer);
+      panel.timer = null;
+      button.textContent = "▶";
+      return;
+    }
+    const last = Number(panel.slider.max);
+    if (Number(panel.slider.value) >= last) panel.slider.value = 0;
+    button.textContent = "⏸";
+    draw(panel);
+    panel.timer = setInterval(function () {
+      panel.slider.value = Number(panel.slider.value) + 1;
+      draw(panel);
+      if (Number(panel.slider.value) >= Number(panel.slider.max)) play(panel, button);
+    }, Math.max(120, Math.min(700, 8000 / (last + 1))));
+  }
+
+  for (const element of document.querySelectorAll(".panel")) {
+    const content = JSON.parse(element.querySelector("script[type='application/json']").textContent);
+    const panel = {
+      content: content,
+      choice: element.querySelector(".choice"),
+      slider: element.querySelector(".slider"),
+      output: element.querySelector("output"),
+      timer: null,
+    };
+    const button = element.querySelector(".play");
+    if (panel.slider) panel.slider.addEventListener("input", () => draw(panel));
+    if (panel.choice) {
+      panel.choice.addEventListener("change", function () {
+        if (panel.slider) {
+          panel.slider.max = Math.max(0, (content.slides[Number(panel.choice.value)] || []).length - 1);
+          panel.slider.value = panel.slider.max;
+        }
+        draw(panel);
+      });
+    }
+    if (button) button.addEventListener("click", () => play(panel, button));
+    panels.push(panel);
+    draw(panel);
+  }
+
+  const redraw = () => panels.forEach(draw);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  narrow.addEventListener("change", redraw);
+
+  function copied(button) {
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  }
+
+  for (const button of document.querySelectorAll(".copy")) {
+    button.addEventListener("click", function () {
+      const code = button.parentElement.querySelector("code");
+      const select = function () {
+        // Where a page in a file may not write to the clipboard: by selection.
+        const range = document.createRange();
+        range.selectNodeContents(code);
+        const selection = window.getSelection();
+        selection.removeAllRanges();
+        selection.addRange(range);
+        if (document.execCommand("copy")) copied(button);
+      };
+      if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(() => copied(button), select);
+      else select();
+    });
+  }
+})();

@@ -1,0 +1,181 @@
+"""What a run tells of its inside: learner -> a line of insight.jsonl for each epoch, and final_insight.json.
+
+Everything here only reads: training goes on to the same bits with and without it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metawrap.data import EpisodeSampler
+from metawrap.errors import MetaWrapWarning
+from metawrap.layers.learning_rates import LearningRates
+from metawrap.results import StepMetrics, are_logits
+from metawrap.schedules import step_loss_weights
+from metawrap.tasks import Task
+from metawrap.training.processes import by_first, evaluate_shared
+
+# So many of the test tasks are solved once for each number of inner steps: it takes a third of a test's time.
+STEP_TASKS = 200
+MOST_STEP_COUNTS = 10
+# Images of an episode that are kept: all of 5-way 5-shot, at most so many in all.
+IMAGES_PER_CLASS = 5
+MOST_IMAGES = 120
+# torch.quantile takes no more than 16 million values.
+_MOST_VALUES = 1_000_000
+_NORM_PARTS = ("running_mean", "running_var", "weight", "bias")
+
+Summary = dict[str, list[float | None]]
+
+
+def epoch_insight(learner: Any, epoch: int, steps: Sequence[StepMetrics]) -> dict[str, Any]:
+    """What the learner is like after the epoch that `steps` are of.
+
+    Args:
+        epoch: from 0.
+    Returns:
+        {"epoch" (from 1)}, and what the method has: "step_weights" of the target loss after each inner step in this
+        epoch, where the multi-step loss is on; "step_losses", the mean over tasks of that loss, None where it was not
+        computed; "rates", the learned rates of each parameter tensor by inner step (of one rate per weight: their
+        `quartiles`); "norms", for each batch norm the quartiles over channels of its statistics, scale and shift, by
+        inner step. Numbers have six digits.
+    """
+    settings = learner.settings
+    found: dict[str, Any] = {"epoch": epoch + 1}
+    if annealed := getattr(settings, "step_loss_epochs", 0):
+        found["step_weights"] = _plain(step_loss_weights(settings.inner_steps, epoch, annealed))
+    losses = [each.step_losses for each in steps if each.step_losses.numel()]
+    if losses:
+        found["step_losses"] = _plain(torch.cat(losses).double().nanmean(0).tolist())
+    if rates := _learned_rates(learner):
+        found["rates"] = rates
+    if norms := _norms(learner.model):
+        found["norms"] = norms
+    return found
+
+
+def quartiles(values: Tensor) -> Summary:
+    """The quartiles of each row, (rows, values): {"low", "median", "high"}, each with a number for each row."""
+    rows = values.detach().double().cpu().flatten(1)
+    rows = rows[:, :: math.ceil(rows.shape[1] / _MOST_VALUES)]
+    low, median, high = torch.quantile(rows, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=1)
+    return {name: _plain(row.tolist()) for name, row in (("low", low), ("median", median), ("high", high))}
+
+
+def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, Any]:
+    """How the learner does on test tasks as it adapts, under its own batch-norm policy.
+
+    Returns:
+        {"norm", "tasks", "steps", "episodes"}: "steps" has {"steps", "accuracy", "interval"} after each number of inner
+        steps, from none (at most ten of them; empty for a method without an inner loop), on the first `tasks` of the
+        test tasks; "episodes" the first task, and the one with the fewest targets right (see `_episode`).
+    """
+    count = min(count, STEP_TASKS)
+    steps = learner.settings.default_steps
+    curve, final = [], None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MetaWrapWarning)  # The final test has given them.
+        for number in [None] if steps is None else step_counts(steps):
+            final = evaluate_shared(learner, tasks, count, **({} if number is None else {"steps": number}))
+            if number is not None and final.accuracy is not None:
+                accuracy, interval = _plain([final.accuracy, final.interval])
+                curve.append({"steps": number, "accuracy": accuracy, "interval": interval})
+        assert final is not None
+        hardest = int(final.per_task.argmin()) if final.accuracy is not None else 0
+        chosen = {0: "the first test task"} | ({hardest: "the test task with most errors"} if hardest else {})
+        episodes = by_first(lambda: [_episode(learner, tasks, index, why) for index, why in chosen.items()])
+    return {
+        "norm": learner.settings.norm,
+        "tasks": count,
+        "steps": curve,
+        "episodes": [episode for episode in episodes if episode is not None],
+    }
+
+
+def step_counts(steps: int) -> list[int]:
+    """The numbers of inner steps to test after: all up to `steps`, or of many the first and some in between."""
+    if steps < MOST_STEP_COUNTS:
+        return list(range(steps + 1))
+    spaced = (digit * 10**power for power in range(len(str(steps))) for digit in (1, 2, 5))
+    return [0, *(number for number in spaced if number < steps), steps]
+
+
+def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[str, Any] | None:
+    """One test task as it was solved, or None where its predictions are no logits of classes.
+
+    Returns:
+        {"task" (from 1), "why", "classes" (names by label), "support": [{"label", "png"}], "target": [{"label",
+        "prediction", "probability", "png"}]}: all targets, but images, as base64 PNG, of the first few of each class
+        alone.
+    """
+    task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
+    [prediction] = learner.evaluate([task], keep_predictions=True).predictions
+    if not are_logits(prediction, task.target_y) or prediction.ndim != 2:
+        return None
+    probabilities = prediction.detach().double().cpu().softmax(-1)
+    guesses = prediction.argmax(-1).tolist()
+    support, target = (_with_images(task, part, tasks.ways) for part in ("support", "target"))
+    for place, example in enumerate(target):
+        example["prediction"] = guesses[place]
+        [example["probability"]] = _plain([float(probabilities[place, guesses[place]])])
+    names = tasks.images.class_names
+    # A turned class has the number of its class, plus a multiple of how many there are.
+    classes = [names[int(number) % len(names)] for number in task.classes or range(tasks.ways)]
+    return {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
+
+
+def _with_images(task: Task, part: str, ways: int) -> list[dict[str, Any]]:
+    x, labels = getattr(task, f"{part}_x"), getattr(task, f"{part}_y").tolist()
+    most, kept = min(IMAGES_PER_CLASS, MOST_IMAGES // (2 * ways)), dict.fromkeys(labels, 0)
+    examples = []
+    for place, label in enumerate(labels):
+        shown = isinstance(x, Tensor) and x.ndim == 4 and kept[label] < most
+        kept[label] += 1
+        examples.append({"label": label, "png": as_png(x[place]) if shown else None})
+    return examples
+
+
+def as_png(image: Tensor) -> str:
+    """A (channels, height, width) image in [0, 1] as base64 PNG; of another range it is stretched to that."""
+    pixels = image.detach().float().cpu()
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 1:
+        pixels = (pixels - low) / (high - low)
+    colours = 3 if len(pixels) == 3 else 1
+    array = (pixels[:colours] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array if colours == 3 else array[:, :, 0]).save(file, format="PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _learned_rates(learner: Any) -> dict[str, list[float | None] | Summary]:
+    rates = getattr(learner, "learning_rates", None)
+    if not isinstance(rates, LearningRates):
+        return {}
+    learned = {name: rows for name, rows in rates.items() if rows.requires_grad}
+    return {name: _plain(rows.tolist()) if rows.ndim == 1 else quartiles(rows) for name, rows in learned.items()}
+
+
+def _norms(model: torch.nn.Module) -> dict[str, dict[str, Summary]]:
+    found: dict[str, dict[str, Summary]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            parts = {part: getattr(module, part) for part in _NORM_PARTS}
+            rows = {part: value.reshape(-1, value.shape[-1]) for part, value in parts.items() if value is not None}
+            found[name] = {part: quartiles(value) for part, value in rows.items()}
+    return found
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    """Six digits of each, and None for what JSON cannot hold."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

@@ -1,0 +1,299 @@
+import base64
+import functools
+import io
+import json
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import metawrap.training.experiment
+import metawrap.training.run
+from metawrap.errors import MetaWrapError
+from metawrap.results import EvaluationResult
+from metawrap.tasks import Task
+from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint
+from metawrap.training.experiment import build_experiment
+from metawrap.training.insight import as_png, final_insight, quartiles, step_counts
+from metawrap.training.run import train
+from metawrap.training.run_folder import RunFolder
+from metawrap.training.run_records import read_records
+from metawrap.training.run_settings import RunSettings
+
+TINY = RunSettings(
+    image_size=16,
+    filters=4,
+    inner_steps=2,
+    epochs=3,
+    iterations_per_epoch=2,
+    tasks_per_batch=2,
+    validation_tasks=4,
+    test_tasks=4,
+    test_norms="own",
+    device="cpu",
+    options={"msl_epochs": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    return functools.lru_cache(metawrap.training.experiment.load_data)
+
+
+@pytest.fixture(autouse=True)
+def _same_data_and_rng(monkeypatch, loaded_once):
+    monkeypatch.setattr(metawrap.training.experiment, "load_data", loaded_once)
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, loaded_once):
+    """A run that was logged to TensorBoard as well: (folder, result)."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metawrap.training.experiment, "load_data", loaded_once)
+        return folder, train(TINY, folder, tensorboard=True)
+
+
+def lines_of(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def state_after(folder, epoch):
+    return load_checkpoint(folder / "checkpoints" / f"epoch-{epoch:04d}.pt").learner
+
+
+def test_each_epoch_records_the_rates_that_its_checkpoint_holds(finished):
+    folder, _ = finished
+    for line in lines_of(folder / "insight.jsonl"):
+        state = state_after(folder, line["epoch"])
+        stored = {
+            name.partition(".")[2].replace("/", "."): value
+            for name, value in state.items()
+            if name.startswith("learning_rates.")
+        }
+        assert {name: len(rates) for name, rates in line["rates"].items()} == dict.fromkeys(stored, 2)
+        for name, rates in line["rates"].items():
+            assert rates == pytest.approx(stored[name].tolist(), rel=1e-5)
+    assert len({json.dumps(line["rates"]) for line in lines_of(folder / "insight.jsonl")}) == 3
+
+
+def test_each_epoch_records_the_quartiles_over_channels_of_every_norm_and_step(finished):
+    folder, _ = finished
+    for line in lines_of(folder / "insight.jsonl"):
+        state = state_after(folder, line["epoch"])
+        assert len(line["norms"]) == 4
+        for layer, parts in line["norms"].items():
+            for part, found in parts.items():
+                values = state[f"model.{layer}.{part}"].numpy()
+                assert values.shape == (2, 4)
+                for name, percent in (("low", 25), ("median", 50), ("high", 75)):
+                    assert found[name] == pytest.approx(np.percentile(values, percent, axis=1), rel=1e-4, abs=1e-6)
+
+
+def test_weights_and_losses_of_the_steps_make_the_training_loss(finished):
+    folder, _ = finished
+    insight, log = (lines_of(folder / name) for name in ("insight.jsonl", "log.jsonl"))
+    # Antoniou et al. 2018: 1/K - e/(K E) for all but the last of K = 2 steps, over E = 2 epochs.
+    assert [line["step_weights"] for line in insight] == [[0.5, 0.5], [0.25, 0.75], [0, 1]]
+    for line, record in zip(insight, log, strict=True):
+        pairs = zip(line["step_weights"], line["step_losses"], strict=True)
+        assert sum(weight * (loss or 0) for weight, loss in pairs) == pytest.approx(record["train_loss"], rel=1e-5)
+    assert insight[2]["step_losses"][0] is None
+
+
+def test_the_final_test_is_told_step_by_step_and_ends_at_its_result(finished):
+    folder, result = finished
+    told = json.loads((folder / "final_insight.json").read_text())
+    assert [each["steps"] for each in told["steps"]] == [0, 1, 2]
+    scores = result["test"]["norms"][told["norm"]]
+    for place, name in ((0, "before"), (-1, "after")):
+        for part in ("accuracy", "interval"):
+            assert told["steps"][place][part] == pytest.approx(scores[name][part], rel=1e-5)
+
+
+def test_an_interrupted_run_has_the_same_insight_as_one_that_was_not(finished, tmp_path, monkeypatch):
+    real, calls = metawrap.training.run._snapshot, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(metawrap.training.run, "_snapshot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path)
+    with open(tmp_path / "insight.jsonl", "a") as handle:
+        handle.write('{"epoch": 2, "rates": {"never": [1.0]}}\n{"epoch": 3, "torn')
+    train(TINY, tmp_path, resume=True)
+    for name in ("insight.jsonl", "final_insight.json"):
+        assert (tmp_path / name).read_text() == (finished[0] / name).read_text()
+
+
+def test_resuming_keeps_the_command_that_started_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["metawrap", "train", "--first"])
+    RunFolder(tmp_path, TINY).begin([])
+    monkeypatch.setattr(sys, "argv", ["metawrap", "train", "--resume"])
+    RunFolder(tmp_path, TINY).begin([])
+    [run] = read_records(tmp_path)
+    assert run.command.endswith("train --first")
+
+
+def build_without_norms(ways):
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, ways))
+
+
+@pytest.mark.parametrize("method", ["maml", "protonet", "meta-sgd"])
+def test_a_method_records_what_it_has_and_no_more(tmp_path, method):
+    options = {"maml": {}, "protonet": {}, "meta-sgd": {"inner_lr": 0.1}}[method]
+    model = None if method == "protonet" else f"{__name__}:build_without_norms"
+    settings = replace(TINY, method=method, epochs=1, options={}, inner_steps=None, model=model, **options)
+    train(settings, tmp_path)
+    [run] = read_records(tmp_path)
+    [epoch] = run.epochs
+    assert epoch.step_weights == []
+    if method == "meta-sgd":
+        rates = epoch.rates["1.weight"]
+        values = state_after(tmp_path, 1)["learning_rates.1/weight"].numpy()
+        assert values.shape == (1, 5, 256)
+        assert [rates.low, rates.median, rates.high] == [
+            [pytest.approx(np.percentile(values, p), rel=1e-4)] for p in (25, 50, 75)
+        ]
+    else:
+        assert epoch.rates == {}
+    assert len(epoch.norms) == (4 if method == "protonet" else 0)
+    assert sorted(run.steps) == {"maml": [0, 1, 2, 3, 4, 5], "protonet": [], "meta-sgd": [0, 1]}[method]
+    assert len(run.episodes) in (1, 2)
+
+
+class RememberedLogits:
+    """A learner whose predictions are given: one (targets, ways) tensor for each task of a batch."""
+
+    settings = types.SimpleNamespace(default_steps=None, norm="batch")
+
+    def __init__(self, tasks, logits):
+        self.known = [(task.target_x, logit) for task, logit in zip(tasks, logits, strict=True)]
+
+    def evaluate(self, tasks, *, keep_predictions=False):
+        flat = [task for batch in tasks for task in ([batch] if isinstance(batch, Task) else batch)]
+        logits = [next(logit for x, logit in self.known if torch.equal(x, task.target_x)) for task in flat]
+        per_task = torch.stack([(p.argmax(1) == t.target_y).double().mean() for p, t in zip(logits, flat, strict=True)])
+        return EvaluationResult.of("accuracy", per_task, per_task, norm="batch", steps=None, predictions=logits)
+
+
+def test_the_first_task_and_the_hardest_are_kept_with_images_labels_and_predictions():
+    sampler = build_experiment(replace(TINY, targets=2)).test
+    tasks = list(sampler.batch(0))
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(10, 5, generator=generator) for _ in tasks]
+    logits[2] = nn.functional.one_hot((tasks[2].target_y + 1) % 5, 5).float()  # All wrong.
+    told = final_insight(RememberedLogits(tasks, logits), sampler, 4)
+    assert told["steps"] == []
+    assert [(each["task"], each["why"]) for each in told["episodes"]] == [
+        (1, "the first test task"),
+        (3, "the test task with most errors"),
+    ]
+    for episode, number in zip(told["episodes"], (0, 2), strict=True):
+        task, guess = tasks[number], logits[number].numpy()
+        names = sampler.images.class_names
+        assert episode["classes"] == [names[number] for number in task.classes]
+        assert [each["label"] for each in episode["target"]] == task.target_y.tolist()
+        assert [each["prediction"] for each in episode["target"]] == guess.argmax(1).tolist()
+        shares = np.exp(guess) / np.exp(guess).sum(1, keepdims=True)
+        assert [each["probability"] for each in episode["target"]] == pytest.approx(shares.max(1), rel=1e-5)
+        for part in ("support", "target"):
+            for each, image in zip(episode[part], getattr(task, f"{part}_x"), strict=True):
+                shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(each["png"]))))
+                assert np.array_equal(shown, (image[0].numpy() * 255).round())
+
+
+def test_of_a_large_episode_some_images_are_kept_and_all_predictions():
+    sampler = build_experiment(replace(TINY, targets=9)).test
+    tasks = list(sampler.batch(0))
+    [episode] = final_insight(RememberedLogits(tasks, [torch.eye(5).repeat_interleave(9, 0)] * 4), sampler, 4)[
+        "episodes"
+    ]
+    assert len(episode["target"]) == 45
+    assert [
+        sum(each["label"] == label and each["png"] is not None for each in episode["target"]) for label in range(5)
+    ] == [5] * 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "counts"),
+    [(1, [0, 1]), (5, [0, 1, 2, 3, 4, 5]), (50, [0, 1, 2, 5, 10, 20, 50]), (30, [0, 1, 2, 5, 10, 20, 30])],
+)
+def test_few_numbers_of_steps_are_tested(steps, counts):
+    assert step_counts(steps) == counts
+
+
+def test_quartiles_are_those_of_numpy_and_none_where_a_value_is_not_finite():
+    values = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0))
+    found = quartiles(values)
+    for name, percent in (("low", 25), ("median", 50), ("high", 75)):
+        assert found[name] == pytest.approx(np.percentile(values.numpy().reshape(3, -1), percent, axis=1), rel=1e-4)
+    values[1, 0, 0] = torch.nan
+    assert quartiles(values)["median"][1] is None
+
+
+def test_colours_reach_the_image_and_other_ranges_are_stretched():
+    image = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]).view(3, 1, 2)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(as_png(image)))))
+    assert shown.tolist() == [[[0, 102, 204], [51, 153, 255]]]
+    stretched = np.asarray(Image.open(io.BytesIO(base64.b64decode(as_png(image * 4 - 2)))))
+    assert np.array_equal(stretched, shown)
+
+
+def scalars_of(folder):
+    """{tag: [(step, value), ...]}, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_shows_the_log(folder):
+    scalars, log, insight = scalars_of(folder), lines_of(folder / "log.jsonl"), lines_of(folder / "insight.jsonl")
+    for tag, name in (("accuracy/validation", "validation_accuracy"), ("loss/train", "train_loss")):
+        assert [step for step, _ in scalars[tag]] == [1, 2, 3]
+        assert [value for _, value in scalars[tag]] == pytest.approx([record[name] for record in log], rel=1e-6)
+    for name, rates in insight[0]["rates"].items():
+        for step in range(len(rates)):
+            shown = scalars[f"rates/{name}/step {step + 1}"]
+            assert shown == [(line["epoch"], pytest.approx(line["rates"][name][step], rel=1e-6)) for line in insight]
+
+
+def test_tensorboard_shows_the_log_and_the_rates(finished):
+    assert_shows_the_log(finished[0])
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_tensorboard_has_each_epoch_once_after_resuming(tmp_path, asked_before, monkeypatch):
+    real, calls = CheckpointFolder.save, []
+
+    def interrupted(self, checkpoint):
+        calls.append(1)
+        if len(calls) == 2:  # After the second epoch was logged, before it was saved.
+            raise KeyboardInterrupt
+        return real(self, checkpoint)
+
+    monkeypatch.setattr(CheckpointFolder, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path, tensorboard=asked_before)
+    train(TINY, tmp_path, resume=True, tensorboard=not asked_before)
+    assert_shows_the_log(tmp_path)
+
+
+def test_without_tensorboard_the_way_to_install_it_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MetaWrapError, match=r'pip install "metawrap\[tensorboard\]".*--tensorboard'):
+        train(TINY, tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()
