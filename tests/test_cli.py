@@ -265,7 +265,7 @@ def test_an_interrupt_in_the_middle_names_the_saved_epochs_and_the_command(capsy
     assert CheckpointFolder(Path("run/checkpoints"), 1, 1).epochs() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "report"])
 def test_help_fits_on_a_screen(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

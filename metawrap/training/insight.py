@@ -25,8 +25,8 @@ from metawrap.schedules import step_loss_weights
 from metawrap.tasks import Task
 from metawrap.training.processes import by_first, evaluate_shared
 
-# So many of the test tasks are solved once for each number of inner steps: it takes a third of a test's time.
-STEP_TASKS = 200
+# So many of the test tasks are solved once for each number of inner steps: a sixth of the usual test's time.
+STEP_TASKS = 100
 MOST_STEP_COUNTS = 10
 # Images of an episode that are kept: all of 5-way 5-shot, at most so many in all.
 IMAGES_PER_CLASS = 5
