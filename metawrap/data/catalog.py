@@ -9,8 +9,8 @@ from typing import Any
 
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
-from metawrap.data.images import DataSplits
 from metawrap.data.omniglot import load_omniglot
+from metawrap.data.splits import DataSplits
 from metawrap.errors import ArgumentError, DataError
 
 DATASETS: dict[str, Callable[..., DataSplits]] = {"glyphs": load_glyphs, "omniglot": load_omniglot}

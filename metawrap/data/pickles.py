@@ -115,7 +115,7 @@ class _Machine:
     def refuse(self, what: str) -> NoReturn:
         raise DataError(
             f"'{self.content.name}' {what}. Only arrays of numbers or text, and plain lists, dicts, numbers and text "
-            "are read from a pickle, and nothing of it is run. Get the file from its publisher, or convert it to images."
+            "are read from a pickle, and nothing of it is run. Get it from its publisher, or convert it to images."
         )
 
     # Bytes.

@@ -15,7 +15,7 @@ from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
-from metawrap.data import DataSplits, EpisodeSampler, LabelledImages, load_data
+from metawrap.data import DataSplits, EpisodeSampler, ImageSet, load_data
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.methods.describing import look_at
 from metawrap.tasks import Task
@@ -146,11 +146,11 @@ def keywords_of(method: type) -> list[str]:
     return names
 
 
-def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:
+def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
     """The user's network if `model` is set, else the backbone, sized for these images."""
     if settings.model is not None:
         return call_factory(settings.model, settings.ways)
-    channels, height, width = images.images.shape[1:]
+    channels, height, width = images.image_shape
     if height != width:
         raise ArgumentError(
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "
@@ -160,9 +160,7 @@ def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:
     return Conv4(channels, height, settings.ways, settings.filters, strided)
 
 
-def fixed_tasks(
-    settings: RunSettings, images: LabelledImages, count: int, seed: int, device: torch.device
-) -> EpisodeSampler:
+def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, device: torch.device) -> EpisodeSampler:
     """A sampler whose first `count / tasks_per_batch` batches are the fixed evaluation tasks, without rotated classes.
 
     The same tasks for every run with the same data, ways, shots, targets and count.
@@ -172,7 +170,7 @@ def fixed_tasks(
     )
 
 
-def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.device) -> EpisodeSampler:
+def _train_sampler(settings: RunSettings, images: ImageSet, device: torch.device) -> EpisodeSampler:
     # Omniglot is trained with rotated characters as extra classes in nearly every publication since MANN (2016).
     rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
     return EpisodeSampler(
