@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
+from metawrap.cli.data_check import run_data_check
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.training.checkpoints import CheckpointFolder, write_json
@@ -46,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    command = {"train": _train, "compare": _compare, "evaluate": _evaluate, "inspect": _inspect}[arguments.command]
+    command = {
+        "train": _train,
+        "compare": _compare,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "data": run_data_check,
+    }[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():
         try:
             _check_processes(arguments.command)

@@ -54,7 +54,7 @@ def load_data(name_or_path: str | Path, root: str | Path | None = None, **option
     else:
         raise DataError(
             f"'{name}' is neither a data set ({', '.join(sorted(DATASETS))}) nor an existing folder"
-            f"{'' if root is None else ' (root is only for named data sets)'}. {_advice(name)}"
+            f"{'' if root is None else ' (root is only for named data sets)'}. {advice(name)}"
         )
     _check_options(name, loader, given)
     return loader(**given)
@@ -65,11 +65,12 @@ def normalisation_of(name: str) -> str | None:
     return _NORMALISED.get(name)
 
 
-def _advice(name: str) -> str:
+def advice(name: str) -> str:
+    """What to do about a name that is no data set: the nearest one, if there is any."""
     near = difflib.get_close_matches(name.lower().replace("_", "-"), list(DATASETS), n=1, cutoff=0.5)
     if near:
         return f"Did you mean '{near[0]}'?"
-    return "Files of a named set are load_data('omniglot', root=<folder or zip>)."
+    return f"Name a folder, or one of {', '.join(DATASETS)}; their files go into root (--data-root)."
 
 
 def _check_options(name: str, loader: Callable[..., DataSplits], given: dict[str, Any]) -> None:

@@ -79,7 +79,9 @@ def decode_image(content: bytes, name: str, decoding: Decoding) -> Pixels:
         pixels = np.array(plain.resize((decoding.size, decoding.size), decoding.resample), dtype=np.uint8)
     except DataError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:  # Whose message names an object in memory.
+        raise DataError(f"'{name}' is not a readable image: no known format. Replace or remove it.") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"'{name}' is not a readable image: {error}. Replace or remove it.") from error
     return pixels[None] if decoding.grayscale else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -136,7 +136,7 @@ class EpisodeSampler:
         return (self._read(drawn, pixels) for drawn, pixels in ahead)
 
     def _read(self, drawn: Drawn, pixels: Pixels) -> TaskBatch:
-        turns = torch.from_numpy(drawn.quarter_turns.reshape(-1)).to(self.device)
+        turns = torch.from_numpy(drawn.quarter_turns.flatten()).to(self.device)
         return self._assemble(drawn, torch.from_numpy(pixels).to(self.device), turns)
 
     def _assemble(self, drawn: Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:

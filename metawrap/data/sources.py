@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from metawrap.errors import DataError
 
+_PIECE = 2**20
+
 
 class ImageSource(Protocol):
     """Where image files lie: names with forward slashes, and the bytes of each."""
@@ -47,7 +49,9 @@ class FolderSource:
         """The bytes of one file, or DataError."""
         try:
             with open(self._root / name, "rb") as file:
-                content = file.read(self._max_bytes + 1)
+                # A read sets as much memory aside as it is asked for.
+                size = min(os.fstat(file.fileno()).st_size, self._max_bytes)
+                content = file.read(size + 1)
         except OSError as error:
             raise DataError(f"'{name}' in {self._root} cannot be read: {error}.") from error
         _check_size(name, len(content), self._max_bytes)
@@ -78,10 +82,15 @@ class ZipSource:
         member = self._members.get(name)
         if member is None:
             raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
-        # zipfile never yields more than the header declares, so a lying header is a checksum error and not a bomb.
         _check_size(name, member.file_size, self._max_bytes)
+        content = bytearray()
         try:
-            return self._open().read(member)
+            with self._open().open(member) as file:
+                # By pieces: zipfile yields no more than the header declares, but decompresses as much as it is asked
+                # for, so that a header that lies would be a bomb.
+                while piece := file.read(_PIECE):
+                    content += piece
+            return bytes(content)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
             raise DataError(
                 f"'{name}' in the archive cannot be read: {error}. Get a fresh copy of the archive."

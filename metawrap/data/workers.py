@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -25,18 +26,23 @@ def made_ahead(make: Callable[[int], Made], indices: Iterable[int], workers: int
     Raises:
         DataError: a worker died; and whatever error of metawrap's `make` raises.
     """
-    loader = DataLoader(
-        _Made(make),
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        prefetch_factor=AHEAD,
-        collate_fn=_unchanged,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
-        generator=torch.Generator(),  # Or it would draw from the global one.
-    )
+    with warnings.catch_warnings():
+        # Of more workers than cores, which the user chose, and of forking beside threads, which the workers do not use.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        loader = DataLoader(
+            _Made(make),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            prefetch_factor=AHEAD,
+            collate_fn=_unchanged,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            generator=torch.Generator(),  # Or it would draw from the global one.
+        )
+        ahead = iter(loader)
     with naming_dead_workers():
-        for made in loader:
+        for made in ahead:
             # An exception that crosses processes by itself arrives wrapped in the worker's traceback.
             if isinstance(made, MetaWrapError):
                 raise made

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metawrap.data import normalisation_of
+from metawrap.data.workers import naming_dead_workers
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import StepMetrics
 from metawrap.tasks import TaskBatch
@@ -40,6 +42,7 @@ from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 
 
+@naming_dead_workers()
 def train(settings: RunSettings, out: str | Path, resume: bool = False) -> dict[str, Any]:
     """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
 
@@ -107,6 +110,7 @@ def train_seeds(settings: RunSettings, seeds: Sequence[int], out: str | Path, re
     return summary
 
 
+@naming_dead_workers()
 def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) -> dict[str, Any]:
     """Tests a run's best checkpoint again; finished or not. Writes nothing.
 
@@ -129,7 +133,9 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
         raise CheckpointError(
             f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
         )
-    settings = replace(stored, **changes)
+    # Images of another data set are normalised as those were that the network was trained on.
+    as_trained = stored.normalise or normalisation_of(stored.data) or "none"
+    settings = replace(stored, **{"normalise": as_trained, **changes})
     device = find_device(settings.device)
     splits = load_splits(settings)
     learner = build_learner(stored, build_model(stored, splits.train)).to(device)
@@ -168,8 +174,7 @@ def _train_epoch(experiment: Experiment, settings: RunSettings, epoch: int, prog
     own = share(settings.tasks_per_batch)
     seed_dropout(settings.seed, epoch)
     begun = time.monotonic()
-    for iteration in range(epoch * count, (epoch + 1) * count):
-        batch = experiment.train.batch(iteration)
+    for batch in experiment.train.batches(count, epoch * count):
         steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
         progress.step(steps[-1])
     good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
