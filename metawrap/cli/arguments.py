@@ -8,7 +8,6 @@ from typing import Any
 
 from metawrap import __version__
 from metawrap.cli.data_check import add_data_command
-from metawrap.data import DATASETS
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
 
@@ -36,8 +35,7 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="meta-train, validate and test a network",
-        usage="metawrap train [options]",
-        epilog="in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
+        usage="metawrap train [options], or in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -84,7 +82,7 @@ def _add_compare(commands: Any) -> None:
 
 def _add_data_flags(group: Any) -> None:
     group.add_argument(
-        "--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: glyphs), or a class-per-folder path"
+        "--data", metavar="NAME", help="glyphs (generated; default), a folder, or a name that data check --help lists"
     )
     group.add_argument(
         "--data-root", metavar="PATH", help="its folder or archive; omniglot and CIFAR are downloaded if missing"

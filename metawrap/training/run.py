@@ -133,9 +133,10 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
         raise CheckpointError(
             f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
         )
-    # Images of another data set are normalised as those were that the network was trained on.
-    as_trained = stored.normalise or normalisation_of(stored.data) or "none"
-    settings = replace(stored, **{"normalise": as_trained, **changes})
+    if changes.get("data", stored.data) != stored.data:
+        # Images of another data set are normalised as those were that the network was trained on.
+        changes = {"normalise": stored.normalise or normalisation_of(stored.data) or "none", **changes}
+    settings = replace(stored, **changes)
     device = find_device(settings.device)
     splits = load_splits(settings)
     learner = build_learner(stored, build_model(stored, splits.train)).to(device)
