@@ -23,7 +23,9 @@ def recognise(path: Path) -> tuple[str, Path]:
         DataError: there is nothing, or nothing known, at the path.
     """
     if path.is_dir():
-        return _by_names({child.name for child in path.iterdir()}) or FOLDER, path
+        # Folders may be classes, and have any name.
+        names = {child.name for child in path.iterdir() if child.name != "meta" or child.is_file()}
+        return _by_names(names) or FOLDER, path
     if not path.is_file():
         raise DataError(f"There is nothing at '{path}'. {_HOW}")
     name = None
@@ -33,8 +35,8 @@ def recognise(path: Path) -> tuple[str, Path]:
     elif path.suffixes[-1:] in ([".tgz"], [".tar"]) or path.suffixes[-2:] == [".tar", ".gz"]:
         name = "cifar-fs"
     elif path.suffix == ".zip":
-        names = source_at(path, 0).names()
-        name = _by_names({part for each in names for part in each.split("/")[:2]} | set(names))
+        members = source_at(path, 0).names()
+        name = _by_names({part for each in members for part in each.split("/")[:2]})
     if name is None:
         raise DataError(f"'{path}' holds no data set in a layout that metawrap knows. {_HOW}")
     return name, path
