@@ -41,12 +41,16 @@ def made_ahead(make: Callable[[int], Made], indices: Iterable[int], workers: int
             generator=torch.Generator(),  # Or it would draw from the global one.
         )
         ahead = iter(loader)
-    with naming_dead_workers():
-        for made in ahead:
-            # An exception that crosses processes by itself arrives wrapped in the worker's traceback.
-            if isinstance(made, MetaWrapError):
-                raise made
-            yield made
+    try:
+        with naming_dead_workers():
+            for made in ahead:
+                # An exception that crosses processes by itself arrives wrapped in the worker's traceback.
+                if isinstance(made, MetaWrapError):
+                    raise made
+                yield made
+    finally:
+        # An error's traceback would keep the iterator, and so the workers, alive.
+        del ahead, loader
 
 
 @contextmanager

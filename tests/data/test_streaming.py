@@ -128,12 +128,27 @@ def test_a_loop_that_stops_early_leaves_no_worker_behind(tmp_path: Path) -> None
     import multiprocessing
 
     images = load_image_folder(make(tmp_path, range(4)), image_size=6, stream=True).train
+    before = set(multiprocessing.active_children())
     batches = EpisodeSampler(images, ways=2, workers=2).batches(50)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(set(multiprocessing.active_children()) - before) == 2
     batches.close()
     del batches
-    assert not multiprocessing.active_children()
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_an_error_leaves_no_worker_behind(tmp_path: Path) -> None:
+    import multiprocessing
+
+    root = make(tmp_path, range(4))
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"junk")
+    images = load_image_folder(root, image_size=6, stream=True).train
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError) as error:
+        list(EpisodeSampler(images, ways=2, workers=2).batches(9))
+    assert not set(multiprocessing.active_children()) - before
+    assert error.traceback
 
 
 def test_workers_are_for_streamed_images() -> None:
