@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from metawrap import __version__
+from metawrap.cli.data_check import add_data_command
 from metawrap.cli.report import add_report
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_inspect(commands)
     add_report(commands, _Formatter)
+    _add_verbose(add_data_command(commands, _Formatter))
     return parser
 
 
@@ -35,8 +37,7 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="meta-train, validate and test a network",
-        usage="metawrap train [options]",
-        epilog="in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
+        usage="metawrap train [options], or in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -83,20 +84,29 @@ def _add_compare(commands: Any) -> None:
 
 def _add_data_flags(group: Any) -> None:
     group.add_argument(
-        "--data", metavar="NAME", help="glyphs (generated; default), omniglot, or a class-per-folder path"
+        "--data", metavar="NAME", help="glyphs (generated; default), a folder, or a name that data check --help lists"
     )
     group.add_argument(
-        "--data-root", metavar="PATH", help="omniglot's folder or zip; downloaded there if it is missing"
+        "--data-root", metavar="PATH", help="its folder or archive; omniglot and CIFAR are downloaded if missing"
     )
     group.add_argument(
-        "--split", metavar="NAME", help="which split into classes, for omniglot: paper (default) or alphabet"
+        "--split", metavar="NAME", help="omniglot: paper (default) or alphabet; folders, cub: a CSV, JSON or YAML file"
     )
-    group.add_argument("--image-size", type=int, metavar="N", help="side in pixels (28; for a folder 84)")
+    group.add_argument(
+        "--image-size", type=int, metavar="N", help="side in pixels (28, CIFAR 32, photographs and folders 84)"
+    )
     group.add_argument(
         "--rotations",
         action=argparse.BooleanOptionalAction,
         help="turned images as new classes (default: on for omniglot)",
     )
+    group.add_argument("--normalise", metavar="NAME", help="imagenet or none (default: as published for the data set)")
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read images when they are drawn (default: if memory is short)",
+    )
+    group.add_argument("--loader-workers", type=int, metavar="N", help="processes that read streamed images (2)")
     group.add_argument("--ways", type=int, metavar="N", help="classes per task (5)")
     group.add_argument("--train-ways", type=int, metavar="N", help="classes per task of training (as many)")
     group.add_argument("--shots", type=int, metavar="N", help="support images per class (1)")
@@ -203,7 +213,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--ensemble", type=int, metavar="N", help="also average the logits of the N best checkpoints")
     parser.add_argument("--data", metavar="NAME", help="test classes of another data set, with images of the same size")
-    parser.add_argument("--data-root", metavar="PATH", help="omniglot's folder or zip")
+    parser.add_argument("--data-root", metavar="PATH", help="its folder or archive")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="also write the result as JSON")
     _add_verbose(parser)

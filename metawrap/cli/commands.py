@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
+from metawrap.cli.data_check import run_data_check
 from metawrap.cli.report import write_report
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "inspect": _inspect,
         "report": write_report,
+        "data": run_data_check,
     }
     command = commands[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line():

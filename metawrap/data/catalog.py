@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metawrap.data.cifar import load_cifar_fs, load_fc100
+from metawrap.data.cub import load_cub
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
-from metawrap.data.images import DataSplits
+from metawrap.data.mini_imagenet import load_mini_imagenet
 from metawrap.data.omniglot import load_omniglot
+from metawrap.data.splits import DataSplits
+from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.errors import ArgumentError, DataError
 
-DATASETS: dict[str, Callable[..., DataSplits]] = {"glyphs": load_glyphs, "omniglot": load_omniglot}
+DATASETS: dict[str, Callable[..., DataSplits]] = {
+    "cifar-fs": load_cifar_fs,
+    "cub": load_cub,
+    "fc100": load_fc100,
+    "glyphs": load_glyphs,
+    "mini-imagenet": load_mini_imagenet,
+    "omniglot": load_omniglot,
+    "tieredimagenet": load_tiered_imagenet,
+}
+# What can be downloaded, with download=True.
+DOWNLOADED = frozenset({"cifar-fs", "fc100", "omniglot"})
+# What the published experiments with photographs do; characters, and your own images, stay in [0, 1].
+_NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub": "imagenet"}
 
 
 def load_data(name_or_path: str | Path, root: str | Path | None = None, **options: Any) -> DataSplits:
     """A named data set, or a folder of class folders.
 
     Args:
-        name_or_path: "glyphs", "omniglot", or the path of a folder for `load_image_folder`. A name wins over a folder
+        name_or_path: a name in `DATASETS`, or the path of a folder for `load_image_folder`. A name wins over a folder
             of the same name; write "./omniglot" for the folder.
         root: where the files of a named data set lie; "glyphs" has none.
-        options: passed on to load_glyphs, load_omniglot or load_image_folder.
+        options: passed on to load_omniglot, load_mini_imagenet, load_image_folder, ...
     Raises:
-        ArgumentError: an option or a root that the data set does not take.
+        ArgumentError: an option or a root that the data set does not take, or one that it needs.
         DataError: no data set and no folder has this name, or loading it failed.
     """
     name = str(name_or_path)
@@ -37,15 +54,29 @@ def load_data(name_or_path: str | Path, root: str | Path | None = None, **option
     else:
         raise DataError(
             f"'{name}' is neither a data set ({', '.join(sorted(DATASETS))}) nor an existing folder"
-            f"{'' if root is None else ' (root is only for named data sets)'}. "
-            "A zip of Omniglot is load_data('omniglot', root=<zip>)."
+            f"{'' if root is None else ' (root is only for named data sets)'}. {advice(name)}"
         )
     _check_options(name, loader, given)
     return loader(**given)
 
 
+def normalisation_of(name: str) -> str | None:
+    """How published experiments normalise this data set, for `EpisodeSampler(normalise=...)`; None: not at all."""
+    return _NORMALISED.get(name)
+
+
+def advice(name: str) -> str:
+    """What to do about a name that is no data set: the nearest one, if there is any."""
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), list(DATASETS), n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return f"Name a folder, or one of {', '.join(DATASETS)}; their files go into root (--data-root)."
+
+
 def _check_options(name: str, loader: Callable[..., DataSplits], given: dict[str, Any]) -> None:
-    known = list(inspect.signature(loader).parameters)
-    unknown = [option for option in given if option not in known]
+    parameters = inspect.signature(loader).parameters
+    unknown = [option for option in given if option not in parameters]
     if unknown:
-        raise ArgumentError(f"'{name}' does not take {', '.join(unknown)}. It takes {', '.join(known)}.")
+        raise ArgumentError(f"'{name}' does not take {', '.join(unknown)}. It takes {', '.join(parameters)}.")
+    if "root" in parameters and parameters["root"].default is inspect.Parameter.empty and "root" not in given:
+        raise ArgumentError(f"'{name}' needs root: pass the folder with its files (--data-root).")

@@ -1,4 +1,4 @@
-"""Files of each class -> bytes -> checked pictures of one size -> LabelledImages."""
+"""Files of each class -> bytes -> checked pictures of one size -> StreamedImages."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from metawrap.data.images import LabelledImages
 from metawrap.data.sources import ImageSource
+from metawrap.data.streamed import Pixels, StreamedImages
 from metawrap.errors import DataError
-
-Pixels: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -29,24 +25,41 @@ class Decoding:
     resample: Image.Resampling
     max_pixels: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a decoded image: (channels, height, width)."""
+        return (1 if self.grayscale else 3), self.size, self.size
 
-def read_classes(source: ImageSource, classes: Mapping[str, Sequence[str]], decoding: Decoding) -> LabelledImages:
-    """Reads every file of every class (class name -> file names); labels follow the order of the mapping.
 
-    Raises:
-        DataError: a file is missing, too large, or no readable image; the message names it.
+class FilePixels:
+    """Images that are a file each, decoded when asked for."""
+
+    def __init__(self, files: ImageSource, names: Sequence[str], decoding: Decoding) -> None:
+        self._files, self._names, self._decoding = files, tuple(names), decoding
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def pixels(self, place: int) -> Pixels:
+        """The image, uint8, (channels, size, size), or DataError."""
+        return decode_image(self._files.read(self._names[place]), self._names[place], self._decoding)
+
+    def name(self, place: int) -> str:
+        """The file's name."""
+        return self._names[place]
+
+
+def file_classes(
+    source: ImageSource, classes: Mapping[str, Sequence[str]], decoding: Decoding, origin: str = ""
+) -> StreamedImages:
+    """Every file of every class (class name -> file names), none of them read yet; labels follow the mapping's order.
+
+    What is drawn later may raise DataError: a file is missing, too large, or no readable image; the message names it.
     """
     counts = torch.tensor([len(names) for names in classes.values()])
-    channels = 1 if decoding.grayscale else 3
-    # Filled in place: stacking a list would need the memory of the whole set twice.
-    images = torch.empty((int(counts.sum()), channels, decoding.size, decoding.size), dtype=torch.uint8)
-    files = [name for names in classes.values() for name in names]
-    with warnings.catch_warnings():
-        # Pillow only warns about moderately huge headers; decode_image refuses them.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for place, name in enumerate(files):
-            images[place] = torch.from_numpy(decode_image(source.read(name), name, decoding))
-    return LabelledImages(images, torch.arange(len(classes)).repeat_interleave(counts), tuple(classes))
+    files = FilePixels(source, [name for names in classes.values() for name in names], decoding)
+    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    return StreamedImages(files, labels, tuple(classes), decoding.shape, origin)
 
 
 def decode_image(content: bytes, name: str, decoding: Decoding) -> Pixels:
@@ -56,15 +69,19 @@ def decode_image(content: bytes, name: str, decoding: Decoding) -> Pixels:
         DataError: the content is no picture, is cut short, or its header claims more than `max_pixels` pixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            # The header is read, the pixels are not: the place to stop a decompression bomb.
-            _check_pixels(name, image, decoding.max_pixels)
-            # Converted first, because Pillow resizes palette images by nearest neighbour whatever it is asked for.
-            plain = image.convert("L" if decoding.grayscale else "RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of huge headers Pillow warns; below they are refused.
+            with Image.open(io.BytesIO(content)) as image:
+                # The header is read, the pixels are not: the place to stop a decompression bomb.
+                _check_pixels(name, image, decoding.max_pixels)
+                # Converted first: Pillow resizes palette images by nearest neighbour whatever it is asked for.
+                plain = image.convert("L" if decoding.grayscale else "RGB")
         pixels = np.array(plain.resize((decoding.size, decoding.size), decoding.resample), dtype=np.uint8)
     except DataError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:  # Whose message names an object in memory.
+        raise DataError(f"'{name}' is not a readable image: no known format. Replace or remove it.") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"'{name}' is not a readable image: {error}. Replace or remove it.") from error
     return pixels[None] if decoding.grayscale else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

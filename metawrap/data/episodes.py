@@ -6,19 +6,22 @@ generator is read or moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metawrap.data.checks import check_int
-from metawrap.data.draws import Draws, Ints
+from metawrap.data.drawing import ROTATIONS, Drawn, EpisodeDraws
 from metawrap.data.images import LabelledImages
+from metawrap.data.normalisation import Normalise, statistics_of
+from metawrap.data.splits import ImageSet
+from metawrap.data.streamed import Pixels, StreamedImages
+from metawrap.data.workers import made_ahead
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import TaskBatch, describe_value
-
-ROTATIONS = 4
 
 
 class EpisodeSampler:
@@ -28,12 +31,13 @@ class EpisodeSampler:
     each class into four, one per quarter turn; two turns of one character may meet in a task (the protocol of Antoniou
     et al. 2018, arXiv:1810.09502, after Santoro et al. 2016, arXiv:1605.06065).
 
-    Each task: support_x float32 in [0, 1] of shape (ways * shots, channels, height, width), support_y int64 of shape
-    (ways * shots,), grouped by label; target_x and target_y likewise with `targets`; classes: the number of each
-    label's class in 0..num_classes - 1, where each quarter turn of a class has one of its own.
+    Each task: support_x float32, in [0, 1] unless normalised, of shape (ways * shots, channels, height, width);
+    support_y int64 of shape (ways * shots,), grouped by label; target_x and target_y likewise with `targets`; classes:
+    the number of each label's class in 0..num_classes - 1, where each quarter turn of a class has one of its own.
 
     Args:
-        images: where to draw from; kept on `device` if it fits there, else on the CPU.
+        images: where to draw from. `LabelledImages` are kept on `device` if they fit there, else on the CPU;
+            `StreamedImages` are read when they are drawn, and give the same episodes.
         ways: classes per task.
         shots: support images per class.
         targets: target images per class.
@@ -41,14 +45,18 @@ class EpisodeSampler:
         seed: a non-negative integer; the same seed gives the same episodes on every platform.
         rotations: add the three quarter turns of every class as classes of their own; needs square images.
         device: where the batches end up; default the CPU.
+        normalise: "imagenet", or (mean, deviation) with a number for each channel: x becomes (x - mean) / deviation.
+        workers: processes in which `batches` and iteration read streamed images ahead; 0 reads them in this one, as
+            `batch` always does. What is drawn does not depend on it.
     Raises:
-        ArgumentError: a count is not an integer of at least 1, or the seed is negative.
+        ArgumentError: a count is not an integer of at least 1, the seed is negative, `normalise` does not fit the
+            images, or workers are asked for images in memory, which have nothing to read.
         DataError: too few classes, a class with too few images, or rotations of images that are not square.
     """
 
     def __init__(
         self,
-        images: LabelledImages,
+        images: ImageSet,
         ways: int = 5,
         shots: int = 1,
         targets: int = 1,
@@ -56,51 +64,56 @@ class EpisodeSampler:
         seed: int = 0,
         rotations: bool = False,
         device: torch.device | str | None = None,
+        normalise: Normalise = None,
+        workers: int = 0,
     ) -> None:
-        if not isinstance(images, LabelledImages):
-            raise ArgumentError(f"images: expected LabelledImages, but got {describe_value(images)}.")
+        if not isinstance(images, LabelledImages | StreamedImages):
+            raise ArgumentError(
+                f"images: expected LabelledImages or StreamedImages, but got {describe_value(images)}. "
+                "splits_from makes them from arrays and data sets."
+            )
         for name, value in (("ways", ways), ("shots", shots), ("targets", targets)):
             check_int(name, value, 1)
         check_int("tasks_per_batch", tasks_per_batch, 1)
         check_int("seed", seed, 0)
+        check_int("workers", workers, 0)
+        if workers and isinstance(images, LabelledImages):
+            raise ArgumentError(
+                f"workers: expected 0 for images in memory, but got {workers}. Leave it out, or stream the images."
+            )
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
         self.device = torch.device("cpu" if device is None else device)
-        self._pixels = _store(images.images, self.device)
-        labels = images.labels.cpu().numpy()
-        self._by_class: Ints = np.argsort(labels, kind="stable").astype(np.int64)
-        self._counts: Ints = np.bincount(labels, minlength=images.num_classes).astype(np.int64)
-        self._starts: Ints = np.cumsum(self._counts) - self._counts
-        self._turned = _turned_pixels(images.images.shape[-1]).to(self._pixels.device) if rotations else None
+        self.workers = workers
+        self._pixels = _store(images.images, self.device) if isinstance(images, LabelledImages) else None
+        self._draws = EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
+        home = self.device if self._pixels is None else self._pixels.device
+        self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations else None
+        statistics = statistics_of(normalise, images.image_shape[0])
+        self._statistics = None if statistics is None else tuple(part.to(self.device) for part in statistics)
         self._support_y = torch.arange(ways, device=self.device).repeat_interleave(shots)
         self._target_y = torch.arange(ways, device=self.device).repeat_interleave(targets)
 
     @property
     def num_classes(self) -> int:
         """Classes to draw from, the rotated ones included."""
-        return self.images.num_classes * (ROTATIONS if self.rotations else 1)
+        return self._draws.num_classes
 
     def batch(self, index: int) -> TaskBatch:
         """The batch with this number, always the same one.
 
         Raises:
             ArgumentError: index is not an integer of at least 0.
+            DataError: a streamed image cannot be read.
         """
         check_int("index", index, 0)
-        classes, examples, quarter_turns = self._choose(Draws(self.seed, index))
+        if self._pixels is None:
+            return self._read(*_StreamedDraws(self._draws, self.images)(index))
+        drawn = self._draws.draw(index)
         # On the device in one copy: (2, tasks, ways, shots + targets).
-        chosen = torch.from_numpy(np.stack([examples, quarter_turns])).to(self._pixels.device)
-        pixels = self._gather(chosen[0].flatten(), chosen[1].flatten())
-        # A product, because CUDA turns a division by a number into one anyway and CPUs would differ in the last bit.
-        pixels = pixels.to(self.device).to(torch.float32).mul_(1 / 255)
-        image_shape = pixels.shape[1:]
-        pixels = pixels.view(self.tasks_per_batch, self.ways, self.shots + self.targets, *image_shape)
-        support = pixels[:, :, : self.shots].reshape(self.tasks_per_batch, -1, *image_shape)
-        target = pixels[:, :, self.shots :].reshape(self.tasks_per_batch, -1, *image_shape)
-        repeat = (self.tasks_per_batch, 1)
-        labels = self._support_y.repeat(repeat), self._target_y.repeat(repeat)
-        return TaskBatch.stacked(support, labels[0], target, labels[1], classes=classes.tolist())
+        chosen = torch.from_numpy(np.stack([drawn.examples, drawn.quarter_turns])).to(self._pixels.device)
+        return self._assemble(drawn, self._pixels[chosen[0].flatten()], chosen[1].flatten())
 
     def batches(self, count: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches start, start + 1, ..., start + count - 1.
@@ -110,36 +123,54 @@ class EpisodeSampler:
         """
         check_int("count", count, 0)
         check_int("start", start, 0)
-        return (self.batch(index) for index in range(start, start + count))
+        return self._each(range(start, start + count))
 
     def __iter__(self) -> Iterator[TaskBatch]:
         """Endless, from batch 0."""
-        index = 0
-        while True:
-            yield self.batch(index)
-            index += 1
+        return self._each(itertools.count())
 
-    def _choose(self, draws: Draws) -> tuple[Ints, Ints, Ints]:
-        """Classes (tasks, ways); positions of images and their quarter turns, both (tasks, ways, shots + targets)."""
-        tasks, examples = self.tasks_per_batch, self.shots + self.targets
-        drawn = draws.distinct(np.full(tasks, self.num_classes, dtype=np.int64), self.ways).reshape(-1)
-        classes, quarter_turns = drawn % self.images.num_classes, drawn // self.images.num_classes
-        within = draws.distinct(self._counts[classes], examples)
-        chosen = self._by_class[self._starts[classes, None] + within]
-        shape = (tasks, self.ways, examples)
-        turns = np.broadcast_to(quarter_turns[:, None], within.shape).reshape(shape)
-        return drawn.reshape(tasks, self.ways), chosen.reshape(shape), turns
+    def _each(self, indices: Iterable[int]) -> Iterator[TaskBatch]:
+        if not self.workers:
+            return (self.batch(index) for index in indices)
+        ahead = made_ahead(_StreamedDraws(self._draws, self.images), indices, self.workers)
+        return (self._read(drawn, pixels) for drawn, pixels in ahead)
 
-    def _gather(self, examples: Tensor, quarter_turns: Tensor) -> Tensor:
-        pixels = self._pixels[examples]
-        if self._turned is None:
-            return pixels
-        source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
-        return pixels.flatten(2).gather(2, source).view_as(pixels)
+    def _read(self, drawn: Drawn, pixels: Pixels) -> TaskBatch:
+        turns = torch.from_numpy(drawn.quarter_turns.flatten()).to(self.device)
+        return self._assemble(drawn, torch.from_numpy(pixels).to(self.device), turns)
+
+    def _assemble(self, drawn: Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
+        """pixels: uint8, (tasks * ways * (shots + targets), channels, height, width); a turn for each."""
+        if self._turned is not None:
+            source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
+            pixels = pixels.flatten(2).gather(2, source).view_as(pixels)
+        # A product, because CUDA turns a division by a number into one anyway and CPUs would differ in the last bit.
+        pixels = pixels.to(self.device).to(torch.float32).mul_(1 / 255)
+        if self._statistics is not None:
+            mean, deviation = self._statistics
+            pixels = pixels.sub_(mean).div_(deviation)
+        image_shape = pixels.shape[1:]
+        pixels = pixels.view(self.tasks_per_batch, self.ways, self.shots + self.targets, *image_shape)
+        support = pixels[:, :, : self.shots].reshape(self.tasks_per_batch, -1, *image_shape)
+        target = pixels[:, :, self.shots :].reshape(self.tasks_per_batch, -1, *image_shape)
+        repeat = (self.tasks_per_batch, 1)
+        labels = self._support_y.repeat(repeat), self._target_y.repeat(repeat)
+        return TaskBatch.stacked(support, labels[0], target, labels[1], classes=drawn.classes.tolist())
 
 
-def _check_enough(images: LabelledImages, ways: int, shots: int, targets: int, rotations: bool) -> None:
-    height, width = images.images.shape[-2:]
+class _StreamedDraws:
+    """What a worker does for a batch: draw it, and read its images. Holds nothing that lives on a device."""
+
+    def __init__(self, draws: EpisodeDraws, images: ImageSet) -> None:
+        self._draws, self._images = draws, images
+
+    def __call__(self, index: int) -> tuple[Drawn, Pixels]:
+        drawn = self._draws.draw(index)
+        return drawn, self._images.gather(drawn.examples.reshape(-1)).numpy()
+
+
+def _check_enough(images: ImageSet, ways: int, shots: int, targets: int, rotations: bool) -> None:
+    height, width = images.image_shape[1:]
     if rotations and height != width:
         raise DataError(f"rotations: expected square images, but they are {height}x{width}. Pass rotations=False.")
     available = images.num_classes * (ROTATIONS if rotations else 1)

@@ -9,12 +9,11 @@ from typing import TypeAlias
 from PIL import Image
 
 from metawrap.data.checks import check_int
-from metawrap.data.decode import Decoding, read_classes
-from metawrap.data.draws import Draws
-from metawrap.data.images import DataSplits
+from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
+from metawrap.data.decode import Decoding, file_classes
 from metawrap.data.sources import FolderSource
+from metawrap.data.splits import DataSplits, as_splits
 from metawrap.errors import ArgumentError, DataError
-from metawrap.tasks import describe_value
 
 ClassFiles: TypeAlias = dict[str, list[str]]
 
@@ -28,9 +27,11 @@ def load_image_folder(
     root: str | Path,
     *,
     image_size: int = 84,
-    splits: Sequence[float] = (0.64, 0.16, 0.20),
+    splits: Sequence[float] = SHARES,
+    split: GivenSplit | None = None,
     seed: int | str = 0,
     grayscale: bool = False,
+    stream: bool | None = None,
 ) -> DataSplits:
     """A folder of class folders, split by class; other files than images are left out.
 
@@ -38,26 +39,38 @@ def load_image_folder(
         root: holds one folder of images per class; or folders train, val (or validation) and test, each of which does.
         image_size: images are squeezed to this many pixels on either side (Lanczos).
         splits: shares of the classes for train, validation and test; not used where the folders exist.
+        split: the classes of each by name instead: {"train": [...], "validation": [...], "test": [...]}, or the path
+            of a JSON, YAML or CSV file with them (see `class_split.split_as_given`).
         seed: names the shuffle of the classes; the same seed gives the same split on every platform.
         grayscale: one channel instead of three.
+        stream: read images when they are drawn (True), all of them now (False), or, by default, whichever suits the
+            memory. A broken image is then an error when it is drawn; `metawrap data check` finds it before.
     Raises:
-        ArgumentError: image_size, seed or splits is out of range.
+        ArgumentError: image_size, seed, splits or split is out of range.
         DataError: no folder, too few classes, a class without an image or in two splits, or an unreadable image.
     """
     check_int("image_size", image_size, 1)
     if not isinstance(seed, str):
         check_int("seed", seed, 0)
-    shares = _check_shares(splits)
+    shares = check_shares(splits)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"There is no folder at '{folder}'. Pass one that holds a folder of images per class.")
-    parts = _given_splits(folder) or _split(_class_files(folder, folder), shares, seed)
+    parts = split_folders(folder)
+    origin = "train, validation and test folders of class folders"
+    if parts is None:
+        classes = _class_files(folder, folder)
+        named = split_by_seed(list(classes), shares, seed) if split is None else split_as_given(list(classes), split)
+        parts = [{name: classes[name] for name in part} for part in named]
+        origin = f"class folders, split by {'seed' if split is None else 'name'}"
+    elif split is not None:
+        raise ArgumentError(f"split: '{folder}' has train, validation and test folders already. Leave split out.")
     decoding = Decoding(image_size, grayscale, Image.Resampling.LANCZOS, MAX_IMAGE_PIXELS)
     source = FolderSource(folder, MAX_IMAGE_BYTES)
-    return DataSplits(*(read_classes(source, part, decoding) for part in parts))
+    return as_splits([file_classes(source, part, decoding, origin) for part in parts], stream)
 
 
-def _given_splits(root: Path) -> list[ClassFiles] | None:
+def split_folders(root: Path) -> list[ClassFiles] | None:
     """The splits that the folders themselves make, or None where there are none."""
     found = [next((root / name for name in names if _folders(root / name)), None) for names in _SPLIT_NAMES]
     if not any(found):
@@ -79,18 +92,6 @@ def _given_splits(root: Path) -> list[ClassFiles] | None:
     return parts
 
 
-def _split(classes: ClassFiles, shares: tuple[float, ...], seed: int | str) -> list[ClassFiles]:
-    count = len(classes)
-    validation, test = (max(1, round(count * share)) for share in shares[1:])
-    train = count - validation - test
-    if train < 1:
-        raise DataError(f"splits={shares}: {count} classes are too few for three sets. Add classes, at least 3 in all.")
-    names = sorted(classes)
-    shuffled = [names[index] for index in Draws(seed).permutation(count)]
-    parts = (shuffled[:train], shuffled[train : train + validation], shuffled[train + validation :])
-    return [{name: classes[name] for name in part} for part in parts]
-
-
 def _class_files(folder: Path, root: Path) -> ClassFiles:
     files: ClassFiles = {}
     for class_folder in _folders(folder):
@@ -110,13 +111,3 @@ def _folders(folder: Path) -> list[Path]:
         return []
     inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return sorted(inside, key=lambda path: path.name)
-
-
-def _check_shares(splits: Sequence[float]) -> tuple[float, ...]:
-    numbers = isinstance(splits, tuple | list) and all(isinstance(share, int | float) for share in splits)
-    if not numbers or len(splits) != 3 or min(splits) <= 0 or abs(sum(splits) - 1) > 1e-6:
-        raise ArgumentError(
-            f"splits: expected three shares above 0 that sum to 1 (train, validation, test), but got "
-            f"{splits if numbers else describe_value(splits)}."
-        )
-    return tuple(float(share) for share in splits)

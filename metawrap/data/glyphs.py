@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from metawrap.data.checks import check_counts, check_int
 from metawrap.data.draws import Draws, Floats
-from metawrap.data.images import DataSplits, LabelledImages
+from metawrap.data.images import LabelledImages
+from metawrap.data.splits import DataSplits
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

@@ -1,38 +1,28 @@
-"""LabelledImages and DataSplits: a whole data set in memory, as bytes, split by class.
+"""LabelledImages: a whole set of images in memory, as bytes, and the class of each.
 
 Images stay uint8, a quarter of the memory of floats; `EpisodeSampler` scales them to [0, 1] when it draws an episode.
+`StreamedImages` in streamed.py has the same face for sets that do not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metawrap.errors import DataError
 from metawrap.tasks import describe_value
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledImages:
-    """Images and the class of each.
+class LabelledSet:
+    """What every set of labelled images knows without its images: `labels`, int64, (images,), and `class_names`."""
 
-    images: uint8, (images, channels, height, width). labels: int64, (images,), indices into class_names.
-
-    Raises:
-        DataError: a wrong type or shape, lengths that disagree, a label without a name, or a class without an image.
-    """
-
-    images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        _check_images(self.images)
-        _check_labels(self.labels, len(self.images), self.class_names)
 
     @property
     def num_classes(self) -> int:
@@ -44,8 +34,8 @@ class LabelledImages:
         """The number of images of each class, in the order of class_names."""
         return tuple(torch.bincount(self.labels, minlength=self.num_classes).tolist())
 
-    def subset(self, class_indices: Sequence[int]) -> LabelledImages:
-        """Only these classes, relabelled 0, 1, ... in the order given; the images are copied.
+    def chosen(self, class_indices: Sequence[int]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """For these classes alone: the places of their images, in the new order, with new labels, and their names.
 
         Raises:
             DataError: no class, a repeated class, or an index outside 0..num_classes-1.
@@ -62,18 +52,54 @@ class LabelledImages:
         labels = new_label[self.labels]
         order = torch.argsort(labels, stable=True)
         order = order[labels[order] >= 0]
-        return LabelledImages(self.images[order], labels[order], tuple(self.class_names[index] for index in chosen))
+        return order, labels[order], tuple(self.class_names[index] for index in chosen)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
 
-class DataSplits(NamedTuple):
-    """Three sets without a class in common: `train, validation, test = splits`."""
+@dataclass(frozen=True, eq=False)
+class LabelledImages(LabelledSet):
+    """Images and the class of each.
 
-    train: LabelledImages
-    validation: LabelledImages
-    test: LabelledImages
+    images: uint8, (images, channels, height, width). labels: int64, (images,), indices into class_names. origin: the
+    layout that they were found in.
+
+    Raises:
+        DataError: a wrong type or shape, lengths that disagree, a label without a name, or a class without an image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        _check_images(self.images)
+        check_labels(self.labels, len(self.images), self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def gather(self, indices: NDArray[np.int64]) -> Tensor:
+        """These images, uint8, (len(indices), channels, height, width)."""
+        return self.images[torch.from_numpy(indices)]
+
+    def name(self, index: int) -> str:
+        """What a person would call image `index`."""
+        return f"image {index}"
+
+    def subset(self, class_indices: Sequence[int]) -> LabelledImages:
+        """Only these classes, relabelled 0, 1, ... in the order given; the images are copied.
+
+        Raises:
+            DataError: no class, a repeated class, or an index outside 0..num_classes-1.
+        """
+        order, labels, names = self.chosen(class_indices)
+        return LabelledImages(self.images[order], labels, names, self.origin)
 
 
 def _check_images(images: Tensor) -> None:
@@ -86,7 +112,8 @@ def _check_images(images: Tensor) -> None:
         raise DataError(f"images: expected at least one pixel, but the shape is {tuple(images.shape)}.")
 
 
-def _check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:
+def check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:
+    """DataError unless labels are int64, one per image, each with a name, and every name has an image."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise DataError(f"labels: expected an int64 tensor of shape (images,), but got {describe_value(labels)}.")
     if len(labels) != images:

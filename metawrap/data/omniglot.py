@@ -15,10 +15,10 @@ from typing import TypeAlias
 from PIL import Image
 
 from metawrap.data.checks import check_counts, check_int
-from metawrap.data.decode import Decoding, read_classes
+from metawrap.data.decode import Decoding, file_classes
 from metawrap.data.draws import Draws
-from metawrap.data.images import DataSplits
 from metawrap.data.sources import open_source
+from metawrap.data.splits import DataSplits
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import describe_value
 
@@ -27,6 +27,7 @@ ClassFiles: TypeAlias = dict[str, list[str]]
 
 MAX_IMAGE_BYTES = 2**20  # the largest real image has under 600 bytes
 MAX_IMAGE_PIXELS = 2**20  # the real images have 105 x 105
+ORIGIN = "Omniglot in torchvision's layout"
 _FILE = re.compile(r"(?:omniglot-py/)?(images_background|images_evaluation)/([^/]+/[^/]+)/([^/.][^/]*\.png)")
 _HOW_TO_GET = (
     "Pass root=<omniglot-py.zip, or the folder that holds omniglot-py/>, or download=True, "
@@ -76,7 +77,7 @@ def load_omniglot(
         else:
             parts = _split_by_alphabet(background, evaluation, validation_alphabets, seed)
         decoding = Decoding(image_size, True, Image.Resampling.NEAREST, MAX_IMAGE_PIXELS)
-        return DataSplits(*(read_classes(source, part, decoding) for part in parts))
+        return DataSplits(*(file_classes(source, part, decoding, ORIGIN).in_memory() for part in parts))
 
 
 def _split_by_count(classes: ClassFiles, counts: Sequence[int], seed: int | str) -> list[ClassFiles]:

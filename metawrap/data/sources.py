@@ -1,11 +1,12 @@
 """Reading files from a folder or straight from a zip: names -> checked bytes.
 
 Nothing is extracted, so an archive cannot write anywhere; names that would leave a folder are refused all the same,
-because a member that tries is no image of any data set.
+because a member that tries is no image of any data set. A source may be pickled, and goes on in another process.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import zipfile
@@ -13,9 +14,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from metawrap.errors import DataError
+
+_PIECE = 2**20
 
 
 class ImageSource(Protocol):
@@ -38,11 +41,17 @@ class FolderSource:
         """All file names below the root, sorted."""
         return sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self._root / name).is_file()
+
     def read(self, name: str) -> bytes:
         """The bytes of one file, or DataError."""
         try:
             with open(self._root / name, "rb") as file:
-                content = file.read(self._max_bytes + 1)
+                # A read sets as much memory aside as it is asked for.
+                size = min(os.fstat(file.fileno()).st_size, self._max_bytes)
+                content = file.read(size + 1)
         except OSError as error:
             raise DataError(f"'{name}' in {self._root} cannot be read: {error}.") from error
         _check_size(name, len(content), self._max_bytes)
@@ -50,12 +59,14 @@ class FolderSource:
 
 
 class ZipSource:
-    """The members of an open zip, every one of them checked before the first is read."""
+    """The members of a zip, every one of them checked before the first is read."""
 
-    def __init__(self, archive: zipfile.ZipFile, max_bytes: int) -> None:
-        self._archive, self._max_bytes = archive, max_bytes
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path, self._max_bytes = path, max_bytes
+        self._archive: zipfile.ZipFile | None = None
+        self._opener = 0
         self._members: dict[str, zipfile.ZipInfo] = {}
-        for member in archive.infolist():
+        for member in self._open().infolist():
             check_member(member)
             if member.filename in self._members:
                 raise DataError(f"The archive holds '{member.filename}' twice. Get a fresh copy of it.")
@@ -68,15 +79,55 @@ class ZipSource:
 
     def read(self, name: str) -> bytes:
         """The bytes of one member, or DataError."""
-        member = self._members[name]
-        # zipfile never yields more than the header declares, so a lying header is a checksum error and not a bomb.
+        member = self._members.get(name)
+        if member is None:
+            raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
         _check_size(name, member.file_size, self._max_bytes)
+        content = bytearray()
         try:
-            return self._archive.read(member)
+            with self._open().open(member) as file:
+                # By pieces: zipfile yields no more than the header declares, but decompresses as much as it is asked
+                # for, so that a header that lies would be a bomb.
+                while piece := file.read(_PIECE):
+                    content += piece
+            return bytes(content)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
             raise DataError(
                 f"'{name}' in the archive cannot be read: {error}. Get a fresh copy of the archive."
             ) from error
+
+    def close(self) -> None:
+        """Closes the file; another read opens it again."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+
+    def _open(self) -> zipfile.ZipFile:
+        # A forked process shares the place in an open file with its parent, so each opens its own.
+        if self._archive is None or self._opener != os.getpid():
+            try:
+                self._archive, self._opener = zipfile.ZipFile(self._path), os.getpid()
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+                raise DataError(
+                    f"'{self._path}' is not a readable zip file: {error}. Get a fresh copy of it."
+                ) from error
+        return self._archive
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+
+def source_at(path: Path, max_bytes: int) -> FolderSource | ZipSource:
+    """A folder or a zip file as an ImageSource, for as long as it is needed.
+
+    Raises:
+        DataError: there is nothing at the path, it is no zip, or a member's name or kind is unsafe.
+    """
+    if path.is_dir():
+        return FolderSource(path, max_bytes)
+    if not path.is_file():
+        raise DataError(f"There is no folder and no zip file at '{path}'.")
+    return ZipSource(path, max_bytes)
 
 
 @contextmanager
@@ -86,28 +137,29 @@ def open_source(path: Path, max_bytes: int) -> Iterator[ImageSource]:
     Raises:
         DataError: there is nothing at the path, it is no zip, or a member's name or kind is unsafe.
     """
-    if path.is_dir():
-        yield FolderSource(path, max_bytes)
-        return
-    if not path.is_file():
-        raise DataError(f"There is no folder and no zip file at '{path}'.")
+    source = source_at(path, max_bytes)
     try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"'{path}' is not a readable zip file: {error}. Get a fresh copy of it.") from error
-    with archive:
-        yield ZipSource(archive, max_bytes)
+        yield source
+    finally:
+        if isinstance(source, ZipSource):
+            source.close()
 
 
 def check_member(member: zipfile.ZipInfo) -> None:
     """Raises DataError if extracting this member could write outside the target folder, or would make a link."""
-    name = member.orig_filename
-    if name.startswith("/") or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
-        raise DataError(f"The archive holds the unsafe name {name!r}; expected a relative name with forward slashes.")
-    if ".." in PurePosixPath(name).parts:
-        raise DataError(f"The archive holds the unsafe name {name!r}, which leaves the folder; it was not read.")
+    check_name(member.orig_filename)
     if stat.S_ISLNK(member.external_attr >> 16):
-        raise DataError(f"The archive holds a link, {name!r}; expected ordinary files only. It was not read.")
+        raise DataError(
+            f"The archive holds a link, {member.orig_filename!r}; expected ordinary files only. It was not read."
+        )
+
+
+def check_name(name: str, where: str = "The archive") -> None:
+    """Raises DataError unless this is a relative name with forward slashes that stays in its folder."""
+    if name.startswith("/") or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"{where} holds the unsafe name {name!r}; expected a relative name with forward slashes.")
+    if ".." in PurePosixPath(name).parts:
+        raise DataError(f"{where} holds the unsafe name {name!r}, which leaves the folder; it was not read.")
 
 
 def _check_size(name: str, size: int, max_bytes: int) -> None:

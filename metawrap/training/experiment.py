@@ -15,7 +15,8 @@ from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
-from metawrap.data import DataSplits, EpisodeSampler, LabelledImages, load_data
+from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, load_data, normalisation_of
+from metawrap.data.catalog import DOWNLOADED
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.methods.describing import look_at
 from metawrap.tasks import Task
@@ -25,6 +26,9 @@ from metawrap.training.run_settings import METHODS, RunSettings
 # Validation and test tasks are the same for every run, whatever its seed, so that results can be compared.
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 1_000_002
+
+# Processes that read streamed images ahead, unless the settings say otherwise.
+LOADER_WORKERS = 2
 
 # Keywords of a method that take functions or classes: no run.json can hold these.
 PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "swap"})
@@ -88,9 +92,9 @@ def find_device(name: str) -> torch.device:
 
 def load_splits(settings: RunSettings) -> DataSplits:
     """The data set's three splits, downloaded if need be; only options that were set are passed on."""
-    options = {"split": settings.split, "image_size": settings.image_size}
+    options = {"split": settings.split, "image_size": settings.image_size, "stream": settings.stream}
     given = {name: value for name, value in options.items() if value is not None}
-    if settings.data == "omniglot":
+    if settings.data in DOWNLOADED:
         given["download"] = True
         return one_after_another(lambda: load_data(settings.data, root=settings.data_root, **given))
     return load_data(settings.data, root=settings.data_root, **given)
@@ -146,11 +150,11 @@ def keywords_of(method: type) -> list[str]:
     return names
 
 
-def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:
+def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
     """The user's network if `model` is set, else the backbone, sized for these images."""
     if settings.model is not None:
         return call_factory(settings.model, settings.ways)
-    channels, height, width = images.images.shape[1:]
+    channels, height, width = images.image_shape
     if height != width:
         raise ArgumentError(
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "
@@ -160,19 +164,24 @@ def build_model(settings: RunSettings, images: LabelledImages) -> nn.Module:
     return Conv4(channels, height, settings.ways, settings.filters, strided)
 
 
-def fixed_tasks(
-    settings: RunSettings, images: LabelledImages, count: int, seed: int, device: torch.device
-) -> EpisodeSampler:
+def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, device: torch.device) -> EpisodeSampler:
     """A sampler whose first `count / tasks_per_batch` batches are the fixed evaluation tasks, without rotated classes.
 
     The same tasks for every run with the same data, ways, shots, targets and count.
     """
     return EpisodeSampler(
-        images, settings.ways, settings.shots, settings.targets, math.gcd(count, 20), seed=seed, device=device
+        images,
+        settings.ways,
+        settings.shots,
+        settings.targets,
+        math.gcd(count, 20),
+        seed=seed,
+        device=device,
+        **_reading(settings, images),
     )
 
 
-def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.device) -> EpisodeSampler:
+def _train_sampler(settings: RunSettings, images: ImageSet, device: torch.device) -> EpisodeSampler:
     # Omniglot is trained with rotated characters as extra classes in nearly every publication since MANN (2016).
     rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
     return EpisodeSampler(
@@ -184,7 +193,18 @@ def _train_sampler(settings: RunSettings, images: LabelledImages, device: torch.
         seed=settings.seed,
         rotations=rotations,
         device=device,
+        **_reading(settings, images),
     )
+
+
+def _reading(settings: RunSettings, images: ImageSet) -> dict[str, Any]:
+    """How images become batches: normalised as asked for, or as the data set is in publications; read by workers."""
+    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
+    workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
+    return {
+        "normalise": None if normalise == "none" else normalise,
+        "workers": workers if isinstance(images, StreamedImages) else 0,
+    }
 
 
 def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metawrap.data import normalisation_of
+from metawrap.data.workers import naming_dead_workers
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import StepMetrics
 from metawrap.tasks import TaskBatch
@@ -44,6 +46,7 @@ from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
 
 
+@naming_dead_workers()
 def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
 
@@ -122,6 +125,7 @@ def train_seeds(
     return summary
 
 
+@naming_dead_workers()
 def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) -> dict[str, Any]:
     """Tests a run's best checkpoint again; finished or not. Writes nothing.
 
@@ -144,6 +148,9 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
         raise CheckpointError(
             f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
         )
+    if changes.get("data", stored.data) != stored.data:
+        # Images of another data set are normalised as those were that the network was trained on.
+        changes = {"normalise": stored.normalise or normalisation_of(stored.data) or "none", **changes}
     settings = replace(stored, **changes)
     device = find_device(settings.device)
     splits = load_splits(settings)
@@ -195,8 +202,7 @@ def _train_epoch(
     own = share(settings.tasks_per_batch)
     seed_dropout(settings.seed, epoch)
     begun = time.monotonic()
-    for iteration in range(epoch * count, (epoch + 1) * count):
-        batch = experiment.train.batch(iteration)
+    for batch in experiment.train.batches(count, epoch * count):
         steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
         progress.step(steps[-1])
     good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.

@@ -35,7 +35,9 @@ BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
 
 # These may differ when a run is resumed: they change where training runs, what is kept and what is tested.
-FREE_ON_RESUME = frozenset({"data_root", "device", "keep", "ensemble", "test_tasks", "test_norms"})
+FREE_ON_RESUME = frozenset(
+    {"data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
+)
 
 _AT_LEAST = {
     "ways": 2,
@@ -51,6 +53,7 @@ _AT_LEAST = {
     "test_tasks": 2,
     "keep": 1,
     "ensemble": 0,
+    "loader_workers": 0,
 }
 
 
@@ -58,7 +61,9 @@ _AT_LEAST = {
 class RunSettings:
     """What `metawrap train` needs to know. None means: the default of the data set, method or preset.
 
-    data: "glyphs", "omniglot", or a folder of class folders. targets: target images per class and task.
+    data: the name of a data set, or a folder of class folders. split: see the loader of the data set. normalise:
+    "imagenet" or "none". stream: read images when they are drawn, in loader_workers processes (0: in this one); neither
+    changes what is drawn. targets: target images per class and task.
     model: "package.module:factory" of the user's own network; it replaces backbone and filters.
     train_ways: classes of a training task, for methods that do not use the network's own outputs; ways if None.
     keep: how many of the best checkpoints stay, and how many of the newest. ensemble: how many of the best are averaged
@@ -71,6 +76,9 @@ class RunSettings:
     split: str | None = None
     image_size: int | None = None
     rotations: bool | None = None
+    normalise: str | None = None
+    stream: bool | None = None
+    loader_workers: int | None = None
     ways: int = 5
     train_ways: int | None = None
     shots: int = 1
@@ -105,6 +113,7 @@ class RunSettings:
             "method": tuple(METHODS),
             "backbone": BACKBONES,
             "norm": (None, *NORMS),
+            "normalise": (None, "none", "imagenet"),
             "test_norms": ("all", "own"),
         }
         for name, allowed in choices.items():

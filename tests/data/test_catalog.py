@@ -28,11 +28,31 @@ def test_names_and_paths_reach_their_loaders(tmp_path):
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(
-        DataError, match=r"'imagenet' is neither a data set \(glyphs, omniglot\) nor an existing folder"
+        DataError,
+        match=r"'imagenet' is neither a data set \(cifar-fs, cub, .*\) nor an existing folder.*mean 'mini-imagenet'",
     ):
         load_data("imagenet")
     with pytest.raises(DataError, match=r"root is only for named data sets"):
         load_data(tmp_path, root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("mini_imagenet", "mini-imagenet"),
+        ("tiered-imagenet", "tieredimagenet"),
+        ("CIFARFS", "cifar-fs"),
+        ("Fc100", "fc100"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_set_right(written, meant):
+    with pytest.raises(DataError, match=f"Did you mean '{meant}'"):
+        load_data(written)
+
+
+def test_a_set_that_needs_files_says_so():
+    with pytest.raises(ArgumentError, match="'mini-imagenet' needs root"):
+        load_data("mini-imagenet")
 
 
 def test_options_that_a_data_set_does_not_take_are_named():
@@ -43,4 +63,4 @@ def test_options_that_a_data_set_does_not_take_are_named():
 def test_everything_listed_is_there():
     assert sorted(metawrap.data.__all__) == metawrap.data.__all__
     assert all(hasattr(metawrap.data, name) for name in metawrap.data.__all__)
-    assert set(DATASETS) == {"glyphs", "omniglot"}
+    assert set(DATASETS) == {"cifar-fs", "cub", "fc100", "glyphs", "mini-imagenet", "omniglot", "tieredimagenet"}

@@ -1,0 +1,53 @@
+"""Normalising images by a mean and a standard deviation per channel, as the published experiments do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metawrap.errors import ArgumentError
+from metawrap.tasks import describe_value
+
+Normalise: TypeAlias = str | tuple[Sequence[float], Sequence[float]] | None
+
+# Mean and standard deviation of ImageNet's training images in [0, 1], red, green, blue: the numbers that torchvision's
+# pretrained models document, and that MAML++ (arXiv:1810.09502) normalises mini-ImageNet with.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISATIONS = {"imagenet": IMAGENET}
+
+
+def statistics_of(normalise: Normalise, channels: int) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation as float32 of shape (channels, 1, 1), or None for images in [0, 1].
+
+    Raises:
+        ArgumentError: an unknown name, numbers for another number of channels, or a deviation that is not above 0.
+    """
+    if normalise is None:
+        return None
+    if isinstance(normalise, str):
+        if normalise not in NORMALISATIONS:
+            raise ArgumentError(
+                f"normalise: expected None, {', '.join(map(repr, NORMALISATIONS))}, or (mean, deviation) with a number "
+                f"for each channel, but got {normalise!r}."
+            )
+        normalise = NORMALISATIONS[normalise]
+    numbers = [_numbers(part) for part in normalise] if isinstance(normalise, tuple | list) else []
+    if len(numbers) != 2 or any(part is None or len(part) != channels for part in numbers):
+        raise ArgumentError(
+            f"normalise: expected a mean and a deviation for each of {channels} channels, but got "
+            f"{normalise if numbers else describe_value(normalise)}. Pass None, or (mean, deviation) of that length."
+        )
+    mean, deviation = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 1) for part in numbers)
+    if not bool((deviation > 0).all()) or not bool(torch.isfinite(torch.cat([mean, deviation])).all()):
+        raise ArgumentError(f"normalise: expected finite numbers and deviations above 0, but got {normalise}.")
+    return mean, deviation
+
+
+def _numbers(part: Any) -> list[float] | None:
+    if isinstance(part, Tensor) or hasattr(part, "tolist"):
+        part = part.tolist()
+    good = isinstance(part, tuple | list) and all(isinstance(each, int | float) for each in part)
+    return [float(each) for each in part] if good else None
