@@ -46,7 +46,7 @@ def train_epoch(
     return float(torch.stack(losses).mean())
 
 
-def main(epochs: int, iterations: int, filters: int = 16) -> Any:
+def main(epochs: int, iterations: int, filters: int = 16, tasks_to_test: int = 50) -> Any:
     """Meta-trains on generated characters and tests on unseen ones; returns the learner."""
     accelerator = make_accelerator()
     # One seed for the weights, which must be equal everywhere; another one for the tasks of each process.
@@ -62,7 +62,7 @@ def main(epochs: int, iterations: int, filters: int = 16) -> Any:
         loss = train_epoch(accelerator, prepared, optimizer, epoch, batches)
         accelerator.print(f"epoch {epoch}: meta-loss {loss:.3f}")
     learner = accelerator.unwrap_model(prepared)
-    unseen = EpisodeSampler(data.test, tasks_per_batch=50, seed=1).batch(0).to(accelerator.device)
+    unseen = EpisodeSampler(data.test, tasks_per_batch=tasks_to_test, seed=1).batch(0).to(accelerator.device)
     accelerator.print("before adapting:", learner.evaluate(unseen, steps=0))
     accelerator.print("after adapting: ", learner.evaluate(unseen))
     accelerator.end_training()

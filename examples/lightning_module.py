@@ -90,12 +90,12 @@ def trainer(epochs: int, **options: Any) -> lightning.Trainer:
     return lightning.Trainer(max_epochs=epochs, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1, **options)
 
 
-def main(epochs: int, iterations: int, filters: int = 16) -> nn.Module:
+def main(epochs: int, iterations: int, filters: int = 16, tasks_to_test: int = 50) -> nn.Module:
     """Meta-trains on generated characters, tests on unseen ones, and returns a module fitted to one task."""
     lightning.seed_everything(0, verbose=False)
     data = load_data("glyphs")
     train = EpisodeSampler(data.train, tasks_per_batch=4, targets=3, seed=0)
-    validation = EpisodeSampler(data.validation, tasks_per_batch=50, seed=1)
+    validation = EpisodeSampler(data.validation, tasks_per_batch=tasks_to_test, seed=1)
     learner = MAMLPlusPlus(
         Conv4(filters=filters), inner_steps=3, norm="support", epochs=epochs, iterations_per_epoch=iterations
     )
@@ -103,7 +103,7 @@ def main(epochs: int, iterations: int, filters: int = 16) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*")  # Episodes are gathered from memory.
         trainer(epochs, enable_checkpointing=False).fit(module)
-    unseen = EpisodeSampler(data.test, tasks_per_batch=50, seed=2).batch(0)
+    unseen = EpisodeSampler(data.test, tasks_per_batch=tasks_to_test, seed=2).batch(0)
     print("before adapting:", learner.evaluate(unseen, steps=0))
     print("after adapting: ", learner.evaluate(unseen))
     return learner.adapt(unseen[0].support_x, unseen[0].support_y)
