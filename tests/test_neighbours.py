@@ -126,7 +126,9 @@ def test_the_examples_with_a_loop_of_their_own_run(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("lightning")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = load("examples/lightning_module.py", monkeypatch).main(epochs=1, iterations=1, filters=4, tasks_to_test=2)
+        adapted = load("examples/lightning_module.py", monkeypatch).main(
+            epochs=1, iterations=1, filters=4, tasks_to_test=2
+        )
     assert type(adapted).__name__ == "Conv4"
 
 

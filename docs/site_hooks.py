@@ -1,0 +1,16 @@
+"""What the site's build does to a page besides rendering it; mkdocs calls these functions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Names files of the repository that are no pages, in place of linking them.
+
+    `make zoo` writes supported-models.md for the repository, where such links lead somewhere.
+    """
+    if page.file.src_uri != "supported-models.md":
+        return markdown
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
