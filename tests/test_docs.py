@@ -40,8 +40,8 @@ PREAMBLES = {
     "README.md": """
 from metawrap.backbones import Conv4
 from metawrap.data import EpisodeSampler, load_data
-model = Conv4(filters=8)
-sampler = EpisodeSampler(load_data("glyphs").train, tasks_per_batch=2)
+model = Conv4(filters=4)
+sampler = EpisodeSampler(load_data("glyphs").train)
 tasks = list(sampler.batches(2))
 support_x, support_y, target_x, target_y = sampler.batch(5)[0].parts()
 """
