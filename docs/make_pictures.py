@@ -2,7 +2,7 @@
 
     python docs/make_pictures.py
 
-Two minutes on one CPU core. Needs matplotlib: pip install "metawrap[plot]".
+A minute or two on one CPU core. Needs matplotlib: pip install "metawrap[plot]".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def draw(learner: MAMLPlusPlus, path: str | Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--meta-steps", type=int, default=300)
+    parser.add_argument("--meta-steps", type=int, default=160)
     parser.add_argument("--out", default="docs/images/learned-rates.png")
     arguments = parser.parse_args()
     draw(trained(arguments.meta_steps), arguments.out)

@@ -14,3 +14,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri != "supported-models.md":
         return markdown
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Takes the diagram library that nbconvert would load from elsewhere out of notebooks: the site needs no network."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    scripts = re.compile(
+        r"<script[^>]*>(?:(?!</script>).)*cdnjs\.cloudflare\.com(?:(?!</script>).)*</script>", re.DOTALL
+    )
+    return scripts.sub("", output)
