@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Takes the diagram library that nbconvert would load from elsewhere out of notebooks: the site needs no network."""
+    """Takes out the diagram library that nbconvert loads from elsewhere: the site needs no network."""
     if not page.file.src_uri.endswith(".ipynb"):
         return output
     scripts = re.compile(
