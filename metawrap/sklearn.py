@@ -1,0 +1,175 @@
+"""A learner as a scikit-learn classifier: fit -> `learner.adapt` on the rows -> a plain module -> predict.
+
+Meta-training stays torch's; this is for what comes after it, where data are numpy arrays, labels are strings, and
+`Pipeline`, `cross_val_score` or `GridSearchCV` want an estimator.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError
+from metawrap.methods.method import Method
+from metawrap.surgery.inspect import batch_norms
+from metawrap.tasks import describe_value
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise MetaWrapError('metawrap.sklearn needs scikit-learn 1.6 or newer: pip install "metawrap[sklearn]".') from error
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A meta-trained learner that fits a few labelled rows, as scikit-learn's classifiers do.
+
+    `fit` adapts to the rows, as to one support set, and leaves the learner as it was. Labels are of any type; numpy
+    goes in and out.
+
+    Where `learner` was built with norm="batch", a prediction depends on the rows that are predicted together, and is
+    another one for the same row elsewhere: use norm="support" or "running" for predictions that do not.
+
+    Args:
+        learner: a meta-trained method, `MAMLPlusPlus` or any other. It is not copied here; scikit-learn's `clone`
+            copies it.
+        steps: inner steps, as in `learner.adapt`; as in training if None.
+        input_shape: of one example as the network takes it, for rows that hold it flattened, such as (1, 28, 28) for
+            rows of 784 numbers; the rows' own shape if None.
+        batch_size: rows that are predicted together; all if None. Not with batch norms under norm="batch".
+
+    Attributes, once it is fitted:
+        classes_: (classes,), the labels in order. module_: what `learner.adapt` returned. n_features_in_: of X, on its
+        second axis. example_shape_: of one row of X.
+
+    Raises:
+        ArgumentError: an argument, or the rows, do not fit the learner; more classes than the network has outputs.
+        UnsupportedModuleError: the network's prediction is no tensor of logits.
+        ValueError: scikit-learn's own checks of X and y: rows without a label, missing values, other feature counts.
+    """
+
+    def __init__(
+        self,
+        learner: Method,
+        *,
+        steps: int | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.learner = learner
+        self.steps = steps
+        self.input_shape = input_shape
+        self.batch_size = batch_size
+
+    def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
+        """Adapts to the rows of X, (rows, ...) numbers, labelled y, (rows,) labels of any type.
+
+        With fewer classes than the network has outputs the inner loop leaves the others out, where the method can
+        (`mask_unused_outputs`); predictions are of the classes of y only.
+        """
+        self._check_arguments()
+        X, y = validate_data(self, X, y, allow_nd=True)  # noqa: N806
+        check_classification_targets(y)
+        classes, numbers = np.unique(y, return_inverse=True)
+        # Kept as they are until all is checked, so that a failed fit leaves the last one in place.
+        shape, rows = X.shape[1:], self._as_inputs(X)
+        module = self._adapted(rows, torch.as_tensor(numbers, device=rows.device), len(classes))
+        self.classes_, self.example_shape_, self.module_ = classes, shape, module
+        return self
+
+    def predict(self, X: Any) -> np.ndarray[Any, Any]:  # noqa: N803
+        """The label of each row, (rows,)."""
+        best = self.predict_proba(X).argmax(1)
+        labels: np.ndarray[Any, Any] = self.classes_[best]
+        return labels
+
+    def predict_proba(self, X: Any) -> np.ndarray[Any, Any]:  # noqa: N803
+        """The softmax over the scores of the classes, (rows, classes) in the order of `classes_`.
+
+        A few rows calibrate nothing: read it as a ranking. `RelationNet` and `SiameseNet`, whose scores are those of
+        independent pairs, are ranked rightly, too.
+        """
+        check_is_fitted(self, "module_")
+        X = validate_data(self, X, allow_nd=True, reset=False)  # noqa: N806
+        if X.shape[1:] != self.example_shape_:
+            raise ArgumentError(f"X: expected rows of shape {self.example_shape_}, as in fit, but got {X.shape[1:]}.")
+        with torch.no_grad():
+            parts = torch.split(self._as_inputs(X), self.batch_size or len(X))
+            scores = torch.cat([self.module_(part) for part in parts])
+            shares = scores[:, : len(self.classes_)].double().softmax(1)
+        numbers: np.ndarray[Any, Any] = shares.cpu().numpy()
+        return numbers
+
+    def _check_arguments(self) -> None:
+        if not isinstance(self.learner, Method):
+            raise ArgumentError(
+                f"learner: expected a method of metawrap, such as MAMLPlusPlus(model), but got "
+                f"{describe_value(self.learner)}."
+            )
+        if self.batch_size is not None:
+            _check_sizes("batch_size", (self.batch_size,), self.batch_size)
+        if self.input_shape is not None:
+            _check_sizes("input_shape", self.input_shape, self.input_shape)
+        if self.batch_size is not None and self.learner.settings.norm == "batch" and batch_norms(self.learner.model):
+            raise ArgumentError(
+                'batch_size: under norm="batch" a prediction depends on the rows that it is made with, so cutting them '
+                'up would change it. Leave batch_size out, or build the learner with norm="support" or "running".'
+            )
+
+    def _as_inputs(self, X: np.ndarray[Any, Any]) -> Tensor:  # noqa: N803
+        """The rows as the network takes them."""
+        if self.input_shape is not None:
+            if math.prod(X.shape[1:]) != math.prod(self.input_shape):
+                raise ArgumentError(
+                    f"input_shape: expected {math.prod(X.shape[1:])} numbers, as many as a row of X has, but "
+                    f"{self.input_shape} has {math.prod(self.input_shape)}."
+                )
+            X = X.reshape(len(X), *self.input_shape)  # noqa: N806
+        like = next(parameter for parameter in self.learner.parameters() if parameter.is_floating_point())
+        return torch.tensor(X, dtype=like.dtype, device=like.device)
+
+    def _adapted(self, rows: Tensor, labels: Tensor, classes: int) -> nn.Module:
+        masks = "mask_unused_outputs" in inspect.signature(self.learner.adapt).parameters
+        extra: dict[str, Any] = {}
+        if masks and classes < (outputs := self._outputs(self.learner.unwrap().eval(), rows)):
+            extra = {"mask_unused_outputs": True}
+        elif masks and classes > outputs:
+            raise self._too_many(classes, outputs)
+        try:
+            module = self.learner.adapt(rows, labels, self.steps, **extra)
+        except TaskError as error:
+            if classes > (outputs := self._outputs(self.learner.unwrap().eval(), rows)):
+                raise self._too_many(classes, outputs) from error
+            raise
+        if classes > (outputs := self._outputs(module, rows)):
+            raise self._too_many(classes, outputs)
+        return module
+
+    def _outputs(self, module: nn.Module, rows: Tensor) -> int:
+        with torch.no_grad():
+            scores = module(rows)
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(rows):
+            found = describe_value(scores) if isinstance(scores, Tensor) else f"of type {type(scores).__name__}"
+            raise UnsupportedModuleError(
+                f"The network's prediction is {found} for {len(rows)} rows, but FewShotClassifier "
+                "needs a tensor of logits, (rows, classes). Wrap a network that returns these."
+            )
+        return int(scores.shape[1])
+
+    def _too_many(self, classes: int, outputs: int) -> ArgumentError:
+        return ArgumentError(
+            f"y: {classes} classes, but the network that {type(self.learner).__name__} was meta-trained with has "
+            f"{outputs} outputs. Fit at most {outputs} classes, or meta-train a network with more outputs."
+        )
+
+
+def _check_sizes(name: str, sizes: Any, given: Any) -> None:
+    whole = isinstance(sizes, tuple | list) and all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if not whole or min(sizes, default=1) < 1:
+        raise ArgumentError(f"{name}: expected whole numbers of at least 1, or None, but got {given!r}.")
