@@ -21,7 +21,7 @@ from metawrap.training.study_plot import draw_study
 
 # Written by hand from the paper's tables and from the authors' released configurations, not from the recipes.
 SETTINGS = {
-    # data, ways, shots: (published MAML, MAML++), tasks, filters, targets, inner rate, MSL epochs, clamp, side, text's tasks
+    # data, ways, shots: (published MAML, MAML++), tasks, filters, targets, inner rate, MSL epochs, clamp, side, tasks
     ("omniglot", 20, 1): ((91.27, 97.65), 8, 64, 1, 0.1, 10, None, 28, 16),
     ("omniglot", 20, 5): ((98.78, 99.33), 8, 64, 1, 0.1, 10, None, 28, 16),
     ("omniglot", 5, 1): ((98.57, 99.47), 8, 64, 1, 0.1, 10, None, 28, 16),
