@@ -8,12 +8,14 @@ BENCH_OUT ?= runs/bench
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
 
-.PHONY: help train test test-all zoo lint format types bench clean
+.PHONY: help train test test-all zoo browser docs docs-serve lint format types bench clean
 
 help:
 	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
 	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
 	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
+	@echo "make browser   open the report in a headless Chromium (CHROMIUM=... names it)"
+	@echo "make docs      build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make lint      ruff; make format lets it change files"
 	@echo "make types     mypy --strict"
 	@echo "make bench     compare one meta-step with a plain loop and other libraries, in time and memory (half an hour)"
@@ -34,6 +36,17 @@ test-all: $(VENV)/installed-test
 zoo: $(VENV)/installed-zoo
 	$(BIN)/python -m pytest -m "" tests/zoo --write-table docs/supported-models.md $(PYTEST_FLAGS)
 
+# Needs a Chromium: CHROMIUM=/path/to/it where it is not found.
+browser: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,browser]"
+	$(BIN)/python -m pytest -m browser tests/test_report_browser.py $(PYTEST_FLAGS)
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,7 +62,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/compare.py --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -67,6 +80,10 @@ $(VENV)/installed-test: pyproject.toml setup.py | $(BIN)/python
 $(VENV)/installed-zoo: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,zoo]"
 	@touch $(VENV)/installed $(VENV)/installed-test $@
+
+$(VENV)/installed-docs: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $(VENV)/installed $@
 
 $(VENV)/installed-bench: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"

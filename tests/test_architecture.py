@@ -27,6 +27,7 @@ LAYERS = {
     "metawrap.methods": 2,
     "metawrap.training": 3,
     "metawrap.sklearn": 3,
+    "metawrap.recipes": 3,
     "metawrap.report": 4,
     "metawrap.cli": 4,
     "metawrap.__main__": 5,

@@ -278,7 +278,7 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["train", "compare", "evaluate", "inspect", "report", "data"]
+    assert listed == ["train", "compare", "evaluate", "inspect", "report", "data", "recipes"]
 
 
 def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
@@ -362,8 +362,16 @@ def test_every_setting_of_a_run_has_a_flag():
     numbers += ["--meta-lr", "--epochs", "--iterations", "--batch", "--validation-tasks", "--test-tasks", "--seed"]
     numbers += ["--inner-lr", "--keep", "--ensemble", "--loader-workers"]
     given = [f"{flag}=x" for flag in words] + [f"{flag}=2" for flag in numbers]
-    given += ["--method=maml", "--norm=batch", "--backbone=conv4", "--test-norms=own", "--set=a=1", "--no-rotations"]
-    given += ["--stream"]
+    given += [
+        "--method=maml",
+        "--norm=batch",
+        "--backbone=conv4",
+        "--test-norms=own",
+        "--set=a=1",
+        "--no-rotations",
+        "--recipe=x",
+        "--stream",
+    ]
     assert set(RunSettings().to_dict()) <= set(vars(build_parser().parse_args(["train", *given])))
 
 

@@ -4,46 +4,83 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from metawrap import __version__
 from metawrap.cli.data_check import add_data_command
 from metawrap.cli.report import add_report
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
+# Named at the end of the help alone, which is to fit on a screen.
+_RARE = argparse.SUPPRESS
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `metawrap`; settings that were not given are absent from the namespace."""
-    parser = argparse.ArgumentParser(
-        prog="metawrap", description="Meta-learning for any PyTorch network.", formatter_class=_Formatter
-    )
+    parser = _Parser(prog="metawrap", description="Meta-learning for any PyTorch network.", formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"metawrap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_train(commands)
     _add_compare(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
-    add_report(commands, _Formatter)
-    _add_verbose(add_data_command(commands, _Formatter))
+    add_report(commands, _Formatter, _add_terminal_flags)
+    add_data_command(commands, _Formatter, _add_terminal_flags)
+    _add_recipes(commands)
+    parser.commands = commands.choices
     return parser
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=112)
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, with the nearest flag for one that does not exist."""
+
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = super().parse_known_args(args, namespace)
+        if unknown and self.commands:  # Of the whole line; the parser of a command hands on what it does not know.
+            command = self.commands.get(getattr(arguments, "command", ""), self)
+            flag = unknown[0].partition("=")[0]
+            close = get_close_matches(flag, re.findall(r"--[a-z][a-z-]*", command.format_help()), 1)
+            fix = f"Did you mean {close[0]}?" if close else f"See {command.prog} --help."
+            self.exit(2, f"Error: {command.prog} has no '{flag}'. {fix}\n")
+        return arguments, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if given := re.fullmatch(r"(?:argument )?(.*): invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            close = get_close_matches(given[2], re.findall(r"[\w+-]+", given[3]), 1)
+            if close:
+                self.exit(2, f"Error: {given[1]}: invalid choice '{given[2]}'. Did you mean {close[0]}?\n")
+        self.exit(2, f"Error: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="meta-train, validate and test a network",
-        usage="metawrap train [options], or in N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
+        usage="metawrap train [options]",
+        epilog="Rarer: --split NAME, --train-ways N, --keep N, --test-norms all|own (docs/recipes.md);\n"
+        "--normalise imagenet|none, --stream, --no-stream, --loader-workers N (docs/data.md).\n"
+        "In N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
+    recipes = parser.add_argument_group("recipe")
+    recipes.add_argument("--recipe", metavar="NAME", help="a published experiment (metawrap recipes), or a file.yaml")
+    _add_set(recipes)
     _add_data_flags(parser.add_argument_group("data"))
     _add_method_flags(parser.add_argument_group("method"))
     _add_run_flags(parser.add_argument_group("run"))
+    _add_terminal_flags(parser)
 
 
 def _add_compare(commands: Any) -> None:
@@ -51,9 +88,11 @@ def _add_compare(commands: Any) -> None:
         "compare",
         help="train and test several methods on the same tasks",
         usage="metawrap compare --methods NAME,NAME --budget N [options]",
-        epilog="Writes comparison.md, .json and .png; the same command continues one that was stopped.",
+        epilog="Rarer: --split NAME, --train-ways N; see docs/recipes.md.\n"
+        "Writes comparison.md, .json and .png; the same command continues one that was stopped.",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", type=_names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))
@@ -65,7 +104,7 @@ def _add_compare(commands: Any) -> None:
         type=_override,
         default=[],
         metavar="METHOD.NAME=VALUE",
-        help="a setting of one method: its budget, a flag of train, or a keyword",
+        help="of one method: its budget, a setting or a keyword",
     )
     group.add_argument(
         "--norm", choices=NORMS, metavar="NAME", help="one batch-norm policy for all (each method's own)"
@@ -79,36 +118,26 @@ def _add_compare(commands: Any) -> None:
     group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (1)")
     group.add_argument("--out", default="runs/compare", metavar="PATH", help="a folder per method (runs/compare)")
-    _add_verbose(group)
+    _add_terminal_flags(parser)
 
 
 def _add_data_flags(group: Any) -> None:
-    group.add_argument(
-        "--data", metavar="NAME", help="glyphs (generated; default), a folder, or a name that data check --help lists"
-    )
+    group.add_argument("--data", metavar="NAME", help="glyphs (default), omniglot, ..., or a folder of class folders")
     group.add_argument(
         "--data-root", metavar="PATH", help="its folder or archive; omniglot and CIFAR are downloaded if missing"
     )
-    group.add_argument(
-        "--split", metavar="NAME", help="omniglot: paper (default) or alphabet; folders, cub: a CSV, JSON or YAML file"
-    )
-    group.add_argument(
-        "--image-size", type=int, metavar="N", help="side in pixels (28, CIFAR 32, photographs and folders 84)"
-    )
+    group.add_argument("--split", metavar="NAME", help=_RARE)
+    group.add_argument("--image-size", type=int, metavar="N", help="side in pixels (the data set's: 28, 32 or 84)")
     group.add_argument(
         "--rotations",
         action=argparse.BooleanOptionalAction,
         help="turned images as new classes (default: on for omniglot)",
     )
-    group.add_argument("--normalise", metavar="NAME", help="imagenet or none (default: as published for the data set)")
-    group.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="read images when they are drawn (default: if memory is short)",
-    )
-    group.add_argument("--loader-workers", type=int, metavar="N", help="processes that read streamed images (2)")
+    group.add_argument("--normalise", metavar="NAME", help=_RARE)
+    group.add_argument("--stream", action=argparse.BooleanOptionalAction, help=_RARE)
+    group.add_argument("--loader-workers", type=int, metavar="N", help=_RARE)
     group.add_argument("--ways", type=int, metavar="N", help="classes per task (5)")
-    group.add_argument("--train-ways", type=int, metavar="N", help="classes per task of training (as many)")
+    group.add_argument("--train-ways", type=int, metavar="N", help=_RARE)
     group.add_argument("--shots", type=int, metavar="N", help="support images per class (1)")
     group.add_argument("--targets", type=int, metavar="N", help="target images per class (1)")
 
@@ -129,19 +158,22 @@ def _add_learner_flags(group: Any) -> None:
     group.add_argument("--method", choices=tuple(METHODS), metavar="NAME", help=listed)
     group.add_argument("--preset", metavar="NAME", help="authors_code (default) or paper")
     group.add_argument(
-        "--norm", choices=NORMS, metavar="NAME", help="batch-norm policy: batch, running or support (the method's)"
+        "--norm", choices=NORMS, metavar="NAME", help="batch norm by batch, running or support (the method's)"
     )
     group.add_argument("--engine", metavar="NAME", help="auto (default), functional or higher")
     group.add_argument("--inner-steps", type=int, metavar="N", help="inner updates per task (the method's: 5)")
     group.add_argument("--inner-lr", type=float, metavar="X", help="first inner learning rate (0.1)")
     group.add_argument("--meta-lr", type=float, metavar="X", help="outer learning rate (the method's: 0.001)")
+
+
+def _add_set(group: Any) -> None:
     group.add_argument(
         "--set",
         dest="options",
         action="append",
         type=_option,
         metavar="NAME=VALUE",
-        help="any other keyword of the method",
+        help="any setting of a recipe or keyword of the method; wins over the recipe",
     )
 
 
@@ -149,15 +181,13 @@ def _add_model(group: Any, **options: Any) -> None:
     group.add_argument(
         "--model",
         metavar="MODULE:NAME",
-        help="your own network: called as NAME(), or NAME(ways=...) if it takes ways",
+        help="your own network: NAME() or NAME(ways=...) makes it",
         **options,
     )
 
 
 def _add_run_flags(group: Any) -> None:
-    group.add_argument(
-        "--epochs", type=int, metavar="N", help="epochs (10); each ends with validation and a checkpoint"
-    )
+    group.add_argument("--epochs", type=int, metavar="N", help="epochs (10), each with validation and a checkpoint")
     group.add_argument(
         "--iterations", dest="iterations_per_epoch", type=int, metavar="N", help="meta-steps per epoch (50)"
     )
@@ -172,18 +202,15 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument(
         "--resume", action="store_true", default=False, help="continue the run in --out; flags may be left out"
     )
-    group.add_argument("--keep", type=int, metavar="N", help="keep the N best and the N newest checkpoints (5)")
-    group.add_argument("--ensemble", type=int, metavar="N", help="also test the average of the N best (the paper: 5)")
-    group.add_argument(
-        "--test-norms", choices=("all", "own"), metavar="NAME", help="test under all policies, or its own"
-    )
+    group.add_argument("--keep", type=int, metavar="N", help=_RARE)
+    group.add_argument("--ensemble", type=int, metavar="N", help="also test the N best averaged (the authors' code: 5)")
+    group.add_argument("--test-norms", choices=("all", "own"), metavar="NAME", help=_RARE)
     group.add_argument(
         "--tensorboard",
         action="store_true",
         default=False,
-        help="also log to PATH/tensorboard; --resume goes on with it",
+        help="also log to PATH/tensorboard; kept up by --resume",
     )
-    _add_verbose(group)
 
 
 def _add_task_flags(group: Any) -> None:
@@ -199,6 +226,7 @@ def _add_evaluate(commands: Any) -> None:
         usage="metawrap evaluate RUN [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument("--tasks", dest="test_tasks", type=int, metavar="N", help="tasks of unseen classes (the run's)")
@@ -212,11 +240,11 @@ def _add_evaluate(commands: Any) -> None:
         help="batch-norm policies (all three)",
     )
     parser.add_argument("--ensemble", type=int, metavar="N", help="also average the logits of the N best checkpoints")
-    parser.add_argument("--data", metavar="NAME", help="test classes of another data set, with images of the same size")
+    parser.add_argument("--data", metavar="NAME", help="test on another data set, with images of the same size")
     parser.add_argument("--data-root", metavar="PATH", help="its folder or archive")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="also write the result as JSON")
-    _add_verbose(parser)
+    _add_terminal_flags(parser)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -226,24 +254,43 @@ def _add_inspect(commands: Any) -> None:
         usage="metawrap inspect --model MODULE:NAME [options]",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     _add_model(parser, required=True)
     _add_learner_flags(parser)
+    _add_set(parser)
     parser.add_argument("--ways", type=int, metavar="N", help="classes of the network and of the task (5)")
     parser.add_argument(
         "--input-shape",
         type=_shape,
         default=None,
         metavar="C,H,W",
-        help="of one example: a random task then shows the head, unused parameters and a faulty engine",
+        help="of one example: a random task then shows head and engine",
     )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON in place of a table")
     parser.add_argument("--html", default=None, metavar="FILE", help="also write the table as an HTML page")
-    _add_verbose(parser)
+    _add_terminal_flags(parser)
 
 
-def _add_verbose(parser: Any) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")
+def _add_recipes(commands: Any) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the published experiments, or show one of them",
+        usage="metawrap recipes [NAME]",
+        epilog="To run one: metawrap train --recipe NAME [--set NAME=VALUE]",
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    parser.add_argument("name", nargs="?", default=None, metavar="NAME", help="a recipe, or the path of a file.yaml")
+    _add_terminal_flags(parser)
+
+
+def _add_terminal_flags(parser: Any) -> None:
+    group = parser.add_argument_group("terminal (NO_COLOR=1 turns colours off)")
+    group.add_argument("-q", "--quiet", action="store_true", default=False, help="print errors and the result alone")
+    group.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")
+    group.add_argument("-h", "--help", action="help", help="show this text")
 
 
 def _integers(text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """The command line: flags -> RunSettings -> training, and errors -> one line with the fix.
 
-Exit codes: 0 done, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM, 141 nobody reads
-the output any more, as in `metawrap inspect ... | head`.
+Exit codes: 0 done, 1 an error that nobody foresaw, 2 one that metawrap explains, 130 stopped by Ctrl-C or SIGTERM,
+141 nobody reads the output any more, as in `metawrap inspect ... | head`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,26 @@ from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
+from metawrap.cli.given import flags_in, is_given, out_in, recipe_in, settings_in
 from metawrap.cli.report import write_report
 from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
+from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_of
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
 from metawrap.training.processes import by_first, process_group, rank, size
-from metawrap.training.progress import say
+from metawrap.training.progress import quiet, say
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_folder import read_run
-from metawrap.training.run_settings import METHODS, NORMS, RunSettings
+from metawrap.training.run_settings import NORMS
+from metawrap.training.study import run_study, study_table
 from metawrap.training.tables import comparison_table, result_text
 
 INTERRUPTED = 130
 UNREAD = 141
+UNEXPECTED = 1
 FAILED = 2
 
 
@@ -48,16 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
         sys.path.insert(0, os.getcwd())
-    commands = {
-        "train": _train,
-        "compare": _compare,
-        "evaluate": _evaluate,
-        "inspect": _inspect,
-        "report": write_report,
-        "data": run_data_check,
-    }
-    command = commands[arguments.command]
-    with _sigterm_interrupts(), _warnings_in_one_line():
+    command = _COMMANDS[arguments.command]
+    with _sigterm_interrupts(), _warnings_in_one_line(), quiet(arguments.quiet):
         try:
             _check_processes(arguments.command)
             with process_group():
@@ -67,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python's own last flush complains.
             return UNREAD
         except KeyboardInterrupt:
-            say(_stopped(arguments))
+            say(_stopped(arguments), error=True)
             return INTERRUPTED
-        except MetaWrapError as error:
+        except Exception as error:
             if arguments.verbose:
                 traceback.print_exc()
             _say_error(error)
-            return FAILED
+            return FAILED if isinstance(error, MetaWrapError) else UNEXPECTED
     return 0
 
 
@@ -82,21 +77,29 @@ def _check_processes(command: str) -> None:
         raise ArgumentError(f"metawrap {command} runs in one process: start it without torchrun.")
 
 
-def _say_error(error: MetaWrapError) -> None:
+def _say_error(error: Exception) -> None:
+    text = str(error)
+    if not isinstance(error, MetaWrapError):
+        text = f"unexpected {type(error).__name__}: {' '.join(text.split())}".rstrip(": .")
+        text += ". This is a bug in metawrap or in a library: run again with -v for the traceback, and report it."
     if rank() == 0:
-        say(f"Error: {error}")
+        say(f"Error: {text}", error=True)
     elif not isinstance(error, RankError):  # Whoever failed first has said why.
-        print(f"Error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"Error on rank {rank()}: {text}", file=sys.stderr, flush=True)
 
 
 def _train(arguments: Namespace) -> None:
-    out = _out(arguments)
-    changes = _settings_in(arguments)
-    settings, seeds = RunSettings(), arguments.seeds
+    out, recipe = out_in(arguments), recipe_in(arguments)
+    if recipe is not None and recipe.runs:
+        _study(arguments, recipe, out)
+        return
+    start, stored_seeds = None, None
     if stored := by_first(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
-        settings, stored_seeds = stored
-        seeds = seeds or stored_seeds
-    settings = replace(settings, **changes)
+        start, stored_seeds = stored
+    settings = settings_in(arguments, start, recipe)
+    seeds = arguments.seeds or stored_seeds
+    if seeds is None and stored is None and recipe is not None and not is_given(arguments, "seed"):
+        seeds = recipe.seeds
     if seeds is None:
         result = train(settings, out, arguments.resume, arguments.tensorboard)
     else:
@@ -105,25 +108,40 @@ def _train(arguments: Namespace) -> None:
         print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
 
 
+def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
+    if size() > 1:
+        raise ArgumentError("metawrap train on a study starts processes of its own: start it without torchrun.")
+    if is_given(arguments, "method"):
+        raise ArgumentError("method: is what a study compares. Leave it out, or train one of its runs.")
+    experiments = {Path(each.name).stem: settings_in(arguments, None, each) for each in recipe.runs}
+    seeds = arguments.seeds or (None if is_given(arguments, "seed") else recipe.seeds)
+    seeds = seeds or [each.seed for each in experiments.values()][:1]
+    study = run_study(recipe.name, experiments, seeds, out, arguments.resume)
+    print(f"\n{study_table(study['runs'])}\n\nTable, figures and plot: {out / 'study.md'}")
+
+
+def _recipes(arguments: Namespace) -> None:
+    print(recipe_table() if arguments.name is None else recipe_text(load_recipe(arguments.name)))
+
+
 def _compare(arguments: Namespace) -> None:
     overrides: dict[str, dict[str, Any]] = {}
     for method, name, value in arguments.overrides:
         overrides.setdefault(method, {})[name] = value
-    common = replace(RunSettings(), **_settings_in(arguments))
-    runs = settings_of(arguments.methods, common, arguments.budget, overrides)
+    runs = settings_of(arguments.methods, settings_in(arguments), arguments.budget, overrides)
     result = compare(runs, arguments.out, arguments.jobs)
     print(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {Path(arguments.out) / 'comparison.md'}")
 
 
 def _evaluate(arguments: Namespace) -> None:
-    result = evaluate_run(arguments.run, arguments.norms or NORMS, **_settings_in(arguments))
+    result = evaluate_run(arguments.run, arguments.norms or NORMS, **flags_in(arguments))
     print(f"\n{result_text(result)}")
     if arguments.out is not None:
         write_json(Path(arguments.out), result)
 
 
 def _inspect(arguments: Namespace) -> None:
-    description = inspect_model(replace(RunSettings(), **_settings_in(arguments)), arguments.input_shape)
+    description = inspect_model(settings_in(arguments), arguments.input_shape)
     if arguments.html is not None:
         _write_page(Path(arguments.html), description)
     console = Console()
@@ -146,21 +164,15 @@ def _write_page(path: Path, description: Description) -> None:
         ) from error
 
 
-def _settings_in(arguments: Namespace) -> dict[str, Any]:
-    """The settings that were given as flags; the parser leaves out the others."""
-    given = vars(arguments)
-    changes = {each.name: given[each.name] for each in fields(RunSettings) if each.name in given}
-    if "options" in changes:
-        changes["options"] = dict(changes["options"])
-    return changes
-
-
-def _out(arguments: Namespace) -> Path:
-    if arguments.out is not None:
-        return Path(arguments.out)
-    settings = replace(RunSettings(), **_settings_in(arguments))
-    name = f"{Path(settings.data).stem}-{settings.ways}way-{settings.shots}shot-{METHODS[settings.method]}"
-    return Path("runs") / name.lower()
+_COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "report": write_report,
+    "data": run_data_check,
+    "recipes": _recipes,
+}
 
 
 def _stopped(arguments: Namespace) -> str:
@@ -168,7 +180,9 @@ def _stopped(arguments: Namespace) -> str:
         return f"Stopped. Finished epochs are saved; continue with the same command: {command_line()}"
     if arguments.command != "train":
         return "Stopped."
-    out = _out(arguments)
+    out = out_in(arguments)
+    if any(out.glob("*/run.json")) and not (out / "run.json").exists():
+        return f"Stopped. Finished epochs are saved; continue with the same command and --resume: {command_line()}"
     if not (out / "run.json").exists():
         return "Stopped before the first meta-step; nothing was written."
     settings, seeds = read_run(out)

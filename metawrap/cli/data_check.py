@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from argparse import SUPPRESS, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from metawrap.training.progress import say
 _SHOWN = 20  # broken images that are listed one by one
 
 
-def add_data_command(commands: Any, formatter: Any) -> Any:
-    """Adds `data check` to the sub-commands; returns its parser, for the flags that every command has."""
+def add_data_command(commands: Any, formatter: Any, add_terminal_flags: Callable[[Any], None]) -> None:
+    """Adds `data check` to the sub-commands."""
     data = commands.add_parser("data", help="look at a data set", usage="metawrap data check PATH [options]")
     check = data.add_subparsers(dest="data_command", required=True, metavar="check").add_parser(
         "check",
@@ -34,6 +35,7 @@ def add_data_command(commands: Any, formatter: Any) -> Any:
         epilog="Reads every image once. Exit code 2 if training would refuse something.",
         formatter_class=formatter,
         argument_default=SUPPRESS,
+        add_help=False,
     )
     check.add_argument("path", metavar="PATH", help=f"a folder, a file, or a name: {', '.join(DATASETS)}")
     check.add_argument("--data-root", default=None, metavar="PATH", help="where the files of a named data set lie")
@@ -45,7 +47,7 @@ def add_data_command(commands: Any, formatter: Any) -> Any:
     check.add_argument("--seed", type=int, default=0, metavar="N", help="which episode (0)")
     check.add_argument("--out", default="contact-sheet.png", metavar="FILE", help="the picture (contact-sheet.png)")
     check.add_argument("--json", action="store_true", default=False, help="print JSON in place of a table")
-    return check
+    add_terminal_flags(check)
 
 
 def run_data_check(arguments: Namespace) -> None:

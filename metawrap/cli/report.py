@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metawrap.report import draw_report_pictures, gather, write_report_page
 
 
-def add_report(commands: Any, formatter: Any) -> None:
+def add_report(commands: Any, formatter: Any, add_terminal_flags: Callable[[Any], None]) -> None:
     """Adds the command to the parser's commands."""
     parser = commands.add_parser(
         "report",
@@ -19,13 +20,14 @@ def add_report(commands: Any, formatter: Any) -> None:
         epilog="Runs that differ in their seed alone are drawn as one; a run that still trains, as far as it is.",
         formatter_class=formatter,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of such (seeds, a comparison)"
     )
     parser.add_argument("--out", default=None, metavar="FILE", help="the page (report.html in the first run's folder)")
     parser.add_argument("--png", default=None, metavar="DIR", help="also draw the main figures, as report-*.png there")
-    parser.add_argument("-v", "--verbose", action="store_true", default=False, help="show the traceback of an error")
+    add_terminal_flags(parser)
 
 
 def write_report(arguments: Namespace) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import yaml
+
 from metawrap.data.draws import Draws
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import describe_value
@@ -158,12 +160,6 @@ def _parse_json(text: str, path: Path) -> Any:
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise DataError(
-            f"'{path}': reading YAML needs PyYAML: pip install \"metawrap[yaml]\". Or write it as JSON."
-        ) from error
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -100,21 +100,8 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
         CheckpointError: `out` has a run of one of the methods with other settings.
         MetaWrapError: every method failed.
     """
-    if jobs < 1:
-        raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
     path = Path(out)
-    for name, settings in runs.items():
-        # One that failed before its first checkpoint may be started with other settings.
-        if any((path / name / "checkpoints").glob("epoch-*.pt")):
-            settings.check_resumes(read_run(path / name)[0].to_dict())
-    for name, settings in runs.items():
-        write_run(path / name, settings, None)
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = dict(zip(runs, pool.map(lambda name: _train(path / name, threads, jobs == 1), runs), strict=True))
-    if all(failures.values()):
-        raise MetaWrapError(f"No method could be trained. {next(iter(failures))}: {next(iter(failures.values()))}")
-    rows = [_row(name, settings, path / name, failures[name]) for name, settings in runs.items()]
+    rows = run_all(runs, path, jobs)
     comparison = {"rows": rows, "command": command_line()}
     write_json(path / "comparison.json", comparison)
     text = comparison_table(rows)
@@ -123,7 +110,30 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
     return comparison
 
 
-def _train(folder: Path, threads: int, shown: bool) -> str | None:
+def run_all(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1) -> list[dict[str, Any]]:
+    """Trains and tests each run in `path`/name, in a process of its own; returns a row for each (see `_row`).
+
+    Raises:
+        ArgumentError, CheckpointError, MetaWrapError: as `compare`.
+    """
+    if jobs < 1:
+        raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
+    for name, settings in runs.items():
+        # One that failed before its first checkpoint may be started with other settings.
+        if any((path / name / "checkpoints").glob("epoch-*.pt")):
+            settings.check_resumes(read_run(path / name)[0].to_dict())
+    for name, settings in runs.items():
+        write_run(path / name, settings, None)
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        ended = pool.map(lambda name: _train(name, path / name, threads, jobs == 1), runs)
+        failures = dict(zip(runs, ended, strict=True))
+    if all(failures.values()):
+        raise MetaWrapError(f"No method could be trained. {next(iter(failures))}: {next(iter(failures.values()))}")
+    return [_row(name, settings, path / name, failures[name]) for name, settings in runs.items()]
+
+
+def _train(name: str, folder: Path, threads: int, shown: bool) -> str | None:
     """Runs `metawrap train` on the settings in the folder; returns the error's text if it fails."""
     command = [sys.executable, "-m", "metawrap", "train", "--out", str(folder), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -135,15 +145,15 @@ def _train(folder: Path, threads: int, shown: bool) -> str | None:
         for line in process.stderr:
             lines.append(line.rstrip())
             if shown:
-                say(f"{folder.name}: {lines[-1]}")
+                say(f"{name}: {lines[-1]}")
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode:
         reason = next((line for line in reversed(lines) if line.startswith("Error")), lines[-1] if lines else "")
-        say(f"{folder.name}: {reason or f'stopped with exit code {process.returncode}'}")
+        say(f"{name}: {reason or f'stopped with exit code {process.returncode}'}")
         return reason or f"stopped with exit code {process.returncode}"
     if not shown:
-        say(f"{folder.name}: done")
+        say(f"{name}: done")
     return None
 
 

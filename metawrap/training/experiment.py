@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, get_args
 
 import torch
@@ -128,7 +129,9 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
                 f"for it; the options of a run are {', '.join(allowed)}."
             )
         if name not in allowed:
-            raise ArgumentError(f"options: {method.__name__} has no option '{name}'; it has {', '.join(allowed)}.")
+            close = get_close_matches(name, allowed, 1)
+            fix = f". Did you mean '{close[0]}'?" if close else f"; it has {', '.join(allowed)}."
+            raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
     given = {name: value for name, value in chosen.items() if value is not None}
     if extra := [name for name in given if name not in taken]:
         raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
@@ -139,15 +142,20 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
 
 def keywords_of(method: type) -> list[str]:
     """The keywords that a method's constructor takes, those behind its `**keywords` too."""
+    return list(keyword_types(method))
+
+
+def keyword_types(method: type) -> dict[str, Any]:
+    """The type hint of each of `keywords_of`."""
     hints = get_type_hints(method.__init__)  # type: ignore[misc]
-    names: list[str] = []
+    found: dict[str, Any] = {}
     for name, parameter in inspect.signature(method).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             [more] = get_args(hints[name])  # Unpack[a TypedDict]
-            names += [each for each in more.__annotations__ if each not in names]
+            found |= {each: hint for each, hint in get_type_hints(more).items() if each not in found}
         elif name != "model":
-            names.append(name)
-    return names
+            found[name] = hints[name]
+    return found
 
 
 def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:

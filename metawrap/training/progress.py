@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +18,21 @@ from metawrap.training.processes import rank
 REFRESH_SECONDS = 0.5
 # The loss and accuracy shown are means over so many meta-steps: a single one has too few targets to be steady.
 STEPS_SHOWN = 20
+
+
+# Not a context variable: threads that are started inside `quiet` are quiet as well.
+_quiet = False
+
+
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Inside it, in all threads, no progress is shown and nothing is said; errors still are."""
+    global _quiet
+    before, _quiet = _quiet, _quiet or on
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 class Progress:
@@ -31,16 +49,16 @@ class Progress:
         self.epochs = epochs
         self._start = time.monotonic()
         self._seen = 0
-        self._shown = shown
+        self._shown = shown and not _quiet
         self._last_epoch: str | None = None
         self._recent: deque[StepMetrics] = deque(maxlen=STEPS_SHOWN)
         self._bar = tqdm(
             desc=f"epoch {min(done + 1, epochs)}/{epochs}",
             total=epochs * iterations_per_epoch,
             initial=done * iterations_per_epoch,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not (self._shown and sys.stderr.isatty()),
             mininterval=REFRESH_SECONDS,
-            dynamic_ncols=True,
+            ncols=_columns(),
             bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining} left{postfix}",
         )
 
@@ -61,6 +79,7 @@ class Progress:
             loss = sum(each.loss for each in self._recent) / len(self._recent)
             accuracy = sum(each.accuracy or 0.0 for each in self._recent) / len(self._recent)
             postfix = f"loss {_number(loss)}, accuracy {percent(accuracy)}"
+            self._bar.ncols = _columns()  # It may have been made narrower.
             self._bar.set_postfix_str(", ".join(filter(None, [postfix, self._last_epoch])), refresh=False)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
@@ -98,7 +117,23 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def say(text: str) -> None:
-    """One line for the person who watches, from one process; results go to stdout, everything else to stderr."""
-    if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+def say(text: str, error: bool = False) -> None:
+    """One line for the person who watches, from one process; results go to stdout, everything else to stderr.
+
+    Above the bar if there is one, which stays on its line.
+
+    Args:
+        error: is said even where nothing else is.
+    """
+    if rank() == 0 and (error or not _quiet):
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _columns() -> int:
+    """The width of the bar: one column less than the terminal's, since some break the line behind a full one."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # No terminal, or one without a size.
+        columns = 0
+    return (columns or 80) - 1

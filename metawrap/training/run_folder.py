@@ -84,9 +84,11 @@ class RunFolder:
         """The final test's result if there is one for exactly these settings."""
         try:
             content: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            # By way of RunSettings: what an older metawrap wrote lacks the settings that are new.
+            same = RunSettings.from_dict(content["settings"]) == self.settings
+        except (OSError, ValueError, TypeError, KeyError, CheckpointError):
             return None
-        return content if content.get("settings") == self.settings.to_dict() else None
+        return content if same else None
 
     def write_result(self, result: dict[str, Any], insight: dict[str, Any]) -> None:
         """Writes final_insight.json, then result.json, which makes the run a finished one."""

@@ -36,7 +36,7 @@ NORMS = ("batch", "running", "support")
 
 # These may differ when a run is resumed: they change where training runs, what is kept and what is tested.
 FREE_ON_RESUME = frozenset(
-    {"data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
+    {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
 )
 
 _AT_LEAST = {
@@ -68,7 +68,8 @@ class RunSettings:
     train_ways: classes of a training task, for methods that do not use the network's own outputs; ways if None.
     keep: how many of the best checkpoints stay, and how many of the newest. ensemble: how many of the best are averaged
     in the final test (0: none). test_norms: "all" batch-norm policies in it, or the run's "own" alone.
-    options: further keyword arguments of the method, such as {"msl_epochs": 15}.
+    options: further keyword arguments of the method, such as {"msl_epochs": 15}. recipe: where the settings are
+    from, for the record alone.
     """
 
     data: str = "glyphs"
@@ -104,6 +105,7 @@ class RunSettings:
     device: str = "auto"
     keep: int = 5
     ensemble: int = 0
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():

@@ -25,7 +25,10 @@ def result_table(settings: RunSettings, test: dict[str, Any], trained_norm: str)
     """Accuracy before and after adaptation under each batch-norm policy, from what `final_test` returned."""
     columns = [name for name in _COLUMNS if all(name in scores for scores in test["norms"].values())]
     rows = [
-        [_policy(norm, trained_norm), *(_score(scores[name]["accuracy"], scores[name]["interval"]) for name in columns)]
+        [
+            _policy(norm, trained_norm),
+            *(percent_pair(scores[name]["accuracy"], scores[name]["interval"]) for name in columns),
+        ]
         for norm, scores in test["norms"].items()
     ]
     header = [_COLUMNS[name] for name in columns]
@@ -47,7 +50,10 @@ def seeds_table(settings: RunSettings, summary: dict[str, Any], trained_norm: st
     """Mean and standard deviation over seeds, from what `summarise_seeds` returned."""
     columns = [name for name in _COLUMNS if all(name in scores for scores in summary["norms"].values())]
     rows = [
-        [_policy(norm, trained_norm), *(_score(scores[name]["mean"], scores[name]["deviation"]) for name in columns)]
+        [
+            _policy(norm, trained_norm),
+            *(percent_pair(scores[name]["mean"], scores[name]["deviation"]) for name in columns),
+        ]
         for norm, scores in summary["norms"].items()
     ]
     seeds = ", ".join(str(seed) for seed in summary["seeds"])
@@ -69,7 +75,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         [
             row["name"],
-            _score(row["accuracy"], row["interval"]),
+            percent_pair(row["accuracy"], row["interval"]),
             row["norm"],
             f"{row['parameters']:,}",
             f"{row['step_seconds']:.3f}",
@@ -149,7 +155,8 @@ def _policy(norm: str, trained_norm: str) -> str:
     return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
 
 
-def _score(accuracy: float, spread: float | None) -> str:
+def percent_pair(accuracy: float, spread: float | None = None) -> str:
+    """Fractions as '97.65 ± 0.05 %'."""
     return f"{100 * accuracy:.2f} %" if spread is None else f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
 
 

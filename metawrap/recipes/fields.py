@@ -1,0 +1,102 @@
+"""The names that a recipe and `--set` may give, and the type of each, read from RunSettings and from the methods.
+
+Checked by pydantic, strictly: 'true' is no number, and 3 is no switch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+import metawrap.methods as methods
+from metawrap.errors import ArgumentError
+from metawrap.recipes.yaml_file import Given
+from metawrap.training.experiment import PYTHON_ONLY, keyword_types
+from metawrap.training.run_settings import METHODS, RunSettings
+
+# `options` is what the keywords of the method become, and `recipe` what is recorded of the file.
+RUN_FIELDS: dict[str, Any] = {
+    name: hint for name, hint in get_type_hints(RunSettings).items() if name not in ("options", "recipe")
+}
+
+
+def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the run, and keywords of the method. A name that is both is the run's, which hands it to the method.
+
+    Args:
+        given: by name. method: its name on the command line. also: names that might have been meant.
+    Raises:
+        ArgumentError: a name that is neither, with the nearest one, or a wrong type; begins with the place.
+    """
+    keywords = method_keywords(method)
+    run: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, each in given.items():
+        if name in RUN_FIELDS:
+            run[name] = typed(name, each, RUN_FIELDS[name])
+        elif name in keywords:
+            options[name] = typed(name, each, keywords[name])
+        else:
+            raise ArgumentError(f"{each.place}: {name}: {_unknown(name, method, {*RUN_FIELDS, *keywords, *also})}")
+    return run, options
+
+
+def typed(name: str, given: Given, hint: Any) -> Any:
+    """The value, if it is of the type; as JSON has it, so that a list stands for a tuple.
+
+    Raises:
+        ArgumentError: it is not; begins with the place.
+    """
+    adapter = _adapter(hint)
+    if adapter is None:  # What takes a function too, such as `adapt`: the method itself checks it.
+        return given.value
+    try:
+        adapter.validate_json(json.dumps(given.value))
+    except ValidationError as error:
+        wanted = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
+        raise ArgumentError(
+            f"{given.place}: {name}: expected {' or '.join(wanted)}, but got {_shown(given.value)}."
+        ) from error
+    return given.value
+
+
+def method_keywords(method: str) -> dict[str, Any]:
+    """The keywords of a method that plain values can give, with the type of each; without those that the run sets."""
+    kind = getattr(methods, METHODS[method])
+    of_run = {each.name for each in fields(RunSettings)}
+    return {name: hint for name, hint in keyword_types(kind).items() if name not in PYTHON_ONLY | of_run}
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is most like it, or has it as a part; None if there is none."""
+    alike = get_close_matches(name, sorted(known), 1) or sorted((each for each in known if name in each), key=len)
+    return alike[0] if alike else None
+
+
+def _unknown(name: str, method: str, known: Collection[str]) -> str:
+    if name in PYTHON_ONLY:
+        return f"takes Python objects, which a run cannot store. Use {METHODS[method]} from Python for it."
+    if name == "options":
+        return "write the keywords of the method themselves, such as 'msl_epochs: 15'."
+    hint = f" Did you mean '{close}'?" if (close := nearest(name, known)) else ""
+    return f"is neither a field of a run nor a keyword of {METHODS[method]}.{hint}"
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True))
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
