@@ -57,11 +57,20 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorbo
         "skipped_steps", "parameters" (learned numbers), "step_seconds" (of a meta-step, median over epochs), "peak_mib"
         (see `peak_memory`), "seconds" of training and validation, "test_seconds", "machine", "command".
     Raises:
-        CheckpointError: `out` has a run that is not to be, or cannot be, resumed.
+        CheckpointError: `out` has a run that is not to be, or cannot be, resumed, another process is at it, or it
+            cannot be written.
         MetaWrapError: the settings do not fit the data or the network, or training diverged.
     """
     _check_shares(settings)
     folder = RunFolder(Path(out), settings)
+    try:
+        return _train(folder, resume, tensorboard)
+    finally:
+        folder.lock.release()
+
+
+def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]:
+    settings, out = folder.settings, folder.path
     tensorboard = tensorboard or (resume and logs_to_tensorboard(folder.path))
     if tensorboard:
         check_tensorboard()
