@@ -168,12 +168,16 @@ def test_a_second_run_in_a_folder_refuses_and_names_the_first_and_a_killed_one_b
 def test_the_lock_is_not_held_by_a_forked_process_that_outlives_its_parent(tmp_path):
     lock = RunLock(tmp_path)
     lock.take()
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.write(writer, b"x")
         time.sleep(20)
         os._exit(0)
     try:
-        lock.release()
+        os.read(reader, 1)
+        os.close(lock._descriptor)  # As the end of a process does it: nobody unlocks.
+        lock._descriptor = None
         again = RunLock(tmp_path)
         again.take()
         assert again.held
@@ -226,6 +230,101 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
     assert 0 <= result["step_seconds"] <= passed
 
 
+class Small(torch.nn.Module):
+    """Draws random numbers, and has statistics: a second try must not be seen in either."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh())
+        self.drop, self.head = torch.nn.Dropout(0.4), torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.drop(self.body(x)))
+
+
+def small_tasks(count):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 6, 3, generator=generator, dtype=torch.float64)
+    y = torch.arange(6).remainder(2).expand(count, 6)
+    return x, y, x.flip(1) * 0.9, y.flip(1)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+]
+
+
+def with_room_for(learner, room, error, monkeypatch):
+    """Unrolling more than `room` tasks at once fails, behind the first of them, as it does when memory runs out."""
+    real, sizes = learner._chunk_gradient, []
+
+    def chunk_gradient(chunk, parameters, tasks):
+        sizes.append(len(chunk))
+        if len(chunk) > room:
+            if room:
+                real(chunk[:room], parameters, tasks)  # Draws dropout, and leaves what it leaves.
+            raise error
+        return real(chunk, parameters, tasks)
+
+    monkeypatch.setattr(learner, "_chunk_gradient", chunk_gradient)
+    return sizes
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+@pytest.mark.parametrize("engine", ["functional", "higher"])
+def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(monkeypatch, error, engine):
+    def learner():
+        torch.manual_seed(1)
+        options = {"inner_steps": 2, "engine": engine, "tasks_per_backward": 7}
+        return metawrap.MAMLPlusPlus(Small().double(), **options)
+
+    roomy, tight = learner(), learner()
+    sizes = with_room_for(tight, 2, error, monkeypatch)
+    torch.manual_seed(2)
+    for _ in range(2):
+        roomy.meta_step(small_tasks(7))
+    torch.manual_seed(2)
+    with pytest.warns(metawrap.MetaWrapWarning) as heard:
+        tight.meta_step(small_tasks(7))
+    tight.meta_step(small_tasks(7))
+    assert [str(each.message).partition(".")[0] for each in heard] == [
+        "Out of memory: from now on 4 tasks at a time",
+        "Out of memory: from now on 2 tasks at a time",
+    ]
+    assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]
+    for (name, one), other in zip(roomy.state_dict().items(), tight.state_dict().values(), strict=True):
+        if isinstance(one, torch.Tensor):
+            assert torch.allclose(one.double(), other.double(), rtol=1e-9, atol=1e-12), name
+
+
+def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_changes_nothing(monkeypatch):
+    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
+    before = {name: str(value) for name, value in learner.state_dict().items()}
+    with_room_for(learner, 0, OUT_OF_MEMORY[0], monkeypatch)
+    with pytest.raises(metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use memory="flat".*fewer inner_st'):
+        learner.meta_step(small_tasks(2))
+    assert {name: str(value) for name, value in learner.state_dict().items()} == before
+    assert learner.iteration == 0
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, tasks_per_backward=2)
+    sizes = with_room_for(learner, 0, RuntimeError("shapes do not fit"), monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        learner.meta_step(small_tasks(2))
+    assert sizes == [2]
+
+
+@posix
+def test_the_words_of_torchs_own_cpu_allocator_are_known(monkeypatch):
+    from metawrap.methods.memory import is_out_of_memory
+
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_real_full_and_a_real_read_only_file_system(tmp_path):
@@ -241,8 +340,7 @@ def test_a_real_full_and_a_real_read_only_file_system(tmp_path):
             for _ in range(9):
                 filler.write(b"x" * 6000)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            for epoch in range(2, 40):
-                folder.save(checkpoint_after([0.5] * epoch, value=1.0))
+            [folder.save(checkpoint_after([0.5] * epoch, value=1.0)) for epoch in range(2, 40)]
         assert not list(place.glob(".*.tmp"))
         assert torch.equal(folder.newest(pytest.fail).learner["weight"], torch.ones(3))
         (place / "filler").unlink()

@@ -217,8 +217,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = error.strerror or str(error)
         raise CheckpointError(
-            f"'{path}' could not be written ({cause}). What was saved before is whole: {_remedy(error)}, and go on with "
-            "--resume, or choose another --out."
+            f"'{path}' could not be written ({cause}). What was saved before is whole: {_remedy(error)}, and go on "
+            "with --resume, or choose another --out."
         ) from error
 
 

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_ru
 from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
+
+# Skipped steps of an epoch that the log explains, task by task.
+_TROUBLES_KEPT = 20
 
 
 def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
@@ -201,12 +204,17 @@ def _train_epoch(
     """The epoch's line of the log, as far as training goes, and that of the insight."""
     learner, count = experiment.learner.train(), settings.iterations_per_epoch
     steps: list[StepMetrics] = []
+    troubles: list[dict[str, Any]] = []
     own = share(settings.tasks_per_batch)
     seed_dropout(settings.seed, epoch)
     begun = time.monotonic()
     for iteration in range(epoch * count, (epoch + 1) * count):
         batch = experiment.train.batch(iteration)
-        steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
+        tasks = TaskBatch(batch.tasks[own.start : own.stop])
+        steps.append(learner.meta_step(tasks))
+        # Elsewhere than on a CPU the question would wait for the device.
+        if experiment.device.type == "cpu" and steps[-1].skipped and len(troubles) < _TROUBLES_KEPT:
+            troubles += _troubles(learner, tasks, iteration)
         progress.step(steps[-1])
     good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
     seconds = time.monotonic() - begun
@@ -219,8 +227,16 @@ def _train_epoch(
         "skipped_steps": sum(step.skipped for step in steps),
         "step_seconds": round(seconds / count, 5),
         "peak_mib": peak_memory(experiment.device),
-    }
+    } | ({"not_finite": troubles} if troubles else {})
     return record, epoch_insight(learner, epoch, steps)
+
+
+def _troubles(learner: Any, tasks: TaskBatch, iteration: int) -> list[dict[str, Any]]:
+    """What there is to say of a skipped step, for the log; the first of it is said at once."""
+    found = learner.find_trouble(tasks)
+    for each in found[:1]:
+        say(f"Skipped meta-step {iteration + 1}: {each}.")
+    return [{"iteration": iteration + 1, **asdict(each), "text": str(each)} for each in found]
 
 
 def _check_shares(settings: RunSettings) -> None:

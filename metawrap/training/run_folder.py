@@ -38,6 +38,7 @@ class RunFolder:
         self.path = path
         self.settings = settings
         self.lock = RunLock(path)
+        self._was_new = False
         self.checkpoints = CheckpointFolder(
             path / "checkpoints", keep_best=max(settings.keep, settings.ensemble), keep_newest=settings.keep
         )
@@ -49,7 +50,8 @@ class RunFolder:
             CheckpointError: the folder has a run and `resume` is False, or the run there has other settings, or none
                 of its checkpoints can be read, or another process is at it.
         """
-        if self.path.is_dir():
+        self._was_new = not self.path.is_dir()
+        if not self._was_new:
             self.lock.take()
         if not resume:
             refuse_existing_run(self.path)
@@ -71,7 +73,7 @@ class RunFolder:
             with explained(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take()
-            if self.lock.held:  # It was not there when this run looked, so whatever is there now is another's.
+            if self._was_new:  # So whatever is there now is another's.
                 refuse_existing_run(self.path)
         write_run(self.path, self.settings, None)
         lines = "".join(_line(record) for record in history)

@@ -66,8 +66,12 @@ class RunLock:
         """Lets go of it, if it is held here."""
         if self._descriptor is not None:
             _held.discard(self._descriptor)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
 
 
 def _let_go() -> None:
