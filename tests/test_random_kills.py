@@ -1,6 +1,6 @@
 """Killed at random moments, by SIGKILL or SIGTERM, a run resumes and ends with the same bits, on both engines.
 
-Each start is a fork of this process, which has imported torch already: the moments fall into training, not into imports.
+Each start is a fork of this process, which has imported torch already: the moments fall into training, not imports.
 """
 
 import io

@@ -51,13 +51,14 @@ class RunFolder:
                 of its checkpoints can be read, or another process is at it.
         """
         self._was_new = not self.path.is_dir()
+        if not resume:
+            refuse_existing_run(self.path)
+        elif (self.path / "run.json").exists():
+            self.settings.check_resumes(read_run(self.path)[0].to_dict())
         if not self._was_new:
             self.lock.take()
         if not resume:
-            refuse_existing_run(self.path)
             return None
-        if (self.path / "run.json").exists():
-            self.settings.check_resumes(read_run(self.path)[0].to_dict())
         checkpoint = self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
         if checkpoint is not None:
             self.settings.check_resumes(checkpoint.settings)
