@@ -86,8 +86,15 @@ class Runs:
         self.finished += 1
 
 
-@pytest.mark.parametrize("engine", ["functional", "higher"])
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.trust)])
+@pytest.mark.parametrize(
+    ("engine", "kills"),
+    [
+        ("functional", 2),
+        ("higher", 1),
+        pytest.param("functional", 60, marks=pytest.mark.trust),
+        pytest.param("higher", 60, marks=pytest.mark.trust),
+    ],
+)
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path, engine, kills):
     runs, moments = Runs(tmp_path, engine), random.Random(f"{engine} {kills}")
     begun = time.monotonic()
