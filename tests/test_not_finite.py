@@ -142,6 +142,8 @@ def build(ways):
 """
 
 
+# torch validates, and warns of, sparse tensors that another test has pickled in this process.
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.filterwarnings("default::metawrap.MetaWrapWarning")
 def test_a_run_that_diverges_logs_the_classes_stops_after_the_set_number_and_keeps_the_last_good_epoch(
     tmp_path, monkeypatch, capsys
