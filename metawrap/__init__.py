@@ -10,6 +10,7 @@ from metawrap.errors import (
     DivergedError,
     MetaWrapError,
     MetaWrapWarning,
+    OutOfMemoryError,
     RankError,
     TaskError,
     UnsupportedModuleError,
@@ -36,7 +37,7 @@ from metawrap.methods import (
     SiameseNet,
     ZeroStep,
 )
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
 from metawrap.tasks import Task, TaskBatch
 
 try:
@@ -70,6 +71,7 @@ __all__ = [
     "ModuleRow",
     "MultiTask",
     "NeuralStatistician",
+    "OutOfMemoryError",
     "ProtoNet",
     "RankError",
     "RelationNet",
@@ -79,6 +81,7 @@ __all__ = [
     "Task",
     "TaskBatch",
     "TaskError",
+    "Trouble",
     "UnsupportedModuleError",
     "ZeroStep",
     "__version__",

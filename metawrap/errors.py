@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class MetaWrapError(Exception):
     """Base of all metawrap errors: catch this to catch them all."""
@@ -21,6 +23,10 @@ class UnsupportedModuleError(MetaWrapError, TypeError):
 
 class DivergedError(MetaWrapError, RuntimeError):
     """Too many meta-steps in a row had a non-finite meta-gradient; the last good weights are still in place."""
+
+
+class OutOfMemoryError(MetaWrapError, torch.OutOfMemoryError):
+    """One task alone does not fit into memory; the learner is as it was."""
 
 
 class RankError(MetaWrapError, RuntimeError):

@@ -28,6 +28,25 @@ class MetaOutput(NamedTuple):
     accuracy: Tensor | None
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """Where a task's numbers stopped being finite.
+
+    task: its place in the batch, from 0. classes: `Task.classes`. step: the inner step, from 0; None where it is no
+    inner step. place: what was not finite.
+    """
+
+    task: int
+    classes: tuple[int, ...] | None
+    step: int | None
+    place: str
+
+    def __str__(self) -> str:
+        classes = "" if self.classes is None else f" (classes {', '.join(map(str, self.classes))})"
+        where = "" if self.step is None else f"in inner step {self.step + 1} "
+        return f"task {self.task + 1} of the batch{classes}: {where}{self.place} not finite"
+
+
 class StepMetrics:
     """Result of `learner.meta_step(task_batch)`. A field is read from the device when it is asked for."""
 

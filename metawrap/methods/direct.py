@@ -52,6 +52,7 @@ class OuterKeywords(TypedDict, total=False):
     max_grad_value: float | None
     tasks_per_backward: int | None
     max_skipped_steps: int | None
+    detect_anomaly: bool | None
     allocator: bool | None
     swap: Mapping[type[nn.Module], Factory] | None
     keep_norm: str | Iterable[str]

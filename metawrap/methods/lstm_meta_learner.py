@@ -98,6 +98,7 @@ class LSTMMetaLearner(MAML):
         mask_unused_outputs: bool = False,
         keep_norm: str | Iterable[str] = (),
         max_skipped_steps: int = 20,
+        detect_anomaly: bool = False,
     ) -> None:
         self._build(dict(locals()))
 

@@ -162,6 +162,7 @@ class MAML(GradientBased):
         mask_unused_outputs: bool = False,
         keep_norm: str | Iterable[str] = (),
         max_skipped_steps: int = 20,
+        detect_anomaly: bool = False,
     ) -> None:
         self._build(dict(locals()))
 
@@ -587,6 +588,8 @@ class MAMLPlusPlus(MAML):
             with fewer ways than the model has outputs.
         keep_norm: names or wildcards of batch norms to leave alone: they run on their stored statistics.
         max_skipped_steps: training stops when this many meta-steps in a row have a gradient that is not finite.
+        detect_anomaly: runs torch's anomaly detection, which is slow: the first operation whose backward gives NaN ends
+            the meta-step with an error that names it.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.

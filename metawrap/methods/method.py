@@ -10,7 +10,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,14 +21,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metawrap.allocator import keep_memory
 from metawrap.description import Description
-from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, TaskError
+from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, OutOfMemoryError, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
+from metawrap.methods.memory import free_memory, is_out_of_memory, too_little_memory, warn_split
+from metawrap.methods.not_finite import find_trouble, naming_operations, trouble_in_words
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.ranks import Ranks
 from metawrap.methods.settings import OuterSettings, check_choice
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics
+from metawrap.methods.traces import Generators
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.tasks import (
     Inputs,
@@ -73,6 +76,8 @@ class Method(nn.Module, ABC):
         self.iteration = 0
         # Whether the other processes are known to have the same learner.
         self._same_everywhere = False
+        # How many tasks at once were seen to fit into memory; None while nothing else was seen.
+        self._fitting: int | None = None
         # Total, in a row, and the longest row: on the device, so that counting does not synchronise.
         self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
 
@@ -123,8 +128,9 @@ class Method(nn.Module, ABC):
     def meta_step(self, task_batch: Any) -> StepMetrics:
         """One outer update on a batch of tasks: forward, backward, clip, optimizer step, schedules, counters.
 
-        Each `tasks_per_backward` tasks are unrolled and differentiated together, so that memory is theirs alone. The
-        gradient stays in `.grad`. A failed call leaves the learner as it was.
+        Each `tasks_per_backward` tasks are unrolled and differentiated together, so that memory is theirs alone. Where
+        they do not fit, half as many are, from then on, and a warning says so. The gradient stays in `.grad`. A failed
+        call leaves the learner as it was.
 
         Where torch.distributed runs several processes, all of them must call it, each with its own share of the tasks,
         at least one; shares may differ. All make the same update, that of the mean over all tasks in order of rank, and
@@ -135,7 +141,9 @@ class Method(nn.Module, ABC):
                 list of `Task`.
         Raises:
             TaskError: the batch has the wrong form, shapes, labels or device.
-            DivergedError: `max_skipped_steps` steps in a row were skipped; looked up once in as many steps.
+            DivergedError: `max_skipped_steps` steps in a row were skipped; looked up once in as many steps. Or, with
+                `detect_anomaly`, an operation's backward gave NaN.
+            OutOfMemoryError: one task alone does not fit into memory.
             RankError: another process failed, is gone, or has another learner.
         """
         ranks = Ranks.of_meta_step(self)
@@ -154,7 +162,8 @@ class Method(nn.Module, ABC):
             with restored_buffers(*self._stateful()) as restore:
                 with ranks.together():
                     meta_lr = self.outer.start(self.epoch)
-                    solved, gradients = self._meta_gradient(batch, parameters)
+                    with self._anomalies_named(batch):
+                        solved, gradients = self._meta_gradient(batch, parameters)
                 solved, gradients = ranks.shared(solved, parameters, gradients)
                 norm, applied = self.outer.apply(parameters, gradients)
                 restore(~applied)
@@ -165,17 +174,56 @@ class Method(nn.Module, ABC):
             )
             self.iteration += 1
             self.outer.end(self.iteration)
-            self._count_skipped(applied)
+            self._count_skipped(applied, batch)
         return metrics
+
+    def find_trouble(self, task_batch: Any) -> list[Trouble]:
+        """The tasks of a batch whose loss or gradient is not finite, each with the inner step and layer where it shows.
+
+        For a look behind a skipped step, which has left the weights as they were. It changes nothing, solves the tasks
+        again, one by one, and waits for the device. A model that draws random numbers may do well the second time.
+        """
+        return find_trouble(self, self._checked(task_batch))
+
+    @contextmanager
+    def _anomalies_named(self, batch: TaskBatch) -> Iterator[None]:
+        if not self.settings.detect_anomaly:
+            yield
+            return
+        self._prepare(usable(batch[0]))  # Its looks may fail, which has a meaning there.
+        with naming_operations(self, batch):
+            yield
 
     def _meta_gradient(
         self, batch: TaskBatch, parameters: list[nn.Parameter]
     ) -> tuple[list[Solved], list[Tensor | None]]:
-        total: list[Tensor | None] = [None] * len(parameters)
-        solved: list[Solved] = []
         batch = TaskBatch(tuple(usable(task) for task in batch))
         self._prepare(batch[0])
-        chunks = list(batch.chunks(self._tasks_at_once(len(batch))))
+        size = min(self._tasks_at_once(len(batch)), self._fitting or len(batch))
+        while True:
+            # One task is not tried again. What is recorded draws nothing, and may not be asked.
+            generators = Generators(None if getattr(self.settings, "cuda_graphs", False) else self._device)
+            try:
+                with restored_buffers(*self._stateful()) if size > 1 else nullcontext():
+                    return self._summed_gradient(batch, parameters, size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemoryError(too_little_memory(error, self.settings)) from error
+            # Behind the handler, as the exception holds the graph that did not fit.
+            free_memory(self._device)
+            generators.put_back()
+            size = (size + 1) // 2
+            self._fitting = size
+            warn_split(size)
+
+    def _summed_gradient(
+        self, batch: TaskBatch, parameters: list[nn.Parameter], size: int
+    ) -> tuple[list[Solved], list[Tensor | None]]:
+        total: list[Tensor | None] = [None] * len(parameters)
+        solved: list[Solved] = []
+        chunks = list(batch.chunks(size))
 
         def gradient(learner: Method, chunk: Chunk) -> tuple[list[Solved], tuple[Tensor | None, ...]]:
             return learner._chunk_gradient(chunk, parameters, len(batch))
@@ -379,7 +427,7 @@ class Method(nn.Module, ABC):
         for name, seen in passes.items():
             norms[name].fold(seen, applied)
 
-    def _count_skipped(self, applied: Tensor) -> None:
+    def _count_skipped(self, applied: Tensor, batch: TaskBatch) -> None:
         total, row, longest = self.skipped_steps.unbind()
         row = torch.where(applied, torch.zeros_like(row), row + 1)
         self.skipped_steps.copy_(torch.stack([total + ~applied, row, torch.maximum(longest, row)]))
@@ -388,7 +436,8 @@ class Method(nn.Module, ABC):
             self.skipped_steps[1:] = 0
             raise DivergedError(
                 f"At least {limit} meta-steps in a row had a meta-gradient that is not finite, and changed nothing. "
-                "The weights are finite. Lower meta_lr or inner_lr, or set max_grad_norm."
+                f"The weights are finite.{trouble_in_words(self, batch)} Lower meta_lr or inner_lr, or set "
+                "max_grad_norm."
             )
 
     def _evaluation_policy(self, norm: str | None, steps: int | None, mask: bool | None) -> str:

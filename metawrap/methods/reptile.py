@@ -109,6 +109,7 @@ class Reptile(MAML):
         mask_unused_outputs: bool = False,
         keep_norm: str | Iterable[str] = (),
         max_skipped_steps: int = 20,
+        detect_anomaly: bool = False,
     ) -> None:
         if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
             raise ArgumentError(

@@ -76,6 +76,7 @@ class OuterSettings:
     max_grad_value: float | None
     tasks_per_backward: int | None
     max_skipped_steps: int
+    detect_anomaly: bool
     allocator: bool
 
     @property
@@ -166,6 +167,7 @@ OUTER_DEFAULTS: dict[str, Any] = {
     "max_grad_value": None,
     "tasks_per_backward": None,
     "max_skipped_steps": 20,
+    "detect_anomaly": False,
     "allocator": True,
 }
 
@@ -252,6 +254,8 @@ def _consistent(values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str
         values["min_meta_lr"] = min(values["min_meta_lr"], values["meta_lr"])
     if "workers_in" in explicit and values["workers"] == 1:
         raise ArgumentError('workers_in: has no effect with workers=1. Leave it out, or pass workers=2 or "auto".')
+    if values["detect_anomaly"] and values.get("cuda_graphs"):
+        raise ArgumentError("detect_anomaly: has no effect on what is replayed. Leave it out, or cuda_graphs=True.")
     for name in {"betas", "inner_betas"} & values.keys():
         values[name] = tuple(values[name])
     if values["min_meta_lr"] > values["meta_lr"]:
@@ -334,6 +338,7 @@ _WANTED: dict[str, tuple[str, Any]] = {
         lambda v: v is None or (_is_int(v) and v >= 1),
     ),
     "max_skipped_steps": _count(1),
+    "detect_anomaly": _SWITCH,
     "inner_optimizer": _one_of(InnerOptimizerName),
     "inner_momentum": ("a number from 0 up to, not including, 1", lambda v: _is_number(v) and 0 <= v < 1),
     "inner_betas": _BETAS,

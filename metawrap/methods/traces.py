@@ -80,16 +80,20 @@ _RANDOM = "random numbers of "
 
 
 class Generators:
-    """The states of the three generators that everybody shares."""
+    """The states of the three generators that everybody shares, and of a GPU's."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.states = torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate()
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
 
     def put_back(self) -> None:
         """Sets them to these states again."""
         torch.set_rng_state(self.states[0])
         np.random.set_state(self.states[1])
         random.setstate(self.states[2])
+        if self._device is not None and self._on_device is not None:
+            torch.cuda.set_rng_state(self._on_device, self._device)
 
 
 def _generators() -> Iterator[tuple[str, Any]]:

@@ -1,11 +1,13 @@
 """Checkpoints that survive a kill: temporary file -> fsync -> rename -> fsync of the folder -> old ones go.
 
-A reader therefore finds either the whole old file or the whole new one. Files are read with `weights_only=True`, so a
-checkpoint from a stranger cannot run code.
+A reader therefore finds either the whole old file or the whole new one. What a disk does to it later, a checksum at its
+end tells. Files are read with `weights_only=True`, so a checkpoint from a stranger cannot run code.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +15,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,9 @@ from metawrap.errors import CheckpointError
 FORMAT = "metawrap-checkpoint"
 VERSION = 1
 _FILE_NAME = re.compile(r"epoch-(\d+)\.pt")
+# Behind the zip archive that torch.save writes, whose readers look for its end from behind and pass over this.
+_CHECKSUM = b"\nmetawrap-sha256 "
+_DIGITS = 2 * hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,17 @@ class CheckpointFolder:
         self.keep_newest = keep_newest
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Puts the checkpoint in place, then deletes those that need no longer be kept."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Puts the checkpoint in place, then deletes those that need no longer be kept.
+
+        Raises:
+            CheckpointError: it cannot be written: the disk is full, say. Those before it are as they were.
+        """
         path = self._file(checkpoint.epoch)
-        content = {"format": FORMAT, "version": VERSION, **vars(checkpoint)}
-        write_atomically(path, lambda handle: torch.save(content, handle))
-        self._prune(checkpoint.history)
+        content = {"format": FORMAT, "version": VERSION, "checksum": "sha256", **vars(checkpoint)}
+        with explained(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda handle: _save_with_checksum(content, handle))
+            self._prune(checkpoint.history)
         return path
 
     def epochs(self) -> list[int]:
@@ -132,6 +142,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint '{path}'.")
     try:
+        fits = _fits_checksum(path)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
+    if fits is False:
+        raise _damaged(path)
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -140,7 +156,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except Exception as error:  # torch.load documents no list of what a torn file can raise
         raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
-    return _checked(path, content)
+    checkpoint = _checked(path, content)
+    if fits is None and "checksum" in content:  # It was cut off, or is damaged itself.
+        raise _damaged(path)
+    return checkpoint
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"'{path}' is damaged: its checksum is not that of what was written. Delete it to resume from the one before, "
+        "and have the disk checked."
+    )
 
 
 def load_into(learner: nn.Module, checkpoint: Checkpoint) -> None:
@@ -160,9 +186,13 @@ def load_into(learner: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replaces `path` by what `write` puts into a file handle, wholly or not at all, also across a power cut."""
+    """Replaces `path` by what `write` puts into a file handle, wholly or not at all, also across a power cut.
+
+    Raises:
+        CheckpointError: the disk is full, the file system read-only, or the like; `path` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _interrupts_wait():
+    with explained(path), _interrupts_wait():
         try:
             with open(temporary, "wb") as handle:
                 write(handle)
@@ -170,8 +200,82 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # Of a file system that has become read-only: the first error says it.
+                temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Says what the operating system refused while `path` was written, and what to do.
+
+    Raises:
+        CheckpointError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise CheckpointError(
+            f"'{path}' could not be written ({cause}). What was saved before is whole: {_remedy(error)}, and go on "
+            "with --resume, or choose another --out."
+        ) from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    return "make the folder writable" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else "see to the disk"
+
+
+class _Checked:
+    """Hands what is written on to a file, and sums it up.
+
+    torch.save aborts the whole process when a write fails in the middle, so a failure waits here until it is done.
+    """
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.sum = hashlib.sha256()
+        self._handle = handle
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        self.sum.update(content)
+        if self.failure is None:
+            try:
+                self._handle.write(content)
+            except OSError as error:
+                self.failure = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Done where the file is synchronised."""
+
+
+def _save_with_checksum(content: dict[str, Any], handle: IO[bytes]) -> None:
+    checked = _Checked(handle)
+    torch.save(content, checked)  # type: ignore[arg-type]
+    if checked.failure is not None:
+        raise checked.failure
+    handle.write(_CHECKSUM + checked.sum.hexdigest().encode())
+
+
+def _fits_checksum(path: Path) -> bool | None:
+    """Whether the file is what was written; None for one without a checksum, as older versions wrote it."""
+    with open(path, "rb") as handle:
+        length = handle.seek(0, os.SEEK_END) - len(_CHECKSUM) - _DIGITS
+        if length < 0:
+            return None
+        handle.seek(length)
+        end = handle.read()
+        if not end.startswith(_CHECKSUM):
+            return None
+        handle.seek(0)
+        found = hashlib.sha256()
+        while length > 0 and (block := handle.read(min(length, 1 << 20))):
+            found.update(block)
+            length -= len(block)
+    return found.hexdigest().encode() == end[len(_CHECKSUM) :]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

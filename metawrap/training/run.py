@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
 
+# Skipped steps of an epoch that the log explains, task by task.
+_TROUBLES_KEPT = 20
+
 
 @naming_dead_workers()
 def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
@@ -60,11 +63,20 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorbo
         "skipped_steps", "parameters" (learned numbers), "step_seconds" (of a meta-step, median over epochs), "peak_mib"
         (see `peak_memory`), "seconds" of training and validation, "test_seconds", "machine", "command".
     Raises:
-        CheckpointError: `out` has a run that is not to be, or cannot be, resumed.
+        CheckpointError: `out` has a run that is not to be, or cannot be, resumed, another process is at it, or it
+            cannot be written.
         MetaWrapError: the settings do not fit the data or the network, or training diverged.
     """
     _check_shares(settings)
     folder = RunFolder(Path(out), settings)
+    try:
+        return _train(folder, resume, tensorboard)
+    finally:
+        folder.lock.release()
+
+
+def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]:
+    settings, out = folder.settings, folder.path
     tensorboard = tensorboard or (resume and logs_to_tensorboard(folder.path))
     if tensorboard:
         check_tensorboard()
@@ -199,11 +211,16 @@ def _train_epoch(
     """The epoch's line of the log, as far as training goes, and that of the insight."""
     learner, count = experiment.learner.train(), settings.iterations_per_epoch
     steps: list[StepMetrics] = []
+    troubles: list[dict[str, Any]] = []
     own = share(settings.tasks_per_batch)
     seed_dropout(settings.seed, epoch)
     begun = time.monotonic()
-    for batch in experiment.train.batches(count, epoch * count):
-        steps.append(learner.meta_step(TaskBatch(batch.tasks[own.start : own.stop])))
+    for iteration, batch in enumerate(experiment.train.batches(count, epoch * count), epoch * count):
+        tasks = TaskBatch(batch.tasks[own.start : own.stop])
+        steps.append(learner.meta_step(tasks))
+        # Elsewhere than on a CPU the question would wait for the device.
+        if experiment.device.type == "cpu" and steps[-1].skipped and len(troubles) < _TROUBLES_KEPT:
+            troubles += _troubles(learner, tasks, iteration)
         progress.step(steps[-1])
     good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
     seconds = time.monotonic() - begun
@@ -216,8 +233,16 @@ def _train_epoch(
         "skipped_steps": sum(step.skipped for step in steps),
         "step_seconds": round(seconds / count, 5),
         "peak_mib": peak_memory(experiment.device),
-    }
+    } | ({"not_finite": troubles} if troubles else {})
     return record, epoch_insight(learner, epoch, steps)
+
+
+def _troubles(learner: Any, tasks: TaskBatch, iteration: int) -> list[dict[str, Any]]:
+    """What there is to say of a skipped step, for the log; the first of it is said at once."""
+    found = learner.find_trouble(tasks)
+    for each in found[:1]:
+        say(f"Skipped meta-step {iteration + 1}: {each}.")
+    return [{"iteration": iteration + 1, **asdict(each), "text": str(each)} for each in found]
 
 
 def _check_shares(settings: RunSettings) -> None:

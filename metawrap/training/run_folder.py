@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from metawrap.errors import CheckpointError
-from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, write_atomically, write_json
+from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_atomically, write_json
 from metawrap.training.machine import command_line
 from metawrap.training.progress import say
+from metawrap.training.run_lock import RunLock
 from metawrap.training.run_settings import RunSettings
 
 LOG = "log.jsonl"
@@ -36,29 +37,45 @@ class RunFolder:
     def __init__(self, path: Path, settings: RunSettings) -> None:
         self.path = path
         self.settings = settings
+        self.lock = RunLock(path)
+        self._was_new = False
         self.checkpoints = CheckpointFolder(
             path / "checkpoints", keep_best=max(settings.keep, settings.ensemble), keep_newest=settings.keep
         )
 
     def find_start(self, resume: bool) -> Checkpoint | None:
-        """The checkpoint to continue from; None: start with the first epoch. Reads only.
+        """The checkpoint to continue from; None: start with the first epoch. Reads only, and locks what is there.
 
         Raises:
             CheckpointError: the folder has a run and `resume` is False, or the run there has other settings, or none
-                of its checkpoints can be read.
+                of its checkpoints can be read, or another process is at it.
         """
+        self._was_new = not self.path.is_dir()
         if not resume:
             refuse_existing_run(self.path)
-            return None
-        if (self.path / "run.json").exists():
+        elif (self.path / "run.json").exists():
             self.settings.check_resumes(read_run(self.path)[0].to_dict())
+        if not self._was_new:
+            self.lock.take()
+        if not resume:
+            return None
         checkpoint = self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
         if checkpoint is not None:
             self.settings.check_resumes(checkpoint.settings)
         return checkpoint
 
     def begin(self, history: list[dict[str, Any]]) -> None:
-        """Writes the settings, and the log as it stood when `history` ended."""
+        """Writes the settings, and the log as it stood when `history` ended.
+
+        Raises:
+            CheckpointError: another process has made the folder its own since `find_start`, or it cannot be written.
+        """
+        if not self.lock.held:
+            with explained(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            if self._was_new:  # So whatever is there now is another's.
+                refuse_existing_run(self.path)
         write_run(self.path, self.settings, None)
         lines = "".join(_line(record) for record in history)
         write_atomically(self._log, lambda handle: handle.write(lines.encode()))
@@ -70,7 +87,7 @@ class RunFolder:
     def append(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
         """Adds a line to the log, and one to the insight."""
         for path, line in ((self._insight, _line(insight)), (self._log, _line(record))):
-            with open(path, "a", encoding="utf-8") as handle:
+            with explained(path), open(path, "a", encoding="utf-8") as handle:
                 handle.write(line)
 
     def insight(self, epochs: int) -> list[dict[str, Any]]:
@@ -112,7 +129,8 @@ def refuse_existing_run(path: Path) -> None:
 
 def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) -> None:
     """Writes run.json; `seeds` lists those of a run that has one folder per seed. The first command stays."""
-    path.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
     command = read_json(path / "run.json").get("command", command_line())
     listed = None if seeds is None else list(seeds)
     write_json(path / "run.json", {"settings": settings.to_dict(), "seeds": listed, "command": command})
