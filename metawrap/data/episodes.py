@@ -7,12 +7,13 @@ generator is read or moved.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metawrap.data.checks import check_int
+from metawrap.data.checks import check_int, check_switch
 from metawrap.data.draws import Draws, Ints
 from metawrap.data.images import LabelledImages
 from metawrap.errors import ArgumentError, DataError
@@ -42,7 +43,7 @@ class EpisodeSampler:
         rotations: add the three quarter turns of every class as classes of their own; needs square images.
         device: where the batches end up; default the CPU.
     Raises:
-        ArgumentError: a count is not an integer of at least 1, or the seed is negative.
+        ArgumentError: a count is not an integer of at least 1, the seed is negative, or the device does not exist.
         DataError: too few classes, a class with too few images, or rotations of images that are not square.
     """
 
@@ -63,10 +64,11 @@ class EpisodeSampler:
             check_int(name, value, 1)
         check_int("tasks_per_batch", tasks_per_batch, 1)
         check_int("seed", seed, 0)
+        check_switch("rotations", rotations)
+        self.device = _device(device)
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
-        self.device = torch.device("cpu" if device is None else device)
         self._pixels = _store(images.images, self.device)
         labels = images.labels.cpu().numpy()
         self._by_class: Ints = np.argsort(labels, kind="stable").astype(np.int64)
@@ -155,6 +157,15 @@ def _check_enough(images: LabelledImages, ways: int, shots: int, targets: int, r
                 f"Class '{name}' has {count} images, but shots + targets = {shots} + {targets} = {needed} are needed. "
                 f"Lower shots or targets, or leave the class out with images.subset(...)."
             )
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"device: expected 'cpu', 'cuda', 'cuda:1', ... or a torch.device, but got {describe_value(device)}."
+        ) from error
 
 
 def _store(images: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from metawrap.errors import CheckpointError
+from metawrap.training.checkpoint_archive import check_archive, check_tensors
 
 FORMAT = "metawrap-checkpoint"
 VERSION = 1
@@ -131,6 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint '{path}'.")
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -140,7 +142,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except Exception as error:  # torch.load documents no list of what a torn file can raise
         raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
-    return _checked(path, content)
+    found = _checked(path, content)
+    check_tensors(path, content)
+    return found
 
 
 def load_into(learner: nn.Module, checkpoint: Checkpoint) -> None:
