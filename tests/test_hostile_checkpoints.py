@@ -42,7 +42,11 @@ def good() -> dict[str, Any]:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     content = {"settings": {"ways": 5}, "learner": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-    content |= {"scheduler": None, "rng": {"cpu": torch.get_rng_state(), "cuda": []}, "history": [{"loss": 1.0}]}
+    content |= {
+        "scheduler": None,
+        "rng": {"cpu": torch.get_rng_state(), "cuda": []},
+        "history": [{"validation_accuracy": 1.0}],
+    }
     return {"format": "metawrap-checkpoint", "version": 1, **content, "seconds": 1.0}
 
 

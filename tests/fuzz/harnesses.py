@@ -62,7 +62,7 @@ def _checkpoint_seeds() -> Iterator[bytes]:
     fields = ("settings", "learner", "optimizer", "scheduler", "rng", "history", "seconds")
     for learner in ({}, {"w": torch.zeros(2, 3)}, {"w": torch.zeros(1).expand(4), "n": {"i": 3}}):
         buffer = io.BytesIO()
-        content = {"format": "metawrap-checkpoint", "version": 1} | dict.fromkeys(fields, {})
+        content = {"format": "metawrap-checkpoint", "version": 1} | {name: {} for name in fields}
         torch.save(content | {"learner": learner}, buffer)
         yield buffer.getvalue()
 
@@ -90,8 +90,6 @@ def _omniglot_seeds() -> Iterator[bytes]:
             for character in range(3):
                 archive.writestr(f"{folder}/Latin/character{character:02d}/0001_01.png", _png())
         yield buffer.getvalue()
-
-
 
 
 def _cache(content: bytes) -> object:
