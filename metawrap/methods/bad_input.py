@@ -63,7 +63,7 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
     """Tells an error of torch about shapes, dtypes or devices as what it is: tasks that the model does not take.
 
     Raises:
-        TaskError: names the parts of the first task, and the model's own precision.
+        TaskError: names the parts of each kind of task, and the model's own precision.
     """
     try:
         yield
@@ -73,13 +73,13 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
         what = " ".join(str(error).split())
         if not (_MISCALL if isinstance(error, TypeError) else _MISFIT).search(what):
             raise
-        task = next(iter(tasks))
-        parts = ", ".join(f"{name} {_short(value)}" for name, value in zip(PARTS, task.parts(), strict=True))
+        kinds = list(dict.fromkeys(map(_described, tasks)))
+        shown = " and one with ".join(kinds[:3])
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         raise TaskError(
-            f"The model or its loss cannot take this task: {what[:200]}. The task, or the first of its batch, has "
-            f"{parts}; the model's parameters are {own}. Give inputs of the shape and dtype that the model was built "
-            "for, or convert first: task_batch.to(dtype) or learner.to(dtype)."
+            f"The model or its loss cannot take this task: {what[:200]}. There is a task with {shown}; the model's "
+            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, or convert first: "
+            "task_batch.to(dtype) or learner.to(dtype)."
         ) from error
 
 
@@ -107,6 +107,10 @@ def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> N
 def _finite(tensor: Tensor) -> bool:
     values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
     return values.layout != torch.strided or bool(values.isfinite().all())
+
+
+def _described(task: Task) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in zip(PARTS, task.parts(), strict=True))
 
 
 def _short(value: Any) -> str:
