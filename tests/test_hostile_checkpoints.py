@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from metawrap.data.sources import ZipSource
 from metawrap.errors import CheckpointError, MetaWrapError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, load_checkpoint
 
@@ -216,3 +217,13 @@ def test_any_byte_that_is_flipped_ends_in_a_checkpoint_or_in_one_of_our_errors(t
         except CheckpointError:
             continue
         assert isinstance(found, Checkpoint)
+
+
+def test_an_archive_of_images_with_an_entry_without_a_name_is_read_without_it() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x", b"1")
+        archive.writestr("named", b"2")
+        archive.infolist()[0].filename = ""  # as the fuzzer found it
+    with zipfile.ZipFile(buffer) as archive:
+        assert ZipSource(archive, 100).names() == ["named"]
