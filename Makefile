@@ -4,16 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/first
 BENCH_OUT ?= runs/bench
+FUZZ_SECONDS ?= 120
+# Processes that the tests run in, with one thread each: more would wait for each other on the same cores.
+TEST_PROCESSES ?= auto
 # Chosen to end within five minutes on two CPU cores.
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
 
-.PHONY: help train test test-all zoo browser docs docs-serve lint format types bench clean
+.PHONY: help train test test-all zoo trust fuzz browser docs docs-serve lint format types bench clean
 
 help:
 	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
 	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
 	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
+	@echo "make trust     many random kills and a run of 20,000 meta-steps; make fuzz: the readers, FUZZ_SECONDS each"
 	@echo "make browser   open the report in a headless Chromium (CHROMIUM=... names it)"
 	@echo "make docs      build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make lint      ruff; make format lets it change files"
@@ -27,7 +31,7 @@ train: $(VENV)/installed
 	$(BIN)/metawrap train --data glyphs $(TRAIN_FLAGS) --out $(OUT) --resume
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_FLAGS)
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
@@ -35,6 +39,13 @@ test-all: $(VENV)/installed-test
 # One process with one thread: the largest networks take 10 GB each.
 zoo: $(VENV)/installed-zoo
 	$(BIN)/python -m pytest -m "" tests/zoo --write-table docs/supported-models.md $(PYTEST_FLAGS)
+
+trust: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m trust $(PYTEST_FLAGS)
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tests/fuzz/run.py all --seconds $(FUZZ_SECONDS)
 
 # Needs a Chromium: CHROMIUM=/path/to/it where it is not found.
 browser: $(VENV)/installed-test

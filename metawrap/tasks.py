@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from metawrap.errors import TaskError
+from metawrap.errors import ArgumentError, TaskError
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 TaskId: TypeAlias = str | int
@@ -70,8 +70,14 @@ class TaskBatch:
     tasks: tuple[Task, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tasks, tuple | list) or not all(isinstance(task, Task) for task in self.tasks):
+            raise TaskError(
+                f"tasks: expected a tuple of Task, but got {describe_value(self.tasks)}. Four parts with a leading "
+                "task axis are written TaskBatch.stacked(support_x, support_y, target_x, target_y)."
+            )
         if not self.tasks:
             raise TaskError("The task batch holds 0 tasks, expected at least 1.")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
 
     @classmethod
     def stacked(
@@ -97,12 +103,14 @@ class TaskBatch:
                 "For tasks of different sizes pass a list of Task(...)."
             )
         tasks = counts["support_x"]
-        if classes is not None and len(classes) != tasks:
-            raise TaskError(f"classes: expected those of {tasks} tasks, but got those of {len(classes)}.")
+        if classes is not None and (not isinstance(classes, Sequence) or len(classes) != tasks):
+            raise TaskError(
+                f"classes: expected a sequence for each of {tasks} tasks, but got {describe_value(classes)}."
+            )
         pieces = [
             Task(
                 *(map_tensors(part, lambda tensor, i=index: tensor[i]) for part in parts.values()),  # type: ignore[misc]
-                classes=None if classes is None else tuple(classes[index]),
+                classes=None if classes is None else classes[index],  # type: ignore[arg-type]
             )
             for index in range(tasks)
         ]
@@ -113,7 +121,13 @@ class TaskBatch:
         return TaskBatch(tuple(task.to(*args, **kwargs) for task in self.tasks))
 
     def chunks(self, size: int) -> Iterator[tuple[Task, ...]]:
-        """The tasks in order, `size` at a time."""
+        """The tasks in order, `size` at a time.
+
+        Raises:
+            ArgumentError: size is no whole number of at least 1.
+        """
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ArgumentError(f"size: expected a whole number of at least 1, but got {describe_value(size)}.")
         for start in range(0, len(self.tasks), size):
             yield self.tasks[start : start + size]
 

@@ -12,7 +12,7 @@ import torch
 from face import assert_same_state, fingerprint
 from torch import Tensor, nn
 
-from metawrap import MetaWrapWarning, Task
+from metawrap import MetaWrapWarning, Task, TaskError
 
 TOLERANCE = 1e-9
 
@@ -124,7 +124,7 @@ def assert_same_gradient_however_it_is_run(build: Any, batch: list[Task]) -> Non
             torch.testing.assert_close(sum(parts) / len(batch), expected, rtol=1e-9, atol=1e-12)
 
 
-def assert_a_failed_call_changes_nothing(learner: Any, call: Any, batch: Any, *, raises: Any = RuntimeError) -> None:
+def assert_a_failed_call_changes_nothing(learner: Any, call: Any, batch: Any, *, raises: Any = TaskError) -> None:
     """Everything that is learned, by identity and value, and the optimizer: its groups, their order, its state."""
 
     def known() -> Any:

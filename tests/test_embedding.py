@@ -275,7 +275,7 @@ def test_what_belongs_to_an_inner_loop_is_refused() -> None:
     [
         (lambda t: Task(t.support_x, t.support_y + 1, t.target_x, t.target_y), r"support_y: ProtoNet needs each class"),
         (lambda t: Task(t.support_x, t.support_y, t.target_x, t.target_y + 1), r"target_y holds classes \[3\]"),
-        (lambda t: Task(t.support_x, t.support_y.double(), t.target_x, t.target_y), r"support_y: ProtoNet needs"),
+        (lambda t: Task(t.support_x, t.support_y.double(), t.target_x, t.target_y), r"support_y: cross-entropy needs"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(change: Any, words: str) -> None:

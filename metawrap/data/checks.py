@@ -1,4 +1,4 @@
-"""The one argument check that every file of this folder needs."""
+"""The argument checks that the files of this folder share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def check_int(name: str, value: int, least: int) -> None:
     """Raises ArgumentError unless value is an integer (not a bool) of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name}: expected an integer of at least {least}, but got {describe_value(value)}.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raises ArgumentError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name}: expected True or False, but got {describe_value(value)}.")
 
 
 def check_counts(name: str, counts: object, least: int) -> tuple[int, int, int]:

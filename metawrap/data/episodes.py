@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metawrap.data.checks import check_int
+from metawrap.data.checks import check_int, check_switch
 from metawrap.data.drawing import ROTATIONS, Drawn, EpisodeDraws
 from metawrap.data.images import LabelledImages
 from metawrap.data.normalisation import Normalise, statistics_of
@@ -49,8 +50,8 @@ class EpisodeSampler:
         workers: processes in which `batches` and iteration read streamed images ahead; 0 reads them in this one, as
             `batch` always does. What is drawn does not depend on it.
     Raises:
-        ArgumentError: a count is not an integer of at least 1, the seed is negative, `normalise` does not fit the
-            images, or workers are asked for images in memory, which have nothing to read.
+        ArgumentError: a count is not an integer of at least 1, the seed is negative, the device does not exist,
+            `normalise` does not fit the images, or workers are asked for images in memory, which have nothing to read.
         DataError: too few classes, a class with too few images, or rotations of images that are not square.
     """
 
@@ -76,15 +77,17 @@ class EpisodeSampler:
             check_int(name, value, 1)
         check_int("tasks_per_batch", tasks_per_batch, 1)
         check_int("seed", seed, 0)
+        check_switch("rotations", rotations)
         check_int("workers", workers, 0)
         if workers and isinstance(images, LabelledImages):
             raise ArgumentError(
                 f"workers: expected 0 for images in memory, but got {workers}. Leave it out, or stream the images."
             )
+        place = _device(device)
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = place
         self.workers = workers
         self._pixels = _store(images.images, self.device) if isinstance(images, LabelledImages) else None
         self._draws = EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
@@ -186,6 +189,15 @@ def _check_enough(images: ImageSet, ways: int, shots: int, targets: int, rotatio
                 f"Class '{name}' has {count} images, but shots + targets = {shots} + {targets} = {needed} are needed. "
                 f"Lower shots or targets, or leave the class out with images.subset(...)."
             )
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"device: expected 'cpu', 'cuda', 'cuda:1', ... or a torch.device, but got {describe_value(device)}."
+        ) from error
 
 
 def _store(images: Tensor, device: torch.device) -> Tensor:

@@ -312,6 +312,8 @@ class _Machine:
         if encoding not in ("latin1", "latin-1", "iso-8859-1"):
             self.refuse(f"encodes text as {encoding!r:.40}")
         # A stretch stays where it is: its `read` gives the bytes.
+        if not isinstance(text, str | Stretch):
+            self.refuse(f"encodes a {type(text).__name__}")
         return text if isinstance(text, Stretch) else text.encode("latin-1")
 
     def remember(self, place: int) -> None:

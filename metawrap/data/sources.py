@@ -70,7 +70,7 @@ class ZipSource:
             check_member(member)
             if member.filename in self._members:
                 raise DataError(f"The archive holds '{member.filename}' twice. Get a fresh copy of it.")
-            if not member.is_dir():
+            if member.filename and not member.is_dir():  # which fails where there is no name
                 self._members[member.filename] = member
 
     def names(self) -> list[str]:

@@ -44,12 +44,12 @@ from metawrap.methods.settings import (
     check_preset,
     resolve,
 )
-from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from, usable
+from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from
 from metawrap.methods.together import alike, apart, stacked, start_of
 from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
-from metawrap.tasks import Inputs, Task, TaskId, map_tensors, same_device, tensors_in
+from metawrap.tasks import Inputs, Task, TaskId, map_tensors, tensors_in
 
 FastWeights = dict[str, Tensor]
 Rates = Mapping[str, tuple[Tensor, ...]]
@@ -481,17 +481,15 @@ class MAML(GradientBased):
         steps = self.settings.default_steps if steps is None else self._checked_steps(steps)
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
-        with self._evaluating(), autograd(False):
-            task = usable(Task(support_x, support_y, support_x, support_y, id=task_id))
-            same_device([task], self._device)
-            self._prepare(task)
+        with self._adapting(Task(support_x, support_y, support_x, support_y, id=task_id)) as task:
             unroll = self._unroll(task, False, self.settings.norm, mask_unused_outputs)
             rates, fast, state = self.learning_rates.per_step(), self._initial_weights(unroll), NO_STATE
             for step in range(steps):
                 fast, state = self._inner_step(fast, state, rates, step, unroll)
             row = max(0, min(steps, self.settings.inner_steps) - 1)
             statistics = self._support_statistics(fast, row, unroll) if unroll.norm == "support" else None
-            return plain_copy(self.model, fast, row, statistics, keep_statistics=unroll.norm != "batch")
+            adapted = plain_copy(self.model, fast, row, statistics, keep_statistics=unroll.norm != "batch")
+            return self._finished(adapted, task)
 
     def unwrap(self) -> nn.Module:
         """The meta-trained initialisation as a plain module of the user's own class, its norms at row 0.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -24,11 +24,13 @@ from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, OutOfMemoryError, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
+from metawrap.methods.bad_input import check_labels, explained, refuse_not_finite
+from metawrap.methods.loading import wholly_or_not_at_all
 from metawrap.methods.memory import free_memory, is_out_of_memory, too_little_memory, warn_split
 from metawrap.methods.not_finite import find_trouble, naming_operations, trouble_in_words
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.methods.ranks import Ranks
-from metawrap.methods.settings import OuterSettings, check_choice
+from metawrap.methods.settings import OuterSettings, check_choice, check_switch
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
 from metawrap.methods.traces import Generators
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
@@ -153,14 +155,15 @@ class Method(nn.Module, ABC):
                     "meta_step needs training mode, but the learner is in eval(). Call learner.train()."
                 )
             batch = self._checked(task_batch)
-            self._check_trainable(batch)
+            with explained(batch, self.model):
+                self._check_trainable(batch)
             self.outer.check_holds(self.named_parameters())
             if self.settings.allocator and self._device.type == "cpu":
                 keep_memory(one_arena=self.settings.in_threads)
         with autograd():
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
             with restored_buffers(*self._stateful()) as restore:
-                with ranks.together():
+                with ranks.together(), explained(batch, self.model):
                     meta_lr = self.outer.start(self.epoch)
                     with self._anomalies_named(batch):
                         solved, gradients = self._meta_gradient(batch, parameters)
@@ -261,9 +264,11 @@ class Method(nn.Module, ABC):
         with ranks.together():
             batch = self._checked(task_batch)
             if self.training:
-                self._check_trainable(batch)
+                with explained(batch, self.model):
+                    self._check_trainable(batch)
             differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-            with autograd(differentiable), untouched_buffers(self.model, when=not self.training):
+            untouched = untouched_buffers(self.model, when=not self.training)
+            with autograd(differentiable), untouched, explained(batch, self.model):
                 batch = TaskBatch(tuple(usable(task) for task in batch))
                 self._prepare(batch[0])
                 loss, solved = self._solve_all(batch.tasks, training=self.training, norm=self.settings.norm)
@@ -302,16 +307,29 @@ class Method(nn.Module, ABC):
             keep_predictions: whether the result holds each task's prediction.
         Returns:
             The mean over tasks with a 95 % confidence interval.
+        Raises:
+            TaskError: a task has the wrong form, shapes, labels or device, or holds NaN that reaches its loss.
         """
         policy = self._evaluation_policy(norm, steps, mask_unused_outputs)
-        name, values, losses, predictions = "loss", [], [], []
+        if metric is not None and not callable(metric):
+            raise ArgumentError(
+                f"metric: expected a function metric(prediction, target_y) to a number, or None, but got "
+                f"{describe_value(metric)}."
+            )
+        check_switch("keep_predictions", keep_predictions)
+        name = "loss"
+        values: list[Tensor] = []
+        losses: list[Tensor] = []
+        predictions: list[Any] = []
         with self._evaluating(), torch.no_grad():
             for batch in iterate_task_batches(tasks):
                 for task in self._checked(batch):
-                    solved = self._solved_for_evaluation(task, policy, steps, mask_unused_outputs)
+                    with explained([task], self.model):
+                        solved = self._solved_for_evaluation(task, policy, steps, mask_unused_outputs)
+                    losses.append(solved.loss.detach().double().cpu())
+                    refuse_not_finite(task, losses[-1:], f"tasks (task {len(values)}): ")
                     name, value = _measured(solved, task, metric)
                     values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
-                    losses.append(solved.loss.detach().double().cpu())
                     if keep_predictions:
                         predictions.append(solved.prediction)
         if not values:
@@ -367,6 +385,16 @@ class Method(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_same_everywhere": False}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, but a state that does not fit changes nothing.
+
+        Raises:
+            ArgumentError: it is no mapping.
+            CheckpointError: it is that of another model or method, or damaged; a RuntimeError, as torch's is.
+        """
+        with wholly_or_not_at_all(self, self.optimizer, state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+
     def get_extra_state(self) -> dict[str, Any]:
         """The counters, for state_dict."""
         return {"iteration": self.iteration}
@@ -389,7 +417,27 @@ class Method(nn.Module, ABC):
     def _checked(self, task_batch: Any) -> TaskBatch:
         batch = as_task_batch(task_batch)
         same_device(batch, self._device)
+        check_labels(batch, self.loss_fn)
         return batch
+
+    @contextmanager
+    def _adapting(self, task: Task) -> Iterator[Task]:
+        """Checks the task of an `adapt`, and yields it for use in eval() mode without gradients.
+
+        Raises:
+            TaskError: its device, labels, shapes or dtypes are not what the learner takes.
+        """
+        same_device([task], self._device)
+        check_labels([task], self.loss_fn)
+        with self._evaluating(), autograd(False), explained([task], self.model):
+            task = usable(task)
+            self._prepare(task)
+            yield task
+
+    def _finished(self, module: nn.Module, task: Task) -> nn.Module:
+        """The module that `adapt` returns; raises TaskError where NaN in the support set got into it."""
+        refuse_not_finite(task, module.state_dict().values())
+        return module
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         """Raises TaskError when a task lacks what training needs of it."""

@@ -193,7 +193,7 @@ def check_preset(given: str | None, default: str, method: str) -> str:
         ArgumentError: it is unknown, or belongs to another method.
     """
     preset = default if given is None else given
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
     if preset != default and {preset, default} & OF_ONE_METHOD:
         raise ArgumentError(f"preset: {preset!r} is no preset of {method}. Leave it out, or take its own method.")

@@ -11,9 +11,9 @@ from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.direct import Direct, OuterKeywords
 from metawrap.methods.first_look import FirstLook, without_part
 from metawrap.methods.outputs import ignored_label
-from metawrap.methods.solved import Solved, autograd, solved_from, usable
+from metawrap.methods.solved import Solved, solved_from
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Inputs, Task, same_device
+from metawrap.tasks import Inputs, Task
 
 
 class ZeroStep(Direct):
@@ -70,15 +70,12 @@ class ZeroStep(Direct):
             steps: None or 0.
         """
         self._refuse_steps(steps, None)
-        with self._evaluating(), autograd(False):
-            task = usable(Task(support_x, support_y, support_x, support_y))
-            same_device([task], self._device)
-            self._prepare(task)
+        with self._adapting(Task(support_x, support_y, support_x, support_y)) as task:
             norm, held = self.settings.norm, None
             if norm == "support":
                 self._run(task.support_x, "capture", None)
                 held = self.wrapped.clock.taken()
-            return plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
+            return self._finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
 
     def _look(self, task: Task) -> FirstLook:
         prediction = self._run(task.target_x, "batch", None)

@@ -25,8 +25,14 @@ def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -
     A module that is registered twice is replaced by one and the same module.
 
     Raises:
-        ArgumentError: a factory returns no module, or a class is nowhere in the model.
+        ArgumentError: `swap` is no mapping of classes to functions, a factory returns no module, or a class is nowhere
+            in the model.
     """
+    if not isinstance(swap, Mapping) or not all(isinstance(cls, type) and callable(new) for cls, new in swap.items()):
+        raise ArgumentError(
+            f"swap: expected a mapping from module class to factory(module), such as {{nn.Mish: lambda m: nn.ReLU()}}, "
+            f"but got {swap!r:.80}."
+        )
     made: dict[int, nn.Module] = {}
     replaced: dict[str, type] = {}
     for path, module in list(model.named_modules()):

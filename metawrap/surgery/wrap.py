@@ -106,7 +106,10 @@ def _selected(model: nn.Module, adapt: Selection, adapt_norm: bool) -> tuple[str
         if not chosen:
             raise ArgumentError(f"adapt: the function selected none of {', '.join(candidates)}.")
         return tuple(chosen)
-    return tuple(_named("adapt", adapt, candidates))
+    named = tuple(_named("adapt", adapt, candidates))
+    if not named:
+        raise ArgumentError(f"adapt: expected at least one of {', '.join(candidates)}, but got {adapt!r}.")
+    return named
 
 
 def _named(argument: str, patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from metawrap.errors import CheckpointError
+from metawrap.training.checkpoint_archive import check_archive, check_tensors
 
 FORMAT = "metawrap-checkpoint"
 VERSION = 1
@@ -147,6 +148,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
     if fits is False:
         raise _damaged(path)
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -157,6 +159,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # torch.load documents no list of what a torn file can raise
         raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
     checkpoint = _checked(path, content)
+    check_tensors(path, content)
     if fits is None and "checksum" in content:  # It was cut off, or is damaged itself.
         raise _damaged(path)
     return checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -108,6 +109,7 @@ class RunSettings:
     recipe: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, least in _AT_LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ArgumentError(f"{name}: expected at least {least}, but got {getattr(self, name)}.")
@@ -156,3 +158,26 @@ class RunSettings:
                     f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
                     "Leave it out to continue the run as it was, or start a new one with another --out."
                 )
+
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "str": ("text", (str,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "bool": ("True or False", (bool,)),
+    "dict[str, Any]": ("a dict of keyword arguments", (dict,)),
+}
+
+
+def _check_types(settings: RunSettings) -> None:
+    """Raises ArgumentError where a value is not of the type that its field has: a recipe or file can hold anything."""
+    for each in fields(settings):
+        value, (kind, optional, _) = getattr(settings, each.name), str(each.type).partition(" | None")
+        words, types = _KINDS[kind]
+        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not right and not (value is None and optional):
+            raise ArgumentError(f"{each.name}: expected {words}, but got {type(value).__name__} {value!r:.60}.")
+        if isinstance(value, dict) and (bad := [key for key in value if not isinstance(key, str)]):
+            raise ArgumentError(f"{each.name}: expected names of keyword arguments, but got the key {bad[0]!r:.60}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(f"{each.name}: expected a finite number, but got {value}.")

@@ -24,10 +24,10 @@ from metawrap.methods.direct import Direct, OuterKeywords, Parts
 from metawrap.methods.embedding.fitted import FittedHead, PlacedHead
 from metawrap.methods.first_look import FirstLook
 from metawrap.methods.outputs import ignored_label
-from metawrap.methods.solved import Solved, autograd, solved_from, usable
+from metawrap.methods.solved import Solved, solved_from
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Inputs, Task, describe_value, map_tensors, same_device, tensors_in
+from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
 Embedding = Literal["head_input", "output"]
 
@@ -285,10 +285,7 @@ class Embedded(Direct):
             steps: None; there is no inner loop.
         """
         self._refuse_inner(steps)
-        with self._evaluating(), autograd(False):
-            task = usable(Task(support_x, support_y, support_x, support_y))
-            same_device([task], self._device)
-            self._prepare(task)
+        with self._adapting(Task(support_x, support_y, support_x, support_y)) as task:
             labels, ways = self._labels(task)
             norm = self.settings.norm
             statistics: Statistics = {"support": "capture", "running": "running"}.get(norm, "batch")  # type: ignore[assignment]
@@ -298,10 +295,11 @@ class Embedded(Direct):
         module.eval()
         if self.embedding == "output":
             flatten = [("flatten", nn.Flatten())] if self.flat else []
-            return nn.Sequential(OrderedDict([("network", module), *flatten, ("head", fitted)])).eval()
+            whole = nn.Sequential(OrderedDict([("network", module), *flatten, ("head", fitted)])).eval()
+            return self._finished(whole, task)
         assert self._head is not None
         list(_put(module, self._head, PlacedHead(fitted, self.flat).eval()))
-        return module
+        return self._finished(module, task)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The counters and the head's name, for state_dict."""

@@ -32,7 +32,7 @@ from metawrap.methods.solved import autograd, usable
 from metawrap.results import MetaOutput, StepMetrics
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import parameter_slots, plain_copy
-from metawrap.tasks import Inputs, Task, TaskBatch, same_device, tensors_in
+from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in
 
 
 class OwnHead(Embedded):
@@ -181,11 +181,8 @@ class OwnHead(Embedded):
 
     def _adapted_to(self, task: Task, steps: int | None) -> nn.Module:
         steps = self.settings.inner_steps if steps is None else self._checked_steps(steps)
-        with self._evaluating(), autograd(False):
-            task = usable(task)
-            same_device([task], self._device)
-            self._prepare(task)
-            return self._module(task, self.settings.norm, steps)
+        with self._adapting(task) as task:
+            return self._finished(self._module(task, self.settings.norm, steps), task)
 
     def _plain(self, weights: Mapping[str, Tensor], support_x: Inputs, norm: str) -> nn.Module:
         """The network with these weights in place of its own, as a plain module in eval mode."""

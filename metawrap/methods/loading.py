@@ -1,0 +1,76 @@
+"""Loading a state_dict wholly or not at all: torch copies what fits before it complains of what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.tasks import describe_value
+
+
+@contextmanager
+def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: Any) -> Iterator[None]:
+    """Runs what loads a state_dict; on an error everything is put back, at the cost of one copy of the learner.
+
+    Raises:
+        ArgumentError: `state_dict` is no mapping.
+        CheckpointError: it is that of another model or method, or damaged.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ArgumentError(
+            f"state_dict: expected what learner.state_dict() returned, but got {describe_value(state_dict)}. A file of "
+            "it is read with torch.load(path, weights_only=True)."
+        )
+    put_back = _remembered(learner, optimizer)
+    try:
+        yield
+    except Exception as error:  # A state that is damaged can make torch raise anything.
+        put_back()
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"state_dict: it is not that of this {type(learner).__name__} and its model ({cause[:300]}). Nothing was "
+            "loaded: build the learner with the method, model and arguments that the state was saved with."
+        ) from error
+
+
+def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+    modules = list(learner.modules())
+    attributes = [(module, dict(module.__dict__)) for module in modules]
+    tables: list[tuple[Any, Any]] = [
+        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
+    ]
+    found = {id(t): t for t in chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules)}
+    tensors = [t for t in found.values() if t is not None]
+    values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
+    groups = [dict(group) for group in optimizer.param_groups]
+    state = {parameter: dict(value) for parameter, value in optimizer.state.items()}
+
+    def put_back() -> None:
+        for module, own in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+        for table, own in tables:
+            table.clear()
+            table.update(own)
+        with torch.no_grad():
+            for tensor, kind, data, gradient, value in values:
+                tensor.__class__ = kind  # A parameter that had no size yet was of another class.
+                tensor.grad = None  # It may be of the other shape.
+                tensor.data = data
+                tensor.grad = gradient
+                if value is not None:
+                    tensor.copy_(value)
+        for group, known in zip(optimizer.param_groups, groups, strict=True):
+            group.update(known)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+    return put_back
