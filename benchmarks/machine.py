@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,46 @@ def peak_resident() -> float:
     Not ru_maxrss where it can be helped: on Linux a child starts with the figure of the parent that started it.
     """
     return _status("VmHWM")
+
+
+class ChildrenWatch(threading.Thread):
+    """The most MB that this process's children have held beside it while the `with` block ran; `peak` is its figure.
+
+    Of a page that several processes share each has its part (`Pss`), as a forked one begins with all of its parent's.
+    Looked at every few milliseconds, so that a short peak can be missed; 0 where /proc does not tell.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self._own = _shares([os.getpid()])
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Looks until the block ends."""
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        while not self._ended.wait(0.005):
+            if children.exists() and (pids := [int(pid) for pid in children.read_text().split()]):
+                self.peak = max(self.peak, _shares([os.getpid(), *pids]) - self._own)
+
+    def __enter__(self) -> ChildrenWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def _shares(pids: list[int]) -> float:
+    total = 0.0
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # It has just ended.
+            continue
+        total += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
+    return total
 
 
 def _status(field: str) -> float:

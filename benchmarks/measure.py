@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from cases import Case, megabytes_of_inputs, small
 from competitors import REFERENCE, SETTINGS, Competitor, Setting
-from machine import environment, peak_resident, resident, set_allocator, use_threads
+from machine import ChildrenWatch, environment, peak_resident, resident, set_allocator, use_threads
 from peers import Skipped, require
 from torch import Tensor
 
@@ -203,7 +203,9 @@ def synchronize(device: str) -> None:
 
 
 def memory(case: Case, name: str, device: str, threads: int) -> Iterator[Record]:
-    """Peak MB of one setting over a few meta-steps: of this process above its imports, and of the device's allocator.
+    """Peak MB of one setting over a few meta-steps, above its imports, and of the device's allocator.
+
+    Of this process, or where it forks others, of all of them together.
 
     Belongs into a fresh process. Much of torch is imported when it is first used (150 MB by the first optimizer), so a
     tiny meta-step of the plain loop counts among the imports.
@@ -217,10 +219,11 @@ def memory(case: Case, name: str, device: str, threads: int) -> Iterator[Record]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = resident()
-        competitor = setting.build(case, torch.float32, device)
-        for _ in range(setting.settles + 2):
-            seconds_of_step(competitor, device, threads)
-        peak = peak_resident() - before
+        with ChildrenWatch() as children:
+            competitor = setting.build(case, torch.float32, device)
+            for _ in range(setting.settles + 2):
+                seconds_of_step(competitor, device, threads)
+        peak = max(peak_resident() - before, children.peak)
     except Exception as error:
         yield not_run(case, setting, error)
         return
