@@ -47,6 +47,7 @@ def uneven(shape: tuple[int, ...], ways: int = 3) -> Task:
 
 def check_learns(method: Any, steps: int = 60, **options: Any) -> None:
     batch = class_tasks((4,), targets=4)
+    torch.manual_seed(0)  # Of what a method has of its own.
     learner = method(seeded(NormedMlp), meta_lr=0.01, **options)
     first = step(learner, batch).loss
     for seed in range(steps):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.tasks import describe_value
 
 
@@ -32,6 +32,9 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
     put_back = _remembered(learner, optimizer)
     try:
         yield
+    except MetaWrapError:  # Which says what is wrong already.
+        put_back()
+        raise
     except Exception as error:  # A state that is damaged can make torch raise anything.
         put_back()
         cause = " ".join(str(error).split()) or type(error).__name__

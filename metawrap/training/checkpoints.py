@@ -14,6 +14,7 @@ import pickle
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,7 +151,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise _damaged(path)
     check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a check of sparse tensors, which torch mentions once a process; what is here has none.
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' holds more than tensors and plain values, or is damaged, so it was not loaded: objects in a "
