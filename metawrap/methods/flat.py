@@ -1,8 +1,10 @@
 """A meta-gradient whose memory does not grow with inner steps: the graph of one step at a time, last step first.
 
-The forward sweep keeps what each inner step started from, and no graph. The reverse sweep takes each step again, with a
-graph, and pulls the gradient back through it: u becomes u * d(step)/d(weights), and its products with d(step)/d(rates)
-and d(step)/d(others) add up. Exact, whatever the update rule: reverse accumulation with a checkpoint at every step.
+The forward sweep keeps what each inner step started from, and the graph of the last one. The reverse sweep takes every
+other step again, with a graph, and pulls the gradient back through it: u becomes u * d(step)/d(weights), and its
+products with d(step)/d(rates) and d(step)/d(others) add up. Exact, whatever the update rule: reverse accumulation with
+a checkpoint at every step. Where nothing depends on the order of calls, the target losses are taken on the way back
+too, each where its gradient is used, so that of a step no more than its weights are kept.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metawrap.engines.calling import same_value
 from metawrap.engines.inner_optimizer import State
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.methods.solved import added
@@ -28,11 +31,12 @@ class Judge:
     """Takes the gradient of each target loss at once, as values, so that its graph is freed before the next step.
 
     others: parameters that a target loss may depend on besides the fast weights. direct: the gradient of each of them,
-    past the fast weights. With `rows` it keeps no more than values; without, also what the fast weights came from.
+    past the fast weights. With `by_step` a step's gradient is kept for who goes back through the steps; without, for
+    the graph that the fast weights came from.
     """
 
-    def __init__(self, others: Sequence[Tensor], rows: Rows | None = None) -> None:
-        self.others, self._rows = others, rows
+    def __init__(self, others: Sequence[Tensor], by_step: bool = False) -> None:
+        self.others, self._by_step = others, by_step
         self.direct: list[Tensor | None] = [None] * len(others)
         self._taken: dict[int, dict[str, Tensor | None]] = {}
         self._judged: list[tuple[Tensor, Tensor | None]] = []
@@ -47,16 +51,15 @@ class Judge:
         with without_hooks(self.others):
             found = torch.autograd.grad(loss, [*leaves.values(), *self.others], allow_unused=True)
         gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=False))
-        if self._rows is not None:
-            gradients = self._rows.kept(step, gradients)
+        if self._by_step:
+            self._taken[step] = gradients
         else:
             self._judged += ((fast[name], g) for name, g in gradients.items())
-        self._taken[step] = gradients
         self.direct = [added(old, new) for old, new in zip(self.direct, found[len(leaves) :], strict=True)]
 
     def of_step(self, step: int) -> dict[str, Tensor | None]:
-        """The gradient with respect to the fast weights after that step."""
-        return self._taken.get(step, {})
+        """The gradient with respect to the fast weights after that step; forgets it."""
+        return self._taken.pop(step, {})
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor that a target loss was computed from, with its gradient."""
@@ -64,64 +67,92 @@ class Judge:
         yield from zip(self.others, self.direct, strict=True)
 
 
-class Rows:
-    """The values of all steps, in memory that is taken once for all of them.
-
-    Small blocks that stay, taken one by one between large ones that go, tear the memory of a process to pieces.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._rows: dict[str, Tensor] = {}
-
-    def kept(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values as this step's rows; what is not an ordinary tensor stays as it is."""
-        return {name: self._row(name, step, value) for name, value in values.items()}
-
-    def _row(self, name: str, step: int, value: Any) -> Any:
-        if value is None or value.layout != torch.strided:
-            return value
-        if name not in self._rows:
-            self._rows[name] = value.new_empty((self._steps, *value.shape))
-        rows = self._rows[name]
-        return rows[step].copy_(value.detach()) if rows.dtype == value.dtype else value
+Point = tuple[dict[str, Tensor], State]
+"""Fast weights, and the state of the inner optimizer."""
 
 
 @dataclass
 class _Start:
     """What an inner step started from."""
 
-    fast: Mapping[str, Tensor]
-    state: State
+    point: Point
     surroundings: _Surroundings
 
 
-@dataclass
 class Tape:
     """What every inner step of one task started from."""
 
-    model: nn.Module
-    device: torch.device
-    rows: Rows
-    starts: list[_Start] = field(default_factory=list)
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._modules, self._device = list(model.modules()), device
+        self._first = self._surroundings()
+        self._starts: list[_Start] = []
+        self._in_use: list[tuple[Tensor, int]] = []
+        self._edited = False
 
-    def remember(self, fast: Mapping[str, Tensor], state: State) -> None:
-        """Called before each inner step."""
-        kept = self.rows.kept(len(self.starts), fast)
-        self.starts.append(_Start(kept, state, _Surroundings(self.model, self.device)))
+    def begin(self, fast: Mapping[str, Tensor], state: State) -> Point:
+        """Called before each inner step; where it is to start from, cut from what came before."""
+        self._look_for_edits()
+        present = self._surroundings()
+        kept = self._starts[-1].surroundings if self._starts else self._first
+        # Clones: a forward pass may edit its weights. Most models leave nothing else behind, and one snapshot then
+        # stands for all steps.
+        start = {name: weight.detach().clone() for name, weight in fast.items()}
+        self._starts.append(_Start((start, state), present if kept.difference(present) else kept))
+        point = _leaves(fast, state)
+        self._in_use = [(weight, weight._version) for weight in point[0].values()]
+        return point
+
+    def weights_after(self, step: int) -> dict[str, Tensor]:
+        """The fast weights behind an inner step that is not the last."""
+        return self._starts[step + 1].point[0]
 
     @contextmanager
-    def replayed(self, step: int) -> Iterator[tuple[dict[str, Tensor], State]]:
-        """Random state, buffers and plain attributes as they were before that step; yields its weights as leaves.
+    def replayed(self, step: int) -> Iterator[Point]:
+        """Random state, buffers and plain attributes as they were before that step; yields where it started from.
 
-        All is put back afterwards: a replay is no call.
+        All is put back afterwards: a replay is no call. Forgets the steps behind it.
         """
-        start, present = self.starts[step], _Surroundings(self.model, self.device)
+        start, present = self._starts[step], self._surroundings()
+        del self._starts[step + 1 :]
         try:
             start.surroundings.restore(copies=True)
-            yield {name: _leaf(weight) for name, weight in start.fast.items()}, _leaves_of(start.state)
+            yield _leaves(*start.point)
         finally:
             present.restore(copies=False)
+
+    def changed(self) -> str | None:
+        """What the passes have changed since the first step began, in words, or None."""
+        self._look_for_edits()
+        if self._edited:
+            return "forward edits its weights"
+        return self._first.difference(self._surroundings())
+
+    def _look_for_edits(self) -> None:
+        self._edited = self._edited or any(weight._version != version for weight, version in self._in_use)
+        self._in_use = []
+
+    def _surroundings(self) -> _Surroundings:
+        return _Surroundings(self._modules, self._device)
+
+
+def pulled_through(
+    before: Point, after: Point, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor]
+) -> tuple[dict[Any, Tensor | None], tuple[Tensor | None, ...]]:
+    """The gradient before an inner step from that behind it, and the step's own part in that of the others.
+
+    By names of fast weights, and of the tensors of a state by pairs of parameter name and key.
+    """
+    inputs: dict[Any, Tensor] = before[0] | _tensors_of(before[1])
+    outputs: dict[Any, Tensor] = after[0] | _tensors_of(after[1])
+    reached = [key for key in outputs if behind.get(key) is not None]
+    with without_hooks(others):
+        found = torch.autograd.grad(
+            [outputs[key] for key in reached],
+            [*inputs.values(), *others],
+            [behind[key] for key in reached],
+            allow_unused=True,
+        )
+    return dict(zip(inputs, found, strict=False)), found[len(inputs) :]
 
 
 @contextmanager
@@ -137,16 +168,15 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor._backward_hooks = hooks
 
 
-def _leaves_of(state: State) -> dict[str, dict[str, Any]]:
-    """The state with its tensors as leaves of a graph."""
-    return {
+def _leaves(fast: Mapping[str, Tensor], state: State) -> Point:
+    """The same values, as leaves of a graph."""
+    return {name: _leaf(weight) for name, weight in fast.items()}, {
         name: {key: _leaf(value) if isinstance(value, Tensor) else value for key, value in values.items()}
         for name, values in state.items()
     }
 
 
-def tensors_of(state: State) -> dict[Any, Tensor]:
-    """The tensors of a state, by pairs of parameter name and key."""
+def _tensors_of(state: State) -> dict[Any, Tensor]:
     return {
         (name, key): value
         for name, values in state.items()
@@ -158,14 +188,13 @@ def tensors_of(state: State) -> dict[Any, Tensor]:
 class _Surroundings:
     """Everything besides the weights that a forward pass may read and change."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
         self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        modules = list(model.modules())
         # Per-step norms see the batch in training; their statistics are folded as values, after the step.
         self._buffers = [
-            (m, name, buffer, None if buffer is None else buffer.clone())
+            (m, name, buffer, None if buffer is None else (buffer.clone(), buffer._version))
             for m in modules
             if not isinstance(m, PerStepNorm)
             for name, buffer in m._buffers.items()
@@ -180,12 +209,47 @@ class _Surroundings:
         torch.set_rng_state(torch_state)
         if self._on_device is not None:
             torch.cuda.set_rng_state(self._on_device, self._device)
-        for module, name, buffer, value in self._buffers:
-            module._buffers[name] = value if copies else buffer
+        for module, name, buffer, kept in self._buffers:
+            module._buffers[name] = kept[0].clone() if copies and kept else buffer
         for module, attributes in self._attributes:
             for name in module.__dict__.keys() - attributes.keys() - set(_TABLES):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
+
+    def difference(self, other: _Surroundings) -> str | None:
+        """What differs, in words, or None. Does not wait for a GPU: there, an edit shows by the buffer's version."""
+        ours, theirs = self._random, other._random
+        same = ours[0] == theirs[0] and _equal_states(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+        if not same or not _same_bytes(self._on_device, other._on_device):
+            return "it draws random numbers, which come in the order of the calls"
+        if len(self._buffers) != len(other._buffers):
+            return "forward adds or removes a buffer"
+        for (_, name, buffer, kept), (_, other_name, present, value) in zip(self._buffers, other._buffers, strict=True):
+            if name != other_name or buffer is not present or not _same_buffer(kept, value):
+                return f"forward edits the buffer '{name}'"
+        for (_, before), (_, after) in zip(self._attributes, other._attributes, strict=True):
+            for name in before.keys() | after.keys():
+                if before.get(name, _MISSING) is not after.get(name, _MISSING):
+                    return f"forward changes the attribute '{name}'"
+        return None
+
+
+_MISSING = object()
+
+
+def _equal_states(one: Any, other: Any) -> bool:
+    """Whether two states of numpy's generator are equal."""
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same_bytes(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def _same_buffer(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[1] == other[1] and (one[0].device.type != "cpu" or same_value(one[0], other[0]))
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from metawrap.errors import MetaWrapWarning
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.methods.describing import first_order_warning
-from metawrap.methods.flat import Judge, Rows, Tape, tensors_of, without_hooks
+from metawrap.methods.flat import Judge, Point, Tape, pulled_through
 from metawrap.methods.gradient_based import GradientBased
 from metawrap.methods.method import LossFunction
 from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
 from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
+from metawrap.methods.pace import DisturbedError
 from metawrap.methods.settings import (
     HeadInit,
     InnerOptimizerName,
@@ -257,33 +258,76 @@ class MAML(GradientBased):
         return found.loss, apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, ignored)
 
     def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
-        flat = unroll.differentiable and self._has_graph(unroll) and self.settings.memory == "flat"
-        tape = Tape(self.model, self._device, Rows(len(weights))) if flat else None
-        if unroll.differentiable and (flat or not whole_graph):
-            unroll.judge = Judge(self._learned_only(), Rows(len(weights)) if flat else None)
-        losses: list[Tensor | None] = [None] * len(weights)
         with self._twice() if unroll.second_order else nullcontext():
+            if weights and unroll.differentiable and self._has_graph(unroll) and self.settings.memory == "flat":
+                return self._unrolled_flat(unroll, weights, whole_graph)
+            if unroll.differentiable and not whole_graph:
+                unroll.judge = Judge(self._learned_only())
+            losses: list[Tensor | None] = [None] * len(weights)
             rates = self.learning_rates.per_step()
-            start = self._initial_weights(unroll)
-            sweep = replace(unroll, differentiable=False, second_order=False) if flat else unroll
-            fast, state = start, NO_STATE
+            fast, state = self._initial_weights(unroll), NO_STATE
             for step, weight in enumerate(weights):
-                if tape:
-                    tape.remember(fast, state)
-                fast, state = self._inner_step(fast, state, rates, step, sweep)
+                fast, state = self._inner_step(fast, state, rates, step, unroll)
                 if weight:
                     prediction, losses[step] = self._target_loss(fast, step, weight, unroll)
             if weights:
-                each = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None])
-                each = each.sum(0)
+                each = _weighted(losses, weights)
             else:
                 prediction, each = self._target_loss(fast, 0, 1.0, unroll)
             total = each.sum()
-            if tape and unroll.judge:
-                total = attached(total, self._pulled_back(tape, start, unroll, unroll.judge))
-            elif unroll.judge:
+            if unroll.judge:
                 total = attached(total, unroll.judge.pairs())
         return Unrolled(total, each, losses, prediction, fast)
+
+    def _unrolled_flat(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
+        """The same with one inner step's graph at a time: forward without graphs, then backward, step by step."""
+        unroll.judge = judge = Judge(self._learned_only(), by_step=True)
+        tape, last = Tape(self.model, self._device), len(weights) - 1
+        in_order = whole_graph or not self._in_any_order()
+        losses: list[Tensor | None] = [None] * len(weights)
+        # The target losses that wait until their gradient is used, and where among the moments theirs belong.
+        late: dict[int, int] = {}
+        rates = self.learning_rates.per_step()
+        start = self._initial_weights(unroll)
+        sweep = replace(unroll, differentiable=False, second_order=False)
+        after: Point = start, NO_STATE
+        for step, weight in enumerate(weights):
+            before = tape.begin(*after)
+            # The last one's graph is the first that is gone back through: it may stand.
+            after = self._inner_step(*before, rates, step, unroll if step == last else sweep)
+            if weight and (in_order or step == last):
+                prediction, losses[step] = self._target_loss(after[0], step, weight, unroll)
+            elif weight:
+                late[step] = len(unroll.moments or ())
+        fast = {name: weight.detach() for name, weight in after[0].items()}
+
+        inner = [parameter for parameter in self._of_inner_update() if parameter.requires_grad]
+        others = [*inner, *judge.others]
+        direct: list[Tensor | None] = [None] * len(others)
+        behind: dict[Any, Tensor | None] = {}
+        for step in reversed(range(len(weights))):
+            if step in late:
+                seen: list[Moments] = []
+                own = replace(unroll, moments=None if unroll.moments is None else seen)
+                _, losses[step] = self._target_loss(tape.weights_after(step), step, weights[step], own)
+                if unroll.moments is not None:
+                    unroll.moments[late[step] : late[step]] = seen
+            for name, gradient in judge.of_step(step).items():
+                behind[name] = added(behind.get(name), gradient)
+            if step < last:
+                with tape.replayed(step) as before:
+                    after = self._inner_step(
+                        *before, self.learning_rates.per_step(), step, replace(unroll, moments=None)
+                    )
+            behind, more = pulled_through(before, after, behind, others)
+            direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
+            # Its graph goes: the next step's must not stand beside it.
+            del before, after
+        if late and (disturbed := tape.changed()):
+            raise DisturbedError(disturbed)
+        each = _weighted(losses, weights)
+        found = [(start[name], behind[name]) for name in start] + list(zip(others, direct, strict=True))
+        return Unrolled(attached(each.sum(), [*found, *judge.pairs()]), each, losses, prediction, fast)
 
     def _unroll(
         self,
@@ -387,44 +431,6 @@ class MAML(GradientBased):
             unroll.judge.take((weight * loss).sum(), fast, leaves, step)
         return prediction, loss.detach()
 
-    def _pulled_back(
-        self, tape: Tape, start: FastWeights, unroll: Unroll, judge: Judge
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each tensor that the initial weights, the inner update and the rest of it hold, with its gradient."""
-        replay = replace(unroll, moments=None)
-        inner = [parameter for parameter in self._of_inner_update() if parameter.requires_grad]
-        others = [*inner, *judge.others]
-        direct: list[Tensor | None] = [*(None for _ in inner), *judge.direct]
-        behind: dict[Any, Tensor | None] = {}
-        for step in reversed(range(len(tape.starts))):
-            for name, gradient in judge.of_step(step).items():
-                behind[name] = added(behind.get(name), gradient)
-            behind, more = self._pulled_through(tape, step, behind, others, replay)
-            direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
-        yield from ((start[name], behind[name]) for name in start)
-        yield from zip(others, direct, strict=True)
-
-    def _pulled_through(
-        self, tape: Tape, step: int, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor], replay: Unroll
-    ) -> tuple[dict[Any, Tensor | None], tuple[Tensor | None, ...]]:
-        """The gradient before an inner step from that behind it, and the step's own part in that of the others.
-
-        Its graph goes when it returns: the next step's must not stand beside it.
-        """
-        with tape.replayed(step) as (fast, state):
-            updated, after = self._inner_step(fast, state, self.learning_rates.per_step(), step, replay)
-        inputs: dict[Any, Tensor] = fast | tensors_of(state)
-        outputs: dict[Any, Tensor] = updated | tensors_of(after)
-        reached = [key for key in outputs if behind.get(key) is not None]
-        with without_hooks(others):
-            found = torch.autograd.grad(
-                [outputs[key] for key in reached],
-                [*inputs.values(), *others],
-                [behind[key] for key in reached],
-                allow_unused=True,
-            )
-        return dict(zip(inputs, found, strict=False)), found[len(inputs) :]
-
     def _predict_target(self, fast: FastWeights, step: int, unroll: Unroll) -> Any:
         if unroll.norm == "support":
             # This pass is recorded in the target's place: the target normalises by no statistics of its own.
@@ -520,6 +526,11 @@ class MAML(GradientBased):
         return self.wrapped.clock.taken()
 
 
+def _weighted(losses: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
+    """The sum over steps, where a loss that was not computed has no weight."""
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]).sum(0)
+
+
 class MAMLPlusPlus(MAML):
     """MAML++: MAML with six parts, each of which can be switched alone.
 
@@ -562,7 +573,7 @@ class MAMLPlusPlus(MAML):
             `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
             later (a counter, a draw from random or numpy, an edited buffer), when it does.
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
-            pass a second time, and memory does not grow with `inner_steps`. The gradients are the same.
+            pass but the last a second time, and keeps no more of a step than its weights. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
             the batch with engine="batched", whose tasks run at once only within it.
         workers: in `meta_step`, how many tasks are solved at the same time, on a CPU; "auto" for one a core. Workers

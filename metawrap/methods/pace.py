@@ -69,7 +69,7 @@ class Paced(Method):
             self._tune(batch, parameters)
         if self.settings.cuda_graphs:
             return self._replayed(batch, parameters)
-        if self.speed.workers == 1:
+        if self.speed.workers == 1 and self.settings.memory == "unrolled":
             return super()._meta_gradient(batch, parameters)
         generators = Generators()
         try:
@@ -103,6 +103,15 @@ class Paced(Method):
             return super(Paced, self)._meta_gradient(these, parameters)
 
         return self._recordings.run(run, batch, form)
+
+    def _in_any_order(self) -> bool:
+        """Whether the passes of a task may be run in another order than theirs; where not seen to be so, no."""
+        if True not in self._looks or self._in_one_thread or self._edits_weights():
+            return False
+        return self._changes() is None
+
+    def _edits_weights(self) -> bool:
+        return any(getattr(module, "max_norm", None) is not None for module in self.model.modules())
 
     def _changes(self) -> str | None:
         """What solving a task leaves behind for the next one, or None."""
@@ -173,7 +182,7 @@ class Paced(Method):
             return f'engine="{self._chosen[0]}" runs in one thread'
         if reason := self._in_one_thread or self._changes():
             return reason
-        if any(getattr(module, "max_norm", None) is not None for module in self.model.modules()):
+        if self._edits_weights():
             return "an embedding with max_norm edits its weights in forward"
         if processes and (reason := refused()):
             return reason
