@@ -16,6 +16,8 @@ import torch
 from metawrap.training.machine import describe_machine
 
 # glibc's mallopt: blocks of any size come from the heap, the heap is never given back, and all threads share one.
+# What it can be told from outside only: no cache of small blocks for each thread, which tears the heap to pieces.
+UNCACHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 PEERS = ("higher", "torchopt", "learn2learn", "jax", "jaxlib")
 MEGABYTE = 2**20
@@ -28,6 +30,8 @@ def has_glibc() -> bool:
 
 def set_allocator(name: str) -> None:
     """Sets this process's allocator: "tuned" keeps freed memory in the process, "default" leaves glibc as it is.
+
+    For "tuned" the process is to be started with `UNCACHED` in its environment.
 
     Raises:
         SystemExit: it cannot be set here.

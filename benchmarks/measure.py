@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from cases import Case, megabytes_of_inputs, small
 from competitors import REFERENCE, SETTINGS, Competitor, Setting
-from machine import ChildrenWatch, environment, peak_resident, resident, set_allocator, use_threads
+from machine import UNCACHED, ChildrenWatch, environment, peak_resident, resident, set_allocator, use_threads
 from peers import Skipped, require
 from torch import Tensor
 
@@ -148,7 +148,7 @@ class Apart:
     def __init__(self, case: Case, shared: Record, name: str) -> None:
         command = _command("serve", case, shared, {"name": name})
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environ()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environ(shared)
         )
         self._await("ready")
 
@@ -258,7 +258,7 @@ def in_child(job: str, case: Case, shared: Record, **arguments: Any) -> list[Rec
         What it has written; and a record of kind "failed" if it ended before its time.
     """
     command = _command(job, case, shared, arguments)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=_environ())
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=_environ(shared))
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind": ')]
     if done.returncode:
         reason = f"the process of '{job}' ended with status {done.returncode}, after {len(found)} records"
@@ -271,10 +271,10 @@ def _command(job: str, case: Case, shared: Record, arguments: Record) -> list[st
     return [sys.executable, __file__, json.dumps(order)]
 
 
-def _environ() -> dict[str, str]:
+def _environ(shared: Record) -> dict[str, str]:
     # The metawrap of this process, wherever it was found: another would be measured in silence.
     path = os.pathsep.join([str(Path(metawrap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
+    return os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)} | (UNCACHED if shared["allocator"] == "tuned" else {})
 
 
 def run_job(order: Record) -> Iterator[Record]:

@@ -67,3 +67,13 @@ def test_what_the_environment_says_about_the_allocator_stands() -> None:
     imported, _, trained, done = run(allocator=True, MALLOC_ARENA_MAX="2")
     assert int(trained) > int(imported) // 2
     assert done == "False"
+
+
+def test_other_settings_of_glibc_do_not_stand_in_its_way_but_its_own_do() -> None:
+    imported, _, trained, done = run(allocator=True, GLIBC_TUNABLES="glibc.malloc.tcache_count=0")
+    if int(imported) < PAGES // 100:
+        pytest.skip("this system hands out pages so large that faults say nothing")
+    assert int(trained) < int(imported) // 20
+    assert done == "True"
+    *_, done = run(allocator=True, GLIBC_TUNABLES="glibc.malloc.tcache_count=0:glibc.malloc.trim_threshold=1000000")
+    assert done == "False"

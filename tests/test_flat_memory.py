@@ -195,3 +195,110 @@ def test_a_model_that_cannot_be_replayed_is_refused() -> None:
 def test_an_unknown_memory_is_refused() -> None:
     with pytest.raises(ArgumentError, match="memory"):
         MAMLPlusPlus(seeded(NormedMlp), memory="little")
+
+
+class SharedNorm(nn.Module):
+    """Its norm keeps one average for all inner steps, which depends on the order of all passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.linear = nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=0.4), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.norm(self.first(x))))
+
+
+def order_of_passes(learner: MAMLPlusPlus, batch: Any) -> str:
+    """ "s" for each support pass, replays included, and "t" for each target pass, with its inner step."""
+    support, seen = batch[0].shape[1], []
+    learner.meta_step(batch)  # The first look is over.
+    forward = type(learner.model).forward
+
+    def noting(module: nn.Module, x: Tensor) -> Tensor:
+        seen.append(f"{'s' if len(x) == support else 't'}{learner.wrapped.clock.step}")
+        return forward(module, x)
+
+    type(learner.model).forward = noting
+    try:
+        learner.meta_step(batch)
+    finally:
+        type(learner.model).forward = forward
+    return " ".join(seen)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support"])
+@pytest.mark.parametrize("engine", ["functional", "batched"])
+def test_statistics_of_all_passes_are_averaged_in_their_own_order(engine: str, norm: str) -> None:
+    batch, found = class_tasks((4,), targets=3), []
+    for memory in ("unrolled", "flat"):
+        learner = build(
+            seeded(SharedNorm),
+            engine=engine,
+            inner_steps=4,
+            memory=memory,
+            norm=norm,
+            per_step_norm_statistics=False,
+            per_step_norm_affine=False,
+        )
+        for _ in range(2):
+            learner.meta_step(batch)
+        found.append(learner)
+    unrolled, flat = (dict(learner.model.named_buffers()) for learner in found)
+    assert any(name.endswith("running_mean") for name in unrolled)
+    for name, value in unrolled.items():
+        torch.testing.assert_close(flat[name], value, rtol=1e-9, atol=1e-12)
+    assert_same_gradients(gradients_of(found[1]), gradients_of(found[0]))
+
+
+def test_targets_wait_until_their_gradient_is_used_and_the_last_step_runs_once() -> None:
+    learner = build(seeded(NormedMlp), inner_steps=3, memory="flat", engine="functional")
+    order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
+    assert order == "s0 s1 s2 t2 t1 s1 t0 s0"
+
+
+def test_passes_that_draw_keep_their_order() -> None:
+    learner = build(seeded(Noisy), inner_steps=3, memory="flat", engine="functional")
+    order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
+    assert order == "s0 t0 s1 t1 s2 t2 s1 s0"
+
+
+class Late(nn.Module):
+    """Does nothing that depends on the order of calls, until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("average", torch.zeros(6))
+        self.begun, self.calls = "", 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        if self.begun == "draws":
+            hidden = nn.functional.dropout(hidden, 0.4)
+        elif self.begun == "counts":
+            self.calls += 1
+            hidden = hidden / self.calls
+        elif self.begun == "edits a buffer":
+            self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+            hidden = hidden - self.average
+        elif self.begun == "edits its weights":
+            with torch.no_grad():
+                self.linear.weight.mul_(0.9)
+        return self.linear(hidden)
+
+
+@pytest.mark.parametrize("begun", ["draws", "counts", "edits a buffer", "edits its weights"])
+def test_what_begins_later_is_seen_and_the_step_is_taken_again_in_order(begun: str) -> None:
+    batch, found = class_tasks((4,), targets=3), []
+    for memory in ("unrolled", "flat"):
+        learner = build(seeded(Late), memory=memory, engine="functional")
+        learner.meta_step(batch)
+        learner.model.begun = begun
+        seed_all()
+        losses = [float(learner.meta_step(batch).loss) for _ in range(2)]
+        found.append((gradients_of(learner), losses, learner.model.average.clone(), learner.model.calls))
+    (gradients, losses, average, calls), flat = found
+    assert flat[1] == pytest.approx(losses, rel=1e-12)
+    torch.testing.assert_close(flat[2], average, rtol=1e-12, atol=1e-15)
+    assert_same_gradients(flat[0], gradients)
+    assert flat[3] == calls

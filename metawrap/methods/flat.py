@@ -120,12 +120,13 @@ class Tape:
         finally:
             present.restore(copies=False)
 
-    def changed(self) -> str | None:
-        """What the passes have changed since the first step began, in words, or None."""
+    def taken_back(self) -> str | None:
+        """What the passes have changed since the first step began, in words, or None; but for values, puts it back."""
         self._look_for_edits()
-        if self._edited:
-            return "forward edits its weights"
-        return self._first.difference(self._surroundings())
+        changed = "forward edits its weights" if self._edited else self._first.difference(self._surroundings())
+        if changed:
+            self._first.restore(copies=False)
+        return changed
 
     def _look_for_edits(self) -> None:
         self._edited = self._edited or any(weight._version != version for weight, version in self._in_use)

@@ -323,7 +323,7 @@ class MAML(GradientBased):
             direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
             # Its graph goes: the next step's must not stand beside it.
             del before, after
-        if late and (disturbed := tape.changed()):
+        if late and (disturbed := tape.taken_back()):
             raise DisturbedError(disturbed)
         each = _weighted(losses, weights)
         found = [(start[name], behind[name]) for name in start] + list(zip(others, direct, strict=True))
