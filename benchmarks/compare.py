@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def main() -> None:
         names = [name for name in GROWING if name in args.only]
         for value, case in grown(shrink(CASES[args.grow_case]), kind, args.grow_values or GROWTH[kind]):
             runs.append(({"grow": kind, "value": value}, case, names))
-    console, records = Console(), []
+    console, records = Console(width=None if sys.stdout.isatty() else 120), []
     with (args.out / "compare.jsonl").open("w", encoding="utf-8") as file:
         for marks, case, names in runs:
             found = []

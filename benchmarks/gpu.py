@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -224,7 +225,7 @@ def main() -> None:
     set_precision(args.precision)
     everywhere = environment(args.device, "default")
     everywhere |= {"precision": args.precision, "cudnn_benchmark": True}
-    cuda, console = args.device.startswith("cuda"), Console()
+    cuda, console = args.device.startswith("cuda"), Console(width=None if sys.stdout.isatty() else 120)
     bandwidth = bandwidth_ceiling(args.device, 32 if args.small else 1024 if cuda else 256)
     console.print(f"copy: {bandwidth['bytes_per_s'] / 1e9:.1f} GB/s")
     with (args.out / "gpu.jsonl").open("w", encoding="utf-8") as file:

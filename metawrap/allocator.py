@@ -22,16 +22,16 @@ _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8
 def keep_memory(one_arena: bool = False) -> bool:
     """Lets this process keep the memory that it frees, up to its peak; on Linux with glibc, elsewhere nothing happens.
 
-    Nothing happens either where the environment sets the same already (`MALLOC_...`, or `GLIBC_TUNABLES` with more than
-    the threads' caches).
+    Nothing happens either where the environment sets the allocator already (`MALLOC_...`, or `glibc.malloc.` in
+    `GLIBC_TUNABLES`, but for the threads' caches).
 
     Args:
         one_arena: all threads allocate from one pool, so that a block that one frees serves another.
     Returns:
         Whether it was done.
     """
-    tunables = filter(None, os.environ.get("GLIBC_TUNABLES", "").split(":"))
-    told = [tunable for tunable in tunables if not tunable.startswith("glibc.malloc.tcache_")]
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    told = [t for t in tunables if t.startswith("glibc.malloc.") and not t.startswith("glibc.malloc.tcache_")]
     if told or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     kept = _set(_MMAP_MAX, 0) and _set(_TRIM_THRESHOLD, -1)

@@ -6,6 +6,7 @@ Each case of a learner is tried twice: before any task was seen, and on a learne
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -141,6 +142,11 @@ CALLS: dict[str, Case] = {
     "adapt: other device": (lambda it: it.adapt(*first(x=lambda v: v.to("meta"))), TaskError, "is on 'meta'"),
     "adapt: other dtype": (lambda it: it.adapt(*first(x=lambda v: v.float())), TaskError, "float32.*parameters are"),
     "adapt: too few features": (lambda it: it.adapt(*first(x=lambda v: v[:, :3])), TaskError, r"\(6, 3\)"),
+    "adapt: no label counts": (
+        lambda it: it.adapt(*first(y=lambda v: v.fill_(-100))),
+        TaskError,
+        "support_y: expected at least one label that counts, but all 6 are -100",
+    ),
     "adapt: NaN": (lambda it: it.adapt(*first(x=lambda v: v * NAN)), TaskError, "support_x.*not finite.*nan_to_num"),
     "adapt: infinity": (lambda it: it.adapt(*first(x=lambda v: v / 0)), TaskError, "support_x.*not finite"),
     "adapt: steps negative": (lambda it: it.adapt(*first(), steps=-1), ArgumentError, "steps: .*at least 0.*-1"),
@@ -603,3 +609,29 @@ def test_a_bad_setting_of_a_run_is_named(field: str, value: Any, words: str) -> 
         RunSettings(**{field: value})
     with pytest.raises(ArgumentError, match=f"{field}: .*{words}"):  # as a stored run or a recipe has it
         RunSettings.from_dict({field: value})
+
+
+class Strange:
+    """No argument is one of these."""
+
+
+def keywords_of_all_methods() -> list[Any]:
+    found = []
+    for name in METHODS.values():
+        parameters = inspect.signature(getattr(metawrap, name)).parameters.values()
+        found += [pytest.param(name, p, id=f"{name}-{p.name}") for p in parameters if p.name not in ("model", "self")]
+    return found
+
+
+@pytest.mark.parametrize(("name", "parameter"), keywords_of_all_methods())
+def test_every_keyword_of_every_method_is_checked(name: str, parameter: inspect.Parameter) -> None:
+    model = seeded(NormedMlp)
+    before = fingerprint(model)
+    bad: list[Any] = [Strange(), [Strange()]]
+    if isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
+        bad += [NAN, "5"]
+    options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}}.get(name, {})
+    for value in bad:
+        with pytest.raises(ArgumentError, match=parameter.name):
+            getattr(metawrap, name)(model, **{**options, parameter.name: value})
+    assert fingerprint(model) == before

@@ -1,14 +1,16 @@
 """The documents hold: every example runs, every shell line is understood, and every public name is in the reference.
 
-The ```python blocks of a page run in order, in one namespace and an empty folder. What a reader has anyway (`model`,
-`tasks`) a page brings in a comment that is not shown, before the block that needs it:
+The ```python and ```sh blocks of a page run in order, in one namespace and one empty folder; a ```yaml block that
+begins with the name of its file is written there. What a reader has anyway (`model`, `tasks`) a page brings in a
+comment that is not shown, before the block that needs it:
 
     <!-- setup
     model = ...
     -->
 
-or, for the README, `PREAMBLES` does. Each line of a ```sh block is looked up: flags must parse, files, extras and make
-targets must exist. Below `<!-- run -->` the block's metawrap lines are run, too. Blocks of another language are text.
+or, for the README, `PREAMBLES` does. A `metawrap` line of a ```sh block runs as it stands but for its size (`SMALL`)
+and for data that nobody has here (`stand_in`). Other programs' lines are looked up: files, extras and make targets must
+exist, and `ELSEWHERE` says which test runs the script, or why none does. Blocks of another language are text.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import published
 import pytest
 import torch
 
@@ -47,9 +50,25 @@ support_x, support_y, target_x, target_y = sampler.batch(5)[0].parts()
 """
 }
 BLOCK = re.compile(
-    r"<!-- setup\n(?P<setup>.*?)^-->|^(?P<run><!-- run -->\n)?```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
+    r"<!-- setup\n(?P<setup>.*?)^-->|^```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+# Later flags win: each line runs with its own, and at this size.
+SMALL = {
+    "train": "--epochs 1 --iterations 2 --batch 2 --filters 4 --inner-steps 2 --targets 2 --validation-tasks 4 "
+    "--test-tasks 4 --device cpu",
+    "compare": "--epochs 1 --budget 2 --filters 4 --validation-tasks 4 --test-tasks 4 --device cpu",
+    "evaluate": "--tasks 4",
+}
+# What is not run here: the test that runs it, or why none does.
+ELSEWHERE = {
+    "examples/wrap_your_cnn.py": "tests/test_examples.py",
+    "examples/accelerate_loop.py": "tests/test_neighbours.py",
+    "benchmarks/compare.py": "tests/test_benchmarks.py",
+    "benchmarks/gpu.py": "tests/test_benchmarks.py",
+    "pip": "installs, which the tests' own environment was made by",
+    "make": "runs the tests",
+    "tensorboard": "serves until it is stopped; tests/test_insight.py reads what it would show",
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +78,13 @@ class Block:
     kind: str
     code: str
     line: int
-    run: bool = False
 
 
 def blocks_of(text: str) -> Iterator[Block]:
     for match in BLOCK.finditer(text):
         name = "setup" if match["setup"] is not None else "code"
         line = text.count("\n", 0, match.start(name)) + 1
-        yield Block("python" if name == "setup" else match["kind"], match[name], line, match["run"] is not None)
+        yield Block("python" if name == "setup" else match["kind"], match[name], line)
 
 
 def pages_with(kind: str) -> list[Any]:
@@ -74,31 +92,90 @@ def pages_with(kind: str) -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in found]
 
 
-def run_python(page: Path, text: str) -> None:
-    """Runs a page's blocks; an error's traceback, and the message, name the page and its line."""
+def run_page(page: Path, text: str) -> int:
+    """Runs a page's blocks, in order; an error names the page and its line. Returns how many shell lines ran."""
     namespace: dict[str, Any] = {"__name__": "page"}
     exec(PREAMBLES.get(page.name, ""), namespace)
+    ran = 0
     for block in blocks_of(text):
-        if block.kind != "python":
-            continue
-        code = "\n" * (block.line - 1) + block.code
-        try:
-            exec(compile(code, str(page), "exec"), namespace)
-        except Exception as error:
-            trace, line = error.__traceback__, getattr(error, "lineno", None) or block.line
-            while trace is not None:
-                line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(page) else line
-                trace = trace.tb_next
-            raise AssertionError(f"{page}:{line}: {type(error).__name__}: {error}") from error
+        if block.kind == "python":
+            run_python(page, block, namespace)
+        elif block.kind == "yaml" and (name := re.match(r"# ([\w.-]+\.yaml)\n", block.code)):
+            Path(name[1]).write_text(block.code)
+        elif block.kind == "sh":
+            for number, words in shell_lines(block):
+                if (rest := metawrap_words(words)) is not None:
+                    run_metawrap(f"{page}:{number}", rest)
+                    ran += 1
+    return ran
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
+    code = "\n" * (block.line - 1) + block.code
+    try:
+        exec(compile(code, str(page), "exec"), namespace)
+    except Exception as error:
+        trace, line = error.__traceback__, getattr(error, "lineno", None) or block.line
+        while trace is not None:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(page) else line
+            trace = trace.tb_next
+        raise AssertionError(f"{page}:{line}: {type(error).__name__}: {error}") from error
+
+
+def run_metawrap(place: str, words: list[str]) -> None:
+    # A recipe of a page is small itself, and refuses what is given twice.
+    small = [] if "--recipe" in words else SMALL.get(words[0], "").split() + stand_in(words)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", metawrap.MetaWrapWarning)
+        code = main([*words, *small])
+    assert code == 0, f"{place}: metawrap {' '.join([*words, *small])} ended with {code}"
+
+
+def stand_in(words: list[str]) -> list[str]:
+    """Flags for a training run on data that would have to be fetched: files of the published form, or glyphs."""
+    data = words[words.index("--data") + 1] if "--data" in words else None
+    if data == "mini-imagenet":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                published, "MINI", {p: [f"n{i}{j:07d}" for j in range(5)] for i, p in enumerate(published.MINI)}
+            )
+            published.mini_csv(Path("mini"))
+        return ["--data-root", "mini"]
+    return ["--data", "glyphs"] if words[0] == "train" and data in (None, "omniglot") else []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python" in page.read_text() or "```sh" in page.read_text()],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     matplotlib.use("Agg")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        run_python(page, page.read_text())
+        run_page(page, page.read_text())
+
+
+def test_what_is_not_run_here_is_run_elsewhere() -> None:
+    lines = [
+        words
+        for page in PAGES
+        for block in blocks_of(page.read_text())
+        if block.kind == "sh"
+        for _, words in shell_lines(block)
+    ]
+    other = {
+        next((word for word in words if word.endswith(".py")), Path(words[0]).name)
+        for words in lines
+        if metawrap_words(words) is None
+    }
+    assert other == set(ELSEWHERE)
+    for script, where in ELSEWHERE.items():
+        if where.startswith("tests/"):
+            assert script in (ROOT / where).read_text() or Path(script).stem in (ROOT / where).read_text()
 
 
 def shell_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
@@ -158,29 +235,14 @@ def test_every_shell_line_of_a_page_is_understood(page: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- run -->" in page.read_text()], ids=lambda p: p.name)
-def test_the_marked_shell_lines_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    ran = 0
-    for block in blocks_of(page.read_text()):
-        for number, words in shell_lines(block) if block.run else ():
-            rest = metawrap_words(words)
-            assert rest is not None, f"{page}:{number}: only lines of metawrap are run"
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.simplefilter("ignore", metawrap.MetaWrapWarning)
-                assert main(rest) == 0, f"{page}:{number}"
-            ran += 1
-    assert ran
-
-
 def test_a_failing_example_is_reported_with_its_page_and_line() -> None:
     text = "# A page\n\n```python\nx = 1\n```\n\ntext\n\n```python\ny = x\nassert y == 2, 'no'\n```\n"
     with pytest.raises(AssertionError, match=r"page\.md:11: AssertionError: no"):
-        run_python(Path("page.md"), text)
+        run_page(Path("page.md"), text)
     with pytest.raises(AssertionError, match=r"page\.md:4: SyntaxError"):
-        run_python(Path("page.md"), "\n\n```python\nx = = 1\n```\n")
+        run_page(Path("page.md"), "\n\n```python\nx = = 1\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:2: metawrap recipes no-such-recipe ended with 2"):
+        run_page(Path("page.md"), "```sh\nmetawrap recipes no-such-recipe\n```\n")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from test_engines import ANNEAL_EPOCHS, CASES, ENGINES, EPOCH, STEPS, _learner, 
 from test_inner_optimizers import BATCH, RULES, by_hand, learner_of
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MAMLPlusPlus, Task, UnsupportedModuleError
+from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, UnsupportedModuleError
 
 NETWORKS = ["conv4", "vision transformer", "lstm", "tied weights", "user hooks", "norm with activation"]
 
@@ -163,9 +164,9 @@ class LiveGraph:
         return saved.tensor
 
 
-def peak_of_graphs(steps: int, **options: Any) -> int:
+def peak_of_graphs(steps: int, sizes: dict[str, int] | None = None, **options: Any) -> int:
     learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **options)
-    batch = class_tasks((1, 16, 16), tasks=2, targets=2)
+    batch = class_tasks((1, 16, 16), tasks=2, **(sizes or {"targets": 2}))
     learner.meta_step(batch)
     gc.collect()
     live = LiveGraph()
@@ -178,6 +179,14 @@ def peak_of_graphs(steps: int, **options: Any) -> int:
 def test_graphs_of_ten_steps_hold_no_more_than_those_of_one() -> None:
     assert peak_of_graphs(10, memory="flat") <= 1.3 * peak_of_graphs(1, memory="flat")
     assert peak_of_graphs(10) > 3 * peak_of_graphs(1), "the unrolled graph does grow: the count counts"
+
+
+def test_graphs_of_support_and_target_do_not_stand_together() -> None:
+    def peak(**sizes: int) -> int:
+        return peak_of_graphs(3, sizes, memory="flat")
+
+    both = peak(shots=6, targets=20)
+    assert both <= 1.1 * max(peak(shots=6, targets=1), peak(shots=1, targets=20))
 
 
 def test_target_graphs_are_freed_step_by_step() -> None:
@@ -250,16 +259,84 @@ def test_statistics_of_all_passes_are_averaged_in_their_own_order(engine: str, n
     assert_same_gradients(gradients_of(found[1]), gradients_of(found[0]))
 
 
-def test_targets_wait_until_their_gradient_is_used_and_the_last_step_runs_once() -> None:
-    learner = build(seeded(NormedMlp), inner_steps=3, memory="flat", engine="functional")
+class Recurrent(nn.Module):
+    """torch's own recurrent modules keep lists of their weights, which an engine makes anew for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.linear = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.lstm(x.view(len(x), 2, 2))[0][:, -1])
+
+
+class Assigns(NormedMlp):
+    """Sets attributes to what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shape = 0.5, (4,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale, self.shape = len(x[0]) ** -0.5, tuple(x.shape[1:])
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 2}, {"engine": "batched"}, {"tune": True}, {"workers": 2, "workers_in": "processes"}],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [Recurrent, Assigns])
+def test_what_only_looks_like_a_change_is_none(make: Any, options: dict[str, Any]) -> None:
+    if make is Assigns and "engine" in options:
+        pytest.skip("the batched engine refuses it")
+    batch, found = class_tasks((4,), targets=3), []
+    for more in ({}, {"memory": "flat", **options}):
+        learner = build(seeded(make), **{"engine": "functional", **more})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MetaWrapWarning)
+            learner.meta_step(batch)
+        found.append(gradients_of(learner))
+        assert learner._passes_in_order is None
+    assert_same_gradients(found[1], found[0])
+
+
+class HiddenEdits(nn.Module):
+    """Edits its weights where torch does not count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        self.linear.weight.data.mul_(0.9)
+        return self.linear(hidden)
+
+
+@pytest.mark.parametrize("options", [{}, {"tune": True}, {"workers": 2}], ids=str)
+def test_hidden_edits_of_the_weights_keep_the_order_of_passes(options: dict[str, Any]) -> None:
+    batch, found = class_tasks((4,), targets=3), []
+    for more in ({}, {"memory": "flat", **options}):
+        learner = build(seeded(HiddenEdits), engine="functional", **more)
+        losses = [float(learner.meta_step(batch).loss) for _ in range(2)]
+        found.append((gradients_of(learner), losses))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-12)
+    assert_same_gradients(found[1][0], found[0][0])
+
+
+@pytest.mark.parametrize("make", [NormedMlp, Recurrent, Assigns])
+def test_targets_wait_until_their_gradient_is_used(make: Any) -> None:
+    learner = build(seeded(make), inner_steps=3, memory="flat", engine="functional")
     order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
-    assert order == "s0 s1 s2 t2 t1 s1 t0 s0"
+    assert order == "s0 s1 s2 t2 s2 t1 s1 t0 s0"
 
 
 def test_passes_that_draw_keep_their_order() -> None:
     learner = build(seeded(Noisy), inner_steps=3, memory="flat", engine="functional")
     order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
-    assert order == "s0 t0 s1 t1 s2 t2 s1 s0"
+    assert order == "s0 t0 s1 t1 s2 t2 s2 s1 s0"
 
 
 class Late(nn.Module):

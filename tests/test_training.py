@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 import statistics
 import types
 from dataclasses import replace
@@ -363,3 +364,39 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_reason(finished):
 def test_evaluating_what_is_not_a_run_says_how_to_start_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"no run in .*metawrap train --out"):
         evaluate_run(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("part", ["optimizer", "rng"])
+def test_a_checkpoint_whose_optimizer_or_random_state_fits_no_more_is_one_error(finished, tmp_path, part):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints", 9, 9)
+    stored = checkpoints.load(3)
+    damage = {"optimizer": {"state": {}, "param_groups": []}, "rng": {"cpu": torch.zeros(3), "cuda": []}}[part]
+    checkpoints.save(replace(stored, history=stored.history, **{part: damage}))
+    with pytest.raises(CheckpointError, match=r"epoch 3 cannot be resumed.*--out"):
+        train(replace(TINY, ensemble=2), tmp_path / "run", resume=True)
+
+
+def test_a_validation_loss_that_is_not_finite_is_null_in_the_log(tmp_path, monkeypatch):
+    real = metawrap.training.run.evaluate_shared
+    monkeypatch.setattr(metawrap.training.run, "evaluate_shared", lambda *args: replace(real(*args), loss=float("nan")))
+    train(replace(TINY, epochs=1), tmp_path)
+    text = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["validation_loss"] is None
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
+    settings = replace(TINY, epochs=2)
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train(replace(settings, seed=seed), tmp_path / name)
+    weights = [CheckpointFolder(tmp_path / name / "checkpoints", 9, 9).load(2) for name in ("one", "two", "other")]
+    assert_same_state(weights[0].learner, weights[1].learner)
+    assert_same_state(weights[0].optimizer, weights[1].optimizer)
+    assert without_time(log_of(tmp_path / "one")) == without_time(log_of(tmp_path / "two"))
+    assert any(not torch.equal(a, b) for a, b in zip(*(list(_tensors(w.learner)) for w in weights[::2]), strict=True))
+
+
+def _tensors(state):
+    return (value for value in state.values() if isinstance(value, torch.Tensor))

@@ -83,25 +83,33 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> None:
-    """Checks, where values of a task are not finite, whether they got through to what was `found`.
+def refuse_not_finite(task: Task, found: Iterable[Tensor], ignored: int, where: str = "") -> None:
+    """Checks, where something in a task makes losses that are not finite, whether it got through to what was `found`.
 
-    They need not: a model may take NaN for a missing value, or minus infinity for a mask.
+    It need not: a model may take NaN for a missing value, or minus infinity for a mask.
 
+    Args:
+        ignored: the label that the loss does not count; the mean over no label at all is NaN.
     Raises:
         TaskError: names the part.
     """
-    bad = [
-        f"{name} holds values that are not finite"
-        for name, part in zip(PARTS, task.parts(), strict=True)
-        for tensor in tensors_in(part)
-        if not _finite(tensor)
-    ]
-    if bad and not all(map(_finite, found)):
-        raise TaskError(
-            f"{where}{bad[0]} (NaN or infinity), and so is what comes of it. Leave such examples out, or replace the "
-            "values, with torch.nan_to_num say."
-        )
+    if (wrong := next(_not_finite(task, ignored), None)) and not all(map(_finite, found)):
+        raise TaskError(where + wrong)
+
+
+def _not_finite(task: Task, ignored: int) -> Iterator[str]:
+    """What in the task may make a loss that is not finite."""
+    for name, part in zip(PARTS, task.parts(), strict=True):
+        if not all(map(_finite, tensors_in(part))):
+            yield (
+                f"{name} holds values that are not finite (NaN or infinity), and so is what comes of it. Leave such "
+                "examples out, or replace the values, with torch.nan_to_num say."
+            )
+        if name.endswith("_y") and isinstance(part, Tensor) and part.dtype == torch.int64 and (part == ignored).all():
+            yield (
+                f"{name}: expected at least one label that counts, but all {part.numel()} are {ignored}, which the "
+                "loss ignores. Leave the task out, or label an example."
+            )
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -1,16 +1,16 @@
 """A meta-gradient whose memory does not grow with inner steps: the graph of one step at a time, last step first.
 
-The forward sweep keeps what each inner step started from, and the graph of the last one. The reverse sweep takes every
-other step again, with a graph, and pulls the gradient back through it: u becomes u * d(step)/d(weights), and its
-products with d(step)/d(rates) and d(step)/d(others) add up. Exact, whatever the update rule: reverse accumulation with
-a checkpoint at every step. Where nothing depends on the order of calls, the target losses are taken on the way back
-too, each where its gradient is used, so that of a step no more than its weights are kept.
+The forward sweep keeps what each inner step started from, and no graph. The reverse sweep takes each step again, with a
+graph, and pulls the gradient back through it: u becomes u * d(step)/d(weights), and its products with d(step)/d(rates)
+and d(step)/d(others) add up. Exact, whatever the update rule: reverse accumulation with a checkpoint at every step. In
+`meta_step`, where nothing depends on the order of calls, the target losses are taken on the way back too, each where
+its gradient is used, so that no more of a step is kept than its weights and the state of its update rule.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,10 +80,13 @@ class _Start:
 
 
 class Tape:
-    """What every inner step of one task started from."""
+    """What every inner step of one task started from.
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._modules, self._device = list(model.modules()), device
+    roots: the modules that a pass runs, the loss if it is one.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
+        self._modules, self._device = [module for root in roots for module in root.modules()], device
         self._first = self._surroundings()
         self._starts: list[_Start] = []
         self._in_use: list[tuple[Tensor, int]] = []
@@ -121,7 +124,10 @@ class Tape:
             present.restore(copies=False)
 
     def taken_back(self) -> str | None:
-        """What the passes have changed since the first step began, in words, or None; but for values, puts it back."""
+        """What the passes have changed since the first step began, in words, or None.
+
+        Puts random state and attributes back; the values of buffers whoever runs the passes again puts back.
+        """
         self._look_for_edits()
         changed = "forward edits its weights" if self._edited else self._first.difference(self._surroundings())
         if changed:
@@ -228,14 +234,25 @@ class _Surroundings:
         for (_, name, buffer, kept), (_, other_name, present, value) in zip(self._buffers, other._buffers, strict=True):
             if name != other_name or buffer is not present or not _same_buffer(kept, value):
                 return f"forward edits the buffer '{name}'"
-        for (_, before), (_, after) in zip(self._attributes, other._attributes, strict=True):
+        for (module, before), (_, after) in zip(self._attributes, other._attributes, strict=True):
             for name in before.keys() | after.keys():
-                if before.get(name, _MISSING) is not after.get(name, _MISSING):
+                # A recurrent module caches its weights; the engine puts the cache right after each call.
+                if isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"):
+                    continue
+                if not _same_attribute(before.get(name, _MISSING), after.get(name, _MISSING)):
                     return f"forward changes the attribute '{name}'"
         return None
 
 
 _MISSING = object()
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
+
+def _same_attribute(one: Any, other: Any) -> bool:
+    """Whether it is the same object, or a plain value that is equal."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same_attribute, one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
 
 
 def _equal_states(one: Any, other: Any) -> bool:

@@ -49,7 +49,7 @@ from metawrap.methods.first_look import (
 from metawrap.methods.graphed import Recordings
 from metawrap.methods.head_start import HEAD_STARTS, HeadStart
 from metawrap.methods.method import LossFunction
-from metawrap.methods.pace import Paced
+from metawrap.methods.pace import DisturbedError, Paced
 from metawrap.methods.processes import in_processes, refused
 from metawrap.methods.second_derivative import missing_second_derivative
 from metawrap.methods.settings import Memory, Settings
@@ -203,8 +203,10 @@ class GradientBased(Paced):
                 self._refuse_second_order(once)
             if self._chosen[0] == "higher":
                 self._leave_higher_if_wrong(task)
-            if self.settings.memory == "flat" and differentiable and self._chosen[0] != "batched":
-                self._refuse_flat_if_wrong(task)
+            if self.settings.memory == "flat" and differentiable:
+                if self._chosen[0] != "batched":
+                    self._refuse_flat_if_wrong(task)
+                self._passes_in_order = self._passes_in_order or self._order_of_passes(task)
         finally:
             self._engine = None
         known = {name for earlier in self._looks.values() for name in earlier.unused}
@@ -256,6 +258,17 @@ class GradientBased(Paced):
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
                 'back. Keep it in a buffer or a plain attribute, or use memory="unrolled".'
             )
+
+    def _order_of_passes(self, task: Task) -> str | None:
+        """Why the passes of a task must be run in their own order, or None."""
+        engine = _of_one_task(self._chosen[0])
+        try:
+            same = not differ(
+                self._gradient_with(engine, [task], "flat", any_order=True), self._gradient_with(engine, [task])
+            )
+        except DisturbedError as disturbed:
+            return str(disturbed)
+        return None if same else "in another order the passes of a task give another gradient"
 
     def _carries_layout(self, task: Task) -> bool:
         probe, sample, tolerance = self._for_probing(task)
@@ -356,9 +369,14 @@ class GradientBased(Paced):
         return probe, sample, _DOUBLE
 
     def _gradient_with(
-        self, engine: str, tasks: Sequence[Task], memory: Memory = "unrolled", first_order_epochs: float | None = None
+        self,
+        engine: str,
+        tasks: Sequence[Task],
+        memory: Memory = "unrolled",
+        first_order_epochs: float | None = None,
+        any_order: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        settings, before = self.settings, self._batched
+        settings, before, allowed = self.settings, self._batched, self._any_order
         order = settings.first_order_epochs if first_order_epochs is None else first_order_epochs
         self._engine = ENGINES[_of_one_task(engine)](self.model, self._buffer_edits)
         self._batched = BatchedEngine(self.model, self._buffer_edits) if engine == "batched" else None
@@ -367,11 +385,12 @@ class GradientBased(Paced):
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
             self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)
+            self._any_order = any_order
             with self._unchanged():
                 loss, _ = self._solve_all(tasks, training=True, norm=settings.norm, whole_graph=False)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
-            self.settings, self._batched = settings, before
+            self.settings, self._batched, self._any_order = settings, before, allowed
         return tuple(None if gradient is None else dense(gradient) for gradient in gradients)
 
     def _tasks_at_once(self, tasks: int) -> int:

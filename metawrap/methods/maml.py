@@ -282,24 +282,22 @@ class MAML(GradientBased):
     def _unrolled_flat(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
         """The same with one inner step's graph at a time: forward without graphs, then backward, step by step."""
         unroll.judge = judge = Judge(self._learned_only(), by_step=True)
-        tape, last = Tape(self.model, self._device), len(weights) - 1
+        tape, last = Tape(self._stateful(), self._device), len(weights) - 1
         in_order = whole_graph or not self._in_any_order()
         losses: list[Tensor | None] = [None] * len(weights)
         # The target losses that wait until their gradient is used, and where among the moments theirs belong.
         late: dict[int, int] = {}
         rates = self.learning_rates.per_step()
         start = self._initial_weights(unroll)
-        sweep = replace(unroll, differentiable=False, second_order=False)
+        sweep, replay = replace(unroll, differentiable=False, second_order=False), replace(unroll, moments=None)
         after: Point = start, NO_STATE
         for step, weight in enumerate(weights):
-            before = tape.begin(*after)
-            # The last one's graph is the first that is gone back through: it may stand.
-            after = self._inner_step(*before, rates, step, unroll if step == last else sweep)
+            after = self._inner_step(*tape.begin(*after), rates, step, sweep)
             if weight and (in_order or step == last):
                 prediction, losses[step] = self._target_loss(after[0], step, weight, unroll)
             elif weight:
                 late[step] = len(unroll.moments or ())
-        fast = {name: weight.detach() for name, weight in after[0].items()}
+        fast = after[0]
 
         inner = [parameter for parameter in self._of_inner_update() if parameter.requires_grad]
         others = [*inner, *judge.others]
@@ -314,11 +312,8 @@ class MAML(GradientBased):
                     unroll.moments[late[step] : late[step]] = seen
             for name, gradient in judge.of_step(step).items():
                 behind[name] = added(behind.get(name), gradient)
-            if step < last:
-                with tape.replayed(step) as before:
-                    after = self._inner_step(
-                        *before, self.learning_rates.per_step(), step, replace(unroll, moments=None)
-                    )
+            with tape.replayed(step) as before:
+                after = self._inner_step(*before, self.learning_rates.per_step(), step, replay)
             behind, more = pulled_through(before, after, behind, others)
             direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
             # Its graph goes: the next step's must not stand beside it.
@@ -573,7 +568,8 @@ class MAMLPlusPlus(MAML):
             `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
             later (a counter, a draw from random or numpy, an edited buffer), when it does.
         memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
-            pass but the last a second time, and keeps no more of a step than its weights. The gradients are the same.
+            pass a second time, and `meta_step` keeps no more of a step than its weights and the state of
+            its update rule. The gradients are the same.
         tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
             the batch with engine="batched", whose tasks run at once only within it.
         workers: in `meta_step`, how many tasks are solved at the same time, on a CPU; "auto" for one a core. Workers

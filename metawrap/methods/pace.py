@@ -49,6 +49,10 @@ class Paced(Method):
         self._tuned: Speed | None = None
         self._recordings = Recordings()
         self._in_one_thread: str | None = None
+        # Whether the passes of a task may be run in another order, as somebody would catch what comes of it; and why
+        # they may not be for this model, if so.
+        self._any_order = False
+        self._passes_in_order: str | None = None
 
     @abstractmethod
     def _worker_differs(self, task: Task, processes: bool) -> str | None:
@@ -72,14 +76,20 @@ class Paced(Method):
         if self.speed.workers == 1 and self.settings.memory == "unrolled":
             return super()._meta_gradient(batch, parameters)
         generators = Generators()
+        self._any_order = self.settings.memory == "flat"
         try:
             with restored_buffers(*self._stateful()):
                 return super()._meta_gradient(batch, parameters)
         except DisturbedError as disturbed:
             # What began after the first look: random draws, a counter. From now on in order, this step included.
+            generators.put_back()
+            if self._in_any_order():
+                self._passes_in_order = str(disturbed)  # Which may be all; if not, the next try shows it.
+                return self._meta_gradient(batch, parameters)
             self._in_one_thread = str(disturbed)
             failed = isinstance(disturbed.__cause__, ChildError)
-            generators.put_back()
+        finally:
+            self._any_order = False
         try:
             found = super()._meta_gradient(batch, parameters)
         except BaseException:
@@ -105,8 +115,8 @@ class Paced(Method):
         return self._recordings.run(run, batch, form)
 
     def _in_any_order(self) -> bool:
-        """Whether the passes of a task may be run in another order than theirs; where not seen to be so, no."""
-        if True not in self._looks or self._in_one_thread or self._edits_weights():
+        """Whether the passes of a task may be run in another order than theirs."""
+        if not self._any_order or self._passes_in_order or self._edits_weights():
             return False
         return self._changes() is None
 
@@ -257,4 +267,4 @@ class Paced(Method):
 
 
 class DisturbedError(Exception):
-    """Tasks that were solved at the same time were not independent."""
+    """Tasks that were solved at the same time, or passes that were run in another order, were not independent."""

@@ -256,7 +256,7 @@ def _check_shares(settings: RunSettings) -> None:
 def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
     result = evaluate_shared(experiment.learner, experiment.validation, settings.validation_tasks)
     return {
-        "validation_loss": result.loss,
+        "validation_loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no NaN.
         "validation_accuracy": result.accuracy,
         "validation_interval": result.interval,
     }
@@ -314,14 +314,22 @@ def _snapshot(
 def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
     learner = experiment.learner
     load_into(learner, checkpoint)
-    learner.optimizer.load_state_dict(checkpoint.optimizer)
-    if checkpoint.scheduler is not None:
-        learner.scheduler.load_state_dict(checkpoint.scheduler)
-    torch.set_rng_state(checkpoint.rng["cpu"])
-    # A run may move between CPU and GPU; the random state of a GPU then starts afresh.
-    if experiment.device.type == "cuda" and (states := checkpoint.rng["cuda"]):
-        # Older checkpoints hold those of all devices.
-        torch.cuda.set_rng_state(states[min(experiment.device.index or 0, len(states) - 1)], experiment.device)
+    try:
+        learner.optimizer.load_state_dict(checkpoint.optimizer)
+        if checkpoint.scheduler is not None:
+            learner.scheduler.load_state_dict(checkpoint.scheduler)
+        torch.set_rng_state(checkpoint.rng["cpu"])
+        # A run may move between CPU and GPU; the random state of a GPU then starts afresh.
+        if experiment.device.type == "cuda" and (states := checkpoint.rng["cuda"]):
+            # Older checkpoints hold those of all devices.
+            torch.cuda.set_rng_state(states[min(experiment.device.index or 0, len(states) - 1)], experiment.device)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise CheckpointError(
+            f"The checkpoint of epoch {checkpoint.epoch} cannot be resumed: its optimizer or random state is not this "
+            f"run's ({type(error).__name__}: {cause[:200]}). Resume with the code and the torch that wrote it, or "
+            "train anew into another --out."
+        ) from error
 
 
 def _device_rng(device: torch.device) -> list[Tensor]:
