@@ -82,10 +82,11 @@ class _Start:
 class Tape:
     """What every inner step of one task started from.
 
-    roots: the modules that a pass runs, the loss if it is one.
+    roots: the modules that a pass runs, the loss if it is one. steps: how many there will be.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(self, roots: Iterable[nn.Module], device: torch.device, steps: int) -> None:
+        self._steps, self._rows = steps, dict[str, Tensor]()
         self._modules, self._device = [module for root in roots for module in root.modules()], device
         self._first = self._surroundings()
         self._starts: list[_Start] = []
@@ -97,9 +98,9 @@ class Tape:
         self._look_for_edits()
         present = self._surroundings()
         kept = self._starts[-1].surroundings if self._starts else self._first
-        # Clones: a forward pass may edit its weights. Most models leave nothing else behind, and one snapshot then
+        # Copies: a forward pass may edit its weights. Most models leave nothing else behind, and one snapshot then
         # stands for all steps.
-        start = {name: weight.detach().clone() for name, weight in fast.items()}
+        start = {name: self._copy(name, weight.detach()) for name, weight in fast.items()}
         self._starts.append(_Start((start, state), present if kept.difference(present) else kept))
         point = _leaves(fast, state)
         self._in_use = [(weight, weight._version) for weight in point[0].values()]
@@ -133,6 +134,15 @@ class Tape:
         if changed:
             self._first.restore(copies=False)
         return changed
+
+    def _copy(self, name: str, weight: Tensor) -> Tensor:
+        """In memory that is taken once for all steps: blocks that stay, between such that go, tear it to pieces."""
+        if weight.layout != torch.strided:
+            return weight.clone()
+        if name not in self._rows:
+            self._rows[name] = weight.new_empty((self._steps, *weight.shape))
+        row = self._rows[name][len(self._starts)]
+        return row.copy_(weight) if row.dtype == weight.dtype and row.shape == weight.shape else weight.clone()
 
     def _look_for_edits(self) -> None:
         self._edited = self._edited or any(weight._version != version for weight, version in self._in_use)

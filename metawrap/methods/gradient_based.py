@@ -252,7 +252,8 @@ class GradientBased(Paced):
 
     def _refuse_flat_if_wrong(self, task: Task) -> None:
         engine = self._chosen[0]
-        if differ(self._gradient_with(engine, [task], "flat"), self._gradient_with(engine, [task])):
+        # Of one step: two would take the memory that is to be saved.
+        if differ(self._gradient_with(engine, [task], "flat", steps=1), self._gradient_with(engine, [task], steps=1)):
             raise UnsupportedModuleError(
                 'memory="flat" runs each support pass a second time, and this model does not do the same then: its '
                 "forward keeps something from call to call, in a list or outside of the module, that cannot be put "
@@ -264,7 +265,7 @@ class GradientBased(Paced):
         engine = _of_one_task(self._chosen[0])
         try:
             same = not differ(
-                self._gradient_with(engine, [task], "flat", any_order=True), self._gradient_with(engine, [task])
+                self._gradient_with(engine, [task], "flat", any_order=True), self._gradient_with(engine, [task], "flat")
             )
         except DisturbedError as disturbed:
             return str(disturbed)
@@ -375,13 +376,14 @@ class GradientBased(Paced):
         memory: Memory = "unrolled",
         first_order_epochs: float | None = None,
         any_order: bool = False,
+        steps: int = 2,
     ) -> tuple[Tensor | None, ...]:
         settings, before, allowed = self.settings, self._batched, self._any_order
         order = settings.first_order_epochs if first_order_epochs is None else first_order_epochs
         self._engine = ENGINES[_of_one_task(engine)](self.model, self._buffer_edits)
         self._batched = BatchedEngine(self.model, self._buffer_edits) if engine == "batched" else None
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        steps = min(2, settings.inner_steps)
+        steps = min(steps, settings.inner_steps)
         try:
             # The plain rule: the question is whether the engine runs the module right, and Adam amplifies rounding.
             self.settings = replace(settings, memory=memory, inner_steps=steps, first_order_epochs=order, **_PLAIN_RULE)

@@ -282,7 +282,7 @@ class MAML(GradientBased):
     def _unrolled_flat(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
         """The same with one inner step's graph at a time: forward without graphs, then backward, step by step."""
         unroll.judge = judge = Judge(self._learned_only(), by_step=True)
-        tape, last = Tape(self._stateful(), self._device), len(weights) - 1
+        tape, last = Tape(self._stateful(), self._device, len(weights)), len(weights) - 1
         in_order = whole_graph or not self._in_any_order()
         losses: list[Tensor | None] = [None] * len(weights)
         # The target losses that wait until their gradient is used, and where among the moments theirs belong.
