@@ -37,6 +37,7 @@ from metawrap import (
     UnsupportedModuleError,
 )
 from metawrap.data import EpisodeSampler, LabelledImages, load_data
+from metawrap.methods.direct import OuterKeywords
 from metawrap.training.run_settings import METHODS, RunSettings
 
 Case = tuple[Callable[..., Any], type[BaseException], str]
@@ -618,8 +619,12 @@ class Strange:
 def keywords_of_all_methods() -> list[Any]:
     found = []
     for name in METHODS.values():
-        parameters = inspect.signature(getattr(metawrap, name)).parameters.values()
-        found += [pytest.param(name, p, id=f"{name}-{p.name}") for p in parameters if p.name not in ("model", "self")]
+        parameters = dict(inspect.signature(getattr(metawrap, name)).parameters)
+        if "keywords" in parameters:  # Those that all methods on an embedding take.
+            del parameters["keywords"]
+            names = OuterKeywords.__annotations__
+            parameters |= {other: inspect.Parameter(other, inspect.Parameter.KEYWORD_ONLY) for other in names}
+        found += [pytest.param(name, p, id=f"{name}-{key}") for key, p in parameters.items() if key != "model"]
     return found
 
 

@@ -125,6 +125,9 @@ def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 def run_metawrap(place: str, words: list[str]) -> None:
     # A recipe of a page is small itself, and refuses what is given twice.
     small = [] if "--recipe" in words else SMALL.get(words[0], "").split() + stand_in(words)
+    if small[-1:] == ["glyphs"] and "--data-root" in words:
+        place_of_root = words.index("--data-root")
+        words = words[:place_of_root] + words[place_of_root + 2 :]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", metawrap.MetaWrapWarning)
         code = main([*words, *small])

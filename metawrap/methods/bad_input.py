@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapError, TaskError
+from metawrap.methods.outputs import ignored_label
 from metawrap.tasks import Task, describe_value, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
@@ -41,8 +42,7 @@ def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:
     Raises:
         TaskError: names the part, and what to pass in its place.
     """
-    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
-    if function is not F.cross_entropy and not isinstance(function, nn.CrossEntropyLoss):
+    if not _is_cross_entropy(loss_fn):
         return
     for task in tasks:
         for part in ("support_y", "target_y"):
@@ -83,33 +83,50 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def refuse_not_finite(task: Task, found: Iterable[Tensor], ignored: int, where: str = "") -> None:
-    """Checks, where something in a task makes losses that are not finite, whether it got through to what was `found`.
+def refuse_uncounted(task: Task, loss_fn: Any, where: str = "") -> None:
+    """Checks that cross-entropy counts a label of each part: without one its gradient is zero, and nothing is learned.
 
-    It need not: a model may take NaN for a missing value, or minus infinity for a mask.
+    Waits for a GPU, so it is for what does anyway.
 
-    Args:
-        ignored: the label that the loss does not count; the mean over no label at all is NaN.
     Raises:
         TaskError: names the part.
     """
-    if (wrong := next(_not_finite(task, ignored), None)) and not all(map(_finite, found)):
-        raise TaskError(where + wrong)
-
-
-def _not_finite(task: Task, ignored: int) -> Iterator[str]:
-    """What in the task may make a loss that is not finite."""
-    for name, part in zip(PARTS, task.parts(), strict=True):
-        if not all(map(_finite, tensors_in(part))):
-            yield (
-                f"{name} holds values that are not finite (NaN or infinity), and so is what comes of it. Leave such "
-                "examples out, or replace the values, with torch.nan_to_num say."
-            )
-        if name.endswith("_y") and isinstance(part, Tensor) and part.dtype == torch.int64 and (part == ignored).all():
-            yield (
-                f"{name}: expected at least one label that counts, but all {part.numel()} are {ignored}, which the "
+    if not _is_cross_entropy(loss_fn):
+        return
+    ignored = ignored_label(loss_fn)
+    for part in ("support_y", "target_y"):
+        y = getattr(task, part)
+        if isinstance(y, Tensor) and y.dtype == torch.int64 and y.numel() and bool((y == ignored).all()):
+            raise TaskError(
+                f"{where}{part}: expected at least one label that counts, but all {y.numel()} are {ignored}, which the "
                 "loss ignores. Leave the task out, or label an example."
             )
+
+
+def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> None:
+    """Checks, where values of a task are not finite, whether they got through to what was `found`.
+
+    They need not: a model may take NaN for a missing value, or minus infinity for a mask.
+
+    Raises:
+        TaskError: names the part.
+    """
+    bad = [
+        f"{name} holds values that are not finite"
+        for name, part in zip(PARTS, task.parts(), strict=True)
+        for tensor in tensors_in(part)
+        if not _finite(tensor)
+    ]
+    if bad and not all(map(_finite, found)):
+        raise TaskError(
+            f"{where}{bad[0]} (NaN or infinity), and so is what comes of it. Leave such examples out, or replace the "
+            "values, with torch.nan_to_num say."
+        )
+
+
+def _is_cross_entropy(loss_fn: Any) -> bool:
+    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+    return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
 
 
 def _finite(tensor: Tensor) -> bool:

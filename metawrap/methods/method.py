@@ -24,12 +24,11 @@ from metawrap.description import Description
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWrapWarning, OutOfMemoryError, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
-from metawrap.methods.bad_input import check_labels, explained, refuse_not_finite
+from metawrap.methods.bad_input import check_labels, explained, refuse_not_finite, refuse_uncounted
 from metawrap.methods.loading import wholly_or_not_at_all
 from metawrap.methods.memory import free_memory, is_out_of_memory, too_little_memory, warn_split
 from metawrap.methods.not_finite import find_trouble, naming_operations, trouble_in_words
 from metawrap.methods.outer import OptimizerFactory, OuterUpdate, SchedulerFactory
-from metawrap.methods.outputs import ignored_label
 from metawrap.methods.ranks import Ranks
 from metawrap.methods.settings import OuterSettings, check_choice, check_switch
 from metawrap.methods.solved import Solved, added, autograd, restored_buffers, untouched_buffers, usable
@@ -325,10 +324,11 @@ class Method(nn.Module, ABC):
         with self._evaluating(), torch.no_grad():
             for batch in iterate_task_batches(tasks):
                 for task in self._checked(batch):
+                    refuse_uncounted(task, self.loss_fn, f"tasks (task {len(values)}): ")
                     with explained([task], self.model):
                         solved = self._solved_for_evaluation(task, policy, steps, mask_unused_outputs)
                     losses.append(solved.loss.detach().double().cpu())
-                    refuse_not_finite(task, losses[-1:], ignored_label(self.loss_fn), f"tasks (task {len(values)}): ")
+                    refuse_not_finite(task, losses[-1:], f"tasks (task {len(values)}): ")
                     name, value = _measured(solved, task, metric)
                     values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
                     if keep_predictions:
@@ -430,14 +430,15 @@ class Method(nn.Module, ABC):
         """
         same_device([task], self._device)
         check_labels([task], self.loss_fn)
+        refuse_uncounted(task, self.loss_fn)
         with self._evaluating(), autograd(False), explained([task], self.model):
             task = usable(task)
             self._prepare(task)
             yield task
 
     def _finished(self, module: nn.Module, task: Task) -> nn.Module:
-        """The module that `adapt` returns; raises TaskError where NaN, or the lack of labels, got into it."""
-        refuse_not_finite(task, module.state_dict().values(), ignored_label(self.loss_fn))
+        """The module that `adapt` returns; raises TaskError where NaN in the support set got into it."""
+        refuse_not_finite(task, module.state_dict().values())
         return module
 
     def _check_trainable(self, batch: TaskBatch) -> None:
