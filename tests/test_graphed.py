@@ -154,6 +154,8 @@ def test_a_model_with_state_is_refused_by_name(make: Any, recorder: Recorder) ->
 def test_a_learner_on_the_cpu_is_told_where_to_go() -> None:
     with pytest.raises(ArgumentError, match=r"cuda_graphs: expected the learner on a GPU.*learner\.to"):
         build(seeded(NormedMlp), cuda_graphs=True).meta_step(class_tasks((4,)))
+    with pytest.raises(ArgumentError, match='memory: expected "unrolled" with cuda_graphs=True, but got "flat"'):
+        build(seeded(NormedMlp), cuda_graphs=True, memory="flat")
     with pytest.raises(ArgumentError, match="cuda_graphs: expected True or False"):
         MAMLPlusPlus(seeded(NormedMlp), cuda_graphs="yes")
 

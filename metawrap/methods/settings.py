@@ -256,6 +256,11 @@ def _consistent(values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str
         raise ArgumentError('workers_in: has no effect with workers=1. Leave it out, or pass workers=2 or "auto".')
     if values["detect_anomaly"] and values.get("cuda_graphs"):
         raise ArgumentError("detect_anomaly: has no effect on what is replayed. Leave it out, or cuda_graphs=True.")
+    if values.get("cuda_graphs") and values.get("memory") == "flat":
+        raise ArgumentError(
+            'memory: expected "unrolled" with cuda_graphs=True, but got "flat", which reads the state of the random '
+            "generators at every inner step: that cannot be recorded. Leave one of them out."
+        )
     for name in {"betas", "inner_betas"} & values.keys():
         values[name] = tuple(values[name])
     if values["min_meta_lr"] > values["meta_lr"]:
