@@ -15,9 +15,9 @@ import torch
 
 from metawrap.training.machine import describe_machine
 
-# glibc's mallopt: blocks of any size come from the heap, the heap is never given back, and all threads share one.
 # What it can be told from outside only: no cache of small blocks for each thread, which tears the heap to pieces.
 UNCACHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+# glibc's mallopt: blocks of any size come from the heap, the heap is never given back, and all threads share one.
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 PEERS = ("higher", "torchopt", "learn2learn", "jax", "jaxlib")
 MEGABYTE = 2**20
