@@ -45,12 +45,12 @@ trust: $(VENV)/installed-test
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
-	$(BIN)/python tests/fuzz/run.py all --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/robustness/fuzz/run.py all --seconds $(FUZZ_SECONDS)
 
 # Needs a Chromium: CHROMIUM=/path/to/it where it is not found.
 browser: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,browser]"
-	$(BIN)/python -m pytest -m browser tests/test_report_browser.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m browser tests/report/test_report_browser.py $(PYTEST_FLAGS)
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,7 +2,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from metawrap.description import Description, ModuleRow
 from metawrap.errors import (
     ArgumentError,
     CheckpointError,
@@ -15,6 +14,8 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
+from metawrap.learner.description import Description
+from metawrap.learner.module_rows import ModuleRow
 from metawrap.methods import (
     ANIL,
     FOMAML,

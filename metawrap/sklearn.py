@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError
-from metawrap.methods.method import Method
+from metawrap.learner.learner import Method
 from metawrap.surgery.inspect import batch_norms
 from metawrap.tasks import describe_value
 

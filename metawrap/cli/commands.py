@@ -25,14 +25,14 @@ from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.given import flags_in, is_given, out_in, recipe_in, settings_in
 from metawrap.cli.report import write_report
-from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
+from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_of
 from metawrap.training.inspection import inspect_model
+from metawrap.training.launch import by_first, process_group, rank, size
 from metawrap.training.machine import command_line, program
-from metawrap.training.processes import by_first, process_group, rank, size
 from metawrap.training.progress import quiet, say
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_folder import read_run

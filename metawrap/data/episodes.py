@@ -17,10 +17,10 @@ from torch import Tensor
 from metawrap.data.checks import check_int, check_switch
 from metawrap.data.drawing import ROTATIONS, Drawn, EpisodeDraws
 from metawrap.data.images import LabelledImages
+from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
 from metawrap.data.splits import ImageSet
 from metawrap.data.streamed import Pixels, StreamedImages
-from metawrap.data.workers import made_ahead
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import TaskBatch, describe_value
 

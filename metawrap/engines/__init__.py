@@ -4,8 +4,8 @@ from metawrap.engines.batched import BatchedEngine, cannot
 from metawrap.engines.calling import BufferEdits, HardGates, call_model, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
-from metawrap.engines.inner_optimizer import InnerOptimizer, State, UpdateRule, clipped
 from metawrap.engines.quick import QuickForms
+from metawrap.inner_loop.update_rules import InnerOptimizer, State, UpdateRule, clipped
 
 __all__ = [
     "ENGINES",

@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metawrap.engines.calling import BufferEdits, same_value
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
-from metawrap.engines.left_behind import Before
 from metawrap.engines.task_axis import Convolution, TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
+from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments, StepClock
+from metawrap.snapshot.left_behind import Before
 from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import map_tensors, tensors_in
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits
-from metawrap.engines.inner_optimizer import InnerOptimizer, UpdateRule
+from metawrap.inner_loop.update_rules import InnerOptimizer, UpdateRule
 
 
 class Engine(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
-from metawrap.engines.inner_optimizer import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.engines.quick import QuickForms
 from metawrap.errors import UnsupportedModuleError
+from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.surgery.swap import parameter_slots
 
 

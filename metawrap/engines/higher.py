@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
-from metawrap.engines.inner_optimizer import Gradients, InnerOptimizer, State, UpdateRule
 from metawrap.engines.quick import QuickForms
+from metawrap.inner_loop.update_rules import Gradients, InnerOptimizer, State, UpdateRule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,10 +13,10 @@ from metawrap.engines import Engine, InnerOptimizer
 from metawrap.errors import ArgumentError
 from metawrap.layers.learned_update import LSTMUpdate
 from metawrap.layers.learning_rates import LearningRates
+from metawrap.learner.learner import LossFunction
 from metawrap.methods.maml import MAML, Unroll
-from metawrap.methods.method import LossFunction
-from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
-from metawrap.methods.settings import HeadInit, Memory, NormPolicy, Settings, WorkersIn
+from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
+from metawrap.settings.settings import HeadInit, Memory, NormPolicy, Settings, WorkersIn
 from metawrap.surgery.swap import Factory
 from metawrap.surgery.wrap import Selection
 

@@ -26,16 +26,19 @@ from torch import Tensor, nn
 
 from metawrap.engines import Engine, InnerOptimizer, State, clipped
 from metawrap.errors import MetaWrapWarning
+from metawrap.inner_loop.flat_memory import Judge, Point, Tape, pulled_through
+from metawrap.inner_loop.masking import check_masked_loss, ignored_label, mask_unused, used_labels
+from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, restored_buffers, solved_from
+from metawrap.inner_loop.stacking import alike, apart, stacked, start_of
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.methods.describing import first_order_warning
-from metawrap.methods.flat import Judge, Point, Tape, pulled_through
-from metawrap.methods.gradient_based import GradientBased
-from metawrap.methods.method import LossFunction
-from metawrap.methods.outer import OptimizerFactory, SchedulerFactory
-from metawrap.methods.outputs import check_masked_loss, ignored_label, mask_unused, used_labels
-from metawrap.methods.pace import DisturbedError
-from metawrap.methods.settings import (
+from metawrap.learner.describing import first_order_warning
+from metawrap.learner.gradient_based import GradientBased
+from metawrap.learner.learner import LossFunction
+from metawrap.learner.pace import DisturbedError
+from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
+from metawrap.settings.schedules import is_second_order, step_loss_weights
+from metawrap.settings.settings import (
     HeadInit,
     InnerOptimizerName,
     NormPolicy,
@@ -45,9 +48,6 @@ from metawrap.methods.settings import (
     check_preset,
     resolve,
 )
-from metawrap.methods.solved import Solved, added, attached, autograd, dense, restored_buffers, solved_from
-from metawrap.methods.together import alike, apart, stacked, start_of
-from metawrap.schedules import is_second_order, step_loss_weights
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
 from metawrap.tasks import Inputs, Task, TaskId, map_tensors, tensors_in

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, TaskError
+from metawrap.inner_loop.outcome import attached
+from metawrap.learner.learner import LossFunction
 from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
-from metawrap.methods.method import LossFunction
-from metawrap.methods.outer import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
-from metawrap.methods.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, WorkersIn
-from metawrap.methods.solved import attached
+from metawrap.outer_update.outer_update import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
 from metawrap.results import MetaOutput
+from metawrap.settings.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, WorkersIn
 from metawrap.surgery.swap import Factory
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
+from metawrap.checks.first_look import FirstLook, without_part
+from metawrap.inner_loop.masking import ignored_label
+from metawrap.inner_loop.outcome import Solved, solved_from
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.methods.direct import Direct, OuterKeywords
-from metawrap.methods.first_look import FirstLook, without_part
-from metawrap.methods.outputs import ignored_label
-from metawrap.methods.solved import Solved, solved_from
+from metawrap.learner.direct import Direct, OuterKeywords
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 

@@ -19,9 +19,9 @@ from metawrap.backbones import Conv4
 from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, load_data, normalisation_of
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.errors import ArgumentError, MetaWrapError
-from metawrap.methods.describing import look_at
+from metawrap.learner.describing import look_at
 from metawrap.tasks import Task
-from metawrap.training.processes import one_after_another, own_device
+from metawrap.training.launch import one_after_another, own_device
 from metawrap.training.run_settings import METHODS, RunSettings
 
 # Validation and test tasks are the same for every run, whatever its seed, so that results can be compared.

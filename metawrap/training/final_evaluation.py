@@ -16,7 +16,7 @@ from torch import Tensor
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
-from metawrap.training.processes import by_first, evaluate_shared
+from metawrap.training.launch import by_first, evaluate_shared
 from metawrap.training.run_settings import NORMS
 
 Score = dict[str, float | None]

@@ -21,9 +21,9 @@ from metawrap.data import EpisodeSampler
 from metawrap.errors import MetaWrapWarning
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.results import StepMetrics, are_logits
-from metawrap.schedules import step_loss_weights
+from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
-from metawrap.training.processes import by_first, evaluate_shared
+from metawrap.training.launch import by_first, evaluate_shared
 
 # So many of the test tasks are solved once for each number of inner steps: a sixth of the usual test's time.
 STEP_TASKS = 100

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from metawrap.description import Description
 from metawrap.errors import ArgumentError, MetaWrapWarning
+from metawrap.learner.description import Description
 from metawrap.tasks import Task
 from metawrap.training.experiment import build_learner, call_factory, show_task
 from metawrap.training.run_settings import RunSettings

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from metawrap import __version__
-from metawrap.training.processes import local_size, size
+from metawrap.training.launch import local_size, size
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metawrap.results import StepMetrics
-from metawrap.training.processes import rank
+from metawrap.training.launch import rank
 
 REFRESH_SECONDS = 0.5
 # The loss and accuracy shown are means over so many meta-steps: a single one has too few targets to be steady.

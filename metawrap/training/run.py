@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metawrap.data import normalisation_of
-from metawrap.data.workers import naming_dead_workers
+from metawrap.data.loader_workers import naming_dead_workers
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import StepMetrics
 from metawrap.tasks import TaskBatch
@@ -37,8 +37,8 @@ from metawrap.training.experiment import (
 )
 from metawrap.training.final_evaluation import final_test
 from metawrap.training.insight import epoch_insight, final_insight
+from metawrap.training.launch import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.machine import command_line, describe_machine, peak_memory
-from metawrap.training.processes import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
 from metawrap.training.run_settings import NORMS, RunSettings

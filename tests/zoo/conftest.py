@@ -26,7 +26,7 @@ Written by `make zoo` from the run of its tests; do not edit.
 
 For every network below, in float64, metawrap wraps it and takes two second-order inner steps under the multi-step
 loss. The meta-loss, the meta-gradient of every parameter and every inner learning rate, and the running statistics
-are compared with a plain loop written by hand ([tests/oracle.py](../tests/oracle.py); it shares no code with metawrap).
+are compared with a plain loop written by hand ([the oracle](../tests/reference/oracle.py), without code of metawrap).
 
 - `equal`: the relative error is at most 1e-9, with the network's own dropout and stochastic depth on, and the module
   that was passed in is unchanged. The worst error stands beside it; 0 is equality to the last bit.

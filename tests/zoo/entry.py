@@ -1,7 +1,7 @@
 """One row of the zoo: a network that people bring, a task for it, and what must come of it.
 
-The reference is the hand-written loop of tests/oracle.py on the module's own parameters; no engine is compared with
-itself or with another.
+The reference is the hand-written loop of tests/reference/oracle.py on the module's own parameters; no engine is
+compared with itself or with another.
 """
 
 from __future__ import annotations

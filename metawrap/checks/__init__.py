@@ -1,0 +1,1 @@
+"""What is asked before anything is changed: of the task batch, the model, the engine."""

@@ -1,0 +1,275 @@
+"""The first look at a task: what inspection cannot see, a gradient shows. Changes nothing, and runs once per mode."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metawrap.engines import BufferEdits
+from metawrap.engines.calling import same_value
+from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
+from metawrap.inner_loop.outcome import untouched_buffers
+from metawrap.surgery.copying import containers_in
+from metawrap.surgery.inspect import registered_buffers
+from metawrap.tasks import tensors_in
+
+Gradients = Sequence[Tensor | None]
+_HOOKS_REFUSED = "metawrap: saved-tensor hooks are refused here"
+
+
+@dataclass
+class FirstLook:
+    """What the first task showed.
+
+    unused: adapted parameters that the support loss does not depend on.
+    differentiable: whether it was looked at with gradients to come.
+    once: why the model cannot be differentiated twice; None if it can, or need not.
+    traces: what a pass leaves behind, so that tasks must be solved one after another; None if nothing.
+    """
+
+    unused: list[str]
+    differentiable: bool = False
+    once: str | None = None
+    traces: str | None = None
+
+
+def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
+    """Runs one support pass and its gradient; returns the names that get none.
+
+    Raises:
+        UnsupportedModuleError: the model checkpoints activations, or no adapted parameter gets a gradient.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS_REFUSED):
+            loss = support_loss(fast)
+            if not loss.requires_grad:
+                raise UnsupportedModuleError(_NO_GRADIENT)
+            gradients = torch.autograd.grad(loss, tuple(fast.values()), allow_unused=True)
+    except RuntimeError as error:
+        if _HOOKS_REFUSED in str(error) or "checkpoint" in str(error).lower():
+            raise UnsupportedModuleError(
+                "The model checkpoints activations (torch.utils.checkpoint): the backward pass would run it again, "
+                "with other weights than the fast ones. Switch checkpointing off in the model; tasks_per_backward=1 "
+                "holds memory down."
+            ) from error
+        raise
+    unused = [name for name, gradient in zip(fast, gradients, strict=True) if gradient is None]
+    if len(unused) == len(fast):
+        raise UnsupportedModuleError(_NO_GRADIENT)
+    return unused
+
+
+def without_part(model: nn.Module, prediction: Any) -> list[str]:
+    """The trainable parameters that a prediction, with its graph, does not depend on."""
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    outputs = [output.abs().sum() for output in tensors_in(prediction) if output.requires_grad]
+    if not outputs or not learned:
+        return []
+    gradients = torch.autograd.grad(outputs, list(learned.values()), allow_unused=True)
+    return [name for name, gradient in zip(learned, gradients, strict=True) if gradient is None]
+
+
+def refuse_other_layout(prediction: Callable[[], Any]) -> None:
+    """Checks that a forward pass takes images in channels_last.
+
+    Raises:
+        UnsupportedModuleError: it looks at a tensor in a way that the layout does not allow.
+    """
+    try:
+        prediction()
+    except RuntimeError as error:
+        if "view size is not compatible" in str(error):
+            raise UnsupportedModuleError(
+                "channels_last=True: the model's forward calls .view() on images, which needs the usual layout. Use "
+                ".reshape() or .flatten() there, or leave channels_last out."
+            ) from error
+        raise
+
+
+def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Checks that a prediction with fast weights does not depend on the parameters that these stand for.
+
+    Raises:
+        UnsupportedModuleError: forward reads one of them past its module.
+    """
+    outputs = [tensor.abs().sum().float() for tensor in tensors_in(prediction) if tensor.requires_grad]
+    read = [(name, parameter) for name, parameter in adapted if parameter.requires_grad]
+    if not outputs or not read:
+        return
+    gradients = torch.autograd.grad(torch.stack(outputs).sum(), [p for _, p in read], allow_unused=True)
+    names = [f"'{name}'" for (name, _), gradient in zip(read, gradients, strict=True) if gradient is not None]
+    if names:
+        raise UnsupportedModuleError(
+            f"The model's forward reads {', '.join(names)} from somewhere else than the module that owns it, such as "
+            "another object's attribute, a closure or a global: no fast weight can replace it there. Read it from its "
+            "module, or leave it out of the inner loop with adapt=."
+        )
+
+
+def refuse_carried_graphs(model: nn.Module, carried: Collection[str], support_loss: Callable[[], Tensor]) -> None:
+    """Checks, after a first pass, that a second one does not differentiate through what the first left in a buffer.
+
+    Args:
+        carried: buffers that the first pass edited in place, and that had a graph then.
+
+    Raises:
+        UnsupportedModuleError: it does: the gradient would go through every earlier call, of other tasks, too.
+    """
+    names, leaves, stand_ins = [], [], {}
+    for path, module in model.named_modules():
+        for local, buffer in module._buffers.items():
+            name = f"{path}.{local}" if path else local
+            if buffer is not None and (buffer.grad_fn is not None or name in carried):
+                if id(buffer) not in stand_ins:
+                    names.append(name)
+                    leaves.append(buffer.detach().clone().requires_grad_())
+                    stand_ins[id(buffer)] = (buffer, leaves[-1].clone())
+                module._buffers[local] = stand_ins[id(buffer)][1]
+    if not leaves:
+        return
+    gradients = torch.autograd.grad(support_loss(), leaves, allow_unused=True)
+    found = [
+        f"'{name}'" for name, g in zip(names, gradients, strict=True) if g is not None and float(g.abs().sum()) > 0
+    ]
+    if found:
+        raise UnsupportedModuleError(
+            f"The model's forward writes values with a graph into its buffer {', '.join(found)}, and differentiates "
+            "through them at its next call, back through every earlier one. Detach what is written: "
+            "self.buffer = 0.9 * self.buffer + 0.1 * value.detach()."
+        )
+
+
+def differ(found: Gradients, reference: Gradients, tolerance: float | None = None) -> bool:
+    """Whether two gradients of the same parameters differ by more than rounding.
+
+    Args:
+        tolerance: relative; by the precision of the numbers if None.
+    """
+    pairs = list(zip(found, reference, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return True
+    present = [(a, b) for a, b in pairs if a is not None and b is not None]
+    largest = max((float(b.detach().abs().max()) for _, b in present if b.numel()), default=0.0)
+    if not math.isfinite(largest):
+        return False  # A loss that is not finite says nothing about the engine; meta_step skips it.
+    tight = all(b.dtype in (torch.float64, torch.complex128) for _, b in present)
+    # A bias before a norm has a gradient of zero up to rounding, which in single precision reached 1e-6 of the largest.
+    floor = largest * (1e-3 if tight or tolerance else 1e-1)
+    for a, b in present:
+        allowed = (tolerance or (1e-9 if tight else 1e-4)) * max(float(b.abs().max()) if b.numel() else 0.0, floor)
+        if not torch.allclose(a, b, rtol=0, atol=allowed):
+            return True
+    return False
+
+
+def warn_unused(unused: list[str]) -> None:
+    """Reports adapted parameters that play no part in the support loss."""
+    if unused:
+        warnings.warn(
+            f"The support loss does not depend on {', '.join(unused)}: they are not adapted. Freeze them before "
+            "wrapping, or leave them out with adapt=, to silence this.",
+            MetaWrapWarning,
+            stacklevel=5,
+        )
+
+
+def warn_once(reason: str, epoch: float) -> None:
+    """Reports that training will stop when second-order gradients begin."""
+    warnings.warn(
+        f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
+        MetaWrapWarning,
+        stacklevel=5,
+    )
+
+
+def warn_alone(workers: int | str, reason: str) -> None:
+    """Reports that tasks are solved one after another although more workers were asked for."""
+    warnings.warn(
+        f'workers={workers}: tasks are solved one after another, because {reason}. Pass workers="auto" to silence '
+        "this.",
+        MetaWrapWarning,
+        stacklevel=5,
+    )
+
+
+def warn_fallback(reason: str) -> None:
+    """Reports that `auto` leaves `higher` for `functional`."""
+    warnings.warn(
+        f"engine='auto' falls back to 'functional': {reason}. Pass engine='functional' to silence this.",
+        MetaWrapWarning,
+        stacklevel=5,
+    )
+
+
+@contextmanager
+def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None = None) -> Iterator[None]:
+    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call.
+
+    Args:
+        edits: takes note of the buffers that were edited in place, also where torch does not: through `.data`.
+    """
+    index: list[Any] = [device] if device.type == "cuda" else []
+    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    buffers = [(name, b, b._version, b.clone()) for name, b in registered_buffers(model)]
+    edited: set[str] = set()
+    containers = [(live, live.copy()) for live in containers_of(*model.modules())]
+    others = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(index), untouched_buffers(model):
+            yield
+            edited = {name for name, b, version, value in buffers if b._version != version or not same_value(b, value)}
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for live, kept in containers:
+            live.clear()
+            (live.update if hasattr(live, "update") else live.extend)(kept)
+        with torch.no_grad():
+            for parameter, value in weights:
+                if not torch.equal(parameter, value):
+                    parameter.copy_(value)
+        for _, buffer, _, _ in buffers:
+            if buffer.grad_fn is not None:  # Its value is back; the graph that forward wrote into it is not wanted.
+                buffer.detach_()
+    if edits is not None:
+        edits.add(edited)
+
+
+@contextmanager
+def attributes_put_back(own: dict[str, Any]) -> Iterator[None]:
+    """Puts back an object's attributes, and the contents of those that are plain containers."""
+    before = dict(own)
+    containers = [(live, live.copy()) for live in containers_in(before.values())]
+    try:
+        yield
+    finally:
+        own.clear()
+        own.update(before)
+        for live, kept in containers:
+            live.clear()
+            (live.update if hasattr(live, "update") else live.extend)(kept)
+
+
+def containers_of(*modules: nn.Module) -> Iterator[Any]:
+    """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
+    return containers_in(value for module in modules for value in module.__dict__.values())
+
+
+_NO_GRADIENT = (
+    "No adapted parameter gets a gradient from the support loss. The model may compute under no_grad, detach its "
+    "output, or run on parameters other than its own (a closure over another module, say). Make forward read its "
+    "parameters from the module itself."
+)

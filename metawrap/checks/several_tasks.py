@@ -1,0 +1,150 @@
+"""Whether a model can be run for several tasks at once, found by doing so, with two tasks and nothing drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from metawrap.checks.first_look import containers_of
+from metawrap.engines import cannot
+from metawrap.engines.batched import DRAWS, ONCE
+from metawrap.engines.task_axis import DROPOUTS
+from metawrap.errors import UnsupportedModuleError
+from metawrap.surgery.copying import containers_in
+from metawrap.tasks import Task, map_tensors
+
+
+def twin_of(task: Task) -> Task:
+    """Another task of the same shapes: weaker inputs, and each label on its neighbour."""
+    x = [map_tensors(part, _weaker) for part in (task.support_x, task.target_x)]
+    y = [map_tensors(part, _rolled) for part in (task.support_y, task.target_y)]
+    return replace(task, support_x=x[0], support_y=y[0], target_x=x[1], target_y=y[1])
+
+
+def _weaker(tensor: Tensor) -> Tensor:
+    return tensor * 0.9 if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def _rolled(tensor: Tensor) -> Tensor:
+    return tensor.roll(1, 0) if tensor.ndim else tensor
+
+
+def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
+    """Checks that a call does no more than return its prediction, apart from filling a cache.
+
+    What each call of the engine checks is refused by the engine; here is what would take too long each time.
+
+    Args:
+        call: runs the engine on one batch, without dropout.
+    Raises:
+        UnsupportedModuleError: it does: once for all tasks, where it is due for each.
+    """
+    call()  # Fills what is filled at a first call.
+    before = _Traces(model)
+    call()
+    before.refuse_changes()
+
+
+class _Traces:
+    """What a forward may change besides attributes and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        hooked = list(_containers_of_hooks(model))
+        self._containers = [(live, _items(live)) for live in [*containers_of(*model.modules()), *hooked]]
+        self._hooked = {id(container) for container in hooked}
+        self._versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+        self._device = next(model.parameters()).device
+        self._drawn = self._torch_state()
+
+    def refuse_changes(self) -> None:
+        """Raises UnsupportedModuleError where something is not as it was."""
+        for live, kept in self._containers:
+            now = _items(live)
+            if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
+                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {ONCE}"))
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {ONCE}"))
+        if not all(map(torch.equal, self._drawn, self._torch_state())):
+            raise UnsupportedModuleError(cannot(DRAWS))
+
+    def _owner(self, container: Any) -> str:
+        if id(container) in self._hooked:
+            return "a container that a hook writes to"
+        held = (path for path, m in self._model.named_modules() if any(container is c for c in containers_of(m)))
+        return f"a container of '{next(held) or 'the model itself'}'"
+
+    def _torch_state(self) -> list[Tensor]:
+        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
+    """Those that hooks enclose, or hold as objects: where features are kept."""
+    found: list[Any] = []
+    for module in model.modules():
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
+            function = getattr(hook, "__func__", hook)
+            found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+            holder = getattr(hook, "__self__", hook)
+            found += () if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {}).values()
+            if isinstance(hook, partial):
+                found += [*hook.args, *hook.keywords.values()]
+    return containers_in(found)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout of torch's modules and functions leaves everything as it is; for a look, which puts flags back."""
+    modules = list(model.modules())
+    # Not in eval mode: cuDNN's recurrent networks have no gradient there.
+    changes: list[tuple[nn.Module, str, Any]] = [
+        (m, "dropout", 0.0) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
+    ]
+    changes += [(m, "training", False) for m in modules if isinstance(m, _DropoutNd)]
+    before = [(module, name, module.__dict__[name]) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            module.__dict__[name] = value
+        with _NoDropout():
+            yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            return partial(_attention, func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **more: Any
+) -> Any:
+    return func(query, key, value, attn_mask, 0.0, *args, **more)

@@ -1,0 +1,144 @@
+"""What is wrong with a task that its shapes do not show: labels that a loss cannot take, inputs that a model cannot.
+
+Labels are checked before anything runs. Whether a model takes an input only the model knows, so torch's own complaint
+is caught and told with the task that caused it; an error of the user's own code is left alone. Values that are not
+finite are looked for where a result is on its way out; in training, to look at them would make a GPU wait.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metawrap.errors import MetaWrapError, TaskError
+from metawrap.inner_loop.masking import ignored_label
+from metawrap.tasks import Task, describe_value, tensors_in
+
+PARTS = ("support_x", "support_y", "target_x", "target_y")
+
+# What torch says of shapes, dtypes and devices that do not fit. Whatever says something else is left as it is.
+_MISFIT = re.compile(
+    r"mat1 and mat2|mat2 must have|must have the same (dtype|reduction)|expected scalar type"
+    r"|shapes cannot be multiplied"
+    r"|Given (groups|normalized_shape|transposed)|[Ee]xpected .*\binput\b|Input type|input\.size|[Ss]ize mismatch"
+    r"|size of tensor a|Sizes of tensors must match|is invalid for input of size|[Oo]utput size is too small"
+    r"|Calculated padded input size|not implemented for|target dtype|multi-target|class probabilities"
+    r"|Expected target|must match the size|on the same device|sparse tensors?|can't be cast|inconsistent tensor size"
+    r"|more than 1 spatial element|[Cc]omplex"
+)
+_MISCALL = re.compile(r"positional arguments?\b|unexpected keyword argument")
+
+
+def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:
+    """Checks what cross-entropy needs of labels; other losses take what they like.
+
+    Raises:
+        TaskError: names the part, and what to pass in its place.
+    """
+    if not _is_cross_entropy(loss_fn):
+        return
+    for task in tasks:
+        for part in ("support_y", "target_y"):
+            y = getattr(task, part)
+            if not isinstance(y, Tensor) or y.dtype in (torch.int64, torch.uint8):
+                continue
+            if y.is_floating_point() and y.ndim > 1:  # The probability of each class.
+                continue
+            otherwise = "or loss_fn=F.mse_loss for regression" if y.is_floating_point() else "as labels are indices"
+            raise TaskError(
+                f"{part}: cross-entropy needs labels of dtype torch.int64, but got {describe_value(y)}. "
+                f"Pass {part}.long(), {otherwise}."
+            )
+
+
+@contextmanager
+def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
+    """Tells an error of torch about shapes, dtypes or devices as what it is: tasks that the model does not take.
+
+    Raises:
+        TaskError: names the parts of each kind of task, and the model's own precision.
+    """
+    try:
+        yield
+    except MetaWrapError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        what = " ".join(str(error).split())
+        if not (_MISCALL if isinstance(error, TypeError) else _MISFIT).search(what):
+            raise
+        kinds = list(dict.fromkeys(map(_described, tasks)))
+        shown = " and one with ".join(kinds[:3])
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        raise TaskError(
+            f"The model or its loss cannot take this task: {what[:200]}. There is a task with {shown}; the model's "
+            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, or convert first: "
+            "task_batch.to(dtype) or learner.to(dtype)."
+        ) from error
+
+
+def refuse_uncounted(task: Task, loss_fn: Any, where: str = "") -> None:
+    """Checks that cross-entropy counts a label of each part: without one its gradient is zero, and nothing is learned.
+
+    Waits for a GPU, so it is for what does anyway.
+
+    Raises:
+        TaskError: names the part.
+    """
+    if not _is_cross_entropy(loss_fn):
+        return
+    ignored = ignored_label(loss_fn)
+    for part in ("support_y", "target_y"):
+        y = getattr(task, part)
+        if isinstance(y, Tensor) and y.dtype == torch.int64 and y.numel() and bool((y == ignored).all()):
+            raise TaskError(
+                f"{where}{part}: expected at least one label that counts, but all {y.numel()} are {ignored}, which the "
+                "loss ignores. Leave the task out, or label an example."
+            )
+
+
+def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> None:
+    """Checks, where values of a task are not finite, whether they got through to what was `found`.
+
+    They need not: a model may take NaN for a missing value, or minus infinity for a mask.
+
+    Raises:
+        TaskError: names the part.
+    """
+    bad = [
+        f"{name} holds values that are not finite"
+        for name, part in zip(PARTS, task.parts(), strict=True)
+        for tensor in tensors_in(part)
+        if not _finite(tensor)
+    ]
+    if bad and not all(map(_finite, found)):
+        raise TaskError(
+            f"{where}{bad[0]} (NaN or infinity), and so is what comes of it. Leave such examples out, or replace the "
+            "values, with torch.nan_to_num say."
+        )
+
+
+def _is_cross_entropy(loss_fn: Any) -> bool:
+    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+    return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
+
+
+def _finite(tensor: Tensor) -> bool:
+    values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
+    return values.layout != torch.strided or bool(values.isfinite().all())
+
+
+def _described(task: Task) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in zip(PARTS, task.parts(), strict=True))
+
+
+def _short(value: Any) -> str:
+    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(value)]
+    kind = "" if isinstance(value, Tensor) else f"{type(value).__name__} of "
+    return kind + ", ".join(shapes[:4])

@@ -1,0 +1,1 @@
+"""The data path of gradient-based methods: task -> fast weights -> target loss after each inner step."""

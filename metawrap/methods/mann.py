@@ -1,0 +1,233 @@
+"""MANN: an LSTM takes in the support set, one example after the other, with a memory beside it; then each target."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from metawrap.errors import ArgumentError
+from metawrap.heads.fitted import FittedHead, one_hot
+from metawrap.learner.class_rows import PerClass, slot_cosines
+from metawrap.learner.embedding_learner import EmbeddedKeywords
+from metawrap.settings.settings import check_number, check_switch, check_whole
+
+Order = Literal["sorted", "given", "shuffled"]
+
+
+class MANN(PerClass):
+    """Memory-augmented neural network: an LSTM controller, and a memory written where it was least recently used.
+
+    A task is a sequence, in which a label comes one step late: the input at step t is the embedding of x_t with the
+    one-hot label y_{t-1}, zeros at first. With h_t the LSTM's output, each of the n read heads has a key
+    k_t = tanh(W_k h_t) and does, with M the memory of `slots` rows of `width` numbers,
+
+    - read: w^r_t = softmax(beta cos(k_t, M_{t-1})), r_t = w^r_t M_{t-1}
+    - write: w^w_t = sigma(alpha) w^r_{t-1} + (1 - sigma(alpha)) w^lu_{t-1}; the rows of w^lu_{t-1} are set to zero,
+      then M_t(i) = M_{t-1}(i) + w^w_t(i) k_t
+    - usage: w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t; w^lu_t is 1 at the n least used rows, one for each head, else 0.
+
+    (h_t, r_t) gives the logits, and r_t is an input of the LSTM at t + 1. The support set goes first; then each target
+    is the next input, after the same support set and with the label of its last example: targets know nothing of each
+    other. The loss is on the targets.
+
+    As in the paper: controller, addressing, labels, sizes and n = 4. Not settled there, or different: the embedding is
+    the user's network's, not the pixels; a step reads before it writes, so that it does not find its own key; alpha is
+    one learned number for each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1
+    spreads it evenly over the rows (cosines differ by 2 at most), and needs about a hundred thousand episodes; and the
+    support set goes sorted by class, so that the outcome does not depend on the order of the classes; the examples of
+    a class keep theirs.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
+        ways: the most classes that a task may have; None is the number in the first task.
+        hidden: units of the LSTM.
+        slots, width: rows of the memory, at least as many as `reads`, and numbers in each.
+        reads: n, the heads.
+        decay: gamma, from 0 to 1.
+        key_strength: beta.
+        order: of the support set: "sorted" by class, as "given", or "shuffled" in training (from torch's global
+            generator, as in the paper) and as given elsewhere.
+        support_loss: whether the loss has another term, that of the predictions for the support examples, each before
+            its label is told, as in the paper.
+        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: Santoro, Bartunov, Botvinick, Wierstra, Lillicrap 2016, arXiv:1605.06065, Section 3 and Eq. 2 to 8; beta is
+    from Graves, Wayne, Danihelka 2014, arXiv:1410.5401, Eq. 5.
+    """
+
+    controller: Controller
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ways: int | None = None,
+        hidden: int = 200,
+        slots: int = 128,
+        width: int = 40,
+        reads: int = 4,
+        decay: float = 0.95,
+        key_strength: float = 10.0,
+        order: Order = "sorted",
+        support_loss: bool = False,
+        **keywords: Unpack[EmbeddedKeywords],
+    ) -> None:
+        sizes = {"hidden": hidden, "slots": slots, "width": width, "reads": reads}
+        for name, size in sizes.items():
+            check_whole(name, size, 1)
+        if slots < reads:
+            raise ArgumentError(f"slots: expected at least one for each of {reads} reads, but got {slots}.")
+        check_number("decay", decay, 0, 1)
+        check_number("key_strength", key_strength, 0, open_below=True)
+        if order not in ("sorted", "given", "shuffled"):
+            raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {order!r}.")
+        check_switch("support_loss", support_loss)
+        options: dict[str, Any] = {**sizes, "decay": decay, "key_strength": key_strength}
+        options |= {"order": order, "support_loss": support_loss}
+        parts = {"controller": Controller(hidden, slots, width, reads, decay, key_strength)}
+        super().__init__(model, keywords, ways, options=options, parts=parts)
+        self.order: Order = order
+        self.support_loss = support_loss
+
+    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> AfterSupport:
+        return self._presented(support, labels, ways)[0]
+
+    def _judged(
+        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
+    ) -> tuple[Tensor, Tensor]:
+        head, guesses, order = self._presented(support, labels, ways)
+        prediction = head(target)
+        loss = self._loss(prediction, target_y, "target")
+        if self.support_loss:
+            loss = loss + self._loss(guesses, labels[order], "support")
+        return prediction, loss
+
+    def _presented(self, support: Tensor, labels: Tensor, ways: int) -> tuple[AfterSupport, Tensor, Tensor]:
+        """What follows the support set, the logits for each of its examples before its label, and their order."""
+        controller, order = self.controller, self._order_of(labels)
+        rows = self.rows(ways, controller.outputs)
+        assert self.rows.most is not None
+        told = one_hot(labels[order], self.rows.most, support)
+        late = torch.cat([torch.zeros_like(told[:1]), told])
+        state, outputs = controller.start(support), []
+        for embedding, label in zip(support[order][:, None], late[:-1, None], strict=True):
+            output, keys, state = controller(embedding, label, state)
+            state = controller.written(state, keys)
+            outputs.append(output)
+        return AfterSupport(controller, rows, late[-1:], state), torch.cat(outputs) @ rows.T, order
+
+    def _order_of(self, labels: Tensor) -> Tensor:
+        if self.order == "sorted":
+            return labels.argsort(stable=True)
+        if self.order == "shuffled" and self.training:
+            return torch.randperm(len(labels)).to(labels.device)
+        return torch.arange(len(labels), device=labels.device)
+
+
+class State(NamedTuple):
+    """What is carried from step to step; the batch is one sequence, or one for each target.
+
+    hidden, cell: (batch, hidden). memory: (batch, slots, width). read: (batch, reads, width), what was read.
+    read_weights: (batch, reads, slots), w^r; last_weights: those of the step before. usage: (batch, slots).
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    memory: Tensor
+    read: Tensor
+    read_weights: Tensor
+    last_weights: Tensor
+    usage: Tensor
+
+
+class Controller(nn.Module):
+    """The LSTM with its heads. outputs: how many numbers a step gives, (h_t, r_t)."""
+
+    def __init__(self, hidden: int, slots: int, width: int, reads: int, decay: float, key_strength: float) -> None:
+        super().__init__()
+        self.slots, self.width, self.reads = slots, width, reads
+        self.decay, self.key_strength = decay, key_strength
+        self.hidden, self.outputs = hidden, hidden + reads * width
+        self.embedding = nn.LazyLinear(4 * hidden)
+        self.label = nn.LazyLinear(4 * hidden, bias=False)
+        self.state = nn.Linear(self.outputs, 4 * hidden, bias=False)
+        self.key = nn.Linear(hidden, reads * width)
+        # At first nearly all is written to unused rows; at 0, half of it would go over what was read.
+        self.alpha = nn.Parameter(torch.full((reads, 1), -3.0))
+
+    def start(self, like: Tensor) -> State:
+        """An empty memory and a controller at rest."""
+        weights = like.new_zeros(1, self.reads, self.slots)
+        return State(
+            hidden=like.new_zeros(1, self.hidden),
+            cell=like.new_zeros(1, self.hidden),
+            memory=like.new_zeros(1, self.slots, self.width),
+            read=like.new_zeros(1, self.reads, self.width),
+            read_weights=weights,
+            last_weights=weights,
+            usage=like.new_zeros(1, self.slots),
+        )
+
+    def forward(self, embeddings: Tensor, label: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """One step without its write: output (batch, outputs), keys (batch, reads, width), and the state.
+
+        embeddings: (batch, numbers). label: (1, ways). state: of one sequence.
+        """
+        before = torch.cat([state.hidden, state.read.flatten(1)], dim=1)
+        gates = self.embedding(embeddings) + self.label(label) + self.state(before)
+        take, forget, give, new = gates.chunk(4, dim=1)
+        # A forget gate that starts open: what came first has to last.
+        cell = torch.sigmoid(forget + 1) * state.cell + torch.sigmoid(take) * torch.tanh(new)
+        hidden = torch.sigmoid(give) * torch.tanh(cell)
+        keys = torch.tanh(self.key(hidden)).view(-1, self.reads, self.width)
+        weights = torch.softmax(self.key_strength * slot_cosines(keys, state.memory), dim=-1)
+        state = state._replace(
+            hidden=hidden, cell=cell, read=weights @ state.memory, read_weights=weights, last_weights=state.read_weights
+        )
+        return torch.cat([hidden, state.read.flatten(1)], dim=1), keys, state
+
+    def written(self, state: State, keys: Tensor) -> State:
+        """The state after the step's write."""
+        gate, unused = torch.sigmoid(self.alpha), least_used(state.usage, self.reads)
+        write = gate * state.last_weights + (1 - gate) * unused
+        return state._replace(
+            memory=state.memory * (1 - unused.sum(1))[..., None] + write.mT @ keys,
+            usage=self.decay * state.usage + state.read_weights.sum(1) + write.sum(1),
+        )
+
+
+def least_used(usage: Tensor, heads: int) -> Tensor:
+    """w^lu, a row for each head: 1 at the least used slot in the first, at the next in the second, and so on.
+
+    usage: (batch, slots). Returns (batch, heads, slots).
+    """
+    chosen = usage.argsort(dim=1, stable=True)[:, :heads]
+    return nn.functional.one_hot(chosen, usage.shape[1]).to(usage.dtype)
+
+
+class AfterSupport(FittedHead):
+    """The network as the support set left it: its memory, what it had read, its usage, the controller, the last label.
+
+    rows: (ways, outputs), of the output layer. label: (1, most ways). state: of one sequence.
+    """
+
+    rows: Tensor
+    label: Tensor
+
+    def __init__(self, controller: Controller, rows: Tensor, label: Tensor, state: State) -> None:
+        super().__init__()
+        self.controller = controller
+        for name, value in {"rows": rows, "label": label, **state._asdict()}.items():
+            self.register_buffer(name, value)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        state = State(**{name: self.get_buffer(name) for name in State._fields})
+        output, _, _ = self.controller(embeddings, self.label, state)
+        return output @ self.rows.T  # type: ignore[no-any-return]

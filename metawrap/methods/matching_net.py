@@ -1,0 +1,172 @@
+"""Matching networks: each target attends to the support examples -> the attention that each class gets -> its log."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+from typing_extensions import Unpack
+
+from metawrap.errors import ArgumentError
+from metawrap.heads.fitted import FittedHead, cosine_similarities
+from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.settings.settings import check_positive, check_switch, check_whole
+
+_STEPS = 5
+
+
+class MatchingNet(Embedded):
+    """Matching networks: the probability of a class is the attention that a target pays to its support examples.
+
+    P(y | x) = sum over i of a(x, x_i) [y_i = y],  a = softmax over i of scale * cosine(f(x), g(x_i)).
+
+    Predictions are log-probabilities, (targets, ways), so that cross-entropy, which leaves those as they are, is the
+    negative log-likelihood. Without full context f and g are the user's network. With it (the paper's fully conditional
+    embedding), f' and g' being the user's network:
+
+    - g: the support set, in its order, through a bidirectional LSTM: g(x_i) = forward_i + backward_i + g'(x_i).
+    - f: h_k = LSTM(f'(x), [h_{k-1}, r_{k-1}], c_{k-1}) + f'(x), with the read-out r_k = sum over i of
+      softmax_i(h_k . g(x_i)) g(x_i), from h_0 = c_0 = 0; f(x) = h_K after K = processing_steps.
+
+    The result then depends on the order of the support set, as any bidirectional LSTM's does. The paper leaves K open.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
+        full_context: whether f and g see the whole support set.
+        processing_steps: K of the full context; 5 if None.
+        scale: of the cosines, 1 in the paper. Cosines are at most 1 apart from 0, so that a paper's probabilities stay
+            below e^2 to 1; a greater scale learns faster.
+        learn_scale: whether the scale is learned from there on, through its logarithm; the paper has none.
+        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra 2016, arXiv:1606.04080, Eq. 1 and 2, Appendix A.
+    """
+
+    log_scale: nn.Parameter
+    forwards: nn.LSTMCell
+    backwards: nn.LSTMCell
+    reader: nn.LSTMCell
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        full_context: bool = False,
+        processing_steps: int | None = None,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        **keywords: Unpack[EmbeddedKeywords],
+    ) -> None:
+        for name, value in {"full_context": full_context, "learn_scale": learn_scale}.items():
+            check_switch(name, value)
+        check_positive("scale", scale)
+        if processing_steps is not None and not full_context:
+            raise ArgumentError("processing_steps: has no effect without full_context=True. Leave it out.")
+        steps = _STEPS if processing_steps is None else processing_steps
+        check_whole("processing_steps", steps, 1)
+        options = {"full_context": full_context, "scale": scale, "learn_scale": learn_scale}
+        parts: dict[str, nn.Module | nn.Parameter] = {}
+        if learn_scale:
+            parts["log_scale"] = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
+        if full_context:
+            options["processing_steps"] = steps
+            parts |= {"forwards": _LazyLSTMCell(1), "backwards": _LazyLSTMCell(1), "reader": _LazyLSTMCell(2)}
+        super().__init__(model, keywords, options=options, parts=parts)
+        self.full_context, self.processing_steps = full_context, steps
+        self.scale, self.learn_scale = float(scale), learn_scale
+
+    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+        scale = self.log_scale.exp() if self.learn_scale else support.new_tensor(self.scale)
+        if not self.full_context:
+            return Attention(support, labels, ways, scale)
+        context = _scanned(self.forwards, support) + _scanned(self.backwards, support.flip(0)).flip(0) + support
+        return Attention(context, labels, ways, scale, self.reader, self.processing_steps)
+
+
+class Attention(FittedHead):
+    """Log-probabilities: the log of the attention that goes to each class.
+
+    support: (examples, numbers); labels: (examples,); scale: of the cosines. reader: reads the support set
+    `processing_steps` times for each target before it is compared; None for no such thing.
+    """
+
+    support: Tensor
+    labels: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        support: Tensor,
+        labels: Tensor,
+        ways: int,
+        scale: Tensor,
+        reader: nn.LSTMCell | None = None,
+        processing_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.ways, self.processing_steps, self.reader = ways, processing_steps, reader
+        self.register_buffer("support", support)
+        self.register_buffer("labels", labels)
+        self.register_buffer("scale", scale)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        attended = embeddings if self.reader is None else self._read(embeddings, self.reader)
+        attention = F.log_softmax(self.scale * cosine_similarities(attended, self.support), 1)
+        classes = torch.arange(self.ways, device=self.labels.device)
+        others = self.labels != classes[:, None]
+        return attention[:, None].masked_fill(others, -torch.inf).logsumexp(2)
+
+    def _read(self, embeddings: Tensor, reader: nn.LSTMCell) -> Tensor:
+        hidden, cell = torch.zeros_like(embeddings), torch.zeros_like(embeddings)
+        for _ in range(self.processing_steps):
+            read = F.softmax(hidden @ self.support.T, 1) @ self.support
+            # One matrix on [f', r] and one on h are one matrix on f' and one on [h, r].
+            output, cell = reader(torch.cat([embeddings, read], 1), (hidden, cell))
+            hidden = output + embeddings
+        return hidden
+
+
+def _scanned(cell: nn.LSTMCell, rows: Tensor) -> Tensor:
+    """What an LSTM puts out for each row of a sequence: (rows, numbers) to (rows, numbers)."""
+    state = (rows.new_zeros(1, rows.shape[1]), rows.new_zeros(1, rows.shape[1]))
+    outputs = []
+    for row in rows[:, None]:
+        state = cell(row, state)
+        outputs.append(state[0])
+    return torch.cat(outputs)
+
+
+class _LazyLSTMCell(LazyModuleMixin, nn.LSTMCell):
+    """An LSTM cell that takes its sizes from its first input, which is `times` as wide as its output."""
+
+    cls_to_become = nn.LSTMCell
+
+    def __init__(self, times: int) -> None:
+        super().__init__(0, 0)
+        self.times = times
+        for name in list(self._parameters):
+            setattr(self, name, UninitializedParameter())
+
+    def initialize_parameters(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> None:
+        """Makes the parameters, unless a state_dict has."""
+        self.input_size, self.hidden_size = inputs.shape[1], inputs.shape[1] // self.times
+        if self.has_uninitialized_params():
+            gates = 4 * self.hidden_size
+            shapes = {"weight_ih": (gates, self.input_size), "weight_hh": (gates, self.hidden_size)}
+            for name, parameter in self._parameters.items():
+                cast(UninitializedParameter, parameter).materialize(shapes.get(name, (gates,)))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As in torch, once there are parameters."""
+        if self.hidden_size:
+            super().reset_parameters()

@@ -1,0 +1,164 @@
+"""Memory module: support embeddings are written, one by one, to a key-value memory with ages; targets query it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.heads.fitted import FittedHead
+from metawrap.inner_loop.masking import ignored_label
+from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.settings.settings import check_number, check_switch, check_whole
+
+_FREE = -1
+
+
+class MemoryModule(Embedded):
+    """A memory of normalised keys, their classes and their ages.
+
+    Each support example, in order, queries the memory with its normalised embedding q. If the nearest key n has its
+    class, that key becomes (q + K[n]) / |q + K[n]|; else q is written to a free slot, or over the oldest. The slot's
+    age becomes 0, all others grow by 1. A target gets the class of its nearest key: the logit of a class is t times the
+    cosine with the nearest key of that class among the k nearest keys, and -t where none of them has it.
+
+    The memory loss of a target, with n_p its nearest key of the same class and n_b that of any other class, is
+    max(0, q K[n_b] - q K[n_p] + alpha), where 0 stands for a key that is not there. To its mean over targets
+    `task_loss * loss_fn(logits, target_y)` is added.
+
+    As in the paper: the update, the ages and the memory loss. As in the authors' code: the memory is empty at the start
+    of each episode. Different: gradients flow into the keys (there they do not, because keys outlive their step; here
+    all are of the task's own graph), `loss_fn` is added to the memory loss, free slots are filled before any is written
+    over, positive and negative keys are sought in the whole memory (the same wherever the k nearest hold both), the
+    noise on ages, which keeps parallel writers apart there, is drawn in training only, keys are the embeddings
+    themselves, without one more projection, and targets alone are trained on. key_gradients=False and task_loss=0
+    bring back the first two.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
+        slots: of the memory; at least one for each class.
+        neighbours: k, how many nearest keys a logit may come from.
+        margin: alpha, of the memory loss.
+        inverse_temperature: t.
+        age_noise: half the range of the uniform noise on ages when the oldest is sought, in presentations.
+        task_loss: weight of `loss_fn` on the logits; 0 for the memory loss alone, as in the paper on Omniglot.
+        key_gradients: whether gradients flow into the keys, too.
+        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: Kaiser, Nachum, Roy, Bengio 2017, arXiv:1703.03129, Section 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int = 8192,
+        neighbours: int = 256,
+        margin: float = 0.1,
+        inverse_temperature: float = 40.0,
+        age_noise: float = 8.0,
+        task_loss: float = 1.0,
+        key_gradients: bool = True,
+        **keywords: Unpack[EmbeddedKeywords],
+    ) -> None:
+        for name, count in {"slots": slots, "neighbours": neighbours}.items():
+            check_whole(name, count, 1)
+        numbers = {"margin": margin, "age_noise": age_noise, "task_loss": task_loss}
+        for name, number in numbers.items():
+            check_number(name, number, 0)
+        check_number("inverse_temperature", inverse_temperature, 0, open_below=True)
+        check_switch("key_gradients", key_gradients)
+        if task_loss == 0 and "loss_fn" in keywords:
+            raise ArgumentError("loss_fn: has no effect with task_loss=0. Leave it out, or give task_loss a weight.")
+        options: dict[str, Any] = {"slots": slots, "neighbours": neighbours, "key_gradients": key_gradients}
+        options |= {**numbers, "inverse_temperature": inverse_temperature}
+        super().__init__(model, keywords, options=options)
+        self.slots, self.neighbours, self.margin = slots, neighbours, margin
+        self.inverse_temperature, self.age_noise = inverse_temperature, age_noise
+        self.task_loss, self.key_gradients = task_loss, key_gradients
+
+    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> Memory:
+        if ways > self.slots:
+            raise TaskError(f"support_y has {ways} classes, but the memory has {self.slots} slots. Raise slots=.")
+        queries = support if self.key_gradients else support.detach()
+        # More slots than examples would stay free.
+        memory = Memory(queries, min(self.slots, len(queries)), ways, self.neighbours, self.inverse_temperature)
+        noise = self.age_noise if self.training else 0.0
+        for query, label in zip(queries, labels.tolist(), strict=True):
+            memory.write(query, label, noise)
+        return memory
+
+    def _judged(
+        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
+    ) -> tuple[Tensor, Tensor]:
+        memory = self._fitted(support, labels, ways)
+        prediction = memory(target)
+        counted = target_y != ignored_label(self.loss_fn)
+        loss = memory.loss(target[counted], target_y[counted], self.margin)
+        if self.task_loss:
+            loss = loss + self.task_loss * self._loss(prediction, target_y, "target")
+        return prediction, loss
+
+
+class Memory(FittedHead):
+    """keys: (slots, numbers), of length 1, or 0 while free. values: (slots,) classes, -1 while free. ages: (slots,)."""
+
+    keys: Tensor
+    values: Tensor
+    ages: Tensor
+
+    def __init__(self, like: Tensor, slots: int, ways: int, neighbours: int, inverse_temperature: float) -> None:
+        super().__init__()
+        self.ways, self.neighbours, self.inverse_temperature = ways, neighbours, inverse_temperature
+        self.register_buffer("keys", like.new_zeros(slots, like.shape[1]))
+        self.register_buffer("values", torch.full((slots,), _FREE, device=like.device))
+        self.register_buffer("ages", torch.zeros(slots, device=like.device))
+
+    def write(self, query: Tensor, value: int, noise: float) -> None:
+        """Remembers that an embedding (numbers,) is of a class; `noise` on the ages says which slot is the oldest."""
+        query = nn.functional.normalize(query, dim=0)
+        used = int((self.values != _FREE).sum())
+        nearest = int((self.keys[:used] @ query).argmax()) if used else None
+        key = query
+        if nearest is not None and int(self.values[nearest]) == value:
+            slot = nearest
+            key = nn.functional.normalize(query + self.keys[nearest], dim=0)
+        elif used < len(self.values):
+            slot = used
+        else:
+            slot = int((self.ages + (noise * (2 * torch.rand_like(self.ages) - 1) if noise else 0)).argmax())
+        here = torch.arange(len(self.values), device=query.device) == slot
+        # New tensors, not edited ones: earlier ones are part of the graph.
+        self.keys = torch.where(here[:, None], key, self.keys)
+        self.values = torch.where(here, value, self.values)
+        self.ages = torch.where(here, 0, self.ages + 1)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        near = self._cosines(embeddings).topk(min(self.neighbours, len(self.values)), dim=1)
+        classes = torch.arange(self.ways, device=near.indices.device)
+        is_class = self.values[near.indices][:, None] == classes[:, None]
+        return self.inverse_temperature * torch.where(is_class, near.values[:, None], -1.0).amax(2)
+
+    def loss(self, embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:
+        """The mean memory loss of targets (targets, numbers) of classes (targets,)."""
+        cosines = self._cosines(embeddings)
+        same = self.values == labels[:, None]
+        positive, negative = _greatest(cosines, same), _greatest(cosines, ~same & (self.values != _FREE))
+        return torch.relu(negative - positive + margin).sum() / max(len(labels), 1)
+
+    def _cosines(self, embeddings: Tensor) -> Tensor:
+        # A free slot is as far away as can be.
+        cosines = nn.functional.normalize(embeddings, dim=1) @ self.keys.T
+        return torch.where(self.values == _FREE, -1.0, cosines)
+
+
+def _greatest(cosines: Tensor, among: Tensor) -> Tensor:
+    """The greatest of each row where `among` holds, 0 where it holds nowhere: (targets, slots) to (targets,)."""
+    return torch.where(among.any(1), torch.where(among, cosines, -2.0).amax(1), 0.0)

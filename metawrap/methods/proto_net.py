@@ -1,0 +1,57 @@
+"""Prototypical networks: support embeddings -> the mean of each class -> minus the distance of a target to each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from metawrap.errors import ArgumentError
+from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
+from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+
+Distance = Literal["euclidean", "cosine"]
+
+
+class ProtoNet(Embedded):
+    """Prototypical networks: a target belongs to the class whose mean support embedding is nearest.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
+        distance: "euclidean" (squared, as in the paper) or "cosine" (one minus the cosine).
+        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1 and 2.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddedKeywords]
+    ) -> None:
+        if distance not in ("euclidean", "cosine"):
+            raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {distance!r}.")
+        super().__init__(model, keywords, options={"distance": distance})
+        self.distance: Distance = distance
+
+    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+        return Prototypes(class_means(support, labels, ways), self.distance)
+
+
+class Prototypes(FittedHead):
+    """Logits are minus the distance to each prototype. prototypes: (ways, numbers)."""
+
+    prototypes: Tensor
+
+    def __init__(self, prototypes: Tensor, distance: Distance) -> None:
+        super().__init__()
+        self.distance = distance
+        self.register_buffer("prototypes", prototypes)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        if self.distance == "cosine":
+            return cosine_similarities(embeddings, self.prototypes) - 1
+        return -squared_distances(embeddings, self.prototypes)

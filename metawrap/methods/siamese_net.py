@@ -1,0 +1,113 @@
+"""Siamese networks: twin embeddings -> a learned weighting of their L1 distance -> probability of the same class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from metawrap.heads.fitted import FittedHead
+from metawrap.inner_loop.masking import ignored_label
+from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+
+
+class SiameseNet(Embedded):
+    """Siamese networks: a target belongs to the class of the support example that it most likely shares a class with.
+
+    Two examples are of one class with probability sigmoid(sum_j a_j |f(x)_j - f(x')_j| + b), a and b learned. Trained
+    on the pairs of a task by binary cross-entropy: each support example with each target and with each other support
+    example. There are more unlike than like pairs, so the mean over the like and the mean over the unlike ones count
+    half each, which is what drawing as many of one as of the other, as the paper does, is in the mean. The prediction
+    of a class is the largest of its support examples' matches, before the sigmoid.
+
+    Differs from the paper: pairs are those of one task; there is the bias b; for embeddings of n numbers each a_j
+    starts at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the
+    first step on, and pairs whose numbers are half a unit apart are undecided (with b = 0 it learned far more slowly);
+    nothing is squashed before the distance, and there is no distortion of the images: both are the user's own to add.
+
+    Args:
+        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
+        keywords: see `EmbeddedKeywords` and `OuterKeywords`. A loss_fn takes the place of the cross-entropy on pairs:
+            it gets the prediction for the targets, (targets, ways), and their labels.
+    Raises:
+        ArgumentError: an argument has the wrong type, range or combination.
+        UnsupportedModuleError: the model has something that cannot be carried.
+
+    Source: Koch, Zemel, Salakhutdinov 2015, Siamese neural networks for one-shot image recognition, ICML Deep Learning
+    Workshop, section 3.
+    """
+
+    match: nn.Linear
+
+    def __init__(self, model: nn.Module, **keywords: Unpack[EmbeddedKeywords]) -> None:
+        super().__init__(model, keywords, parts={"match": _Match()})
+        self.on_pairs = "loss_fn" not in keywords
+
+    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+        return BestMatch(support, labels, ways, self.match)
+
+    def _judged(
+        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        head = BestMatch(support, labels, ways, self.match)
+        matches = head.matches(target)
+        prediction = head.best(matches)
+        if not self.on_pairs:
+            return prediction, self._loss(prediction, target_y, "target")
+        shown = target_y != ignored_label(self.loss_fn)
+        one, other = torch.triu_indices(len(labels), len(labels), 1, device=labels.device).unbind()
+        among = self.match((support[one] - support[other]).abs()).squeeze(-1)
+        pairs = torch.cat([matches[shown].flatten(), among])
+        like = torch.cat([(target_y[shown, None] == labels).flatten(), labels[one] == labels[other]])
+        return prediction, pair_loss(pairs, like)
+
+
+def pair_loss(pairs: Tensor, like: Tensor) -> Tensor:
+    """Binary cross-entropy of pairs, where the like and the unlike ones count half each; all, where one kind is absent.
+
+    Args:
+        pairs: (pairs,), the match before the sigmoid. like: (pairs,), whether both are of one class.
+    """
+    losses = F.binary_cross_entropy_with_logits(pairs, like.to(pairs.dtype), reduction="none")
+    kinds = [kind.mean() for kind in (losses[like], losses[~like]) if len(kind)]
+    return torch.stack(kinds).mean() if kinds else losses.mean()
+
+
+class BestMatch(FittedHead):
+    """Logits are a class's best match. support: (examples, numbers). labels: (examples,)."""
+
+    support: Tensor
+    labels: Tensor
+
+    def __init__(self, support: Tensor, labels: Tensor, ways: int, match: nn.Linear) -> None:
+        super().__init__()
+        self.ways, self.match = ways, match
+        self.register_buffer("support", support)
+        self.register_buffer("labels", labels)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        return self.best(self.matches(embeddings))
+
+    def matches(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, support examples): how well they match, before the sigmoid."""
+        matches: Tensor = self.match((embeddings[:, None] - self.support).abs()).squeeze(-1)
+        return matches
+
+    def best(self, matches: Tensor) -> Tensor:
+        """(targets, support examples) to (targets, ways)."""
+        return torch.stack([matches[:, self.labels == way].amax(1) for way in range(self.ways)], 1)
+
+
+class _Match(nn.LazyLinear):
+    """One number from the distances of two embeddings; sized by the first."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def reset_parameters(self) -> None:
+        """As `SiameseNet` says; nothing before the size is known."""
+        if self.in_features and not self.has_uninitialized_params():
+            nn.init.constant_(self.weight, -(self.in_features**-0.5))
+            nn.init.constant_(self.bias, self.in_features**0.5 / 2)

@@ -1,0 +1,242 @@
+"""The outer update: clip, refuse what is not finite, step the optimizer, follow the schedule.
+
+Nothing here synchronises with the device when the optimizer is fused: a step whose gradient is not finite is masked
+there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from metawrap.errors import ArgumentError, MetaWrapWarning
+from metawrap.settings.schedules import cosine_meta_lr, linear_meta_lr
+from metawrap.settings.settings import OuterSettings
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class OuterUpdate:
+    """Owns the optimizer and the schedule of a learner's own parameters: built in, Adam and a half cosine.
+
+    switch: the setting that turns the built-in schedule on.
+    """
+
+    switch = "cosine_annealing"
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        settings: OuterSettings,
+        optimizer: OptimizerFactory | None,
+        scheduler: SchedulerFactory | None,
+    ) -> None:
+        self.settings = settings
+        self.optimizer = _built(optimizer, parameters) if optimizer else self._own_optimizer(parameters)
+        self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
+        # A user's optimizer or scheduler keeps its own rate; the schedule belongs to the optimizer built here.
+        self.anneals = getattr(settings, self.switch) and not (optimizer or scheduler)
+
+    def take_over(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+        """Puts the user's optimizer in place of the present one; the schedule of that one ends.
+
+        Raises:
+            ArgumentError: it is no usable optimizer, or holds a parameter that is not the learner's.
+        """
+        _check_optimizer(optimizer, "the assigned value")
+        own = {id(parameter) for parameter in parameters}
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ArgumentError(
+                "optimizer: it holds parameters that are not the learner's. The learner works on a copy of the model: "
+                "build the optimizer from learner.parameters()."
+            )
+        self.optimizer, self.scheduler, self.anneals = optimizer, None, False
+
+    def take_over_schedule(self, scheduler: Any) -> None:
+        """Puts the user's scheduler, of the present optimizer, in place of the present schedule."""
+        _check_scheduler(scheduler, "the assigned value")
+        if scheduler.optimizer is not self.optimizer:
+            raise ArgumentError("scheduler: it belongs to another optimizer. Build it from learner.optimizer.")
+        self.scheduler, self.anneals = scheduler, False
+
+    def start(self, epoch: int) -> float:
+        """Sets this epoch's rate where the built-in schedule rules it; returns the rate in use."""
+        if self.anneals:
+            rate = self._rate_of(epoch)
+            for group in self.optimizer.param_groups:
+                if group["lr"] != rate and group["lr"] not in map(self._rate_of, range(self.settings.epochs + 1)):
+                    warnings.warn(
+                        f"Learning rate {group['lr']} is not one of the {self.switch.split('_')[0]} schedule, and is "
+                        f"set to {rate:.3g}. "
+                        f"To rule it yourself, build the learner with {self.switch}=False.",
+                        MetaWrapWarning,
+                        stacklevel=3,
+                    )
+                group["lr"] = rate
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        s = self.settings
+        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.betas, fused=_can_fuse(parameters))
+
+    def _rate_of(self, epoch: int) -> float:
+        s = self.settings
+        return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
+
+    def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raises ArgumentError when a parameter that is to be learned is not the optimizer's to move."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+        if missing:
+            raise ArgumentError(
+                f"optimizer: it does not hold {', '.join(missing)}, which would never be learned. Freeze them with "
+                "requires_grad_(False), give the optimizer all parameters, or wrap the model again if a module or "
+                "parameter of learner.model was replaced."
+            )
+
+    def follow(self, named: Iterable[tuple[str, nn.Parameter]], made: Iterable[nn.Parameter]) -> None:
+        """Takes in parameters that were made since it was built, and lets go of those that are gone.
+
+        The new ones join the first group, in the learner's order, so that the places of a stored state are the same in
+        a learner that is built from it.
+
+        Args:
+            named: all of the learner's parameters. made: the new ones.
+        """
+        names = {id(parameter): name for name, parameter in named}
+        order, new = {key: place for place, key in enumerate(names)}, list(made)
+        for index, group in enumerate(self.optimizer.param_groups):
+            kept = [p for p in [*group["params"], *(new if index == 0 else [])] if id(p) in names]
+            group["params"] = sorted({id(p): p for p in kept}.values(), key=lambda p: order[id(p)]) if new else kept
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
+        for parameter in [p for p in self.optimizer.state if id(p) not in names]:
+            del self.optimizer.state[parameter]
+
+    def lengthen(self, parameter: nn.Parameter, more: Tensor) -> None:
+        """Puts rows behind those of a parameter, of which nothing is remembered yet; it stays the same parameter."""
+        before = parameter.shape
+        parameter.grad = None
+        parameter.data = torch.cat([parameter.detach(), more])
+        state = self.optimizer.state.get(parameter, {})
+        remembered = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        if any(value.shape != before for value in remembered.values()):
+            del self.optimizer.state[parameter]  # In a form of the optimizer's own, which cannot be lengthened.
+            return
+        for key, value in remembered.items():
+            state[key] = torch.cat([value, torch.zeros_like(more, dtype=value.dtype)])
+
+    def apply(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Puts the gradients in `.grad` and steps.
+
+        Returns:
+            The L2 norm of the gradient before clipping, and a bool scalar: whether it was finite and the step taken.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                # One that was frozen since the last step would be moved by what it still holds.
+                parameter.grad = None
+        if not isinstance(self.optimizer, torch.optim.SparseAdam):
+            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient)
+            # What was saved before the parameter's layout changed is loaded as it was.
+            state = self.optimizer.state.get(parameter, {})
+            state.update({key: _laid_out_as(parameter, v) for key, v in state.items() if isinstance(v, Tensor)})
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(present)
+        finite = torch.isfinite(norm)
+        if self.settings.max_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.settings.max_grad_value)
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self._step_where(finite)
+        return norm, finite
+
+    def end(self, iteration: int) -> None:
+        """Steps the user's scheduler at the end of each epoch."""
+        if self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0:
+            self.scheduler.step()
+
+    def _step_where(self, finite: Tensor) -> None:
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The way GradScaler tells a fused optimizer to skip on the device.
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).to(torch.float32)
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+        elif bool(finite):
+            optimizer.step()
+
+
+class PlainOuterUpdate(OuterUpdate):
+    """Built in: plain SGD, whose rate goes down to zero in equal parts, epoch by epoch."""
+
+    switch = "linear_annealing"
+
+    def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return torch.optim.SGD(parameters, lr=self.settings.meta_lr, fused=_can_fuse(parameters))
+
+    def _rate_of(self, epoch: int) -> float:
+        return linear_meta_lr(epoch, self.settings.epochs, self.settings.meta_lr)
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the parameter's layout in memory; torch's fused optimizers take it for granted, unchecked."""
+    if tensor.layout != torch.strided or tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+
+
+def _built(factory: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    if isinstance(factory, Optimizer) or not callable(factory):
+        raise ArgumentError(
+            "optimizer: expected a function from parameters to an optimizer, such as "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1), but got {type(factory).__name__}. The learner "
+            "works on a copy of the model, so an optimizer built beforehand holds other parameters."
+        )
+    made: Optimizer = factory(parameters)
+    _check_optimizer(made, "what the function returned")
+    return made
+
+
+def _check_optimizer(made: Any, what: str) -> None:
+    if not isinstance(made, Optimizer):
+        raise ArgumentError(f"optimizer: {what} is {type(made).__name__}, expected a torch optimizer.")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ArgumentError(
+            "optimizer: LBFGS evaluates the loss several times a step, which one meta-gradient cannot give. "
+            "Use a first-order optimizer such as Adam or SGD."
+        )
+
+
+def _scheduled(factory: Any, optimizer: Optimizer) -> LRScheduler:
+    if isinstance(factory, LRScheduler) or not callable(factory):
+        raise ArgumentError(
+            "scheduler: expected a function from an optimizer to a scheduler, such as "
+            f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), but got {type(factory).__name__}."
+        )
+    made: LRScheduler = factory(optimizer)
+    _check_scheduler(made, "what the function returned")
+    return made
+
+
+def _check_scheduler(made: Any, what: str) -> None:
+    if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
+        raise ArgumentError(
+            f"scheduler: {what} is {type(made).__name__}, expected a scheduler whose step() needs no metric. "
+            "Step others yourself on learner.optimizer, after each validation."
+        )

@@ -1,0 +1,1 @@
+"""Keyword arguments of learners: defaults, presets and checks."""

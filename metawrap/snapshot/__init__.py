@@ -1,0 +1,1 @@
+"""State of modules, buffers and generators: read, compared, and put back."""

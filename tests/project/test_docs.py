@@ -1,0 +1,299 @@
+"""The documents hold: every example runs, every shell line is understood, and every public name is in the reference.
+
+The ```python and ```sh blocks of a page run in order, in one namespace and one empty folder; a ```yaml block that
+begins with the name of its file is written there. What a reader has anyway (`model`, `tasks`) a page brings in a
+comment that is not shown, before the block that needs it:
+
+    <!-- setup
+    model = ...
+    -->
+
+or, for the README, `PREAMBLES` does. A `metawrap` line of a ```sh block runs as it stands but for its size (`SMALL`)
+and for data that nobody has here (`stand_in`). Other programs' lines are looked up: files, extras and make targets must
+exist, and `ELSEWHERE` says which test runs the script, or why none does. Blocks of another language are text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import published
+import pytest
+import torch
+
+import metawrap
+import metawrap.data
+import metawrap.sklearn
+import metawrap.training
+from metawrap.cli import main
+from metawrap.cli.arguments import build_parser
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PREAMBLES = {
+    "README.md": """
+from metawrap.backbones import Conv4
+from metawrap.data import EpisodeSampler, load_data
+model = Conv4(filters=4)
+sampler = EpisodeSampler(load_data("glyphs").train)
+tasks = list(sampler.batches(2))
+support_x, support_y, target_x, target_y = sampler.batch(5)[0].parts()
+"""
+}
+BLOCK = re.compile(
+    r"<!-- setup\n(?P<setup>.*?)^-->|^```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+# Later flags win: each line runs with its own, and at this size.
+SMALL = {
+    "train": "--epochs 1 --iterations 2 --batch 2 --filters 4 --inner-steps 2 --targets 2 --validation-tasks 4 "
+    "--test-tasks 4 --device cpu",
+    "compare": "--epochs 1 --budget 2 --filters 4 --validation-tasks 4 --test-tasks 4 --device cpu",
+    "evaluate": "--tasks 4",
+}
+# What is not run here: the test that runs it, or why none does.
+ELSEWHERE = {
+    "examples/wrap_your_cnn.py": "tests/project/test_examples.py",
+    "examples/accelerate_loop.py": "tests/project/test_neighbours.py",
+    "benchmarks/compare.py": "tests/project/test_benchmarks.py",
+    "benchmarks/gpu.py": "tests/project/test_benchmarks.py",
+    "pip": "installs, which the tests' own environment was made by",
+    "make": "runs the tests",
+    "tensorboard": "serves until it is stopped; tests/training/test_insight.py reads what it would show",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """line: of its first line of code, from 1."""
+
+    kind: str
+    code: str
+    line: int
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    for match in BLOCK.finditer(text):
+        name = "setup" if match["setup"] is not None else "code"
+        line = text.count("\n", 0, match.start(name)) + 1
+        yield Block("python" if name == "setup" else match["kind"], match[name], line)
+
+
+def pages_with(kind: str) -> list[Any]:
+    found = [page for page in PAGES if any(block.kind == kind for block in blocks_of(page.read_text()))]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in found]
+
+
+def run_page(page: Path, text: str) -> int:
+    """Runs a page's blocks, in order; an error names the page and its line. Returns how many shell lines ran."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+    exec(PREAMBLES.get(page.name, ""), namespace)
+    ran = 0
+    for block in blocks_of(text):
+        if block.kind == "python":
+            run_python(page, block, namespace)
+        elif block.kind == "yaml" and (name := re.match(r"# ([\w.-]+\.yaml)\n", block.code)):
+            Path(name[1]).write_text(block.code)
+        elif block.kind == "sh":
+            for number, words in shell_lines(block):
+                if (rest := metawrap_words(words)) is not None:
+                    run_metawrap(f"{page}:{number}", rest)
+                    ran += 1
+    return ran
+
+
+def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
+    code = "\n" * (block.line - 1) + block.code
+    try:
+        exec(compile(code, str(page), "exec"), namespace)
+    except Exception as error:
+        trace, line = error.__traceback__, getattr(error, "lineno", None) or block.line
+        while trace is not None:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(page) else line
+            trace = trace.tb_next
+        raise AssertionError(f"{page}:{line}: {type(error).__name__}: {error}") from error
+
+
+def run_metawrap(place: str, words: list[str]) -> None:
+    # A recipe of a page is small itself, and refuses what is given twice.
+    small = [] if "--recipe" in words else SMALL.get(words[0], "").split() + stand_in(words)
+    if small[-1:] == ["glyphs"] and "--data-root" in words:
+        place_of_root = words.index("--data-root")
+        words = words[:place_of_root] + words[place_of_root + 2 :]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", metawrap.MetaWrapWarning)
+        code = main([*words, *small])
+    assert code == 0, f"{place}: metawrap {' '.join([*words, *small])} ended with {code}"
+
+
+def stand_in(words: list[str]) -> list[str]:
+    """Flags for a training run on data that would have to be fetched: files of the published form, or glyphs."""
+    data = words[words.index("--data") + 1] if "--data" in words else None
+    if data == "mini-imagenet":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                published, "MINI", {p: [f"n{i}{j:07d}" for j in range(5)] for i, p in enumerate(published.MINI)}
+            )
+            published.mini_csv(Path("mini"))
+        return ["--data-root", "mini"]
+    return ["--data", "glyphs"] if words[0] == "train" and data in (None, "omniglot") else []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python" in page.read_text() or "```sh" in page.read_text()],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    matplotlib.use("Agg")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        run_page(page, page.read_text())
+
+
+def test_what_is_not_run_here_is_run_elsewhere() -> None:
+    lines = [
+        words
+        for page in PAGES
+        for block in blocks_of(page.read_text())
+        if block.kind == "sh"
+        for _, words in shell_lines(block)
+    ]
+    other = {
+        next((word for word in words if word.endswith(".py")), Path(words[0]).name)
+        for words in lines
+        if metawrap_words(words) is None
+    }
+    assert other == set(ELSEWHERE)
+    for script, where in ELSEWHERE.items():
+        if where.startswith("tests/"):
+            assert script in (ROOT / where).read_text() or Path(script).stem in (ROOT / where).read_text()
+
+
+def shell_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
+    """The words of each line, comments left out and continued lines joined, with the line's number."""
+    waiting, start = "", block.line
+    for number, line in enumerate(block.code.splitlines(), block.line):
+        start = start if waiting else number
+        waiting += line
+        if waiting.endswith("\\"):
+            waiting = waiting[:-1] + " "
+            continue
+        words = shlex.split(waiting, comments=True)
+        waiting = ""
+        if words:
+            yield start, words
+
+
+def metawrap_words(words: list[str]) -> list[str] | None:
+    """What follows `metawrap`, however it is started; None where something else is."""
+    for index, word in enumerate(words):
+        if Path(word).name == "metawrap" and (index == 0 or words[index - 1] == "-m"):
+            return words[index + 1 :]
+    return None
+
+
+def problem_with(words: list[str]) -> str | None:
+    """What is wrong with a line, if anything is."""
+    if (rest := metawrap_words(words)) is not None:
+        try:
+            build_parser().parse_args(rest)
+        except (SystemExit, argparse.ArgumentError) as error:
+            return None if isinstance(error, SystemExit) and error.code == 0 else "its flags do not parse"
+        return None
+    program = Path(words[0]).name
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        wrong = [word for word in words[1:] if "=" not in word and word not in targets]
+        return f"the Makefile has no target {wrong}" if wrong else None
+    if program in ("pip", "pip3"):
+        table = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+        extras = re.findall(r"^(\w+) = ", table, re.MULTILINE)
+        asked = {name for word in words for names in re.findall(r"\[(.*)\]", word) for name in names.split(",")}
+        return f"pyproject.toml has no extra {sorted(asked - set(extras))}" if asked - set(extras) else None
+    scripts = [word for word in words if word.endswith((".py", ".sh"))]
+    if scripts and program in ("python", "bash", "accelerate", "torchrun"):
+        missing = [script for script in scripts if not (ROOT / script).exists()]
+        return f"there is no {missing}" if missing else None
+    return None if program in ("pre-commit", "mkdocs", "tensorboard") else "this test does not know the program"
+
+
+@pytest.mark.parametrize("page", pages_with("sh"))
+def test_every_shell_line_of_a_page_is_understood(page: Path) -> None:
+    blocks = [block for block in blocks_of(page.read_text()) if block.kind == "sh"]
+    lines = [(number, words) for block in blocks for number, words in shell_lines(block)]
+    wrong = [f"{page}:{number}: {words}: {problem}" for number, words in lines if (problem := problem_with(words))]
+    assert lines
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_failing_example_is_reported_with_its_page_and_line() -> None:
+    text = "# A page\n\n```python\nx = 1\n```\n\ntext\n\n```python\ny = x\nassert y == 2, 'no'\n```\n"
+    with pytest.raises(AssertionError, match=r"page\.md:11: AssertionError: no"):
+        run_page(Path("page.md"), text)
+    with pytest.raises(AssertionError, match=r"page\.md:4: SyntaxError"):
+        run_page(Path("page.md"), "\n\n```python\nx = = 1\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:2: metawrap recipes no-such-recipe ended with 2"):
+        run_page(Path("page.md"), "```sh\nmetawrap recipes no-such-recipe\n```\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("metawrap train --no-such-flag", "do not parse"),
+        ("torchrun --nproc-per-node=2 -m metawrap tarin", "do not parse"),
+        ("metawrap train --epochs 3", None),
+        ("make no-such-target", "no target"),
+        ('pip install ".[no-such-extra]"', "no extra"),
+        ("python examples/none.py", "there is no"),
+        ("rm -rf runs", "does not know"),
+    ],
+)
+def test_a_wrong_shell_line_is_found(line: str, problem: str | None) -> None:
+    found = problem_with(shlex.split(line))
+    assert (found is None) if problem is None else (found is not None and problem in found)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)) | set(re.findall(r"`(metawrap[\w.]+)`", text))
+    names = {f"metawrap.{name}" for name in metawrap.__all__}
+    names |= {f"metawrap.data.{name}" for name in metawrap.data.__all__}
+    names |= {f"metawrap.training.{name}" for name in metawrap.training.__all__}
+    names |= {"metawrap.sklearn.FewShotClassifier"}
+    assert not names - shown
+
+
+def test_every_page_and_picture_is_reached() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(DOCS)) for page in [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb")]]
+    assert not [page for page in pages if page not in nav]
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert not [picture.name for picture in (DOCS / "images").iterdir() if picture.name not in text]
+
+
+def test_the_notebook_runs_and_is_stored_without_output(tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the kernel's own connection
+        nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    accuracy = {
+        moment: float(value) for moment, value in re.findall(r"(before|after) training: .*?accuracy ([\d.]+) %", text)
+    }
+    assert accuracy["after"] > accuracy["before"] > 0
+    kinds = [kind for cell in notebook.cells for o in cell.get("outputs", []) for kind in o.get("data", {})]
+    assert kinds.count("image/png") == 2

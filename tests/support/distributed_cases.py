@@ -1,0 +1,444 @@
+"""What each of two processes does for test_distributed.py. Every function whose name starts with case_ runs in both,
+one after another, in one pair of processes: starting torch costs seconds. What they return is compared there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from face import build, gradients_of, snapshot, statistics_of
+from models import NormedMlp, class_tasks, seeded
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import metawrap.training.experiment
+from metawrap import Task
+from metawrap.training.launch import seed_dropout
+from metawrap.training.run import train
+from metawrap.training.run_settings import RunSettings
+
+TASKS = [Task(*parts, id=number) for number, parts in enumerate(zip(*class_tasks((4,), tasks=4), strict=True))]
+SHARES = {"equal": (TASKS[:2], TASKS[2:]), "unequal": (TASKS[:1], TASKS[1:])}
+
+
+class PartlyUsed(NormedMlp):
+    """`never` is in no graph; `some` only in that of the last task, whose first input is marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = nn.Linear(2, 2)
+        self.some = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        return output * self.some if float(x[0, 0]) > 50 else output
+
+
+class Counting(NormedMlp):
+    """Its forward edits a buffer, as a running statistic of one's own does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.detach().sum()
+        return super().forward(x)
+
+
+class SparseEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4, sparse=True)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.table(x.abs().long().clamp(max=8)).mean(1))
+
+
+class TwoPrecisions(NormedMlp):
+    """A parameter in single precision among double ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def double(self) -> nn.Module:
+        super().double()
+        self.scale.data = self.scale.data.float()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Float64Net(nn.Module):
+    """In double precision inside, so that two worlds can be compared to 1e-9. Its norm stands behind an activation:
+    what shifts the input of a norm has a gradient of zero up to rounding, and Adam makes steps of that."""
+
+    def __init__(self, ways: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, 8),
+            nn.Tanh(),
+            nn.BatchNorm1d(8),
+            nn.Dropout(dropout),
+            nn.Linear(8, ways),
+        ).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.double())
+
+
+def plain_net(ways: int) -> nn.Module:
+    return Float64Net(ways)
+
+
+def dropout_net(ways: int) -> nn.Module:
+    return Float64Net(ways, 0.3)
+
+
+RUN = RunSettings(
+    model="distributed_cases:plain_net",
+    image_size=8,
+    inner_steps=2,
+    targets=2,
+    epochs=3,
+    ensemble=2,
+    iterations_per_epoch=3,
+    tasks_per_batch=3,
+    validation_tasks=4,
+    test_tasks=4,
+    device="cpu",
+)
+DROPOUT_RUN = replace(RUN, model="distributed_cases:dropout_net")
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def fresh(model: type[nn.Module] = NormedMlp, seed: int = 0, **options: Any) -> Any:
+    return build(seeded(model, seed), **{"optimizer": sgd, "cosine_annealing": None} | options)
+
+
+def state_of(learner: Any) -> dict[str, Any]:
+    return {
+        "gradients": gradients_of(learner),
+        "statistics": statistics_of(learner),
+        "state": snapshot(learner.state_dict()),
+    }
+
+
+def stepped(learner: Any, tasks: Any) -> dict[str, Any]:
+    m = learner.meta_step(tasks)
+    metrics = {"loss": m.loss, "accuracy": m.accuracy, "gradient_norm": m.gradient_norm, "skipped": m.skipped}
+    return metrics | {"step_losses": m.step_losses} | state_of(learner)
+
+
+def in_ddp(learner: Any, **options: Any) -> DistributedDataParallel:
+    # The newer name of broadcast_buffers.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(learner, **{name: False}, **options)
+
+
+def backward(ddp: Any, learner: Any, tasks: Any) -> dict[str, Any]:
+    learner.zero_grad()
+    output = ddp(tasks)
+    output.loss.backward()
+    found = {"loss": float(output.loss.detach()), "accuracy": float(output.accuracy)}
+    return found | {"own": len(output.predictions)} | state_of(learner)
+
+
+def failure(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def case_meta_step(rank: int, _: Path) -> Any:
+    return {name: stepped(fresh(), share[rank]) for name, share in SHARES.items()}
+
+
+def case_in_threads_and_measured(rank: int, _: Path) -> Any:
+    # Each process measures for itself, and may choose another way: that is no difference between learners.
+    ways = {"threads": {"workers": 2}, "measured": {"tune": True}}
+    return {name: stepped(fresh(**way), SHARES["unequal"][rank])["gradients"] for name, way in ways.items()}
+
+
+def case_three_steps_of_adam(rank: int, _: Path) -> Any:
+    learner = build(seeded(NormedMlp))
+    return [stepped(learner, SHARES[name][rank]) for name in ("equal", "unequal", "equal")][-1]
+
+
+def case_per_step_norms_apart(rank: int, _: Path) -> Any:
+    found = {}
+    for norm in ("support", "running"):
+        learner = fresh(norm=norm, per_step_norm_statistics=norm == "running")
+        found[norm] = stepped(learner, SHARES["unequal"][rank])
+    return found
+
+
+def marked(tasks: list[Task]) -> list[Task]:
+    """The last task, marked in every part's first input, for PartlyUsed."""
+
+    def mark(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[0, 0] = 100
+        return x
+
+    last = tasks[-1]
+    return [*tasks[:-1], replace(last, support_x=mark(last.support_x), target_x=mark(last.target_x))]
+
+
+def case_unused(rank: int, _: Path) -> Any:
+    share = (TASKS[:1], marked(TASKS[1:]))[rank]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that `never` and, on rank 0, `some` are unused
+        return stepped(fresh(PartlyUsed), share)
+
+
+def case_two_precisions(rank: int, _: Path) -> Any:
+    return stepped(fresh(TwoPrecisions), SHARES["unequal"][rank])
+
+
+def case_ddp(rank: int, _: Path) -> Any:
+    found = {}
+    for name, share in SHARES.items():
+        learner = fresh()
+        found[name] = backward(in_ddp(learner), learner, share[rank])
+    return found
+
+
+def case_ddp_unused(rank: int, _: Path) -> Any:
+    """Two rounds: DDP complains of a missing gradient at the second."""
+    share = (TASKS[:1], marked(TASKS[1:]))[rank]
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, options in {
+            "plain": {},
+            "find_unused": {"find_unused_parameters": True},
+            "static": {"static_graph": True},
+        }.items():
+            learner = fresh(PartlyUsed)
+            ddp = in_ddp(learner, **options)
+            found[name] = [backward(ddp, learner, share) for _ in range(2)]
+    return found
+
+
+def case_ddp_around_another_module(rank: int, _: Path) -> Any:
+    class Outer(nn.Module):
+        def __init__(self, learner: Any) -> None:
+            super().__init__()
+            self.learner = learner
+
+        def forward(self, tasks: Any) -> Any:
+            return self.learner(tasks)
+
+    learner = fresh()
+    return backward(in_ddp(Outer(learner)), learner, SHARES["unequal"][rank])
+
+
+def case_ddp_accumulates(rank: int, _: Path) -> Any:
+    learner = fresh()
+    ddp = in_ddp(learner)
+    with ddp.no_sync():
+        ddp(SHARES["unequal"][rank]).loss.backward()
+    ddp(SHARES["equal"][rank]).loss.backward()
+    return state_of(learner)
+
+
+def case_ddp_flat_memory(rank: int, _: Path) -> Any:
+    learner = fresh(memory="flat")
+    return backward(in_ddp(learner), learner, SHARES["unequal"][rank])
+
+
+def case_one_fails(rank: int, _: Path) -> Any:
+    good = SHARES["equal"][rank]
+    late = replace(good[1], target_y=good[1].target_y + 7)  # fails in its target pass, after a whole task
+    bad = {"late": [good[0], late], "none": [], "form": "no tasks"}
+    learner = fresh()
+    before = snapshot(learner.state_dict())
+    found: dict[str, Any] = {
+        kind: failure(lambda tasks=tasks: learner.meta_step(tasks if rank == 1 else good))
+        for kind, tasks in bad.items()
+    }
+    found["before"], found["after"] = before, snapshot(learner.state_dict())
+    ddp = in_ddp(learner)
+    found["ddp"] = failure(lambda: ddp(bad["late"] if rank == 1 else good))
+    found["after_ddp"] = snapshot(learner.state_dict())
+    copied = fresh()
+    again = in_ddp(copied)
+    failure(lambda: again(bad["late"] if rank == 1 else good))
+    found["then_ddp"] = backward(again, copied, good)
+    found["then"] = stepped(learner, good)
+    return found
+
+
+def case_not_the_same(rank: int, _: Path) -> Any:
+    good = SHARES["equal"][rank]
+    ahead = fresh()
+    ahead.meta_step(good)
+    ahead.iteration += rank
+    loaded = fresh()
+    loaded.meta_step(good)
+    if rank == 1:
+        state = loaded.state_dict()
+        state["model.linear.bias"] = state["model.linear.bias"] + 1
+        loaded.load_state_dict(state)
+    rates = fresh(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1 + rank))
+    frozen = fresh()
+    frozen.meta_step(good)
+    (frozen.model.first.bias, frozen.model.norm.bias)[rank].requires_grad_(False)
+    other = fresh()
+    ddp = in_ddp(other)
+    return {
+        "seed": failure(lambda: fresh(seed=rank).meta_step(good)),
+        "iteration": failure(lambda: ahead.meta_step(good)),
+        "loaded": failure(lambda: loaded.meta_step(good)),
+        "settings": failure(lambda: fresh(inner_momentum=0.1 * rank).meta_step(good)),
+        "optimizer": failure(lambda: rates.meta_step(good)),
+        "frozen": failure(lambda: frozen.meta_step(good)),
+        "call": failure(lambda: (other.meta_step if rank else ddp)(good)),
+    }
+
+
+def case_not_finite(rank: int, _: Path) -> Any:
+    learner = fresh()
+    good = SHARES["equal"][rank]
+    bad = [good[0], replace(good[1], target_x=good[1].target_x * float("nan"))]
+    before = snapshot(learner.state_dict())
+    found = stepped(learner, bad if rank == 1 else good)
+    return {"before": before, "step": found, "next": stepped(learner, good)}
+
+
+def case_stored_heads(rank: int, _: Path) -> Any:
+    learner = fresh(head="linear", head_init="stored")
+    learner.meta_step(SHARES["unequal"][rank])
+    return learner.head_start.get_extra_state()["stored"]
+
+
+def case_edited_buffers(rank: int, _: Path) -> Any:
+    learner = fresh(Counting)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.meta_step(SHARES["unequal"][rank])
+    alone = fresh(Counting)
+    alone.distributed = False
+    alone.meta_step(SHARES["unequal"][rank])
+    return {"seen": learner.model.seen, "alone": alone.model.seen, "warnings": [str(w.message) for w in caught]}
+
+
+def case_alone(rank: int, _: Path) -> Any:
+    """Calls that only one process makes, so that waiting for the other would hang."""
+    learner = fresh()
+    found: dict[str, Any] = {}
+    if rank == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found["loss"] = float(learner(TASKS).loss.detach())
+        found["warnings"] = [str(w.message) for w in caught]
+        found["evaluated"] = learner.evaluate(TASKS).mean
+        learner.eval()(TASKS)
+        learner.train().adapt(TASKS[0].support_x, TASKS[0].support_y)
+        learner.distributed = False
+        learner(TASKS)
+        learner.meta_step(TASKS)
+    ddp = in_ddp(fresh()).eval()
+    if rank == 1:
+        with torch.no_grad():
+            found["ddp_eval"] = float(ddp(TASKS).loss)
+    return found
+
+
+def case_refused(rank: int, _: Path) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    good = SHARES["equal"][rank]
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = fresh()
+    sharded.model.linear.weight = nn.Parameter(
+        distribute_tensor(sharded.model.linear.weight.detach(), mesh, [Shard(0)])
+    )
+    sparse = fresh(optimizer=lambda parameters: torch.optim.SparseAdam(list(parameters)))
+    embedding = in_ddp(fresh(SparseEmbedding))
+    fsdp = fresh()
+    fully_shard(fsdp, mesh=mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that forward is called by itself
+        forward = failure(lambda: fsdp(good))
+    return {
+        "fsdp_forward": forward,
+        "sharded": failure(lambda: sharded.meta_step(good)),
+        "embedding": failure(lambda: embedding(good)),
+        "sparse": failure(lambda: sparse.meta_step(good)),
+        "fsdp": failure(lambda: fsdp.meta_step(good)),
+    }
+
+
+def as_after(run: Path, epoch: int, copy: Path) -> None:
+    """The run as it was when that epoch ended."""
+    (copy / "checkpoints").mkdir(parents=True)
+    for name in ("run.json", *(f"checkpoints/epoch-{number + 1:04d}.pt" for number in range(epoch))):
+        shutil.copy(run / name, copy / name)
+
+
+def case_train(rank: int, folder: Path) -> Any:
+    """A whole run, and one whose first epoch was made by one process, which will make the last one, too."""
+    result = train(RUN, folder / "whole")
+    train(RUN, folder / "begun-alone", resume=True)
+    few = failure(lambda: train(replace(RUN, tasks_per_batch=1), folder / "few"))
+    taken = failure(lambda: train(RUN, folder / "whole"))
+    return {"test": result["test"], "few": few, "taken": taken}
+
+
+def case_train_with_dropout(rank: int, folder: Path) -> Any:
+    """A whole run, and the same, resumed after an epoch with other random states than the first had by then."""
+    train(DROPOUT_RUN, folder / "dropout")
+    if rank == 0:
+        as_after(folder / "dropout", 1, folder / "dropout-resumed")
+    torch.manual_seed(99 + rank)
+    train(DROPOUT_RUN, folder / "dropout-resumed", resume=True)
+    torch.manual_seed(5)
+    seed_dropout(7, 3)
+    return torch.rand(4)
+
+
+def main(rank: int, folder: Path) -> None:
+    """Runs every case and saves what they return, or how they failed."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    metawrap.training.experiment.load_data = functools.cache(metawrap.training.experiment.load_data)
+    cases = {name: case for name, case in globals().items() if name.startswith("case_")}
+    # So that a fault ends the tests rather than holding them up for gloo's half hour.
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timeout)
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        try:
+            found[name] = case(rank, folder)
+        except BaseException:
+            found[name] = traceback.format_exc()
+            print(f"rank {rank}, {name}:\n{found[name]}", file=sys.stderr)
+            break
+    torch.save(found, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
