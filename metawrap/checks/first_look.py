@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines import BufferEdits
-from metawrap.engines.calling import same_value
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
-from metawrap.inner_loop.outcome import untouched_buffers
-from metawrap.surgery.copying import containers_in
-from metawrap.surgery.inspect import registered_buffers
 from metawrap.tasks import tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -208,64 +200,6 @@ def warn_fallback(reason: str) -> None:
         MetaWrapWarning,
         stacklevel=5,
     )
-
-
-@contextmanager
-def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None = None) -> Iterator[None]:
-    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call.
-
-    Args:
-        edits: takes note of the buffers that were edited in place, also where torch does not: through `.data`.
-    """
-    index: list[Any] = [device] if device.type == "cuda" else []
-    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    buffers = [(name, b, b._version, b.clone()) for name, b in registered_buffers(model)]
-    edited: set[str] = set()
-    containers = [(live, live.copy()) for live in containers_of(*model.modules())]
-    others = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(index), untouched_buffers(model):
-            yield
-            edited = {name for name, b, version, value in buffers if b._version != version or not same_value(b, value)}
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for live, kept in containers:
-            live.clear()
-            (live.update if hasattr(live, "update") else live.extend)(kept)
-        with torch.no_grad():
-            for parameter, value in weights:
-                if not torch.equal(parameter, value):
-                    parameter.copy_(value)
-        for _, buffer, _, _ in buffers:
-            if buffer.grad_fn is not None:  # Its value is back; the graph that forward wrote into it is not wanted.
-                buffer.detach_()
-    if edits is not None:
-        edits.add(edited)
-
-
-@contextmanager
-def attributes_put_back(own: dict[str, Any]) -> Iterator[None]:
-    """Puts back an object's attributes, and the contents of those that are plain containers."""
-    before = dict(own)
-    containers = [(live, live.copy()) for live in containers_in(before.values())]
-    try:
-        yield
-    finally:
-        own.clear()
-        own.update(before)
-        for live, kept in containers:
-            live.clear()
-            (live.update if hasattr(live, "update") else live.extend)(kept)
-
-
-def containers_of(*modules: nn.Module) -> Iterator[Any]:
-    """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
-    return containers_in(value for module in modules for value in module.__dict__.values())
 
 
 _NO_GRADIENT = (

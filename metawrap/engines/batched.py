@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metawrap.engines.calling import BufferEdits, same_value
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.task_axis import Convolution, TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
 from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments, StepClock
-from metawrap.snapshot.left_behind import Before
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import BufferEdits, ModuleState, slots_of
 from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import map_tensors, tensors_in
 
@@ -69,7 +69,7 @@ class BatchedEngine:
             return output, [(seen.mean, seen.variance) for seen in passes], left
 
         args = (dict(weights), inputs, captured)
-        before = Before(self._modules)
+        before = self._state()
         try:
             output, moments, captured = self._mapped(run, *args)
             self._refuse_changes(before, inputs, lambda: self._mapped(run, *args))
@@ -94,10 +94,10 @@ class BatchedEngine:
         then that of one task.
         """
         if not self._one_by_one:
-            before = Before([])
+            before = Generators()
             try:
                 output = self._mapped(function, *args)
-                if not before.has_drawn():
+                if not before.moved() & _SHARED_DRAWS:
                     return output
                 failed = False
             except Exception as error:
@@ -132,7 +132,7 @@ class BatchedEngine:
         """See `Engine.inner_optimizer`; every rule goes entry by entry, so the task axis is one more axis to it."""
         return OwnInnerOptimizer(rule)
 
-    def _refuse_changes(self, before: Before, inputs: Any, again: Callable[[], Any]) -> None:
+    def _refuse_changes(self, before: ModuleState, inputs: Any, again: Callable[[], Any]) -> None:
         """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""
         changes = list(before.changes())
         for change in changes:
@@ -143,26 +143,28 @@ class BatchedEngine:
         self._refuse_edits()
         form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(inputs))
         keys = {None if change.key is None else (change.key, form) for change in changes}
-        moved = before.has_drawn() or (before.torch_has_drawn() and not self._axis.may_drop)
-        if keys <= self._settled and not moved:
+        if keys <= self._settled and not self._draws(before):
             return
         # Again: a cache stays as it is, and a generator that another thread draws from does, too.
-        between = Before(self._modules)
+        between = self._state()
         device = tensors_in(inputs)[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             again()
-            if between.has_drawn():
-                raise UnsupportedModuleError(
-                    cannot(
-                        "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's "
-                        "dropout"
-                    )
-                )
-            if between.torch_has_drawn() and not self._axis.may_drop:
-                raise UnsupportedModuleError(cannot(DRAWS))
+            if drawn := self._draws(between):
+                raise UnsupportedModuleError(cannot(drawn))
         if changed := [change.name for change in between.changes()]:
             raise UnsupportedModuleError(cannot(f"each call of its forward changes {changed[0]}, {ONCE}"))
         self._settled |= keys - {None}
+
+    def _state(self) -> ModuleState:
+        return ModuleState(self._modules, buffers=True, containers="own")
+
+    def _draws(self, before: ModuleState) -> str | None:
+        """Which random draws since then are refused, or None."""
+        moved = before.generators.moved()
+        if moved & _SHARED_DRAWS:
+            return "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout"
+        return DRAWS if moved and not self._axis.may_drop else None
 
     def _refuse_edits(self) -> None:
         if self._edits.edited:
@@ -170,20 +172,15 @@ class BatchedEngine:
 
     def _run_alone(self, run: Callable[..., Any], args: Any) -> None:
         """Raises what a task raises by itself, or names what it edits; leaves nothing behind."""
-        before = Before(self._modules)
-        buffers = [(b, b.clone()) for _, module in self._modules for b in module._buffers.values() if b is not None]
+        before, buffers = self._state(), slots_of(self._modules)
         try:
             for own in _each_alone(args):
                 run(*own)
             self._refuse_edits()
         finally:
             before.put_back()
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not same_value(buffer, value):
-                        buffer.copy_(value)
-                    if buffer.grad_fn is not None:
-                        buffer.detach_()
+            for slot in buffers:
+                slot.put_back()
 
 
 def cannot(reason: str) -> str:
@@ -209,6 +206,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else type(error).__name__
 
 
+_SHARED_DRAWS = {"python", "numpy"}
 _OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor")
 ONCE = "once for all tasks, not for each"
 DRAWS = "its forward draws random numbers, not through torch's dropout, so that it cannot be checked"

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits
 from metawrap.inner_loop.update_rules import InnerOptimizer, UpdateRule
+from metawrap.snapshot.module_state import BufferEdits
 
 
 class Engine(Protocol):

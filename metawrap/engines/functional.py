@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
+from metawrap.engines.calling import EditedBuffers, call_model
 from metawrap.engines.quick import QuickForms
 from metawrap.errors import UnsupportedModuleError
 from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
+from metawrap.engines.calling import EditedBuffers, call_model
 from metawrap.engines.quick import QuickForms
 from metawrap.inner_loop.update_rules import Gradients, InnerOptimizer, State, UpdateRule
+from metawrap.snapshot.module_state import BufferEdits
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from metawrap.checks.first_look import (
     FirstLook,
     Gradients,
-    attributes_put_back,
     differ,
     refuse_bypassed,
     refuse_carried_graphs,
     refuse_other_layout,
     support_gradient,
-    unchanged,
     warn_alone,
     warn_fallback,
     warn_once,
@@ -58,7 +56,8 @@ from metawrap.learner.learner import LossFunction
 from metawrap.learner.pace import DisturbedError, Paced
 from metawrap.settings.schedules import is_second_order
 from metawrap.settings.settings import Memory, Settings
-from metawrap.snapshot.traces import Traces
+from metawrap.snapshot.module_state import attributes_put_back, unchanged
+from metawrap.snapshot.reachable_state import LeftBehind
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
@@ -184,7 +183,7 @@ class GradientBased(Paced):
                 refuse_other_layout(lambda: self._support_prediction(learned, task.map(Tensor.clone)))
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates, Traces(self._parts()) as traces:
+            with HardGates() as gates, LeftBehind(self._parts()) as left:
                 unused = support_gradient(learned, support_loss)
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
@@ -214,8 +213,8 @@ class GradientBased(Paced):
         if once:
             warn_once(once, self.settings.first_order_epochs)
         several = differentiable and self.model.training and self.settings.workers != 1
-        left = traces.found or (self._worker_differs(task, self.speed.processes) if several else None)
-        return FirstLook(unused, differentiable, once, left)
+        found = left.found or (self._worker_differs(task, self.speed.processes) if several else None)
+        return FirstLook(unused, differentiable, once, found)
 
     @contextmanager
     def _unchanged(self, edits: bool = False) -> Iterator[None]:

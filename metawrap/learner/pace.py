@@ -24,11 +24,13 @@ from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_
 from metawrap.execution.threads import has_modes, in_threads, replica
 from metawrap.execution.tuning import Speed, fastest, to_channels_last
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.outcome import Solved, restored_buffers, usable
+from metawrap.inner_loop.outcome import Solved, usable
 from metawrap.learner.learner import Chunk, LossFunction, Method, Result
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
-from metawrap.snapshot.traces import Generators, difference, state_of
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import restored_buffers
+from metawrap.snapshot.reachable_state import difference, state_of
 from metawrap.surgery.inspect import find_hooks
 from metawrap.tasks import Task, TaskBatch, map_tensors
 

@@ -28,7 +28,7 @@ from metawrap.engines import Engine, InnerOptimizer, State, clipped
 from metawrap.errors import MetaWrapWarning
 from metawrap.inner_loop.flat_memory import Judge, Point, Tape, pulled_through
 from metawrap.inner_loop.masking import check_masked_loss, ignored_label, mask_unused, used_labels
-from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, restored_buffers, solved_from
+from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, solved_from
 from metawrap.inner_loop.stacking import alike, apart, stacked, start_of
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
@@ -48,6 +48,7 @@ from metawrap.settings.settings import (
     check_preset,
     resolve,
 )
+from metawrap.snapshot.module_state import restored_buffers
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
 from metawrap.tasks import Inputs, Task, TaskId, map_tensors, tensors_in

@@ -1,7 +1,7 @@
-"""What solving a task leaves behind besides its result: what the next task, or the user, might read.
+"""All state that a call of a model or a loss can reach, read by value: what one task may leave behind for the next.
 
-All that the model and the loss hold is read, by value where a value can be read: attributes, buffers, generators of
-random numbers, the user's own objects, what functions enclose, class attributes, and the globals that code names.
+Read are attributes, buffers, random generators, the user's own objects, variables that functions enclose, class
+attributes, and the globals that code names. A value that cannot be read is reported as such.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metawrap.snapshot.generators import Generators
+from metawrap.surgery.copying import enclosed, slot_names
+
 State = dict[str, Any]
 _TABLES = ("_parameters", "_buffers", "_modules")
 _SIMPLE: tuple[type, ...] = (
@@ -37,16 +40,17 @@ _FIXED: tuple[type, ...] = (
     types.MethodWrapperType,
 )
 _DEPTH = 8
+_RANDOM = "random numbers"
 
 
-class Traces:
-    """`with Traces([model, loss_fn]) as traces: ...`; then `traces.found` says what has changed, or None."""
+class LeftBehind:
+    """`with LeftBehind([model, loss_fn]) as left: ...`; then `left.found` names a change made in the block."""
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._parts = list(parts)
         self.found: str | None = None
 
-    def __enter__(self) -> Traces:
+    def __enter__(self) -> LeftBehind:
         self._before = state_of(self._parts)
         return self
 
@@ -55,10 +59,10 @@ class Traces:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """What differs between two states, in words, or None."""
+    """The first difference between two states in words, or None."""
     for name in [*after, *before]:
         if before.get(name) != after.get(name):
-            if name.startswith(_RANDOM):
+            if name == _RANDOM:
                 return "it draws random numbers, which come in the order of the tasks"
             return f"forward changes '{name}'"
     unread = next((name for name, value in after.items() if _has_unread(value)), None)
@@ -66,42 +70,14 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | Non
 
 
 def state_of(parts: Iterable[Any]) -> State:
-    """All that a call of the parts could change, but for their parameters' values, by name."""
+    """Everything that a call of the parts could change, by name; tensors count by identity and version."""
     reader = _Reader()
-    state = dict(_generators())
+    state: State = {_RANDOM: Generators()}
     for part in parts:
         for path, owner in part.named_modules() if isinstance(part, nn.Module) else [("the loss", part)]:
             for name, value in _held(owner):
                 state[f"{path}.{name}" if path else name] = reader.read(value)
     return state
-
-
-_RANDOM = "random numbers of "
-
-
-class Generators:
-    """The states of the three generators that everybody shares, and of a GPU's."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.states = torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate()
-        self._device = device if device is not None and device.type == "cuda" else None
-        self._on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
-
-    def put_back(self) -> None:
-        """Sets them to these states again."""
-        torch.set_rng_state(self.states[0])
-        np.random.set_state(self.states[1])
-        random.setstate(self.states[2])
-        if self._device is not None and self._on_device is not None:
-            torch.cuda.set_rng_state(self._on_device, self._device)
-
-
-def _generators() -> Iterator[tuple[str, Any]]:
-    ours, numpys, pythons = Generators().states
-    _, numbers, place, *_ = numpys
-    yield f"{_RANDOM}torch", ours.numpy().tobytes()
-    yield f"{_RANDOM}numpy", (numbers.tobytes(), place)  # type: ignore[union-attr]
-    yield f"{_RANDOM}python", pythons
 
 
 def _held(owner: Any) -> Iterator[tuple[str, Any]]:
@@ -176,14 +152,8 @@ class _Reader:
             return id(value), None if value.is_inference() else value._version
         if isinstance(value, np.ndarray):
             return value.shape, str(value.dtype), value.tobytes() if value.dtype != object else read(value.tolist())
-        if isinstance(value, np.random.Generator):
-            return read(value.bit_generator.state)
-        if isinstance(value, np.random.RandomState):
-            return read(value.get_state(legacy=True))
-        if isinstance(value, random.Random):
-            return value.getstate()
-        if isinstance(value, torch.Generator):
-            return value.get_state().numpy().tobytes()
+        if isinstance(value, np.random.Generator | np.random.RandomState | random.Random | torch.Generator):
+            return Generators(held=[value], shared=False)
         if isinstance(value, dict | types.MappingProxyType):
             return tuple((read(key), read(item)) for key, item in value.items())
         if isinstance(value, list | tuple | deque):
@@ -191,30 +161,18 @@ class _Reader:
         if isinstance(value, set | frozenset):
             return frozenset(repr(item) for item in value)
         if isinstance(value, types.FunctionType):
-            inside = [_content(cell) for cell in value.__closure__ or ()]
             named = [item for _, item in _globals_of(value)]
-            return id(value), read(inside), read(value.__defaults__), read(value.__kwdefaults__), read(named)
+            return id(value), read(enclosed(value)), read(value.__defaults__), read(value.__kwdefaults__), read(named)
         if isinstance(value, types.MethodType):
             return id(value.__func__), read(value.__self__)
         if isinstance(value, contextvars.ContextVar):
             return read(value.get(None))
         if isinstance(value, functools.partial):
             return read(value.func), read(value.args), read(value.keywords)
-        slots = [name for cls in type(value).__mro__ for name in _names(vars(cls).get("__slots__", ()))]
+        slots = slot_names(value)
         if hasattr(value, "__dict__") or slots:
             own = dict(getattr(value, "__dict__", {})) | {n: getattr(value, n, None) for n in slots if n != "__dict__"}
             own.pop("__weakref__", None)
             if own or type(value).__module__.split(".")[0] != "builtins":
                 return tuple((name, read(item)) for name, item in own.items())
         return _Unread(value)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # A variable that was not assigned yet.
-        return None
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
