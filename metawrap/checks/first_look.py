@@ -24,14 +24,14 @@ class FirstLook:
 
     unused: adapted parameters that the support loss does not depend on.
     differentiable: whether it was looked at with gradients to come.
-    once: why the model cannot be differentiated twice; None if it can, or need not.
-    traces: what a pass leaves behind, so that tasks must be solved one after another; None if nothing.
+    no_second_derivative: why the model cannot be differentiated twice; None if it can, or need not.
+    left_behind: what one task leaves behind for the next, so that tasks must be solved in order; None if nothing.
     """
 
     unused: list[str]
     differentiable: bool = False
-    once: str | None = None
-    traces: str | None = None
+    no_second_derivative: str | None = None
+    left_behind: str | None = None
 
 
 def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
@@ -174,7 +174,7 @@ def warn_unused(unused: list[str]) -> None:
         )
 
 
-def warn_once(reason: str, epoch: float) -> None:
+def warn_no_second_derivative(reason: str, epoch: float) -> None:
     """Reports that training will stop when second-order gradients begin."""
     warnings.warn(
         f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
@@ -183,7 +183,7 @@ def warn_once(reason: str, epoch: float) -> None:
     )
 
 
-def warn_alone(workers: int | str, reason: str) -> None:
+def warn_tasks_in_order(workers: int | str, reason: str) -> None:
     """Reports that tasks are solved one after another although more workers were asked for."""
     warnings.warn(
         f'workers={workers}: tasks are solved one after another, because {reason}. Pass workers="auto" to silence '
@@ -193,7 +193,7 @@ def warn_alone(workers: int | str, reason: str) -> None:
     )
 
 
-def warn_fallback(reason: str) -> None:
+def warn_functional_instead_of_higher(reason: str) -> None:
     """Reports that `auto` leaves `higher` for `functional`."""
     warnings.warn(
         f"engine='auto' falls back to 'functional': {reason}. Pass engine='functional' to silence this.",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from metawrap.checks.first_look import FirstLook, Gradients, warn_alone
+from metawrap.checks.first_look import FirstLook, Gradients, warn_tasks_in_order
 from metawrap.engines import ENGINES, BufferEdits, Engine, differentiable_twice
 from metawrap.engines.batched import first_line
 from metawrap.execution.cuda_graphs import Recordings, check_can_record, form_of
@@ -99,7 +99,7 @@ class Paced(Method):
                 self._in_one_thread = None
             raise
         if self.settings.workers not in (1, "auto"):  # What was measured is nobody's wish; describe() says it.
-            warn_alone(self.settings.workers, self._in_one_thread)
+            warn_tasks_in_order(self.settings.workers, self._in_one_thread)
         return found
 
     def _replayed(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> tuple[list[Solved], list[Tensor | None]]:
@@ -135,7 +135,7 @@ class Paced(Method):
             return "torch has hooks on all modules, which may touch what is outside of it"
         if (hooked := find_hooks(self.model)) is not None:
             return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
-        return look.traces if (look := self._looks.get(True)) else None
+        return look.left_behind if (look := self._looks.get(True)) else None
 
     def _parts(self) -> tuple[nn.Module, Any]:
         return self.model, self.loss_fn
@@ -154,7 +154,7 @@ class Paced(Method):
         chosen = None
         try:
             self._prepare(usable(few[0]))
-            if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].once:
+            if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].no_second_derivative:
                 self.settings = replace(settings, first_order_epochs=0)
             task = usable(few[0])
             counts = [n for n in range(2, cores + 1) if cores % n == 0]

@@ -15,7 +15,8 @@ import re
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import PurePath
@@ -28,7 +29,6 @@ from torch import Tensor, nn
 from metawrap.snapshot.generators import Generators
 from metawrap.surgery.copying import enclosed, slot_names
 
-State = dict[str, Any]
 _TABLES = ("_parameters", "_buffers", "_modules")
 _SIMPLE: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, Decimal, Fraction, PurePath, range, slice, enum.Enum),
@@ -43,47 +43,41 @@ _DEPTH = 8
 _RANDOM = "random numbers"
 
 
-class LeftBehind:
-    """`with LeftBehind([model, loss_fn]) as left: ...`; then `left.found` names a change made in the block."""
+@dataclass
+class ReachableState:
+    """values: by name. unread: the first name whose value cannot be read, or None."""
 
-    def __init__(self, parts: Iterable[Any]) -> None:
-        self._parts = list(parts)
-        self.found: str | None = None
-
-    def __enter__(self) -> LeftBehind:
-        self._before = state_of(self._parts)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.found = difference(self._before, state_of(self._parts))
+    values: dict[str, Any]
+    unread: str | None = None
 
 
-def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+def state_of(parts: Iterable[Any]) -> ReachableState:
+    """Everything that a call of the parts could change; tensors count by identity and version."""
+    reader, state = _Reader(), ReachableState({_RANDOM: Generators()})
+    for part in parts:
+        for path, owner in part.named_modules() if isinstance(part, nn.Module) else [("the loss", part)]:
+            for local, value in _held(owner):
+                name = f"{path}.{local}" if path else local
+                state.values[name] = reader.read(value)
+                if reader.has_unread and state.unread is None:
+                    state.unread = name
+    return state
+
+
+def difference(before: ReachableState, after: ReachableState) -> str | None:
     """The first difference between two states in words, or None."""
-    for name in [*after, *before]:
-        if before.get(name) != after.get(name):
+    for name in [*after.values, *before.values]:
+        if before.values.get(name) != after.values.get(name):
             if name == _RANDOM:
                 return "it draws random numbers, which come in the order of the tasks"
             return f"forward changes '{name}'"
-    unread = next((name for name, value in after.items() if _has_unread(value)), None)
-    return None if unread is None else f"nothing can tell whether forward changes '{unread}'"
-
-
-def state_of(parts: Iterable[Any]) -> State:
-    """Everything that a call of the parts could change, by name; tensors count by identity and version."""
-    reader = _Reader()
-    state: State = {_RANDOM: Generators()}
-    for part in parts:
-        for path, owner in part.named_modules() if isinstance(part, nn.Module) else [("the loss", part)]:
-            for name, value in _held(owner):
-                state[f"{path}.{name}" if path else name] = reader.read(value)
-    return state
+    return None if after.unread is None else f"nothing can tell whether forward changes '{after.unread}'"
 
 
 def _held(owner: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(owner, nn.Module):
         for name, value in owner.__dict__.items():
-            # A recurrent module caches its weights; the engine puts the cache right after each call.
+            # A recurrent module caches its weights; the engine renews the cache after each call.
             if name not in _TABLES and not (isinstance(owner, nn.RNNBase) and name.startswith("_flat_weight")):
                 yield name, value
         yield from owner._buffers.items()
@@ -100,7 +94,7 @@ def _held(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a function names, but for what is code."""
+    """The globals that a function names, except classes, modules and functions."""
     for name in _global_names(function.__code__):
         value = function.__globals__.get(name)
         if not isinstance(value, (*_FIXED, types.FunctionType)):
@@ -112,27 +106,15 @@ def _global_names(code: types.CodeType) -> frozenset[str]:
     return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
 
 
-class _Unread:
-    """In the place of what has no value that could be read."""
-
-    def __init__(self, value: Any) -> None:
-        self._id = id(value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unread) and other._id == self._id
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _has_unread(value: Any) -> bool:
-    return isinstance(value, _Unread) or (isinstance(value, tuple) and any(map(_has_unread, value)))
-
-
 class _Reader:
-    """Reads values into plain tuples that can be compared; each object once."""
+    """Reads values into plain tuples that can be compared; each object once.
+
+    has_unread: whether a value could not be read, and only its identity counts.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
+        self.has_unread = False
 
     def read(self, value: Any, depth: int = _DEPTH) -> Any:
         if isinstance(value, _SIMPLE):
@@ -175,4 +157,5 @@ class _Reader:
             own.pop("__weakref__", None)
             if own or type(value).__module__.split(".")[0] != "builtins":
                 return tuple((name, read(item)) for name, item in own.items())
-        return _Unread(value)
+        self.has_unread = True
+        return id(value)
