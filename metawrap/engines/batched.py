@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.engines.task_axis import Convolution, TaskAxis, is_batched
+from metawrap.engines.task_axis import TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
-from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.snapshot.generators import Generators
@@ -32,20 +31,15 @@ class BatchedEngine:
 
     name = "batched"
 
-    def __init__(
-        self, model: nn.Module, edits: BufferEdits | None = None, convolution: Convolution = "grouped"
-    ) -> None:
-        """Args: convolution: with weights of one task each, 2-D ones run as one "grouped" convolution, or "unfolded",
-        as one batch of matrix products. The values are the same; which is faster, the device decides."""
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
         self.model = model
         # Its own: what evaluation does to a buffer, task by task, is nothing to it.
         self._edits = BufferEdits(edits.aliased if edits else {})
         self._functional = FunctionalEngine(model, self._edits)
         # What has been shown to be a cache.
         self._settled: set[Hashable] = set()
-        self._convolution: Convolution = convolution
         self._one_by_one = False
-        self._axis = TaskAxis(convolution)
+        self._axis = TaskAxis()
         self._modules = list(model.named_modules())
         norms = [module for module in model.modules() if isinstance(module, PerStepNorm)]
         self._clock = norms[0].per_step.clock if norms else StepClock()
@@ -114,7 +108,7 @@ class BatchedEngine:
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             # Fused attention has no rule of its own.
-            with TaskAxis(self._convolution) as self._axis, sdpa_kernel(SDPBackend.MATH):
+            with TaskAxis() as self._axis, sdpa_kernel(SDPBackend.MATH):
                 output = function(*_refilled(args, tensors))
             shells.append(output)
             return tensors_in(output)
@@ -127,10 +121,6 @@ class BatchedEngine:
                 raise
             raise UnsupportedModuleError(cannot(f"torch.func.vmap cannot run it: {first_line(error)}")) from error
         return _refilled(shells[-1], found)
-
-    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
-        """See `Engine.inner_optimizer`; every rule goes entry by entry, so the task axis is one more axis to it."""
-        return OwnInnerOptimizer(rule)
 
     def _refuse_changes(self, before: ModuleState, inputs: Any, again: Callable[[], Any]) -> None:
         """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""

@@ -24,9 +24,9 @@ from metawrap.checks.first_look import (
     refuse_carried_graphs,
     refuse_other_layout,
     support_gradient,
-    warn_tasks_in_order,
     warn_functional_instead_of_higher,
     warn_no_second_derivative,
+    warn_tasks_in_order,
     warn_unused,
 )
 from metawrap.checks.second_derivative import missing_second_derivative

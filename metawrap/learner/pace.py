@@ -154,7 +154,10 @@ class Paced(Method):
         chosen = None
         try:
             self._prepare(usable(few[0]))
-            if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].no_second_derivative:
+            if (
+                not math.isinf(settings.first_order_epochs)
+                and not self._looks[self.model.training].no_second_derivative
+            ):
                 self.settings = replace(settings, first_order_epochs=0)
             task = usable(few[0])
             counts = [n for n in range(2, cores + 1) if cores % n == 0]
