@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metawrap.checks.first_look import unchanged
 from metawrap.errors import DivergedError, MetaWrapError
 from metawrap.inner_loop.outcome import autograd, usable
 from metawrap.results import Trouble
+from metawrap.snapshot.module_state import unchanged
 from metawrap.tasks import Task, TaskBatch, tensors_in
 
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")

@@ -8,18 +8,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from metawrap.checks.first_look import containers_of
 from metawrap.engines import cannot
 from metawrap.engines.batched import DRAWS, ONCE
 from metawrap.engines.task_axis import DROPOUTS
 from metawrap.errors import UnsupportedModuleError
-from metawrap.surgery.copying import containers_in
+from metawrap.snapshot.module_state import ModuleState, slots_of
+from metawrap.surgery.copying import containers_in, enclosed
 from metawrap.tasks import Task, map_tensors
 
 
@@ -48,49 +47,18 @@ def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
     Raises:
         UnsupportedModuleError: it does: once for all tasks, where it is due for each.
     """
-    call()  # Fills what is filled at a first call.
-    before = _Traces(model)
+    call()  # Fills the caches that a first call fills.
+    named = list(model.named_modules())
+    before = ModuleState(named, containers="all", device=next(model.parameters()).device)
+    before.keep("a container that a hook writes to", _containers_of_hooks(model))
+    weights = slots_of(named, "_parameters", copies=False)
     call()
-    before.refuse_changes()
-
-
-class _Traces:
-    """What a forward may change besides attributes and buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        hooked = list(_containers_of_hooks(model))
-        self._containers = [(live, _items(live)) for live in [*containers_of(*model.modules()), *hooked]]
-        self._hooked = {id(container) for container in hooked}
-        self._versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
-        self._device = next(model.parameters()).device
-        self._drawn = self._torch_state()
-
-    def refuse_changes(self) -> None:
-        """Raises UnsupportedModuleError where something is not as it was."""
-        for live, kept in self._containers:
-            now = _items(live)
-            if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
-                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {ONCE}"))
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {ONCE}"))
-        if not all(map(torch.equal, self._drawn, self._torch_state())):
-            raise UnsupportedModuleError(cannot(DRAWS))
-
-    def _owner(self, container: Any) -> str:
-        if id(container) in self._hooked:
-            return "a container that a hook writes to"
-        held = (path for path, m in self._model.named_modules() if any(container is c for c in containers_of(m)))
-        return f"a container of '{next(held) or 'the model itself'}'"
-
-    def _torch_state(self) -> list[Tensor]:
-        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
-
-
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
+    if changes := list(before.changes()):
+        raise UnsupportedModuleError(cannot(f"each call of its forward changes {changes[-1].name}, {ONCE}"))
+    if edited := [slot.name for slot in weights if slot.edited_in_place()]:
+        raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{edited[0]}', {ONCE}"))
+    if before.generators.moved():
+        raise UnsupportedModuleError(cannot(DRAWS))
 
 
 def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
@@ -99,19 +67,12 @@ def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
             function = getattr(hook, "__func__", hook)
-            found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+            found += enclosed(function)
             holder = getattr(hook, "__self__", hook)
             found += () if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {}).values()
             if isinstance(hook, partial):
                 found += [*hook.args, *hook.keywords.values()]
     return containers_in(found)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """Engines: how a user's module is run with fast weights in place of its parameters."""
 
 from metawrap.engines.batched import BatchedEngine, cannot
-from metawrap.engines.calling import BufferEdits, HardGates, call_model, differentiable_twice
+from metawrap.engines.calling import HardGates, call_model, differentiable_twice
 from metawrap.engines.choice import ENGINES, choose_engine
 from metawrap.engines.engine import Engine
-from metawrap.engines.quick import QuickForms
-from metawrap.inner_loop.update_rules import InnerOptimizer, State, UpdateRule, clipped
+from metawrap.snapshot.module_state import BufferEdits
 
 __all__ = [
     "ENGINES",
@@ -13,13 +12,8 @@ __all__ = [
     "BufferEdits",
     "Engine",
     "HardGates",
-    "InnerOptimizer",
-    "QuickForms",
-    "State",
-    "UpdateRule",
     "call_model",
     "cannot",
     "choose_engine",
-    "clipped",
     "differentiable_twice",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from metawrap.errors import UnsupportedModuleError
+from metawrap.snapshot.module_state import BufferEdits, same_value
 
 
 def call_model(model: Any, inputs: Any) -> Any:
@@ -24,29 +23,6 @@ def call_model(model: Any, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
-
-
-@dataclass
-class BufferEdits:
-    """What forward was seen to do to buffers, by name; a learner keeps it, its engines and first looks add to it.
-
-    aliased: buffers that stand somewhere else, too, and the error that is due if forward edits one. edited: buffers
-    that forward edits in place. carried: those of them that it left with a graph.
-    """
-
-    aliased: dict[str, str] = field(default_factory=dict)
-    edited: set[str] = field(default_factory=set)
-    carried: set[str] = field(default_factory=set)
-
-    def add(self, edited: set[str]) -> None:
-        """Takes note of buffers that were edited.
-
-        Raises:
-            UnsupportedModuleError: one is aliased: a copy in its place would leave the alias behind.
-        """
-        if refused := edited & self.aliased.keys():
-            raise UnsupportedModuleError(self.aliased[min(refused)])
-        self.edited |= edited
 
 
 class EditedBuffers:
@@ -93,13 +69,6 @@ class EditedBuffers:
     def _note_graph(self, name: str, buffer: Tensor) -> None:
         if buffer.grad_fn is not None:
             self._edits.carried.add(name)
-
-
-def same_value(tensor: Tensor, value: Tensor) -> bool:
-    """Whether two tensors are equal in all respects; sparse ones, which torch cannot compare, count as equal."""
-    if tensor.layout != torch.strided or value.layout != torch.strided:
-        return tensor.layout == value.layout
-    return tensor.dtype == value.dtype and tensor.device == value.device and torch.equal(tensor, value)
 
 
 @contextmanager

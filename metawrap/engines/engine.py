@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits
-from metawrap.inner_loop.update_rules import InnerOptimizer, UpdateRule
+from metawrap.snapshot.module_state import BufferEdits
 
 
 class Engine(Protocol):
@@ -32,8 +31,4 @@ class Engine(Protocol):
 
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)` for one task; where tensors have a leading task axis, for each."""
-        ...
-
-    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
-        """What updates the fast weights of one task by this rule."""
         ...

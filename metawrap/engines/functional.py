@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
-from metawrap.engines.quick import QuickForms
+from metawrap.engines.calling import EditedBuffers, call_model
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.layers.quick_forms import QuickForms
+from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
 
 
@@ -64,7 +64,3 @@ class FunctionalEngine:
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
         """See `Engine.each`."""
         return function(*args)
-
-    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
-        """See `Engine.inner_optimizer`."""
-        return OwnInnerOptimizer(rule)

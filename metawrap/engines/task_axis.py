@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +16,25 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-from metawrap.layers.batch_norm import batch_norm
-from metawrap.layers.convolution import convolution
+from metawrap.layers.quick_forms import batch_norm, convolution
 
-Convolution = Literal["grouped", "unfolded"]
 _PLANE = 4  # Axes of a batch of images.
 
 
 class TaskAxis(TorchFunctionMode):
-    """For the time of a call under vmap.
+    """Runs operations in their own forms for the time of a call under vmap.
 
-    convolution: how weights of one task each are convolved; see BatchedEngine. may_drop: whether something was called
-    that may have drawn a mask of dropout.
+    may_drop: whether an operation was called that may have drawn a dropout mask.
     """
 
-    def __init__(self, convolution: Convolution = "grouped") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.may_drop = False
-        self._forms = _FORMS | {torch.conv2d: _grouped if convolution == "grouped" else _unfolded}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
         self.may_drop |= func in _MAY_DROP
-        return self._forms.get(func, func)(*args, **(kwargs or {}))
+        return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def is_batched(value: Any) -> bool:
@@ -226,30 +222,6 @@ def _pooled_each(tasks: int, dims: Sequence[int | None], x: Tensor, func: Callab
     return _apart(tasks, func(_beside_channels(tasks, dims[0], x), *args)), 1
 
 
-def _unfolded(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    if not is_batched(weight) or groups != 1 or input.ndim != _PLANE or padding == "same":
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    strides, spread, edges = _pair(stride), _pair(dilation), _pair(0 if padding == "valid" else padding)
-    filters, channels, *kernel = weight.shape
-    sizes = [
-        (size + 2 * edge - far * (side - 1) - 1) // step + 1
-        for size, edge, far, side, step in zip(input.shape[2:], edges, spread, kernel, strides, strict=True)
-    ]
-    patches = F.unfold(input, tuple(kernel), spread, edges, strides)
-    # One product of two matrices per task: (filters, patch) times (patch, images * places).
-    columns = patches.movedim(1, 0).reshape(channels * kernel[0] * kernel[1], -1)
-    output = (weight.reshape(filters, -1) @ columns).view(filters, input.shape[0], *sizes).movedim(0, 1)
-    return output if bias is None else output + bias.view(1, -1, 1, 1)
-
-
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
@@ -266,6 +238,7 @@ def _recurrent(name: str) -> Callable[..., Any]:
 
 
 _FORMS: dict[Any, Callable[..., Any]] = {
+    torch.conv2d: _grouped,
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
     F.instance_norm: _instance_norm,

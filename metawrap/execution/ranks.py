@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, UnsupportedModuleError
 from metawrap.inner_loop.outcome import Solved, attached, dense
 from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.snapshot.module_state import Slot, slots_of
 from metawrap.tasks import map_tensors, tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -47,19 +48,6 @@ class _Word:
     edited: list[str] = field(default_factory=list)
 
 
-class _Slot(NamedTuple):
-    """Where a buffer or a parameter of the model stands, and as what it stood there before the call."""
-
-    name: str
-    table: dict[str, Any]
-    local: str
-    tensor: Tensor
-    version: int
-
-    def edited(self) -> bool:
-        return self.table[self.local] is not self.tensor or self.tensor._version != self.version
-
-
 class Ranks:
     """The processes that share one call of a learner; made where the call begins.
 
@@ -70,7 +58,7 @@ class Ranks:
     def __init__(self, learner: Any, call: str, group: Any, in_ddp: bool = False) -> None:
         self.learner, self.call, self.group, self.in_ddp = learner, call, group, in_ddp
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self._before = list(_state_slots(learner.model)) if self.size > 1 else []
+        self._before = _state_slots(learner.model) if self.size > 1 else []
 
     @classmethod
     def of_meta_step(cls, learner: Any) -> Ranks:
@@ -289,13 +277,11 @@ def exchanging() -> Iterator[None]:
         ) from error
 
 
-def _state_slots(model: nn.Module) -> Iterator[_Slot]:
-    for path, module in model.named_modules():
-        # Per-step norms fold their statistics from what was gathered.
-        for table in (module._parameters, {} if isinstance(module, PerStepNorm) else module._buffers):
-            for local, tensor in table.items():
-                if tensor is not None:
-                    yield _Slot(f"{path}.{local}" if path else local, table, local, tensor, tensor._version)
+def _state_slots(model: nn.Module) -> list[Slot]:
+    named = list(model.named_modules())
+    # Per-step norms fold their statistics from the gathered moments.
+    slots = slots_of(named, "_parameters", copies=False) + slots_of(named, copies=False, norms=False)
+    return [slot for slot in slots if slot.tensor is not None]
 
 
 def _zeros(place: Tensor, learner: Any) -> Tensor:

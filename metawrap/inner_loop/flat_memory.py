@@ -9,22 +9,17 @@ its gradient is used, so that no more of a step is kept than its weights and the
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines.calling import same_value
 from metawrap.inner_loop.outcome import added
 from metawrap.inner_loop.update_rules import State
-from metawrap.layers.per_step_norm import PerStepNorm
-
-_TABLES = ("_parameters", "_buffers", "_modules")
+from metawrap.snapshot.module_state import ForwardState
 
 
 class Judge:
@@ -76,7 +71,7 @@ class _Start:
     """What an inner step started from."""
 
     point: Point
-    surroundings: _Surroundings
+    surroundings: ForwardState
 
 
 class Tape:
@@ -148,8 +143,8 @@ class Tape:
         self._edited = self._edited or any(weight._version != version for weight, version in self._in_use)
         self._in_use = []
 
-    def _surroundings(self) -> _Surroundings:
-        return _Surroundings(self._modules, self._device)
+    def _surroundings(self) -> ForwardState:
+        return ForwardState(self._modules, self._device)
 
 
 def pulled_through(
@@ -200,84 +195,6 @@ def _tensors_of(state: State) -> dict[Any, Tensor]:
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
-
-
-class _Surroundings:
-    """Everything besides the weights that a forward pass may read and change."""
-
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._device = device
-        self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        # Per-step norms see the batch in training; their statistics are folded as values, after the step.
-        self._buffers = [
-            (m, name, buffer, None if buffer is None else (buffer.clone(), buffer._version))
-            for m in modules
-            if not isinstance(m, PerStepNorm)
-            for name, buffer in m._buffers.items()
-        ]
-        self._attributes = [(m, {k: v for k, v in m.__dict__.items() if k not in _TABLES}) for m in modules]
-
-    def restore(self, copies: bool) -> None:
-        """Puts all back: the buffers' values as copies, for a pass that may edit them, or the buffers themselves."""
-        state, numpy_state, torch_state = self._random
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if self._on_device is not None:
-            torch.cuda.set_rng_state(self._on_device, self._device)
-        for module, name, buffer, kept in self._buffers:
-            module._buffers[name] = kept[0].clone() if copies and kept else buffer
-        for module, attributes in self._attributes:
-            for name in module.__dict__.keys() - attributes.keys() - set(_TABLES):
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-
-    def difference(self, other: _Surroundings) -> str | None:
-        """What differs, in words, or None. Does not wait for a GPU: there, an edit shows by the buffer's version."""
-        ours, theirs = self._random, other._random
-        same = ours[0] == theirs[0] and _equal_states(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
-        if not same or not _same_bytes(self._on_device, other._on_device):
-            return "it draws random numbers, which come in the order of the calls"
-        if len(self._buffers) != len(other._buffers):
-            return "forward adds or removes a buffer"
-        for (_, name, buffer, kept), (_, other_name, present, value) in zip(self._buffers, other._buffers, strict=True):
-            if name != other_name or buffer is not present or not _same_buffer(kept, value):
-                return f"forward edits the buffer '{name}'"
-        for (module, before), (_, after) in zip(self._attributes, other._attributes, strict=True):
-            for name in before.keys() | after.keys():
-                # A recurrent module caches its weights; the engine puts the cache right after each call.
-                if isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"):
-                    continue
-                if not _same_attribute(before.get(name, _MISSING), after.get(name, _MISSING)):
-                    return f"forward changes the attribute '{name}'"
-        return None
-
-
-_MISSING = object()
-_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-
-
-def _same_attribute(one: Any, other: Any) -> bool:
-    """Whether it is the same object, or a plain value that is equal."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same_attribute, one, other))
-    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
-
-
-def _equal_states(one: Any, other: Any) -> bool:
-    """Whether two states of numpy's generator are equal."""
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _same_bytes(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
-
-
-def _same_buffer(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one[1] == other[1] and (one[0].device.type != "cpu" or same_value(one[0], other[0]))
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.results import accuracy_of
 from metawrap.tasks import Task, TaskId, map_tensors, tensors_in
@@ -141,59 +140,3 @@ def autograd(enabled: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-@contextmanager
-def restored_buffers(*models: nn.Module) -> Iterator[Callable[[Tensor], None]]:
-    """Puts back the user's own buffers on an exception, and where the function it yields is told to.
-
-    The function takes a bool scalar on the model's device, so that nothing synchronises. Per-step norms are left out:
-    their statistics are folded as values, when all has gone well.
-    """
-    owners = [m for model in models for m in model.modules() if not isinstance(m, PerStepNorm)]
-    slots = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
-
-    @torch.no_grad()
-    def restore(where: Tensor | None = None) -> None:
-        for module, name, _, value in slots:
-            present = module._buffers[name]
-            if where is None or present is None:
-                module._buffers[name] = value
-            elif present.layout != torch.strided or present.shape != value.shape:  # No torch.where between these.
-                module._buffers[name] = value if bool(where) else present
-            else:
-                present.copy_(torch.where(where, value, present))
-
-    try:
-        yield restore
-    except BaseException:
-        restore()
-        raise
-
-
-@contextmanager
-def untouched_buffers(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Puts every buffer back, whether it was edited in place or replaced, and what `max_norm` edits: embeddings."""
-    if not when:
-        yield
-        return
-    tables: list[dict[str, Any]] = [m._buffers for m in model.modules()]
-    tables += [m._parameters for m in model.modules() if getattr(m, "max_norm", None) is not None]
-    slots = [(table, name, t, t._version, t.clone()) for table in tables for name, t in table.items() if t is not None]
-    empty = [(table, name) for table in tables for name, tensor in table.items() if tensor is None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for table, name, tensor, version, value in slots:
-                # torch's batch_norm edits its statistics without raising their version.
-                if tensor._version != version or not _equal(tensor, value):
-                    tensor.copy_(value)
-                table[name] = tensor
-            for table, name in empty:
-                table[name] = None
-
-
-def _equal(tensor: Tensor, value: Tensor) -> bool:
-    # Sparse tensors cannot be compared, and batch_norm takes none.
-    return tensor.layout != torch.strided or torch.equal(tensor, value)

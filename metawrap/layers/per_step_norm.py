@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
-from metawrap.layers.batch_norm import batch_norm
+from metawrap.layers.quick_forms import batch_norm
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.tasks import describe_value
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import TypedDict
 
-from metawrap.checks.first_look import FirstLook, unchanged
+from metawrap.checks.first_look import FirstLook
 from metawrap.engines import call_model
 from metawrap.errors import ArgumentError
 from metawrap.inner_loop.outcome import autograd
@@ -23,6 +23,7 @@ from metawrap.learner.description import Description
 from metawrap.learner.learner import LossFunction, Method
 from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
 from metawrap.settings.settings import NormPolicy, OuterSettings, TunedSettings, check_choice, resolve_outer
+from metawrap.snapshot.module_state import unchanged
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import wrap
 from metawrap.tasks import Inputs, Task

@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from metawrap.checks.first_look import (
     FirstLook,
     Gradients,
-    attributes_put_back,
     differ,
     refuse_bypassed,
     refuse_carried_graphs,
     refuse_other_layout,
     support_gradient,
-    unchanged,
-    warn_alone,
-    warn_fallback,
-    warn_once,
+    warn_functional_instead_of_higher,
+    warn_no_second_derivative,
+    warn_tasks_in_order,
     warn_unused,
 )
 from metawrap.checks.second_derivative import missing_second_derivative
@@ -58,7 +56,8 @@ from metawrap.learner.learner import LossFunction
 from metawrap.learner.pace import DisturbedError, Paced
 from metawrap.settings.schedules import is_second_order
 from metawrap.settings.settings import Memory, Settings
-from metawrap.snapshot.traces import Traces
+from metawrap.snapshot.module_state import attributes_put_back, unchanged
+from metawrap.snapshot.reachable_state import difference, state_of
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, TaskBatch, tensors_in
@@ -155,9 +154,9 @@ class GradientBased(Paced):
                 look = self._first_look(task.map(Tensor.clone), differentiable)
             self._looks[mode] = look
             if mode and self.settings.workers not in (1, "auto") and (reason := self._alone()):
-                warn_alone(self.settings.workers, reason)
+                warn_tasks_in_order(self.settings.workers, reason)
         if differentiable:
-            self._refuse_second_order(self._looks[mode].once)
+            self._refuse_second_order(self._looks[mode].no_second_derivative)
         if self._chosen[0] == "batched" and mode and self._batched is None:
             with autograd(True), self._unchanged(edits=True):
                 self._refuse_impure(task.map(Tensor.clone))
@@ -184,8 +183,10 @@ class GradientBased(Paced):
                 refuse_other_layout(lambda: self._support_prediction(learned, task.map(Tensor.clone)))
             versions = [tensor._version for tensor in tensors_in(task.support_x)]
             self._buffer_edits.carried.clear()
-            with HardGates() as gates, Traces(self._parts()) as traces:
+            before = state_of(self._parts())
+            with HardGates() as gates:
                 unused = support_gradient(learned, support_loss)
+            changed = difference(before, state_of(self._parts()))
             self._has_hard_gates = self._has_hard_gates or gates.seen
             self._edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
             if differentiable:
@@ -212,10 +213,10 @@ class GradientBased(Paced):
         known = {name for earlier in self._looks.values() for name in earlier.unused}
         warn_unused([name for name in unused if name not in known])
         if once:
-            warn_once(once, self.settings.first_order_epochs)
+            warn_no_second_derivative(once, self.settings.first_order_epochs)
         several = differentiable and self.model.training and self.settings.workers != 1
-        left = traces.found or (self._worker_differs(task, self.speed.processes) if several else None)
-        return FirstLook(unused, differentiable, once, left)
+        left_behind = changed or (self._worker_differs(task, self.speed.processes) if several else None)
+        return FirstLook(unused, differentiable, once, left_behind)
 
     @contextmanager
     def _unchanged(self, edits: bool = False) -> Iterator[None]:
@@ -248,7 +249,7 @@ class GradientBased(Paced):
             raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
         if reason:
             self._chosen = ("functional", reason)
-            warn_fallback(reason)
+            warn_functional_instead_of_higher(reason)
 
     def _refuse_flat_if_wrong(self, task: Task) -> None:
         engine = self._chosen[0]
@@ -332,7 +333,7 @@ class GradientBased(Paced):
             return True
         if not differentiable:
             return False
-        once = self._looks[self.model.training].once
+        once = self._looks[self.model.training].no_second_derivative
         order = self.settings.first_order_epochs if once or math.isinf(self.settings.first_order_epochs) else 0
         probe, sample, tolerance = self._for_probing(task)
         with without_dropout(probe.model):

@@ -25,7 +25,7 @@ from metawrap.errors import ArgumentError, DivergedError, MetaWrapError, MetaWra
 from metawrap.execution.allocator import keep_memory
 from metawrap.execution.out_of_memory import free_memory, is_out_of_memory, too_little_memory, warn_split
 from metawrap.execution.ranks import Ranks
-from metawrap.inner_loop.outcome import Solved, added, autograd, restored_buffers, untouched_buffers, usable
+from metawrap.inner_loop.outcome import Solved, added, autograd, usable
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.description import Description
@@ -33,7 +33,8 @@ from metawrap.learner.loading import wholly_or_not_at_all
 from metawrap.outer_update.outer_update import OptimizerFactory, OuterUpdate, SchedulerFactory
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
 from metawrap.settings.settings import OuterSettings, check_choice, check_switch
-from metawrap.snapshot.traces import Generators
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.tasks import (
     Inputs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
+from metawrap.snapshot.module_state import ModuleState
 from metawrap.tasks import describe_value
 
 
@@ -45,24 +45,17 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
 
 
 def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
-    modules = list(learner.modules())
-    attributes = [(module, dict(module.__dict__)) for module in modules]
-    tables: list[tuple[Any, Any]] = [
-        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
-    ]
-    found = {id(t): t for t in chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules)}
-    tensors = [t for t in found.values() if t is not None]
+    named = list(learner.named_modules())
+    state = ModuleState(named)
+    state.keep("tables", (table for _, m in named for table in (m._parameters, m._buffers, m._modules)))
+    places = [tensor for _, m in named for tensor in (*m._parameters.values(), *m._buffers.values())]
+    tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
     groups = [dict(group) for group in optimizer.param_groups]
-    state = {parameter: dict(value) for parameter, value in optimizer.state.items()}
+    moments = {parameter: dict(value) for parameter, value in optimizer.state.items()}
 
     def put_back() -> None:
-        for module, own in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(own)
-        for table, own in tables:
-            table.clear()
-            table.update(own)
+        state.put_back()
         with torch.no_grad():
             for tensor, kind, data, gradient, value in values:
                 tensor.__class__ = kind  # A parameter that had no size yet was of another class.
@@ -74,6 +67,6 @@ def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
         for group, known in zip(optimizer.param_groups, groups, strict=True):
             group.update(known)
         optimizer.state.clear()
-        optimizer.state.update(state)
+        optimizer.state.update(moments)
 
     return put_back

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from metawrap.checks.first_look import FirstLook, Gradients, warn_alone
+from metawrap.checks.first_look import FirstLook, Gradients, warn_tasks_in_order
 from metawrap.engines import ENGINES, BufferEdits, Engine, differentiable_twice
 from metawrap.engines.batched import first_line
 from metawrap.execution.cuda_graphs import Recordings, check_can_record, form_of
@@ -24,11 +24,13 @@ from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_
 from metawrap.execution.threads import has_modes, in_threads, replica
 from metawrap.execution.tuning import Speed, fastest, to_channels_last
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.outcome import Solved, restored_buffers, usable
+from metawrap.inner_loop.outcome import Solved, usable
 from metawrap.learner.learner import Chunk, LossFunction, Method, Result
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
-from metawrap.snapshot.traces import Generators, difference, state_of
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import restored_buffers
+from metawrap.snapshot.reachable_state import difference, state_of
 from metawrap.surgery.inspect import find_hooks
 from metawrap.tasks import Task, TaskBatch, map_tensors
 
@@ -97,7 +99,7 @@ class Paced(Method):
                 self._in_one_thread = None
             raise
         if self.settings.workers not in (1, "auto"):  # What was measured is nobody's wish; describe() says it.
-            warn_alone(self.settings.workers, self._in_one_thread)
+            warn_tasks_in_order(self.settings.workers, self._in_one_thread)
         return found
 
     def _replayed(self, batch: TaskBatch, parameters: list[nn.Parameter]) -> tuple[list[Solved], list[Tensor | None]]:
@@ -133,7 +135,7 @@ class Paced(Method):
             return "torch has hooks on all modules, which may touch what is outside of it"
         if (hooked := find_hooks(self.model)) is not None:
             return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
-        return look.traces if (look := self._looks.get(True)) else None
+        return look.left_behind if (look := self._looks.get(True)) else None
 
     def _parts(self) -> tuple[nn.Module, Any]:
         return self.model, self.loss_fn
@@ -152,7 +154,10 @@ class Paced(Method):
         chosen = None
         try:
             self._prepare(usable(few[0]))
-            if not math.isinf(settings.first_order_epochs) and not self._looks[self.model.training].once:
+            if (
+                not math.isinf(settings.first_order_epochs)
+                and not self._looks[self.model.training].no_second_derivative
+            ):
                 self.settings = replace(settings, first_order_epochs=0)
             task = usable(few[0])
             counts = [n for n in range(2, cores + 1) if cores % n == 0]

@@ -9,8 +9,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import nn
 
-from metawrap.engines import Engine, InnerOptimizer
+from metawrap.engines import Engine
 from metawrap.errors import ArgumentError
+from metawrap.inner_loop.update_rules import InnerOptimizer
 from metawrap.layers.learned_update import LSTMUpdate
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.learner.learner import LossFunction

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines import Engine, InnerOptimizer, State, clipped
+from metawrap.engines import Engine
 from metawrap.errors import MetaWrapWarning
 from metawrap.inner_loop.flat_memory import Judge, Point, Tape, pulled_through
 from metawrap.inner_loop.masking import check_masked_loss, ignored_label, mask_unused, used_labels
-from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, restored_buffers, solved_from
+from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, solved_from
 from metawrap.inner_loop.stacking import alike, apart, stacked, start_of
+from metawrap.inner_loop.update_rules import InnerOptimizer, State, clipped, inner_optimizer
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.learner.describing import first_order_warning
@@ -48,6 +49,7 @@ from metawrap.settings.settings import (
     check_preset,
     resolve,
 )
+from metawrap.snapshot.module_state import restored_buffers
 from metawrap.surgery.swap import Factory, plain_copy
 from metawrap.surgery.wrap import Selection, wrap
 from metawrap.tasks import Inputs, Task, TaskId, map_tensors, tensors_in
@@ -197,7 +199,7 @@ class MAML(GradientBased):
         )
 
     def _inner_optimizer(self, engine: Engine) -> InnerOptimizer:
-        return engine.inner_optimizer(self.settings.update_rule)
+        return inner_optimizer(engine.name, self.settings.update_rule)
 
     def _has_graph(self, unroll: Unroll) -> bool:
         """Whether inner steps have a graph that is worth taking apart."""

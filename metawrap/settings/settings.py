@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from metawrap.engines import UpdateRule
 from metawrap.errors import ArgumentError
+from metawrap.inner_loop.update_rules import UpdateRule
 
 NormPolicy = Literal["batch", "running", "support"]
 HeadInit = Literal["learned", "zeros", "random", "stored"]

@@ -129,15 +129,23 @@ def _place(name: str) -> str:
 
 def _copy_slots(model: nn.Module, memo: dict[int, Any]) -> None:
     for module in model.modules():
-        names = {name for cls in type(module).__mro__ for name in _names(vars(cls).get("__slots__", ()))}
+        names = slot_names(module)
         twin = memo.get(id(module))
         for name in names:
             if twin is not None and hasattr(module, name) and not hasattr(twin, name):
                 setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
 
 
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def slot_names(value: Any) -> list[str]:
+    """The names in the `__slots__` of an object's classes."""
+    slots = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
+    return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+
+
+def enclosed(function: Any) -> list[Any]:
+    """The values that a function encloses, by variable; None for a variable that was not assigned yet."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [None if cell == types.CellType() else cell.cell_contents for cell in cells]
 
 
 def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:

@@ -165,15 +165,6 @@ def test_adapted_and_kept_norms_equal_the_oracle(options: dict[str, Any]) -> Non
     assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
 
 
-@pytest.mark.parametrize("name", ["Conv4", "depthwise convolution", "transposed convolution"])
-def test_unfolded_convolutions_equal_the_oracle(name: str) -> None:
-    batch, reference = case(name)
-    learner = batched(seeded(NETS[name][0]))
-    learner._batched = BatchedEngine(learner.model, learner._buffer_edits, convolution="unfolded")
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
-
-
-@pytest.mark.parametrize("convolution", ["grouped", "unfolded"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,11 +175,11 @@ def test_unfolded_convolutions_equal_the_oracle(name: str) -> None:
     ],
     ids=str,
 )
-def test_both_forms_of_a_convolution_equal_the_convolution_of_each_task(convolution: Any, options: Any) -> None:
+def test_a_convolution_equals_the_convolution_of_each_task(options: Any) -> None:
     model = nn.Conv2d(2, 3, **{"kernel_size": (3, 2)} | options).double()
     x = torch.randn(4, 2, 2, 6, 5, dtype=torch.float64)
     weights = {name: torch.randn(4, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
-    found = BatchedEngine(model, convolution=convolution).call(weights, x)
+    found = BatchedEngine(model).call(weights, x)
     for task in range(4):
         own = {name: weight[task] for name, weight in weights.items()}
         torch.testing.assert_close(found[task], torch.func.functional_call(model, own, (x[task],)))
