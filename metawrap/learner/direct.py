@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from typing_extensions import TypedDict
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines import call_model
@@ -20,46 +18,16 @@ from metawrap.inner_loop.outcome import autograd
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.learner import LossFunction, Method
-from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
-from metawrap.settings.settings import NormPolicy, OuterSettings, TunedSettings, check_choice, resolve_outer
+from metawrap.learner.keywords import OuterKeywords
+from metawrap.learner.learner import Method
+from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown
+from metawrap.settings.settings import PLAIN_TRAINING, OuterSettings, TunedSettings, resolve
 from metawrap.snapshot.module_state import unchanged
-from metawrap.surgery.swap import Factory, plain_copy
+from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import wrap
 from metawrap.tasks import Inputs, Task
 
 Parts = Mapping[str, nn.Module | nn.Parameter]
-
-
-class OuterKeywords(TypedDict, total=False):
-    """The keywords that every method without an inner loop takes, with the meaning that `MAMLPlusPlus` gives them.
-
-    Other defaults than there: norm="running" (a norm is trained on the batch's own statistics and evaluated on stored
-    ones, as in any network), and cosine_annealing=True. Methods on an embedding then run support and target as one
-    batch in training, where both have the same shapes.
-    """
-
-    meta_lr: float | None
-    min_meta_lr: float | None
-    cosine_annealing: bool | None
-    epochs: int | None
-    iterations_per_epoch: int | None
-    betas: tuple[float, float] | None
-    norm: NormPolicy | None
-    loss_fn: LossFunction
-    optimizer: OptimizerFactory | None
-    scheduler: SchedulerFactory | None
-    max_grad_norm: float | None
-    max_grad_value: float | None
-    tasks_per_backward: int | None
-    max_skipped_steps: int | None
-    detect_anomaly: bool | None
-    allocator: bool | None
-    swap: Mapping[type[nn.Module], Factory] | None
-    keep_norm: str | Iterable[str]
-
-
-_NOT_SETTINGS = ("loss_fn", "optimizer", "scheduler", "swap", "keep_norm")
 
 
 class Direct(Method):
@@ -82,21 +50,20 @@ class Direct(Method):
         parts: Parts | None = None,
         own_steps: int | None = None,
     ) -> None:
-        _check_known(type(self).__name__, outer)
-        given = {name: value for name, value in outer.items() if name not in _NOT_SETTINGS}
+        known = keyword_types(OuterKeywords)
+        refuse_unknown(type(self).__name__, flattened(outer), known, keyword_types(type(self)))
         own_outer = [name for name in ("optimizer", "scheduler") if outer.get(name) is not None]
-        settings: OuterSettings = resolve_outer(given, self.defaults, own_outer)
-        if own_steps is not None:
-            check_choice("inner_steps", own_steps)
-            settings = TunedSettings(**settings.as_dict(), inner_steps=own_steps)
+        kind = OuterSettings if own_steps is None else TunedSettings
+        settings = resolve(kind, {**outer, "inner_steps": own_steps}, {**PLAIN_TRAINING, **self.defaults}, own_outer)
+        given = flattened({"wrapping": outer.get("wrapping")})
         wrapped = wrap(
             model,
             steps=1,
             affine=False,
             statistics=False,
             adapt=False,
-            swap=outer.get("swap"),
-            keep_norm=outer.get("keep_norm", ()),
+            swap=given.get("wrapping.swap"),
+            keep_norm=given.get("wrapping.keep_norm", ()),
             head=head,
         )
         super().__init__(wrapped.model, settings, outer.get("loss_fn", F.cross_entropy))
@@ -149,9 +116,14 @@ class Direct(Method):
             wrapped=self.wrapped,
             head=self.head,
             looks=self._looks,
-            settings=self.options | self.settings.as_dict(),
+            settings=self._shown_settings(),
             warnings=self._warnings(),
         )
+
+    def _shown_settings(self) -> dict[str, Any]:
+        """The method's own keywords, and the settings that it takes."""
+        taken = {*keyword_types(OuterKeywords), "inner_steps"}
+        return self.options | {name: value for name, value in self.settings.as_dict().items() if name in taken}
 
     def _warnings(self) -> Iterable[str]:
         return []
@@ -175,15 +147,6 @@ class Direct(Method):
                     f"{name}: has no effect on {type(self).__name__}, which has no inner loop on the network's own "
                     f"outputs, but got {value!r}. Leave it out."
                 )
-
-
-def _check_known(method: str, outer: Mapping[str, Any]) -> None:
-    known = list(OuterKeywords.__annotations__)
-    for name in outer:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise TypeError(f"{method}() got an unexpected keyword argument '{name}'.{hint}")
 
 
 def _without_unsized(learner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

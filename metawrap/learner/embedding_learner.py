@@ -24,7 +24,8 @@ from metawrap.heads.fitted import FittedHead, PlacedHead
 from metawrap.inner_loop.masking import ignored_label
 from metawrap.inner_loop.outcome import Solved, solved_from
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.direct import Direct, OuterKeywords, Parts
+from metawrap.learner.direct import Direct, Parts
+from metawrap.learner.keywords import OuterKeywords
 from metawrap.surgery.inspect import find_head
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in

@@ -202,7 +202,7 @@ class OwnHead(Embedded):
             wrapped=replace(self.wrapped, adapted=tuple(names)),
             head=self.head,
             looks=self._looks,
-            settings=self.options | self.settings.as_dict(),
+            settings=self._shown_settings(),
             warnings=self._warnings(),
             rates=rates if isinstance(rates, LearningRates) else {},
         )

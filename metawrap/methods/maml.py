@@ -12,20 +12,21 @@ task axis; nothing else differs.
 
 from __future__ import annotations
 
-import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from metawrap.engines import Engine
-from metawrap.errors import MetaWrapWarning
+from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.inner_loop.flat_memory import Judge, Point, Tape, pulled_through
 from metawrap.inner_loop.masking import check_masked_loss, ignored_label, mask_unused, used_labels
 from metawrap.inner_loop.outcome import Solved, added, attached, autograd, dense, solved_from
@@ -35,23 +36,14 @@ from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments, Statistics
 from metawrap.learner.describing import first_order_warning
 from metawrap.learner.gradient_based import GradientBased
-from metawrap.learner.learner import LossFunction
+from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.pace import DisturbedError
-from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
+from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown, shows
 from metawrap.settings.schedules import is_second_order, step_loss_weights
-from metawrap.settings.settings import (
-    HeadInit,
-    InnerOptimizerName,
-    NormPolicy,
-    Settings,
-    WorkersIn,
-    check_choice,
-    check_preset,
-    resolve,
-)
+from metawrap.settings.settings import PRESETS, Settings, check_choice, check_preset, resolve
 from metawrap.snapshot.module_state import restored_buffers
-from metawrap.surgery.swap import Factory, plain_copy
-from metawrap.surgery.wrap import Selection, wrap
+from metawrap.surgery.swap import plain_copy
+from metawrap.surgery.wrap import wrap
 from metawrap.tasks import Inputs, Task, TaskId, map_tensors, tensors_in
 
 FastWeights = dict[str, Tensor]
@@ -115,80 +107,48 @@ class MAML(GradientBased):
     """
 
     default_preset = "maml"
+    # Settings that make the method what it is, whatever the preset.
+    fixed: ClassVar[Mapping[str, Any]] = {}
     settings_class: type[Settings] = Settings
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        inner_steps: int | None = None,
-        inner_lr: float | None = None,
-        inner_optimizer: InnerOptimizerName = "sgd",
-        inner_momentum: float | None = None,
-        inner_betas: tuple[float, float] | None = None,
-        inner_eps: float | None = None,
-        inner_max_grad_norm: float | None = None,
-        inner_max_grad_value: float | None = None,
-        preset: str | None = None,
-        multi_step_loss: bool | None = None,
-        msl_epochs: int | None = None,
-        first_order_epochs: float | None = None,
-        per_step_norm_statistics: bool | None = None,
-        per_step_norm_affine: bool | None = None,
-        learn_inner_lr: bool | None = None,
-        cosine_annealing: bool | None = None,
-        meta_lr: float | None = None,
-        min_meta_lr: float | None = None,
-        epochs: int | None = None,
-        iterations_per_epoch: int | None = None,
-        norm: NormPolicy | None = None,
-        betas: tuple[float, float] | None = None,
-        adapt: Selection = None,
-        adapt_norm: bool = False,
-        loss_fn: LossFunction = F.cross_entropy,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        max_grad_norm: float | None = None,
-        max_grad_value: float | None = None,
-        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
-        memory: Literal["unrolled", "flat"] = "unrolled",
-        workers: int | Literal["auto"] = 1,
-        workers_in: WorkersIn | None = None,
-        channels_last: bool = False,
-        tune: bool = False,
-        allocator: bool = True,
-        cuda_graphs: bool = False,
-        tasks_per_backward: int | None = None,
-        swap: Mapping[type[nn.Module], Factory] | None = None,
-        head: str | None = None,
-        head_init: HeadInit = "learned",
-        mask_unused_outputs: bool = False,
-        keep_norm: str | Iterable[str] = (),
-        max_skipped_steps: int = 20,
-        detect_anomaly: bool = False,
-    ) -> None:
-        self._build(dict(locals()))
+    @shows(MAMLKeywords)
+    def __init__(self, model: nn.Module, **keywords: Unpack[MAMLKeywords]) -> None:
+        self._build(model, keywords, MAMLKeywords)
 
-    def _build(self, given: Mapping[str, Any]) -> None:
-        """Checks what a constructor was given, then makes the learner. What it does not take is as MAML has it."""
-        arguments = {name: p.default for name, p in inspect.signature(MAML).parameters.items()} | dict(given)
-        preset = check_preset(arguments["preset"], self.default_preset, type(self).__name__)
-        names = {setting.name for setting in fields(self.settings_class)}
-        own_outer = [name for name in ("optimizer", "scheduler") if arguments[name] is not None]
-        settings = resolve(preset, {name: arguments.get(name) for name in names}, own_outer, self.settings_class)
+    def _build(self, model: nn.Module, keywords: Mapping[str, Any], known: type) -> None:
+        """Checks what a constructor was given, then makes the learner. `known` is the TypedDict of its keywords."""
+        method = type(self).__name__
+        refuse_unknown(method, flattened(keywords), keyword_types(known))
+        for name, value in self.fixed.items():
+            if keywords.get(name) not in (None, value):
+                raise ArgumentError(
+                    f"{name}: cannot be {keywords[name]!r} in {method}, where it is {value!r}. Leave it out, or use "
+                    "MAML."
+                )
+        preset = check_preset(keywords.get("preset"), self.default_preset, method)
+        own_outer = [name for name in ("optimizer", "scheduler") if keywords.get(name) is not None]
+        settings = resolve(self.settings_class, keywords, {**PRESETS[preset], **self.fixed}, own_outer)
+        given = flattened({"wrapping": keywords.get("wrapping")})
         wrapped = wrap(
-            arguments["model"],
+            model,
             steps=settings.inner_steps,
             affine=settings.per_step_norm_affine,
             statistics=settings.per_step_norm_statistics,
-            **{name: arguments[name] for name in ("adapt", "adapt_norm", "swap", "keep_norm", "head")},
+            adapt=keywords.get("adapt"),
+            adapt_norm=settings.adapt_norm,
+            swap=given.get("wrapping.swap"),
+            keep_norm=given.get("wrapping.keep_norm", ()),
+            head=keywords.get("head"),
         )
-        super().__init__(wrapped, settings, arguments["loss_fn"], preset, arguments["engine"], arguments["head"])
+        loss_fn, engine = keywords.get("loss_fn", F.cross_entropy), keywords.get("engine", "auto")
+        super().__init__(wrapped, settings, loss_fn, preset, engine, keywords.get("head"))
         # Used outside of an inner loop, too, the norms follow the policy.
         wrapped.clock.statistics = "batch" if settings.norm == "batch" else None
         self._make_inner()
-        self._make_outer(arguments["optimizer"], arguments["scheduler"])
-        if wrapped.swapped and settings.per_step_norm_affine and settings.first_order_epochs >= settings.epochs:
+        self._make_outer(keywords.get("optimizer"), keywords.get("scheduler"))
+        # How long the user's own schedule trains is not known.
+        last = math.inf if own_outer else settings.epochs
+        if wrapped.swapped and settings.per_step_norm_affine and settings.first_order_epochs >= last:
             warnings.warn(f"first_order_epochs: {first_order_warning(settings)}", MetaWrapWarning, stacklevel=3)
 
     def _make_inner(self) -> None:
@@ -539,13 +499,8 @@ class MAMLPlusPlus(MAML):
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
-        inner_steps: inner updates per task in training; 5 if None.
-        inner_lr: initial inner rate of every adapted tensor and step; any sign; 0.1 if None.
-        inner_optimizer: rule of the inner step, "sgd" or "adam"; both use the learned rates and are differentiated
-            through. inner_momentum: of "sgd", as in torch. inner_betas, inner_eps: of "adam"; with
-            the default inner_eps of 1e-8 its meta-gradient in float32 is exact to a few percent only: 1e-3 is steadier.
-        inner_max_grad_norm, inner_max_grad_value: clipping of the inner gradient, by the norm of all adapted tensors
-            together or by entry; differentiated through.
+        inner_steps: inner updates per task in training; 5.
+        inner_lr: initial inner rate of every adapted tensor and step; any sign; 0.1.
         preset: "authors_code" (default) or "paper"; an argument that is given wins over it.
         multi_step_loss, msl_epochs: MSL, and the epochs over which its weights move to the last step.
         first_order_epochs: DA: epochs of first-order gradients before second-order ones; 0 turns it off.
@@ -556,7 +511,6 @@ class MAMLPlusPlus(MAML):
         iterations_per_epoch: meta-steps that make an epoch, for every schedule.
         norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "running" (stored ones
             in evaluation) or "support" (targets use their support set's).
-        betas: of the built-in Adam.
         adapt: which parameters the inner loop adapts: names, wildcards, or a function of the name; all but the
             batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
             start that is no longer learned.
@@ -564,48 +518,34 @@ class MAMLPlusPlus(MAML):
         loss_fn: `loss_fn(prediction, y)` to a scalar.
         optimizer: function from parameters to an optimizer, in place of Adam; brings its own learning rate.
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
-        max_grad_norm, max_grad_value: clipping of the meta-gradient, by norm or by entry.
+        head: name of the module that makes the prediction; found by watching a forward pass if None.
         engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
             tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
             `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
             later (a counter, a draw from random or numpy, an edited buffer), when it does.
-        memory: "unrolled" keeps the graph of all inner steps; "flat" that of one step at a time: it runs each support
-            pass a second time, and `meta_step` keeps no more of a step than its weights and the state of
-            its update rule. The gradients are the same.
-        tasks_per_backward: tasks that are unrolled before a backward pass: memory against speed. If None, 1, and all of
-            the batch with engine="batched", whose tasks run at once only within it.
-        workers: in `meta_step`, how many tasks are solved at the same time, on a CPU; "auto" for one a core. Workers
-            share the cores out, and each holds the graph of `tasks_per_backward` tasks. The gradients are the same,
-            added in the same order. A model or loss that draws random numbers, changes anything that it holds, or has
-            hooks, is solved one task after another; `describe()` says so.
-        workers_in: "threads" (default) or "processes", which are forked for each meta-step, on Linux: faster where
-            much of the time is Python's, as threads wait for each other there.
-        channels_last: hands 4- and 5-dimensional inputs to the model with the channels of a pixel side by side, which
-            convolutions and pooling often run faster on; the gradients are the same up to rounding.
-        tune: times these three in the first meta-step and keeps the fastest; `describe()` shows it, and a checkpoint
-            holds it.
-        allocator: on Linux, lets this process keep the memory that it frees, from the first meta-step on.
-        cuda_graphs: on a GPU, records the kernels of a meta-gradient and replays them, for batches of one shape; what
-            cannot be recorded is refused by name. Not for models that draw random numbers.
-        swap: module class to factory(module), for norms that cannot become per-step as they are.
-        head: name of the module that makes the prediction; found by watching a forward pass if None.
-        head_init: where the head starts in each task: "learned"; "zeros"; "random", drawn by its reset_parameters(); or
-            "stored", as the task with the same `Task.id` left it when it was last trained on.
-        mask_unused_outputs: gives outputs of classes that the support set lacks a logit of minus infinity, for tasks
-            with fewer ways than the model has outputs.
-        keep_norm: names or wildcards of batch norms to leave alone: they run on their stored statistics.
-        max_skipped_steps: training stops when this many meta-steps in a row have a gradient that is not finite.
-        detect_anomaly: runs torch's anomaly detection, which is slow: the first operation whose backward gives NaN ends
-            the meta-step with an error that names it.
+        inner_update: an `InnerOptions`, or a dict of its fields: SGD or Adam, momentum, clipping of the inner gradient.
+        outer_update: an `OuterOptions` or dict: Adam's betas, clipping, steps that are not finite.
+        execution: an `ExecutionOptions` or dict: memory, workers, layout, replays.
+        outputs: an `OutputOptions` or dict: where the head starts, and which outputs count.
+        wrapping: a `WrappingOptions` or dict: norms to swap, or to keep as they are.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
+        TypeError: an unknown keyword; the error names the nearest one.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.
+
+    >>> learner = MAMLPlusPlus(nn.Linear(4, 3), inner_steps=2, execution={"workers": 2})
+    >>> learner.settings.execution.workers
+    2
     """
 
     default_preset = "authors_code"
 
 
 class FOMAML(MAML):
-    """First-order MAML: the inner gradients count as constants. Source: Finn et al. 2017, section 5.2."""
+    """First-order MAML: the inner gradients count as constants, under every preset.
+
+    Source: Finn et al. 2017, section 5.2.
+    """
 
     default_preset = "fomaml"
+    fixed: ClassVar[Mapping[str, Any]] = {"first_order_epochs": math.inf}

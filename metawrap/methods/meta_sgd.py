@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from metawrap.errors import ArgumentError
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.maml import MAML
 
@@ -19,9 +21,8 @@ class MetaSGD(MAML):
     """
 
     default_preset = "meta_sgd"
+    fixed: ClassVar[Mapping[str, Any]] = {"learn_inner_lr": True}
 
     def _make_inner(self) -> None:
-        if not self.settings.learn_inner_lr:
-            raise ArgumentError("learn_inner_lr: cannot be False in MetaSGD, which learns its rates. Use MAML.")
         parameters = self.wrapped.adapted_parameters()
         self.learning_rates = LearningRates(parameters, 1, self.settings.inner_lr, learned=True, per_weight=True)

@@ -6,32 +6,33 @@ the outer gradient.   The inner step is that of `MAML`, without derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.inner_loop.outcome import attached
-from metawrap.learner.learner import LossFunction
+from metawrap.learner.keywords import ReptileKeywords
 from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
-from metawrap.outer_update.outer_update import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
+from metawrap.outer_update.outer_update import PlainOuterUpdate
 from metawrap.results import MetaOutput
-from metawrap.settings.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, WorkersIn
-from metawrap.surgery.swap import Factory
+from metawrap.settings.keywords import shows
+from metawrap.settings.settings import Settings
+from metawrap.settings.validated import Count, CountOrNone, Switch, validated
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ReptileSettings(Settings):
     """Those of MAML, most of which stand at one value, and Reptile's own."""
 
-    inner_batch_size: int | None
-    evaluation_steps: int
-    linear_annealing: bool
+    inner_batch_size: CountOrNone = None
+    evaluation_steps: Count = 50
+    linear_annealing: Switch = True
 
     @property
     def default_steps(self) -> int:
@@ -47,21 +48,22 @@ class Reptile(MAML):
     the outer update is plain SGD, from rate 1 to 0. As in the authors' code: more inner steps in evaluation. Different:
     mini-batches come in an order that the meta-step alone decides, so that a run can be repeated and resumed, and the
     outer rate goes down by epochs; in a loop of your own, each `learner(batch)` in training mode draws anew, by a count
-    that state_dict holds. With inner_optimizer="adam" (theirs has inner_betas=(0.0, 0.999) and
+    that state_dict holds. With inner_update={"rule": "adam"} (theirs has betas=(0.0, 0.999) and
     inner_lr=0.001) each task begins with a state of its own; theirs goes from task to task. In `evaluate` and
     `adapt` each step is on the whole support set. `loss` and `accuracy` of a meta-step are those of the target part at
     the adapted weights, which have seen it. Source: Nichol, Achiam, Schulman 2018, arXiv:1803.02999.
 
     Args:
-        inner_steps, inner_lr: of training; 5 and 0.1 if None.
+        inner_steps, inner_lr: of training; 5 and 0.1.
         inner_batch_size: examples of one inner step in training, drawn without replacement until all have been seen;
             all at once if None.
-        evaluation_steps: inner steps of `evaluate` and `adapt`.
-        meta_lr: outer rate of the first epoch; 1 if None, which for one task goes all the way to its weights.
+        evaluation_steps: inner steps of `evaluate` and `adapt`; 50.
+        meta_lr: outer rate of the first epoch; 1, which for one task goes all the way to its weights.
         linear_annealing, epochs: the outer rate goes to zero over so many epochs; False keeps it.
         optimizer: function from parameters to an optimizer, in place of SGD; brings its own learning rate.
         loss_fn: `loss_fn(prediction, y)` to a scalar; a module with parameters is refused, as nothing would learn them.
-        The others are as in `MAMLPlusPlus`; what that has besides makes no difference here, and is not taken.
+        The others are as in `MAMLPlusPlus`. Keywords and fields of it that make no difference here are not taken:
+            see `ReptileKeywords`.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.
@@ -72,51 +74,15 @@ class Reptile(MAML):
     outer_update = PlainOuterUpdate
     settings: ReptileSettings
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        inner_steps: int | None = None,
-        inner_lr: float | None = None,
-        inner_batch_size: int | None = None,
-        evaluation_steps: int = 50,
-        inner_optimizer: InnerOptimizerName = "sgd",
-        inner_momentum: float | None = None,
-        inner_betas: tuple[float, float] | None = None,
-        inner_eps: float | None = None,
-        inner_max_grad_norm: float | None = None,
-        inner_max_grad_value: float | None = None,
-        meta_lr: float | None = None,
-        linear_annealing: bool | None = None,
-        epochs: int | None = None,
-        iterations_per_epoch: int | None = None,
-        norm: NormPolicy | None = None,
-        loss_fn: LossFunction = F.cross_entropy,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        max_grad_norm: float | None = None,
-        max_grad_value: float | None = None,
-        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
-        workers: int | Literal["auto"] = 1,
-        workers_in: WorkersIn | None = None,
-        channels_last: bool = False,
-        tune: bool = False,
-        allocator: bool = True,
-        tasks_per_backward: int | None = None,
-        swap: Mapping[type[nn.Module], Factory] | None = None,
-        head: str | None = None,
-        head_init: HeadInit = "learned",
-        mask_unused_outputs: bool = False,
-        keep_norm: str | Iterable[str] = (),
-        max_skipped_steps: int = 20,
-        detect_anomaly: bool = False,
-    ) -> None:
+    @shows(ReptileKeywords)
+    def __init__(self, model: nn.Module, **keywords: Unpack[ReptileKeywords]) -> None:
+        loss_fn = keywords.get("loss_fn")
         if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
             raise ArgumentError(
                 f"loss_fn: {type(loss_fn).__name__} has parameters, and Reptile has no gradient to learn them by. "
                 "Freeze them with requires_grad_(False), or use another method."
             )
-        self._build(locals() | {"adapt_norm": True})
+        self._build(model, keywords, ReptileKeywords)
         # Training forwards so far, and where the present call's draws stand because of them: 0 in a meta-step.
         self.forwards = self._ahead = 0
 

@@ -11,7 +11,8 @@ from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.inner_loop.masking import ignored_label
 from metawrap.inner_loop.outcome import Solved, solved_from
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.direct import Direct, OuterKeywords
+from metawrap.learner.direct import Direct
+from metawrap.learner.keywords import OuterKeywords
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.settings.keywords import flattened, nested
 from metawrap.training.checkpoints import write_atomically, write_json
 from metawrap.training.comparison_plot import draw_comparison
 from metawrap.training.machine import command_line
@@ -85,7 +86,7 @@ def _settings(method: str, common: RunSettings, budget: int, own: dict[str, Any]
         )
     changes["iterations_per_epoch"] = budget // epochs
     changes.setdefault("test_norms", "own")
-    return replace(common, method=method, options={**common.options, **own}, **changes)
+    return replace(common, method=method, options=nested(flattened(common.options) | flattened(own)), **changes)
 
 
 def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> dict[str, Any]:

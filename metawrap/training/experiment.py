@@ -7,12 +7,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
@@ -20,6 +18,7 @@ from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, 
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.learner.describing import look_at
+from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
 from metawrap.training.launch import one_after_another, own_device
 from metawrap.training.run_settings import METHODS, RunSettings
@@ -32,7 +31,7 @@ TEST_SEED = 1_000_002
 LOADER_WORKERS = 2
 
 # Keywords of a method that take functions or classes: no run.json can hold these.
-PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "swap"})
+PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "wrapping.swap"})
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def build_experiment(settings: RunSettings) -> Experiment:
     Raises:
         ArgumentError, DataError, UnsupportedModuleError: the settings ask for something that does not exist or work.
     """
-    if settings.options.get("head_init") == "stored":
+    if flattened(settings.options).get("outputs.head_init") == "stored":
         raise ArgumentError(
-            'options: head_init="stored" keeps a head for each task that comes back under its id, but the tasks of a '
-            "run are drawn anew and have none. Use learned, zeros or random."
+            'options: outputs.head_init="stored" keeps a head for each task that comes back under its id, but the tasks '
+            "of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = own_device(find_device(settings.device))
     splits = load_splits(settings)
@@ -110,7 +109,7 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
         ArgumentError: `options` has a keyword that the method does not take, or one that takes no plain value.
     """
     method = getattr(methods, METHODS[settings.method])
-    taken = keywords_of(method)
+    taken = plain_keywords(method)
     chosen = {
         "preset": settings.preset,
         "norm": settings.norm,
@@ -122,15 +121,15 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
         "iterations_per_epoch": settings.iterations_per_epoch,
     }
     allowed = [name for name in taken if name not in {*chosen, *PYTHON_ONLY}]
-    for name in settings.options:
+    for name in flattened(settings.options):
         if name in PYTHON_ONLY:
             raise ArgumentError(
                 f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
                 f"for it; the options of a run are {', '.join(allowed)}."
             )
         if name not in allowed:
-            close = get_close_matches(name, allowed, 1)
-            fix = f". Did you mean '{close[0]}'?" if close else f"; it has {', '.join(allowed)}."
+            close = nearest(name, allowed)
+            fix = f". Did you mean '{close}'?" if close else f"; it has {', '.join(allowed)}."
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
     given = {name: value for name, value in chosen.items() if value is not None}
     if extra := [name for name in given if name not in taken]:
@@ -138,24 +137,6 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     if "classes" in taken and classes is not None:
         given = {"classes": classes, **given}
     return method(model, **(given | settings.options))
-
-
-def keywords_of(method: type) -> list[str]:
-    """The keywords that a method's constructor takes, those behind its `**keywords` too."""
-    return list(keyword_types(method))
-
-
-def keyword_types(method: type) -> dict[str, Any]:
-    """The type hint of each of `keywords_of`."""
-    hints = get_type_hints(method.__init__)  # type: ignore[misc]
-    found: dict[str, Any] = {}
-    for name, parameter in inspect.signature(method).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            [more] = get_args(hints[name])  # Unpack[a TypedDict]
-            found |= {each: hint for each, hint in get_type_hints(more).items() if each not in found}
-        elif name != "model":
-            found[name] = hints[name]
-    return found
 
 
 def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
