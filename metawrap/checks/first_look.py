@@ -50,8 +50,8 @@ def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping
         if _HOOKS_REFUSED in str(error) or "checkpoint" in str(error).lower():
             raise UnsupportedModuleError(
                 "The model checkpoints activations (torch.utils.checkpoint): the backward pass would run it again, "
-                "with other weights than the fast ones. Switch checkpointing off in the model; tasks_per_backward=1 "
-                "holds memory down."
+                "with other weights than the fast ones. Switch checkpointing off in the model; execution= "
+                'with {"tasks_per_backward": 1} holds memory down.'
             ) from error
         raise
     unused = [name for name, gradient in zip(fast, gradients, strict=True) if gradient is None]
@@ -186,8 +186,8 @@ def warn_no_second_derivative(reason: str, epoch: float) -> None:
 def warn_tasks_in_order(workers: int | str, reason: str) -> None:
     """Reports that tasks are solved one after another although more workers were asked for."""
     warnings.warn(
-        f'workers={workers}: tasks are solved one after another, because {reason}. Pass workers="auto" to silence '
-        "this.",
+        f"workers={workers}: tasks are solved one after another, because {reason}. Pass "
+        'execution={"workers": "auto"} to silence this.',
         MetaWrapWarning,
         stacklevel=5,
     )

@@ -1,6 +1,6 @@
 """Processes that share a meta-step: each solves its own tasks, and all make the same outer update.
 
-Solved or failed -> one exchange of plain values (who failed, what there is) -> one sum of tensors for each dtype: the
+TaskOutcome or failed -> one exchange of plain values (who failed, what there is) -> one sum of tensors for each dtype: the
 gradients, and, every value in a place of its own, what each task left behind, so that the sum gathers it in task order.
 Without a process group, or alone in it, nothing here does anything.
 """
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, UnsupportedModuleError
-from metawrap.inner_loop.outcome import Solved, attached, dense
+from metawrap.inner_loop.outcome import TaskOutcome, dense
+from metawrap.inner_loop.target_gradients import with_gradients
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.snapshot.module_state import Slot, slots_of
+from metawrap.surgery.inspect import device_of
 from metawrap.tasks import map_tensors, tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -44,7 +46,7 @@ class _Word:
     checked: bool = True
     frozen: list[str] = field(default_factory=list)
     present: list[bool] = field(default_factory=list)
-    solved: list[Solved] = field(default_factory=list)
+    solved: list[TaskOutcome] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
 
 
@@ -66,9 +68,9 @@ class Ranks:
         return cls(learner, "meta_step", dist.group.WORLD if learner.distributed and several() else None)
 
     @classmethod
-    def of_forward(cls, learner: Any, when: bool) -> Ranks:
+    def of_forward(cls, learner: Any) -> Ranks:
         """Those of the `DistributedDataParallel` whose forward is running around the learner's, if there is one."""
-        if not when or not learner.distributed:
+        if not learner.distributed:
             return cls(learner, "forward", None)
         # The marker that torch's own compiler goes by: it is set for the time of the wrapped module's forward.
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -93,8 +95,8 @@ class Ranks:
             raise
 
     def shared(
-        self, solved: Sequence[Solved], parameters: Sequence[Tensor] = (), gradients: Gradients = ()
-    ) -> tuple[list[Solved], list[Tensor | None]]:
+        self, solved: Sequence[TaskOutcome], parameters: Sequence[Tensor] = (), gradients: Gradients = ()
+    ) -> tuple[list[TaskOutcome], list[Tensor | None]]:
         """The outcomes of all processes' tasks, rank 0's first, and the gradient of the mean over them.
 
         A parameter without a gradient on any process has none; what is given is returned where there is one process.
@@ -111,7 +113,7 @@ class Ranks:
         words = self._gathered(
             _Word(
                 call=(self.call, self.learner.iteration),
-                checked=self.learner._same_everywhere,
+                checked=self.learner.executor.same_everywhere,
                 frozen=_frozen(self.learner),
                 present=[gradient is not None for gradient in gradients],
                 solved=map_tensors(own, lambda tensor: tensor.to("meta")),
@@ -150,7 +152,7 @@ class Ranks:
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         weight = torch.tensor(own * self.size / tasks, dtype=loss.dtype, device=loss.device)
         nothing = [(p, p.detach().new_zeros(()).expand_as(p)) for p in parameters]
-        return attached(whole, [(loss, weight), *nothing])
+        return with_gradients(whole, [(loss, weight), *nothing])
 
     def _refuse(self) -> None:
         """Raises what cannot be shared, by name."""
@@ -222,7 +224,7 @@ class Ranks:
                     "same seed on all processes (torch.manual_seed), or load the same state; for learners that have "
                     "nothing to do with each other set learner.distributed = False."
                 )
-        self.learner._same_everywhere = True
+        self.learner.executor.same_everywhere = True
 
     def _take_edited(self, edited: Sequence[str]) -> None:
         """Gives every process rank 0's value of what forward edited on one of them: there is no order to do it in."""
@@ -285,7 +287,7 @@ def _state_slots(model: nn.Module) -> list[Slot]:
 
 
 def _zeros(place: Tensor, learner: Any) -> Tensor:
-    return torch.zeros_like(place, device=learner._device)
+    return torch.zeros_like(place, device=device_of(learner))
 
 
 def _frozen(learner: Any) -> list[str]:

@@ -3,9 +3,9 @@
 task -> initial fast weights -> inner step (support loss, gradient, update with the rate of this tensor and step)
      -> target loss after each inner step -> weighted sum over the steps
 
-Read `unrolled` first: it draws the path. `InnerLoop.inner_steps` is the only forward inner loop of the package; training,
-evaluation, `adapt`, flat memory, Reptile, ANIL's head and `find_trouble` consume it. Several tasks of one shape may go
-through it as one stack: fast weights, inputs, predictions and losses then have a leading task axis.
+Read `unrolled` first: it draws the path. `InnerLoop.inner_steps` is the only forward inner loop of the package:
+training, evaluation, `adapt`, flat memory, Reptile, ANIL's head and `find_trouble` consume it. Several tasks of one shape
+may go through it as one stack: fast weights, inputs, predictions and losses then have a leading task axis.
 """
 
 from __future__ import annotations
@@ -89,14 +89,18 @@ class InnerLoop:
 
     def _support_gradient(self, fast: FastWeights, task: Task, step: int) -> tuple[Sequence[Tensor | None], Tensor]:
         with autograd(True):
-            prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
-            _, loss = self._judged(prediction, task.support_y, self.examples)
+            loss = self.support_loss(fast, task, step)
             # With respect to the fast weights alone: any other parameter would lead back through all earlier steps.
             # Of the sum over a stack: the loss of each task depends on its own fast weights alone.
             found = torch.autograd.grad(
                 loss.sum(), tuple(fast.values()), create_graph=self.second_order, allow_unused=True
             )
         return found, loss
+
+    def support_loss(self, fast: FastWeights, task: Task, step: int) -> Tensor:
+        """The loss on a task's support set at an inner step: a scalar, or (tasks,) for a stack."""
+        prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
+        return self._judged(prediction, task.support_y, self.examples)[1]
 
     def _updated(self, point: Point, gradients: Sequence[Tensor | None], losses: Tensor, step: int) -> Point:
         fast = point.fast

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 Gradients = Mapping[str, Tensor | None]
 # By parameter name: what the rule remembers of it, tensors and counts; nothing before the first step.
-State = Mapping[str, Mapping[str, Any]]
+OptimizerState = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class InnerOptimizer(Protocol):
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """The next fast weights and state; a tensor without a gradient stays as it is, and so does its state.
 
         Args:
@@ -70,8 +70,8 @@ class OwnInnerOptimizer:
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
         updated, after = dict(fast), dict(state)
         for name, gradient in gradients.items():
@@ -117,8 +117,8 @@ class HigherInnerOptimizer:
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
         if self._optimizer is None or len(self._optimizer.state) != len(fast):
             self._optimizer = _differentiable(self.rule, len(fast))

@@ -7,7 +7,7 @@ lent to the slots it reads. So a norm that also runs an activation, or any other
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -213,6 +213,21 @@ class PerStepNorm(_BatchNorm):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         wide = _wide(input)
         return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
+
+
+def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:
+    """Folds what the norms of a model saw in each task's passes; unchanged where `keep`, a bool scalar, is false.
+
+    Args:
+        outcomes: in task order; each has `moments`, a list of `Moments` in the order of passes.
+    """
+    passes: dict[str, list[Moments]] = {}
+    for outcome in outcomes:
+        for moments in outcome.moments:
+            passes.setdefault(moments.norm, []).append(moments)
+    norms = {m.per_step.name: m for m in model.modules() if isinstance(m, PerStepNorm)}
+    for name, seen in passes.items():
+        norms[name].fold(seen, keep)
 
 
 class _LocalForward(_BatchNorm):

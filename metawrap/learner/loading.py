@@ -29,7 +29,7 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
             f"state_dict: expected what learner.state_dict() returned, but got {describe_value(state_dict)}. A file of "
             "it is read with torch.load(path, weights_only=True)."
         )
-    put_back = _remembered(learner, optimizer)
+    put_back = remembered(learner, optimizer)
     try:
         yield
     except MetaWrapError:  # Which says what is wrong already.
@@ -44,7 +44,19 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
         ) from error
 
 
-def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+@contextmanager
+def put_back_on_error(learner: nn.Module, optimizer: Optimizer, when: bool) -> Iterator[None]:
+    """Restores a learner and its optimizer where the block fails, at the cost of one copy of the learner."""
+    put_back = remembered(learner, optimizer) if when else None
+    try:
+        yield
+    except BaseException:
+        if put_back is not None:
+            put_back()
+        raise
+
+
+def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
     named = list(learner.named_modules())
     state = ModuleState(named)
     state.keep("tables", (table for _, m in named for table in (m._parameters, m._buffers, m._modules)))

@@ -284,7 +284,8 @@ class OwnHead(Embedded):
         if norms := [name for name, m in owner.named_modules() if isinstance(m, PerStepNorm)]:
             raise UnsupportedModuleError(
                 f"The head '{head}' holds the batch norm '{norms[0]}', which would normalise at every inner step by "
-                "other statistics. Name what comes behind it with head=, or keep it as it is with keep_norm=."
+                "other statistics. Name what comes behind it with head=, or leave it alone with "
+                'wrapping={"keep_norm": ...}.'
             )
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

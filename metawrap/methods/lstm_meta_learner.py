@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from typing_extensions import Unpack
 
-from metawrap.engines import Engine
 from metawrap.errors import ArgumentError
-from metawrap.inner_loop.update_rules import InnerOptimizer
+from metawrap.inner_loop.task_solver import InnerUpdate
 from metawrap.layers.learned_update import LSTMUpdate
 from metawrap.layers.learning_rates import LearningRates
+from metawrap.learner.description import Description
 from metawrap.learner.keywords import LSTMKeywords
-from metawrap.methods.maml import MAML, Unroll
+from metawrap.methods.maml import MAML
 from metawrap.settings.keywords import shows
 from metawrap.settings.settings import Settings
 from metawrap.settings.validated import Count, validated
@@ -51,26 +53,30 @@ class LSTMMetaLearner(MAML):
     default_preset = "lstm"
     settings_class = LSTMSettings
     settings: LSTMSettings
+    update: LSTMUpdate
 
     @shows(LSTMKeywords)
     def __init__(self, model: nn.Module, **keywords: Unpack[LSTMKeywords]) -> None:
         self._build(model, keywords, LSTMKeywords)
 
-    def _make_inner(self) -> None:
-        s, (_, first) = self.settings, self.wrapped.adapted_parameters()[0]
-        if not 0 < s.inner_lr < 1:
-            raise ArgumentError(f"inner_lr: expected a number between 0 and 1, for a gate, but got {s.inner_lr}.")
-        # None: the input gate takes their part.
-        self.learning_rates = LearningRates([], s.inner_steps, s.inner_lr, learned=False)
-        self.update = LSTMUpdate(s.hidden_size, s.inner_lr, first.real.dtype, first.device)
+    def _inner_parts(self, adapted: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> dict[str, nn.Module]:
+        assert isinstance(settings, LSTMSettings)
+        if not 0 < settings.inner_lr < 1:
+            raise ArgumentError(
+                f"inner_lr: expected a number between 0 and 1, for a gate, but got {settings.inner_lr}."
+            )
+        _, first = adapted[0]
+        # No rates: the input gate takes their part.
+        rates = LearningRates([], settings.inner_steps, settings.inner_lr, learned=False)
+        update = LSTMUpdate(settings.hidden_size, settings.inner_lr, first.real.dtype, first.device)
+        return {"learning_rates": rates, "update": update}
+
+    def _inner_update(self) -> InnerUpdate:
+        return InnerUpdate(self.learning_rates, lambda _: self.update, list(self.update.parameters()), keeps_graph=True)
+
+    def describe(self) -> Description:
+        """What wrapping found and did."""
+        described = super().describe()
         count = sum(parameter.numel() for parameter in self.update.parameters())
-        self.wrapped.notes.append(f"the update rule is an LSTM with {count:,} numbers, learned in the outer loop")
-
-    def _inner_optimizer(self, engine: Engine) -> InnerOptimizer:
-        return self.update
-
-    def _has_graph(self, unroll: Unroll) -> bool:
-        return True
-
-    def _of_inner_update(self) -> list[nn.Parameter]:
-        return list(self.update.parameters())
+        described.notes.insert(0, f"the update rule is an LSTM with {count:,} numbers, learned in the outer loop")
+        return described

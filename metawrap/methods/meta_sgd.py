@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from torch import nn
 
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.methods.maml import MAML
+from metawrap.settings.settings import Settings
 
 
 class MetaSGD(MAML):
@@ -23,6 +26,5 @@ class MetaSGD(MAML):
     default_preset = "meta_sgd"
     fixed: ClassVar[Mapping[str, Any]] = {"learn_inner_lr": True}
 
-    def _make_inner(self) -> None:
-        parameters = self.wrapped.adapted_parameters()
-        self.learning_rates = LearningRates(parameters, 1, self.settings.inner_lr, learned=True, per_weight=True)
+    def _inner_parts(self, adapted: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> dict[str, nn.Module]:
+        return {"learning_rates": LearningRates(adapted, 1, settings.inner_lr, learned=True, per_weight=True)}

@@ -6,8 +6,10 @@ the outer gradient.   The inner step is that of `MAML`, without derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
-from metawrap.inner_loop.outcome import attached
+from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled
+from metawrap.inner_loop.target_gradients import with_gradients
+from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.learner.keywords import ReptileKeywords
-from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
+from metawrap.methods.maml import MAML
 from metawrap.outer_update.outer_update import PlainOuterUpdate
 from metawrap.results import MetaOutput
 from metawrap.settings.keywords import shows
@@ -87,7 +91,7 @@ class Reptile(MAML):
         self.forwards = self._ahead = 0
 
     def forward(self, task_batch: Any) -> MetaOutput:
-        """See `Method.forward`; in training mode the next call draws other mini-batches."""
+        """See `Learner.forward`; in training mode the next call draws other mini-batches."""
         if not self.training:
             return super().forward(task_batch)
         self._ahead = self.forwards
@@ -107,42 +111,56 @@ class Reptile(MAML):
         super().set_extra_state(state)
         self.forwards = int(state.get("forwards", 0))
 
-    def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
-        if not unroll.training:
-            return super()._unrolled(unroll, weights, whole_graph)
-        start, rates = self._initial_weights(unroll), self.learning_rates.per_step()
-        sweep = replace(unroll, differentiable=False, examples="support_y and target")
-        fast, state = start, NO_STATE
-        for step, examples in enumerate(self._mini_batches(unroll, len(weights))):
-            fast, state = self._inner_step(fast, state, rates, step, replace(sweep, task=examples))
-        with torch.no_grad():
-            # For the record: what the norms see here, training has seen.
-            prediction, each = self._target_loss(fast, step, 1.0, replace(sweep, moments=None))
-            away = {name: start[name] - fast[name] for name in start}
-        loss = attached(each.sum(), ((start[name], away[name]) for name in start))
-        return Unrolled(loss, each, [*(None for _ in weights[1:]), each], prediction, fast)
+    def _solver(self, **changes: Any) -> TaskSolver:
+        draw = partial(mini_batches, size=self.settings.inner_batch_size, seed=self.iteration + self._ahead)
+        return super()._solver(**{"examples": draw, "training_path": partial(_moved_away, examples=draw), **changes})
 
-    def _mini_batches(self, unroll: Unroll, steps: int) -> Iterator[Task]:
-        """A task, or a stack of them, for each step, whose support set are that step's examples."""
-        axis = 1 if unroll.stacked else 0
-        x, y = _joined(unroll.task, axis)
-        count = tensors_in(y)[0].shape[axis]
-        size = self.settings.inner_batch_size
-        if size is None:
-            yield from [replace(unroll.task, support_x=x, support_y=y)] * steps
-            return
-        if size > count:
-            raise TaskError(
-                f"inner_batch_size: expected at most the {count} examples of a task, support and target together, but "
-                f"got {size}."
-            )
-        drawn: list[int] = []
-        generator = torch.Generator().manual_seed(self.iteration + self._ahead)
-        for _ in range(steps):
-            while len(drawn) < size:
-                drawn += torch.randperm(count, generator=generator).tolist()
-            places, drawn = torch.tensor(drawn[:size], device=self._device), drawn[size:]
-            yield replace(unroll.task, support_x=_at(x, axis, places), support_y=_at(y, axis, places))
+
+def _moved_away(
+    loop: InnerLoop,
+    start: FastWeights,
+    weights: Sequence[float],
+    examples: Callable[[InnerLoop, int], Iterable[Task]],
+) -> Unrolled:
+    """Inner steps without derivatives; the gradient of the loss is (initialisation - last fast weights)."""
+    sweep = replace(loop, differentiable=False, second_order=False, examples="support_y and target")
+    for fast, _ in sweep.inner_steps(Point(start, {}), examples(loop, len(weights))):  # noqa: B007
+        pass
+    with torch.no_grad():
+        # Not recorded: training has seen the statistics of this pass.
+        prediction, losses = replace(sweep, moments=None).target_loss(fast, len(weights) - 1)
+        away = {name: start[name] - fast[name] for name in start}
+    loss = with_gradients(losses.sum(), ((start[name], away[name]) for name in start))
+    return Unrolled(loss, losses, [*(None for _ in weights[1:]), losses], prediction, fast)
+
+
+def mini_batches(loop: InnerLoop, steps: int, *, size: int | None, seed: int) -> Iterator[Task]:
+    """For each inner step a task, or a stack of tasks, whose support set is that step's examples.
+
+    Args:
+        size: examples of one step, drawn without replacement until all have been seen; None takes all at each step.
+    Raises:
+        TaskError: the task has fewer examples.
+    """
+    axis = 1 if loop.stacked else 0
+    x, y = _joined(loop.task, axis)
+    labels = tensors_in(y)[0]
+    count = labels.shape[axis]
+    if size is None:
+        yield from repeat(replace(loop.task, support_x=x, support_y=y), steps)
+        return
+    if size > count:
+        raise TaskError(
+            f"inner_batch_size: expected at most the {count} examples of a task, support and target together, but got "
+            f"{size}."
+        )
+    drawn: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        while len(drawn) < size:
+            drawn += torch.randperm(count, generator=generator).tolist()
+        places, drawn = torch.tensor(drawn[:size], device=labels.device), drawn[size:]
+        yield replace(loop.task, support_x=_at(x, axis, places), support_y=_at(y, axis, places))
 
 
 def _joined(task: Task, axis: int) -> tuple[Inputs, Any]:

@@ -187,8 +187,8 @@ def _norms_that_cannot_be_per_step(model: nn.Module, norms: Mapping[str, _BatchN
     for name, norm in norms.items():
         if reason := refuses_per_step(norm):
             yield (
-                f"{_label(name, norm)} {reason}. Pass swap={{{type(norm).__name__}: your_factory}}, "
-                f'or leave it alone with keep_norm=["{name}"].'
+                f"{_label(name, norm)} {reason}. Pass wrapping={{'swap': {{{type(norm).__name__}: your_factory}}}}, "
+                f'or leave it alone with wrapping={{"keep_norm": ["{name}"]}}.'
             )
 
 
@@ -201,7 +201,7 @@ def _norm_parameters_used_elsewhere(model: nn.Module, swapped: Mapping[str, _Bat
                 yield (
                     f"{_label(name, module)} shares its '{local}' with the batch norm '{norms[id(parameter)]}', whose "
                     "parameters become per-step. Give each its own parameter, or leave the norm alone with "
-                    f'keep_norm=["{norms[id(parameter)]}"].'
+                    f'wrapping={{"keep_norm": ["{norms[id(parameter)]}"]}}.'
                 )
 
 
@@ -210,7 +210,8 @@ def _instance_statistics(model: nn.Module) -> Iterator[str]:
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
             yield (
                 f"{_label(name, module)} keeps running statistics that would mix the inner steps of all tasks. "
-                f"Build it with track_running_stats=False, or pass swap={{{type(module).__name__}: your_factory}}."
+                f"Build it with track_running_stats=False, or pass "
+                f"wrapping={{'swap': {{{type(module).__name__}: your_factory}}}}."
             )
 
 
@@ -259,3 +260,8 @@ def _reaches_module(value: Any, inside: set[int], depth: int = 3) -> bool:
         items = value.values() if isinstance(value, dict) else value
         return any(_reaches_module(item, inside, depth - 1) for item in items)
     return hasattr(value, "func") and _reaches_module(value.func, inside, depth - 1) if depth else False
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters."""
+    return next(module.parameters()).device

@@ -131,7 +131,7 @@ def _warn_of_frozen_norms(model: nn.Module, kept: list[str]) -> None:
     if model.training and frozen:
         warnings.warn(
             f"{', '.join(frozen)}: in eval mode in a model in training mode, as frozen norms are, but now per-step; "
-            f"norm= decides on the statistics. To leave them alone, pass keep_norm={frozen}.",
+            f"norm= decides on the statistics. To leave them alone, pass wrapping={{'keep_norm': {frozen}}}.",
             MetaWrapWarning,
             stacklevel=5,
         )

@@ -1,4 +1,4 @@
-"""Tasks of one shape as one: stacked before they are solved at once, and apart again afterwards."""
+"""How tasks lie in memory: several of one shape as one stack, apart again, and images in channels_last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metawrap.inner_loop.outcome import Solved
+from metawrap.inner_loop.outcome import TaskOutcome
 from metawrap.layers.step_clock import Moments
 from metawrap.results import accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
@@ -71,7 +71,7 @@ def apart(
     moments: Iterable[Moments],
     head: Mapping[str, Tensor],
     ignored: int,
-) -> list[Solved]:
+) -> list[TaskOutcome]:
     """Each task's outcome, without graph, from those of all of them.
 
     Args:
@@ -83,11 +83,23 @@ def apart(
     rows = [missing if step is None else step.detach() for step in step_losses]
     table = torch.stack(rows, 1) if rows else losses.new_empty(len(tasks), 0)
     seen = list(moments)
-    solved = []
+    outcomes = []
     for place, task in enumerate(tasks):
         own = map_tensors(prediction, lambda tensor, i=place: tensor[i])  # type: ignore[misc]
         passes = [one._replace(mean=one.mean[place], variance=one.variance[place]) for one in seen]
         stored = {name: value[place].clone() for name, value in head.items()}
         accuracy = accuracy_of(own, task.target_y, ignored)
-        solved.append(Solved(losses[place], table[place], own, accuracy, passes, task.id, stored))
-    return solved
+        outcomes.append(TaskOutcome(losses[place], table[place], own, accuracy, passes, task.id, stored))
+    return outcomes
+
+
+def to_channels_last(tensor: Tensor) -> Tensor:
+    """Images (batch, channels, height, width), or volumes, with the channels of a pixel side by side in memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim not in formats or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        return tensor
+    # Not .contiguous(): with one channel a tensor is already so by torch's rule, and convolutions do not take it so.
+    wanted = torch.empty_like(tensor, memory_format=formats[tensor.ndim], device="meta").stride()
+    if tensor.stride() == wanted:
+        return tensor
+    return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
