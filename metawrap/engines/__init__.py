@@ -2,8 +2,7 @@
 
 from metawrap.engines.batched import BatchedEngine, cannot
 from metawrap.engines.calling import HardGates, call_model, differentiable_twice
-from metawrap.engines.choice import ENGINES, choose_engine
-from metawrap.engines.engine import Engine
+from metawrap.engines.choice import ENGINES, Engine, choose_engine
 from metawrap.snapshot.module_state import BufferEdits
 
 __all__ = [

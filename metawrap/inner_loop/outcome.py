@@ -122,16 +122,16 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def usable(task: Task) -> Task:
-    """The task, with tensors that were made in inference mode cloned: they could not be saved for a backward pass."""
+    """The task with its inference-mode tensors cloned, as a backward pass cannot save such tensors."""
     return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager
 def autograd(enabled: bool = True) -> Iterator[None]:
-    """Gradients on or off, whatever mode the caller is in, inference mode too; under autocast without its cache.
+    """Gradients on or off, whatever mode the caller is in, inference mode too; autocast runs without its cache.
 
-    The cache holds casts of leaf tensors until the autocast block ends: stale ones after an optimizer step inside it,
-    and one of every fast weight.
+    That cache keeps casts of leaf tensors until the autocast block ends: one of every fast weight, and stale ones after
+    an optimizer step in the block.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
