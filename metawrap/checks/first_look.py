@@ -1,4 +1,4 @@
-"""The first look at a task: what inspection cannot see, a gradient shows. Changes nothing, and runs once per mode."""
+"""The first look at a task, once per mode: a gradient shows problems that inspection cannot. Changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOOKS_REFUSED = "metawrap: saved-tensor hooks are refused here"
 
 @dataclass
 class FirstLook:
-    """What the first task showed.
+    """Results of the first look at a task.
 
     unused: adapted parameters that the support loss does not depend on.
     differentiable: whether it was looked at with gradients to come.
@@ -35,7 +35,7 @@ class FirstLook:
 
 
 def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
-    """Runs one support pass and its gradient; returns the names that get none.
+    """Runs one support pass and its gradient; returns the names of the adapted parameters that get none.
 
     Raises:
         UnsupportedModuleError: the model checkpoints activations, or no adapted parameter gets a gradient.
@@ -74,7 +74,7 @@ def refuse_other_layout(prediction: Callable[[], Any]) -> None:
     """Checks that a forward pass takes images in channels_last.
 
     Raises:
-        UnsupportedModuleError: it looks at a tensor in a way that the layout does not allow.
+        UnsupportedModuleError: it calls `.view()` on a tensor, which the layout does not allow.
     """
     try:
         prediction()
@@ -88,10 +88,10 @@ def refuse_other_layout(prediction: Callable[[], Any]) -> None:
 
 
 def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Checks that a prediction with fast weights does not depend on the parameters that these stand for.
+    """Checks that a prediction with fast weights does not depend on the parameters that the fast weights replace.
 
     Raises:
-        UnsupportedModuleError: forward reads one of them past its module.
+        UnsupportedModuleError: forward reads such a parameter from another place than its module.
     """
     outputs = [tensor.abs().sum().float() for tensor in tensors_in(prediction) if tensor.requires_grad]
     read = [(name, parameter) for name, parameter in adapted if parameter.requires_grad]
@@ -108,13 +108,13 @@ def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]
 
 
 def refuse_carried_graphs(model: nn.Module, carried: Collection[str], support_loss: Callable[[], Tensor]) -> None:
-    """Checks, after a first pass, that a second one does not differentiate through what the first left in a buffer.
+    """Checks that a second pass does not differentiate through the values that a first pass left in a buffer.
 
     Args:
-        carried: buffers that the first pass edited in place, and that had a graph then.
+        carried: buffers that the first pass edited in place, and left with a graph.
 
     Raises:
-        UnsupportedModuleError: it does: the gradient would go through every earlier call, of other tasks, too.
+        UnsupportedModuleError: it does, so that the gradient would go through every earlier call, of other tasks too.
     """
     names, leaves, stand_ins = [], [], {}
     for path, module in model.named_modules():
@@ -164,7 +164,7 @@ def differ(found: Gradients, reference: Gradients, tolerance: float | None = Non
 
 
 def warn_unused(unused: list[str]) -> None:
-    """Reports adapted parameters that play no part in the support loss."""
+    """Warns of adapted parameters that play no part in the support loss."""
     if unused:
         warnings.warn(
             f"The support loss does not depend on {', '.join(unused)}: they are not adapted. Freeze them before "
@@ -175,7 +175,7 @@ def warn_unused(unused: list[str]) -> None:
 
 
 def warn_no_second_derivative(reason: str, epoch: float) -> None:
-    """Reports that training will stop when second-order gradients begin."""
+    """Warns that training will stop when second-order gradients begin."""
     warnings.warn(
         f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
         MetaWrapWarning,
@@ -184,7 +184,7 @@ def warn_no_second_derivative(reason: str, epoch: float) -> None:
 
 
 def warn_tasks_in_order(workers: int | str, reason: str) -> None:
-    """Reports that tasks are solved one after another although more workers were asked for."""
+    """Warns that tasks are solved one after another although more workers were asked for."""
     warnings.warn(
         f"workers={workers}: tasks are solved one after another, because {reason}. Pass "
         'execution={"workers": "auto"} to silence this.',
@@ -194,7 +194,7 @@ def warn_tasks_in_order(workers: int | str, reason: str) -> None:
 
 
 def warn_functional_instead_of_higher(reason: str) -> None:
-    """Reports that `auto` leaves `higher` for `functional`."""
+    """Warns that `engine="auto"` uses `functional` instead of `higher`."""
     warnings.warn(
         f"engine='auto' falls back to 'functional': {reason}. Pass engine='functional' to silence this.",
         MetaWrapWarning,

@@ -1,4 +1,4 @@
-"""Whether a model can be run for several tasks at once, found by doing so, with two tasks and nothing drawn."""
+"""Checks by a trial whether a model can run several tasks at once: with two tasks, and without random draws."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _rolled(tensor: Tensor) -> Tensor:
 
 
 def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
-    """Checks that a call does no more than return its prediction, apart from filling a cache.
+    """Checks that a call has no side effect, apart from filling a cache.
 
-    What each call of the engine checks is refused by the engine; here is what would take too long each time.
+    The engine makes the quick checks at every call; the checks here would take too long each time.
 
     Args:
         call: runs the engine on one batch, without dropout.
     Raises:
-        UnsupportedModuleError: it does: once for all tasks, where it is due for each.
+        UnsupportedModuleError: it has a side effect, which would happen once for all tasks instead of for each.
     """
     call()  # Fills the caches that a first call fills.
     named = list(model.named_modules())
@@ -62,7 +62,7 @@ def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
 
 
 def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
-    """Those that hooks enclose, or hold as objects: where features are kept."""
+    """The containers that hooks enclose or hold as objects, where users keep features."""
     found: list[Any] = []
     for module in model.modules():
         for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
@@ -77,7 +77,7 @@ def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout of torch's modules and functions leaves everything as it is; for a look, which puts flags back."""
+    """Switches off the dropout of torch's modules and functions, for a check."""
     modules = list(model.modules())
     # Not in eval mode: cuDNN's recurrent networks have no gradient there.
     changes: list[tuple[nn.Module, str, Any]] = [

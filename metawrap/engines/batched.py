@@ -1,7 +1,7 @@
-"""All tasks of a batch at once: the user's module under `torch.func.vmap`, with fast weights of one task each.
+"""All tasks of a batch at once: the user's module under `torch.func.vmap`, with its own fast weights for each task.
 
-Only a forward pass runs under vmap. Gradients are taken outside of it, of the sum of the tasks' losses: tasks share no
-fast weight, so this gives each task its own. What forward leaves behind (statistics of norms) leaves vmap as values.
+Only the forward pass runs under vmap. Gradients are those of the sum of the tasks' losses, taken outside of vmap: tasks
+share no fast weight, so each gets its own gradient. Statistics of norms leave vmap as values.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class BatchedEngine:
 
     def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
         self.model = model
-        # Its own: what evaluation does to a buffer, task by task, is nothing to it.
+        # Its own: an edit that evaluation makes, task by task, does not count here.
         self._edits = BufferEdits(edits.aliased if edits else {})
         self._functional = FunctionalEngine(model, self._edits)
-        # What has been shown to be a cache.
+        # Keys of the changes that were seen to be a cache's.
         self._settled: set[Hashable] = set()
         self._one_by_one = False
         self._axis = TaskAxis()
@@ -48,8 +48,8 @@ class BatchedEngine:
         """See `Engine.call`; every tensor has a leading task axis.
 
         Raises:
-            UnsupportedModuleError: forward does what cannot be done for several tasks at once, or fails for several
-                where it does not for one. What one task raises by itself is raised as it is.
+            UnsupportedModuleError: forward has a side effect that would serve all tasks at once, or fails for several
+                tasks but not for one. An error that one task raises by itself is raised as it is.
         """
         clock, recorder, captured = self._clock, self._clock.recorder, self._clock.captured
         passes: list[Moments] = []
@@ -82,10 +82,10 @@ class BatchedEngine:
         return output
 
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function`, which keeps nothing, gives for each task: every tensor has a task axis, in and out.
+        """The result of a function without side effects for each task; every tensor has a task axis, in and out.
 
-        Task by task where vmap cannot run it, where it draws from random or numpy, or where it raises: the error is
-        then that of one task.
+        Runs task by task where vmap cannot run the function, where the function draws from random or numpy, or where it
+        raises: the error is then that of one task.
         """
         if not self._one_by_one:
             before = Generators()
@@ -107,14 +107,14 @@ class BatchedEngine:
         shells: list[Any] = []
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            # Fused attention has no rule of its own.
+            # Fused attention has no rule under vmap.
             with TaskAxis() as self._axis, sdpa_kernel(SDPBackend.MATH):
                 output = function(*_refilled(args, tensors))
             shells.append(output)
             return tensors_in(output)
 
         try:
-            # Different: each task draws its own dropout mask.
+            # "different": each task draws its own dropout mask.
             found = torch.func.vmap(run, randomness="different")(tensors_in(args))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_VMAP):
@@ -123,7 +123,7 @@ class BatchedEngine:
         return _refilled(shells[-1], found)
 
     def _refuse_changes(self, before: ModuleState, inputs: Any, again: Callable[[], Any]) -> None:
-        """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""
+        """Refuses side effects of a call, which happen once for all tasks, except a cache: a second call keeps it."""
         changes = list(before.changes())
         for change in changes:
             if any(is_batched(tensor) for tensor in held_tensors(change.value)):
@@ -135,7 +135,7 @@ class BatchedEngine:
         keys = {None if change.key is None else (change.key, form) for change in changes}
         if keys <= self._settled and not self._draws(before):
             return
-        # Again: a cache stays as it is, and a generator that another thread draws from does, too.
+        # A second call leaves a cache as it is, and a generator that only another thread draws from.
         between = self._state()
         device = tensors_in(inputs)[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -161,7 +161,7 @@ class BatchedEngine:
             raise UnsupportedModuleError(cannot(f"its forward edits the buffer '{min(self._edits.edited)}', {ONCE}"))
 
     def _run_alone(self, run: Callable[..., Any], args: Any) -> None:
-        """Raises what a task raises by itself, or names what it edits; leaves nothing behind."""
+        """Runs each task alone to raise its own error or to name the buffer that it edits; changes nothing."""
         before, buffers = self._state(), slots_of(self._modules)
         try:
             for own in _each_alone(args):

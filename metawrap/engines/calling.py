@@ -1,4 +1,4 @@
-"""How inputs reach a model, and what stands in for operations that have no second derivative."""
+"""Calls of a model: its inputs, the buffers that it edits, and operations without a second derivative."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def call_model(model: Any, inputs: Any) -> Any:
 
 
 class EditedBuffers:
-    """Lends each call a copy of the buffers that forward edits in place, and keeps what the call left in them.
+    """Lends each call a copy of the buffers that forward edits in place, and keeps the call's values.
 
-    A backward pass through several calls needs the values that each of them saw. A buffer is known from the first
-    look at a task or else from the first call that edits it; the graph of that call keeps the buffer itself, and the
+    A backward pass through several calls needs the values that each call saw. A buffer is known to be edited from the
+    first look at a task or from the first call that edits it; the graph of that call keeps the buffer itself, and the
     module goes on with a copy.
     """
 
@@ -73,7 +73,7 @@ class EditedBuffers:
 
 @contextmanager
 def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
-    """Makes what runs inside differentiable twice: fused attention, recurrent networks, and, if `hard`, hard gates.
+    """Makes fused attention, recurrent networks, and, if `hard`, hard gates differentiable twice.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
     whose derivative torch cannot differentiate, as relu6(x + 3) / 6.
@@ -112,7 +112,7 @@ _GATES: dict[Any, Callable[..., Tensor]] = {
 
 
 class HardGates(TorchFunctionMode):
-    """Computes hard gates by `relu6`; `seen` tells whether there was one. The mode slows every operation a little."""
+    """Computes hard gates by `relu6`; `seen` is true once one ran. The mode slows every operation a little."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,8 +120,5 @@ class HardGates(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
-        gate = _GATES.get(func)
-        if gate is None:
-            return func(*args, **(kwargs or {}))
-        self.seen = True
-        return gate(*args, **(kwargs or {}))
+        self.seen |= func in _GATES
+        return _GATES.get(func, func)(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Fast tensors in the module's own parameter slots: right for every module that reads its parameters from itself."""
+"""Fast tensors in the module's own parameter slots: right for every module that reads its own parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FunctionalEngine:
         originals = [module._parameters[local] for module, local, _ in slots]
         try:
             for module, local, tensor in slots:
-                # What torch's own tensors in the place of parameters are marked by: `isinstance(_, nn.Parameter)` asks.
+                # torch's mark of a tensor that counts as a parameter: isinstance(_, nn.Parameter) is then true.
                 tensor._is_param = True
                 module._parameters[local] = tensor  # type: ignore[assignment]
             with self._buffers.lent(), self._forms.lent(twice):
@@ -45,8 +45,7 @@ class FunctionalEngine:
             for (module, local, _), original in zip(slots, originals, strict=True):
                 module._parameters[local] = original
             for module in self._recurrent:
-                # A recurrent module caches its weights, and looks for new ones by identity; left alone, the cache would
-                # hold on to this call's graph.
+                # A recurrent module caches its weights; the cache would keep this call's graph alive.
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
                 module._flat_weight_refs = [weakref.ref(w) for w in module._flat_weights if w is not None]
 

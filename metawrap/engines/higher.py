@@ -1,8 +1,8 @@
-"""Differentiable fast-weight copies through the `higher` library, with its known losses put back.
+"""Fast weights through the `higher` library, which makes a patched twin of the module.
 
-`higher` makes a patched twin of the module. The twin is made once, not per task: its classes are freed only by the
-garbage collector. It shares the module's hooks and buffers, which `higher` would drop and copy, follows its
-attributes, and hands back those that the user's forward sets.
+The twin is made once, not per task: its classes are freed only by the garbage collector. The twin shares the module's
+hooks, which `higher` would drop, and its buffers, which `higher` would copy; attributes are carried over before and
+after each call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ with warnings.catch_warnings():
     from higher.patch import monkeypatch
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
 )
 _OWN = {*_HOOKS, "_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"}
 
@@ -63,7 +58,7 @@ class HigherEngine:
         finally:
             self._twin.update_params(list(originals.values()))
             for (module, twin), own in zip(self._pairs, self._own, strict=True):
-                # Counters, caches: what the user's forward has set on itself belongs to the module.
+                # Counters and caches that the user's forward sets on the twin belong to the module.
                 module.__dict__.update((key, value) for key, value in twin.__dict__.items() if key not in own)
 
     def each(self, function: Callable[..., Any], *args: Any) -> Any:

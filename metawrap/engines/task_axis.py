@@ -1,7 +1,8 @@
-"""What runs under `torch.func.vmap` in another form than torch's rules give it: where these are wrong, slow or lacking.
+"""Operations under `torch.func.vmap` whose rules in torch are wrong, slow or missing, in forms of their own.
 
-The rule for `embedding` with a `padding_idx` loses that the padding's gradient is zero. Batch norm with a scale per
-task is one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks have no rule.
+torch's rule for `embedding` with a `padding_idx` loses that the padding's gradient is zero. Batch norm with a scale per
+task becomes one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks have no
+rule in torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-from metawrap.layers.quick_forms import batch_norm, convolution
+from metawrap.layers.quick_forms import batch_norm, convolution, for_each
 
 _PLANE = 4  # Axes of a batch of images.
 
@@ -43,7 +44,7 @@ def is_batched(value: Any) -> bool:
 
 
 class _InSight(torch.autograd.Function):
-    """The rule of a custom function sees whole tensors, task axis and all, and autograd sees what the rule does."""
+    """Runs a function on whole tensors, with their task axis, and lets autograd record it."""
 
     @staticmethod
     def forward(*_: Any) -> Any:
@@ -165,7 +166,7 @@ def _torch_embedding(
 
 
 def _beside_channels(tasks: int, dim: int | None, x: Tensor) -> Tensor:
-    """(images, tasks * channels, ...): where a grouped convolution leaves the tasks, so that nothing is moved."""
+    """(images, tasks * channels, ...), the layout in which a grouped convolution leaves the tasks."""
     x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
     return x.flatten(1, 2)
 
@@ -183,9 +184,10 @@ def _grouped(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    if not is_batched(weight) or input.ndim != _PLANE or padding == "same" or torch.is_autocast_enabled(_device(input)):
+    cast = torch.is_autocast_enabled(input.device.type)
+    if not is_batched(weight) or input.ndim != _PLANE or padding == "same" or cast:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    sizes = [list(_pair(size)) for size in (stride, 0 if padding == "valid" else padding, dilation)]
+    sizes = [for_each(size, 2) for size in (stride, 0 if padding == "valid" else padding, dilation)]
     output: Tensor = _InSight.apply(_grouped_each, input, weight, sizes, groups)
     return output if bias is None else output + bias.view(1, -1, 1, 1)
 
@@ -202,12 +204,8 @@ def _grouped_each(
     return _apart(tasks, output), 1
 
 
-def _device(tensor: Tensor) -> str:
-    return tensor.device.type
-
-
 def _pooled(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of each channel alone, and so with the tasks beside the channels."""
+    """A pooling with the tasks beside the channels: it treats each channel alone."""
 
     def pool(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_batched(input) or input.ndim != _PLANE:
@@ -220,10 +218,6 @@ def _pooled(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _pooled_each(tasks: int, dims: Sequence[int | None], x: Tensor, func: Callable[..., Tensor], args: Any) -> Any:
     return _apart(tasks, func(_beside_channels(tasks, dims[0], x), *args)), 1
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def _recurrent(name: str) -> Callable[..., Any]:
@@ -248,21 +242,11 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     **{func: _pooled(func) for func in (torch.max_pool2d, F.avg_pool2d)},
     **{getattr(torch, name): _recurrent(name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")},
 }
+_CHANNELS = ("dropout1d", "dropout2d", "dropout3d")
+_KINDS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 DROPOUTS = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.dropout_,
-    torch.feature_dropout,
-    torch.feature_dropout_,
-    torch.alpha_dropout,
-    torch.alpha_dropout_,
-    torch.feature_alpha_dropout,
-    torch.feature_alpha_dropout_,
+    *(getattr(F, name) for name in (*_CHANNELS, "dropout", "alpha_dropout", "feature_alpha_dropout")),
+    *(getattr(torch, f"{name}{place}") for name in _KINDS for place in ("", "_")),
 }
 _RECURRENT = [getattr(torch, name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")]
 _MAY_DROP = {*DROPOUTS, *_RECURRENT, F.scaled_dot_product_attention, F.multi_head_attention_forward}

@@ -125,7 +125,8 @@ def _plain(*tensors: Tensor) -> bool:
     )
 
 
-def _each(value: Any, dimensions: int) -> list[int]:
+def for_each(value: Any, dimensions: int) -> list[int]:
+    """One number for each dimension, from a single number or one for each."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dimensions if len(values) == 1 else values
 
@@ -139,7 +140,7 @@ def max_pool2d(
         x: (batch, channels, height, width).
         kernel_size, stride, padding, dilation: a number, or one each for height and width.
     """
-    shape = [_each(value, 2) for value in (kernel_size, stride or kernel_size, padding, dilation)]
+    shape = [for_each(value, 2) for value in (kernel_size, stride or kernel_size, padding, dilation)]
     output: Tensor = _MaxPool.apply(x, (*shape, ceil_mode))
     return output
 
@@ -171,7 +172,7 @@ def convolution(
         x: (batch, in, ...). weight: (out, in / groups, ...). bias: (out,), or None.
         stride, padding, dilation: a number, or one for each dimension.
     """
-    shape = [_each(value, weight.ndim - 2) for value in (stride, padding, dilation)]
+    shape = [for_each(value, weight.ndim - 2) for value in (stride, padding, dilation)]
     output: Tensor = _Convolution.apply(x, weight, bias, (*shape, groups))
     return output
 

@@ -1,4 +1,4 @@
-"""Loading a state_dict wholly or not at all: torch copies what fits before it complains of what does not."""
+"""Loading a state_dict wholly or not at all: torch copies the entries that fit before it complains of the others."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from metawrap.tasks import describe_value
 
 @contextmanager
 def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: Any) -> Iterator[None]:
-    """Runs what loads a state_dict; on an error everything is put back, at the cost of one copy of the learner.
+    """Restores learner and optimizer if the block, which loads a state_dict, fails. Costs one copy of the learner.
 
     Raises:
         ArgumentError: `state_dict` is no mapping.
-        CheckpointError: it is that of another model or method, or damaged.
+        CheckpointError: the state_dict is that of another model or method, or damaged.
     """
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(
@@ -32,10 +32,10 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
     put_back = remembered(learner, optimizer)
     try:
         yield
-    except MetaWrapError:  # Which says what is wrong already.
+    except MetaWrapError:  # Its message names the cause already.
         put_back()
         raise
-    except Exception as error:  # A state that is damaged can make torch raise anything.
+    except Exception as error:  # A damaged state can make torch raise any error.
         put_back()
         cause = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(

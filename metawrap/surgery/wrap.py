@@ -1,4 +1,4 @@
-"""The whole of wrapping: check, copy, swap, select. Everything that can fail does so before the copy is handed out."""
+"""Wrapping a module: copy, swap, check, select. Every failure comes before the copy is handed out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 
 @dataclass
 class Wrapped:
-    """A copy of the user's module with per-step norms, and what was done to it.
+    """A copy of the user's module with per-step norms, and a record of the changes.
 
     adapted: names of the parameters that the inner loop changes. swapped, kept: names of norms; the kept ones
-    always run on their own stored statistics. notes: what else was done.
+    always run on their own stored statistics. notes: the other changes, in words.
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ def wrap(
         adapt: which parameters the inner loop adapts; False for a method that has none.
     Raises:
         ArgumentError: an argument has the wrong type or names nothing in the model.
-        UnsupportedModuleError: the module has something that no engine could adapt correctly; all of it is listed.
+        UnsupportedModuleError: no engine could adapt the module correctly; all reasons are listed.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, but got {type(model).__name__}.")
