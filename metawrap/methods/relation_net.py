@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.heads.fitted import FittedHead, class_sums, one_hot
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import IGNORED
 from metawrap.settings.settings import check_whole
 from metawrap.tasks import describe_value
@@ -34,7 +34,7 @@ def relation_loss(prediction: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(prediction.sigmoid(), one_hot(y, prediction.shape[1], prediction))
 
 
-class RelationNet(Embedded):
+class RelationNet(EmbeddingLearner):
     """Relation networks: a learned module scores how well a target goes with each class.
 
     The embeddings of a class's support examples are added up; beside the embedding of a target (channels of both, one
@@ -56,10 +56,11 @@ class RelationNet(Embedded):
         hidden: channels of the relation module's blocks; 64 if None, as in the paper.
         relation: a module of your own in its place; it is copied. From pairs (targets * ways, 2 * channels, ...) to
             one number each, the score before the sigmoid. No batch norm: use `nn.GroupNorm`.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; loss_fn defaults to `relation_loss`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`; loss_fn defaults to `relation_loss`.
+
+    >>> learner = RelationNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), hidden=16)
+    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
+    torch.Size([5, 3])
 
     Source: Sung et al. 2018, arXiv:1711.06025, Eq. 1 to 3 and Fig. 2.
     """
@@ -73,7 +74,7 @@ class RelationNet(Embedded):
         *,
         hidden: int | None = None,
         relation: nn.Module | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         if hidden is not None:
             check_whole("hidden", hidden, 1)
@@ -93,7 +94,7 @@ class RelationNet(Embedded):
     def _stateful(self) -> list[nn.Module]:
         return [*super()._stateful(), self.relation]
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Relations(class_sums(support, labels, ways), self.relation)
 
 

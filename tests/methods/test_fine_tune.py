@@ -255,7 +255,7 @@ def test_episodes_name_the_classes_that_their_images_are_of():
                 assert shown.tolist() == [task.classes[label] % 6 for label in y.tolist()]
             assert task.map(torch.clone).classes == task.classes == task.to("cpu").classes
     run = build_learner(RunSettings(method="fine-tune"), net(), sampler.num_classes)
-    assert run.classes == 24
+    assert run.options["classes"] == 24
 
 
 def test_turned_classes_have_numbers_of_their_own():

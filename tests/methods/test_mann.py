@@ -11,7 +11,7 @@ from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import MANN, ArgumentError, Task, TaskError
-from metawrap.methods.mann import Controller, State, least_used
+from metawrap.methods.mann import Controller, ControllerState, least_used
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.3], [-0.7, 0.9]], dtype=torch.float64)
 LABELS = torch.tensor([1, 0, 1])
@@ -107,7 +107,7 @@ def test_writes_go_to_what_was_read_and_to_the_least_used_which_is_emptied() -> 
     now = torch.tensor([[[1.0, 0.0, 0.0, 0.0]]], dtype=torch.float64)
     state = controller.start(usage)._replace(memory=memory, usage=usage, last_weights=last, read_weights=now)
     after = controller.written(state, torch.tensor([[[4.0, -4.0]]], dtype=torch.float64))
-    assert isinstance(after, State)
+    assert isinstance(after, ControllerState)
     expected = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [3.0, 1.0], [8.0, 8.0]]], dtype=torch.float64)
     torch.testing.assert_close(after.memory, expected)
     torch.testing.assert_close(after.usage, torch.tensor([[1.3, 0.35, 1.2, 0.2]], dtype=torch.float64))

@@ -11,7 +11,7 @@ from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import ArgumentError, MemoryModule, Task, TaskError
-from metawrap.methods.memory_module import Memory
+from metawrap.methods.memory_module import KeyMemory
 
 
 def unit(x: Any) -> np.ndarray:
@@ -24,9 +24,9 @@ def learner_of(**options: Any) -> MemoryModule:
     return MemoryModule(nn.Sequential(nn.Identity(), nn.Linear(2, 3)).double(), **options)
 
 
-def fitted(support: Tensor, labels: list[int], **options: Any) -> Memory:
+def fitted(support: Tensor, labels: list[int], **options: Any) -> KeyMemory:
     learner = learner_of(**options).eval()
-    return learner._fitted(support, torch.tensor(labels), max(labels) + 1)
+    return learner._fit_head(support, torch.tensor(labels), max(labels) + 1)
 
 
 SUPPORT = torch.tensor([[1.0, 0.2], [0.1, 2.0], [3.0, 0.1], [-1.0, 0.3], [-2.0, -2.0]], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_each_write_equals_one_by_hand() -> None:
         ([unit(a + c), e, d], [0, 1, 2], [2, 0, 1]),
     ]
     labels = [0, 1, 0, 2, 1]
-    memory = Memory(SUPPORT, 3, 3, 256, 40.0)
+    memory = KeyMemory(SUPPORT, 3, 3, 256, 40.0)
     for x, label, (keys, values, ages) in zip(SUPPORT, labels, steps, strict=True):
         memory.write(x, label, 0.0)
         used = len(keys)
@@ -98,14 +98,16 @@ def test_a_class_without_a_key_counts_as_cosine_zero_in_the_loss() -> None:
 def test_gradients_reach_the_support_set_only_if_keys_carry_them(flow: bool) -> None:
     support = SUPPORT[:3].clone().requires_grad_()
     learner = learner_of(key_gradients=flow)
-    _, loss = learner._judged(support, torch.tensor([0, 1, 0]), 2, SUPPORT[3:].clone(), torch.tensor([0, 1]))
+    labels = torch.tensor([0, 1, 0])
+    task = Task(support, labels, SUPPORT[3:].clone(), torch.tensor([0, 1]))
+    _, loss = learner._predict(task, support, labels, 2, task.target_x)
     assert loss.requires_grad is flow
     if flow:
         found = torch.autograd.grad(loss, support)[0]
         step = torch.zeros_like(support)
         step[0, 1] = 1e-6
         values = [
-            learner._judged(x, torch.tensor([0, 1, 0]), 2, SUPPORT[3:].clone(), torch.tensor([0, 1]))[1].item()
+            learner._predict(task, x, labels, 2, task.target_x)[1].item()
             for x in (support.detach() + step, support.detach() - step)
         ]
         assert float(found[0, 1]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
@@ -118,12 +120,12 @@ def test_noise_on_ages_chooses_among_the_old_in_training_only() -> None:
         for training in (True, False):
             learner.train(training)
             before = torch.get_rng_state()
-            kept = {tuple(learner._fitted(support, torch.tensor([0, 1, 0, 1]), 2).ages.tolist()) for _ in range(12)}
+            kept = {tuple(learner._fit_head(support, torch.tensor([0, 1, 0, 1]), 2).ages.tolist()) for _ in range(12)}
             assert (len(kept) > 1) is training
             assert torch.equal(before, torch.get_rng_state()) is not training
             # Where there is room for all, nothing is drawn.
             before = torch.get_rng_state()
-            learner._fitted(support[:2], torch.tensor([0, 1]), 2)
+            learner._fit_head(support[:2], torch.tensor([0, 1]), 2)
             assert torch.equal(before, torch.get_rng_state())
 
 

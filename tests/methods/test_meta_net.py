@@ -112,7 +112,7 @@ def test_the_gradients_equal_those_of_autograd() -> None:
     seen: list[Tensor] = []
     learner.task_fast.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     learner.example_fast.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    learner._fitted(X, torch.tensor(LABELS), 2)
+    learner._fit_head(X, torch.tensor(LABELS), 2)
     q, o, w = (part.weight for part in (learner.representation, learner.representation_rows, learner.rows))
     for i in range(3):
         loss = nn.functional.cross_entropy((o @ (q @ X[i]).relu())[None], truth[i : i + 1])

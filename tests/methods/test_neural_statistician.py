@@ -133,7 +133,7 @@ def test_a_target_is_of_the_class_whose_context_is_nearest_its_own() -> None:
     found = learner.evaluate([task], keep_predictions=True).predictions[0]
     learner.eval()
     with torch.no_grad():
-        support, target = (learner._embedded(x, "running") for x in (task.support_x, task.target_x))
+        support, target = (learner.embedding.of(x, "running") for x in (task.support_x, task.target_x))
         network = learner.statistician.statistic
         for row in range(len(target)):
             alone = spread(network.behind(network.before(target[row])))
@@ -150,8 +150,8 @@ def test_the_loss_is_minus_the_bound_of_support_and_targets_together_for_each_ex
     learner.evaluate([task])
     learner.eval()
     with torch.no_grad():
-        support = learner._embedded(task.support_x, "capture")
-        target = learner._embedded(task.target_x, "captured")
+        support = learner.embedding.of(task.support_x, "capture")
+        target = learner.embedding.of(task.target_x, "captured")
         inputs, labels = torch.cat([task.support_x, task.target_x]), torch.cat([task.support_y, task.target_y])
         bound = learner.statistician(inputs, torch.cat([support, target]), labels, 3, False, False)
     assert learner.evaluate([task]).loss == pytest.approx(-bound.sum().item() / len(labels), rel=1e-9)

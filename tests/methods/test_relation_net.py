@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import MapNet, numbers, step
+from embedded_checks import MapNet, numbers, predict, step
 from face import fingerprint
 from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -73,9 +73,9 @@ def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]
     learner = RelationNet(nn.Linear(1, 1).double(), embedding="output", hidden=4)
     support, labels = numbers(5, *shape), torch.tensor([0, 1, 1, 2, 2])
     target, target_y = numbers(4, *shape, seed=1), torch.tensor([2, 0, 1, 1])
-    learner._judged(support, labels, 3, target, target_y)
+    predict(learner, support, labels, 3, target, target_y)
     parts = own_parts(learner)
-    prediction, loss = learner._judged(support, labels, 3, target, target_y)
+    prediction, loss = predict(learner, support, labels, 3, target, target_y)
     expected, error = np.empty((4, 3)), 0.0
     for row in range(4):
         for way in range(3):
@@ -90,10 +90,10 @@ def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]
 def test_the_first_block_starts_on_the_difference() -> None:
     learner = RelationNet(nn.Linear(1, 1).double(), embedding="output")
     x, y = numbers(3, 6), torch.arange(3)
-    found, _ = learner._judged(x, y, 3, x, y)
-    shifted, _ = learner._judged(x + 5, y, 3, x + 5, y)
+    found, _ = predict(learner, x, y, 3, x, y)
+    shifted, _ = predict(learner, x + 5, y, 3, x + 5, y)
     torch.testing.assert_close(found, shifted, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(found, learner._judged(x + 5, y, 3, x, y)[0])
+    assert not torch.allclose(found, predict(learner, x + 5, y, 3, x, y)[0])
 
 
 def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:

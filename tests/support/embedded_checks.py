@@ -34,6 +34,11 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def predict(learner: Any, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Tensor) -> Any:
+    """Prediction and loss of a learner whose embedding is its input."""
+    return learner._predict(Task(support, labels, target, target_y), support, labels, ways, target)
+
+
 def step(learner: Any, batch: Any, seed: int = 5) -> Any:
     torch.manual_seed(seed)
     return learner.meta_step(batch)
