@@ -9,11 +9,10 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
@@ -39,17 +38,6 @@ class EmbeddingKeywords(OuterKeywords, total=False):
     embedding: EmbeddingSource
 
 
-class _Own(TypedDict):
-    head: str | None
-    embedding: EmbeddingSource
-
-
-def split_keywords(keywords: EmbeddingKeywords) -> tuple[OuterKeywords, _Own]:
-    """The keywords of all methods, and those of the embedding with their defaults."""
-    own: _Own = {"head": keywords.get("head"), "embedding": keywords.get("embedding", "head_input")}
-    return cast(OuterKeywords, {name: value for name, value in keywords.items() if name not in own}), own
-
-
 class EmbeddingLearner(Direct):
     """A method that embeds a task and fits a head to its support set.
 
@@ -71,13 +59,13 @@ class EmbeddingLearner(Direct):
         options: Mapping[str, Any] | None = None,
         parts: Parts | None = None,
     ) -> None:
-        outer, own = split_keywords(keywords)
-        head, source = own["head"], own["embedding"]
+        head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
         if source not in ("head_input", "output"):
             raise ArgumentError(f"embedding: expected 'head_input' or 'output', but got {source!r}.")
         if source == "output" and head is not None:
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
-        super().__init__(model, outer, head=head, options={**(options or {}), **own}, parts=parts)
+        shown = {**(options or {}), "head": head, "embedding": source}
+        super().__init__(model, keywords, head=head, options=shown, parts=parts)
         self.embedding = Embedding(type(self).__name__, self.model, self._run, head, source, self.flat)
 
     @property
@@ -102,14 +90,7 @@ class EmbeddingLearner(Direct):
         return prediction, self._loss(prediction, task.target_y, "target")
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
     ) -> Solved:
         self._refuse_inner(steps, mask)
         labels, ways = self._labels(task)

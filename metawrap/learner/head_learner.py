@@ -5,24 +5,27 @@ The head is found and checked with the first task. Parameters besides the networ
 
 from __future__ import annotations
 
+import copy
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
 from metawrap.heads.own_head import OwnHead
 from metawrap.inner_loop.outcome import autograd, usable
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.direct import Direct, Parts
-from metawrap.learner.embedding_learner import EmbeddingKeywords, split_keywords
-from metawrap.learner.growing import give_to_optimizer, undone_if_it_fails
+from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.results import MetaOutput, StepMetrics
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
@@ -54,16 +57,16 @@ class HeadLearner(Direct):
         options: Mapping[str, Any],
         parts: Parts | None = None,
     ) -> None:
-        outer, own = split_keywords(keywords)
-        if own["embedding"] != "head_input":
+        head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
+        if source != "head_input":
             raise ArgumentError(
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
-                f"makes sense, but got {own['embedding']!r}. Leave it out; head= names the head."
+                f"makes sense, but got {source!r}. Leave it out; head= names the head."
             )
         self._in_training_forward = False
-        shown = {**options, **own}
-        super().__init__(model, outer, head=own["head"], options=shown, parts=parts, own_steps=inner_steps)
-        self.own_head = OwnHead(type(self).__name__, self.model, self._run, own["head"], flat=False)
+        shown = {**options, "head": head, "embedding": source}
+        super().__init__(model, keywords, head=head, options=shown, parts=parts, own_steps=inner_steps)
+        self.own_head = OwnHead(type(self).__name__, self.model, self._run, head, flat=False)
         if self.own_head.head is not None:
             self.own_head.check_parameters()
             self._make_parts(None)
@@ -83,14 +86,6 @@ class HeadLearner(Direct):
     def _match_parts(self, stored: Mapping[str, Any]) -> None:
         """Makes the same parameters as a state_dict holds, whose keys are those of this learner."""
 
-    def _uses_own_outputs(self, task: Task) -> bool:
-        """Whether the task's labels are those of the network's own outputs."""
-        return True
-
-    def _needs_head(self, task: Task) -> bool:
-        """Whether this task asks which module is the head."""
-        return True
-
     def _check_head(self, task: Task) -> None:
         """Further checks of the head with the first task."""
 
@@ -100,7 +95,7 @@ class HeadLearner(Direct):
 
     def meta_step(self, task_batch: Any) -> StepMetrics:
         """As in every method."""
-        with undone_if_it_fails(self, self.own_head):
+        with undone_if_it_fails(self):
             return super().meta_step(task_batch)
 
     def forward(self, task_batch: Any) -> MetaOutput:
@@ -110,13 +105,24 @@ class HeadLearner(Direct):
         """
         self._in_training_forward = self.training
         try:
-            with undone_if_it_fails(self, self.own_head):
+            with undone_if_it_fails(self):
                 return super().forward(task_batch)
         finally:
             self._in_training_forward = False
 
     def _learn(self, *made: nn.Parameter) -> None:
-        give_to_optimizer(self, made, warn=self._in_training_forward)
+        """Gives the outer optimizer new parameters, and takes from it those that are gone."""
+        new = {id(parameter) for parameter in made if parameter.requires_grad}
+        if self._in_training_forward and new:
+            names = [name for name, parameter in self.named_parameters() if id(parameter) in new]
+            warnings.warn(
+                f"{type(self).__name__} makes {', '.join(names)} when it sees its first task: an optimizer of your own "
+                "that was built before does not hold them, and they would never be learned. Use learner.optimizer, "
+                "which does, or build yours afterwards.",
+                MetaWrapWarning,
+                stacklevel=2,
+            )
+        self.outer.follow(self.named_parameters(), made)
 
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; the learner does not change.
@@ -155,15 +161,13 @@ class HeadLearner(Direct):
 
     def _look(self, task: Task) -> FirstLook:
         own_head = self.own_head
-        with own_head.found(task.support_x, needed=self._needs_head(task)):
+        with own_head.found(task.support_x, needed=self.head_runs_alone):
             if own_head.head is not None:
                 own_head.check_parameters()
                 if self.head_runs_alone:
                     own_head.check_runs_alone(task.support_x, len(tensors_in(task.support_y)[0]))
                 self._check_head(task)
             prediction = self._run(task.support_x, "batch", None)
-            if self._uses_own_outputs(task):
-                self._loss(prediction, task.support_y, "support")
             self._make_parts(task)
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 
@@ -206,4 +210,48 @@ def refuse_mask(learner: Direct, mask: bool | None) -> None:
         raise ArgumentError(
             f"mask_unused_outputs: {type(learner).__name__} compares all outputs of the head, but got {mask!r}. Leave "
             "it out, and mask in loss_fn."
+        )
+
+
+@contextmanager
+def undone_if_it_fails(learner: HeadLearner) -> Iterator[None]:
+    """Takes back the parts that a failed call made, and its changes of the optimizer.
+
+    A failure after the outer update takes nothing back.
+    """
+    optimizer, iteration, head, looks = learner.optimizer, learner.iteration, learner.head, dict(learner._looks)
+    children = dict(learner._modules)
+    own = [child for child in children.values() if child is not None and child is not learner.model]
+    tables = [(part, dict(part._parameters)) for child in own for part in child.modules()]
+    held = [(p, p.data, p.grad) for _, table in tables for p in table.values() if p is not None]
+    groups = [dict(group) for group in optimizer.param_groups]
+    state = {parameter: copy.copy(value) for parameter, value in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        if learner.iteration == iteration:
+            learner.own_head.head, learner._looks = head, looks
+            learner._modules.clear()
+            learner._modules.update(children)
+            for part, table in tables:
+                part._parameters.clear()
+                part._parameters.update(table)
+            for parameter, data, gradient in held:
+                parameter.grad = None  # It may have the other shape.
+                parameter.data, parameter.grad = data, gradient
+            for group, known in zip(optimizer.param_groups, groups, strict=True):
+                group.update(known)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
+
+
+def refuse_late_parts(learner: nn.Module) -> None:
+    """Raises UnsupportedModuleError where parameters can no longer be made; call it before making them."""
+    # torch's own compiler reads this marker, which is set during the wrapped module's forward.
+    if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
+        raise UnsupportedModuleError(
+            f"{type(learner).__name__} makes parameters when it sees its first task, and DistributedDataParallel does "
+            "not follow parameters that are made after it. Use meta_step, or evaluate the learner on one task before "
+            "you wrap it; one with a table of classes needs classes= for that."
         )

@@ -16,16 +16,16 @@ from metawrap.engines import call_model
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
-from metawrap.heads.head_tuning import HeadTuning
 from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, autograd, solved_from, usable
+from metawrap.inner_loop.outcome import Solved, autograd, dense, solved_from, usable
 from metawrap.layers.step_clock import Moments
-from metawrap.learner.growing import refuse_late_parts
-from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_mask, under_prefix
+from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
+from metawrap.settings.settings import InnerOptimizerName, check_choice, check_positive
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Task, TaskBatch, describe_value
 
 Tune = Literal["full", "head"]
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
 class TrainingOutputs(NamedTuple):
@@ -43,22 +43,27 @@ class TrainingOutputs(NamedTuple):
 class JointTraining:
     """Supervised training on the examples of all tasks; gradient steps then fit each new task.
 
-    tune: whether these steps move the "head" or the "full" network. tuning: the steps. table: the classifier over all
-    classes. by_classes: whether a task is trained through the table. outputs: `outputs(task, norm, moments, labels)`,
-    where labels are the task's own, (examples, ...), support before target.
+    tune: whether these steps move the "head" or the "full" network, by torch's SGD or Adam at the rate inner_lr, each
+    on the whole support set. table: the classifier over all classes. by_classes: whether a task is trained through the
+    table. outputs: `outputs(task, norm, moments, labels)`, where labels are the task's own, (examples, ...), support
+    before target.
     """
 
     tune: Tune
-    tuning: HeadTuning
+    inner_lr: float
+    inner_optimizer: InnerOptimizerName
     table: ClassTable
     by_classes: Callable[[Task], bool]
     outputs: Callable[[Task, str, list[Moments], Tensor], TrainingOutputs]
 
+    def __post_init__(self) -> None:
+        check_positive("inner_lr", self.inner_lr)
+        check_choice("inner_optimizer", self.inner_optimizer)
+
     @property
     def options(self) -> dict[str, Any]:
         """The keywords, as `describe` shows them."""
-        rate, optimizer = self.tuning.inner_lr, self.tuning.inner_optimizer
-        return {"inner_lr": rate, "inner_optimizer": optimizer, "classes": self.table.limit}
+        return {"inner_lr": self.inner_lr, "inner_optimizer": self.inner_optimizer, "classes": self.table.limit}
 
     def solve(
         self,
@@ -69,7 +74,7 @@ class JointTraining:
         norm: str,
         steps: int | None = None,
         mask: bool | None = None,
-        whole_graph: bool = True,
+        **_: Any,
     ) -> Solved:
         """In training the supervised loss of a task's examples; else the target loss of the module fitted to it."""
         refuse_mask(learner, mask)
@@ -93,9 +98,17 @@ class JointTraining:
         if self.tune == "head":
             part = module.get_submodule(str(learner.head))
             inputs = learner.own_head.of(task.support_x, "running" if norm == "running" else "batch").detach()
-        self.tuning.fit(
-            part, inputs, task.support_y, steps=steps, loss=lambda found, y: learner._loss(found, y, "support")
-        )
+        learned = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        optimizer = _OPTIMIZERS[self.inner_optimizer](learned, lr=self.inner_lr)  # type: ignore[call-arg]
+        with autograd(True):
+            for _ in range(steps):
+                loss = learner._loss(call_model(part, inputs), task.support_y, "support")
+                gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+                for parameter, gradient in zip(learned, gradients, strict=True):
+                    parameter.grad = None if gradient is None else dense(gradient)
+                optimizer.step()
+        for parameter in learned:
+            parameter.grad = None
         if norm != "support":
             return module
         # Until here the norms used the support set's own statistics; the finished module holds them.
@@ -142,7 +155,9 @@ class JointTraining:
         sized = learner.training or self.table.limit is not None
         if sized and task is not None and not self.table.classes and task.classes and self.by_classes(task):
             refuse_late_parts(learner)
-            width = learner.own_head.of(task.support_x, "batch").flatten(1).shape[1]
+            with learner.own_head.found(task.support_x):
+                learner.own_head.check_parameters()
+                width = learner.own_head.of(task.support_x, "batch").flatten(1).shape[1]
             rows = max(task.classes) + 1 if self.table.limit is None else self.table.limit
             learner._learn(*self.table.make(rows, width, like_weights(learner.model)))
 

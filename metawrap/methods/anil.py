@@ -19,8 +19,7 @@ from metawrap.inner_loop.outcome import Solved, autograd, dense, solved_from
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
-from metawrap.learner.growing import refuse_late_parts
-from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_mask
+from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
 from metawrap.settings.settings import check_choice
 from metawrap.tasks import Task
 
@@ -47,8 +46,7 @@ class ANIL(HeadLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = ANIL(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=3)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Raghu, Raghu, Bengio, Vinyals 2020, arXiv:1909.09157, section 4; the equations are those of Finn et al.
     2017, arXiv:1703.03400, with the body's inner rates at zero.
@@ -75,14 +73,7 @@ class ANIL(HeadLearner):
         super().__init__(model, keywords, inner_steps=inner_steps, options=own, parts=rates)
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
     ) -> Solved:
         refuse_mask(self, mask)
         steps = self.settings.inner_steps if steps is None else steps

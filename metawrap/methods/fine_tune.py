@@ -12,7 +12,6 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.heads.embedding import support_and_target
-from metawrap.heads.head_tuning import HeadTuning
 from metawrap.inner_loop.masking import ignored_label
 from metawrap.inner_loop.outcome import Solved
 from metawrap.layers.step_clock import Moments
@@ -54,8 +53,7 @@ class FineTune(HeadLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = FineTune(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=20, classes=64)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Chen, Liu, Kira, Wang, Huang 2019, arXiv:1904.04232, section 3.2.
     """
@@ -73,8 +71,8 @@ class FineTune(HeadLearner):
     ) -> None:
         if tune not in ("full", "head"):
             raise ArgumentError(f"tune: expected 'full' or 'head', but got {tune!r}.")
-        tuning, self.head_runs_alone = HeadTuning(inner_lr, inner_optimizer), tune == "head"
-        self.joint = JointTraining(tune, tuning, ClassTable(classes), names_classes, self._outputs)
+        self.head_runs_alone = tune == "head"
+        self.joint = JointTraining(tune, inner_lr, inner_optimizer, ClassTable(classes), names_classes, self._outputs)
         options = {"tune": tune, **self.joint.options}
         parts = {"table": self.joint.table}
         super().__init__(model, keywords, inner_steps=inner_steps, options=options, parts=parts)
@@ -113,12 +111,6 @@ class FineTune(HeadLearner):
                 )
         self.joint.check(self, batch)
         self.joint.prepare(self, batch)
-
-    def _uses_own_outputs(self, task: Task) -> bool:
-        return task.classes is None
-
-    def _needs_head(self, task: Task) -> bool:
-        return self.joint.tune == "head" or task.classes is not None
 
     def _make_parts(self, task: Task | None) -> None:
         self.joint.make_table(self, task)

@@ -55,8 +55,7 @@ class MANN(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MANN(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ways=3, hidden=32)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Santoro, Bartunov, Botvinick, Wierstra, Lillicrap 2016, arXiv:1605.06065, Section 3 and Eq. 2 to 8; beta is
     from Graves, Wayne, Danihelka 2014, arXiv:1410.5401, Eq. 5.
@@ -231,10 +230,8 @@ class AfterSupport(FittedHead):
     label: Tensor
 
     def __init__(self, controller: Controller, rows: Tensor, label: Tensor, state: ControllerState) -> None:
-        super().__init__()
+        super().__init__(rows=rows, label=label, **state._asdict())
         self.controller = controller
-        for name, value in {"rows": rows, "label": label, **state._asdict()}.items():
-            self.register_buffer(name, value)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -44,8 +44,7 @@ class MatchingNet(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MatchingNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), scale=10.0)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra 2016, arXiv:1606.04080, Eq. 1 and 2, Appendix A.
     """
@@ -111,11 +110,8 @@ class Attention(FittedHead):
         reader: nn.LSTMCell | None = None,
         processing_steps: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(support=support, labels=labels, scale=scale)
         self.ways, self.processing_steps, self.reader = ways, processing_steps, reader
-        self.register_buffer("support", support)
-        self.register_buffer("labels", labels)
-        self.register_buffer("scale", scale)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -48,8 +48,7 @@ class MemoryModule(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MemoryModule(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), slots=64)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Kaiser, Nachum, Roy, Bengio 2017, arXiv:1703.03129, Section 2.
     """
@@ -115,11 +114,9 @@ class KeyMemory(FittedHead):
     ages: Tensor
 
     def __init__(self, like: Tensor, slots: int, ways: int, neighbours: int, inverse_temperature: float) -> None:
-        super().__init__()
+        free, zeros = torch.full((slots,), _FREE, device=like.device), torch.zeros(slots, device=like.device)
+        super().__init__(keys=like.new_zeros(slots, like.shape[1]), values=free, ages=zeros)
         self.ways, self.neighbours, self.inverse_temperature = ways, neighbours, inverse_temperature
-        self.register_buffer("keys", like.new_zeros(slots, like.shape[1]))
-        self.register_buffer("values", torch.full((slots,), _FREE, device=like.device))
-        self.register_buffer("ages", torch.zeros(slots, device=like.device))
 
     def write(self, query: Tensor, value: int, noise: float) -> None:
         """Stores an embedding (numbers,) of a class; `noise` is half the range of the noise on ages."""

@@ -44,8 +44,7 @@ class MetaNet(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MetaNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ways=3)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Munkhdalai, Yu 2017, arXiv:1703.00837, Algorithm 1; the authors' code.
     """
@@ -89,7 +88,7 @@ class MetaNet(EmbeddingLearner):
         layer = self._task_weights(support, truth)
         gradients = linear_gradients(support, torch.softmax(support @ slow.T, dim=1) - truth)
         fast = self.example_fast(preprocessed(gradients.detach(), _P)).squeeze(-1)
-        return FastWeights(layer, support @ layer.T, slow, fast)
+        return FastWeights(representation=layer, index=support @ layer.T, slow=slow, fast=fast)
 
     def _task_weights(self, support: Tensor, truth: Tensor) -> Tensor:
         """Q + Q*, from the one-hot labels (examples, ways): (representation, numbers)."""
@@ -123,11 +122,6 @@ class FastWeights(FittedHead):
     index: Tensor
     slow: Tensor
     fast: Tensor
-
-    def __init__(self, representation: Tensor, index: Tensor, slow: Tensor, fast: Tensor) -> None:
-        super().__init__()
-        for name, value in {"representation": representation, "index": index, "slow": slow, "fast": fast}.items():
-            self.register_buffer(name, value)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

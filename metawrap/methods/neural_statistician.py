@@ -72,8 +72,7 @@ class NeuralStatistician(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`; loss_fn only with a `discriminative` weight.
 
     >>> learner = NeuralStatistician(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), context=8, hidden=32)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Edwards, Storkey 2017, arXiv:1606.02185, Eq. 5 to 8 (one layer), section 4.3 and its few-shot algorithm.
     """
@@ -176,10 +175,8 @@ class NearestContext(FittedHead):
     log_variance: Tensor
 
     def __init__(self, contexts: Gaussian, statistic: Statistic) -> None:
-        super().__init__()
+        super().__init__(**contexts._asdict())
         self.statistic = statistic
-        self.register_buffer("mean", contexts.mean)
-        self.register_buffer("log_variance", contexts.log_variance)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

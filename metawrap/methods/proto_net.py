@@ -23,8 +23,7 @@ class ProtoNet(EmbeddingLearner):
 
     >>> import torch
     >>> learner = ProtoNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), distance="cosine")
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1 and 2.
     """
@@ -47,9 +46,8 @@ class Prototypes(FittedHead):
     prototypes: Tensor
 
     def __init__(self, prototypes: Tensor, distance: Distance) -> None:
-        super().__init__()
+        super().__init__(prototypes=prototypes)
         self.distance = distance
-        self.register_buffer("prototypes", prototypes)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -30,8 +30,7 @@ class R2D2(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = R2D2(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), regularizer=0.1)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Bertinetto, Henriques, Torr, Vedaldi 2019, arXiv:1805.08136, Eq. 4 to 6.
     """
@@ -56,4 +55,4 @@ class R2D2(EmbeddingLearner):
         strength = len(inputs) * self.log_regularizer.to(exact.dtype).exp()
         solution = ridge_weights(inputs, one_hot(labels, ways, exact), strength)
         weights = self.scale * solution.T.to(support.dtype)
-        return LinearHead(weights[:, :-1], weights[:, -1] + self.bias)
+        return LinearHead(weight=weights[:, :-1], bias=weights[:, -1] + self.bias)

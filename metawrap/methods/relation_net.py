@@ -59,8 +59,7 @@ class RelationNet(EmbeddingLearner):
         keywords: see `EmbeddingKeywords` and `OuterKeywords`; loss_fn defaults to `relation_loss`.
 
     >>> learner = RelationNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), hidden=16)
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Sung et al. 2018, arXiv:1711.06025, Eq. 1 to 3 and Fig. 2.
     """
@@ -104,9 +103,8 @@ class Relations(FittedHead):
     sums: Tensor
 
     def __init__(self, sums: Tensor, relation: nn.Module) -> None:
-        super().__init__()
+        super().__init__(sums=sums)
         self.relation = relation
-        self.register_buffer("sums", sums)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, channels, ...) to (targets, ways)."""

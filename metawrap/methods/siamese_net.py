@@ -32,8 +32,7 @@ class SiameseNet(EmbeddingLearner):
             it gets the prediction for the targets, (targets, ways), and their labels.
 
     >>> learner = SiameseNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Koch, Zemel, Salakhutdinov 2015, Siamese neural networks for one-shot image recognition, ICML Deep Learning
     Workshop, section 3.
@@ -80,10 +79,8 @@ class BestMatch(FittedHead):
     labels: Tensor
 
     def __init__(self, support: Tensor, labels: Tensor, ways: int, match: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(support=support, labels=labels)
         self.ways, self.match = ways, match
-        self.register_buffer("support", support)
-        self.register_buffer("labels", labels)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -34,8 +34,7 @@ class ZeroStep(Direct):
 
     >>> import torch
     >>> learner = ZeroStep(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
-    >>> learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)(torch.randn(5, 4)).shape
-    torch.Size([5, 3])
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: the lecture's question whether a task can be solved without its support set; Yin et al. 2020,
     arXiv:1912.03820, call this failure of meta-learning memorization.
@@ -45,14 +44,7 @@ class ZeroStep(Direct):
         super().__init__(model, keywords)
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
     ) -> Solved:
         self._refuse_steps(steps, mask)
         moments: list[Moments] | None = [] if training else None
