@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MemoryModule, Task, TaskError
+from metawrap import MemoryModule, Task, TaskError
 from metawrap.methods.memory_module import KeyMemory
 
 
@@ -137,43 +136,6 @@ def test_targets_that_the_loss_ignores_are_left_out_of_the_memory_loss() -> None
     assert float(learner([task]).loss.detach()) == pytest.approx(float(learner([alone]).loss.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("shots", [1, 3])
-def test_permuting_the_labels_permutes_the_logits(shots: int) -> None:
-    learner, turn = MemoryModule(seeded(NormedMlp)), torch.tensor([2, 0, 1])
-    x, y, tx, ty = (part[0] for part in class_tasks((4,), tasks=1, shots=shots))
-    one, other = (
-        learner.evaluate([Task(x, a, tx, b)], keep_predictions=True).predictions[0]
-        for a, b in ((y, ty), (turn[y], turn[ty]))
-    )
-    torch.testing.assert_close(other[:, turn], one, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("ways", [2, 7])
-def test_any_number_of_classes_and_unlike_counts(ways: int) -> None:
-    learner = MemoryModule(seeded(NormedMlp))
-    x, y, tx, ty = (part[0] for part in class_tasks((4,), tasks=1, ways=ways, shots=2))
-    learner.meta_step([Task(x[1:], y[1:], tx, ty)])
-    assert learner.adapt(x[1:], y[1:])(tx).shape == (2 * ways, ways)
-
-
 def test_a_memory_too_small_for_the_classes_is_refused() -> None:
     with pytest.raises(TaskError, match=r"3 classes, but the memory has 2 slots"):
         learner_of(slots=2).evaluate([Task(SUPPORT[:3], torch.arange(3), SUPPORT[:3], torch.arange(3))])
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"slots": 0}, r"slots: expected a whole number of at least 1, but got 0"),
-        ({"neighbours": 2.0}, r"neighbours: expected a whole number"),
-        ({"margin": -0.1}, r"margin: expected a number of at least 0, but got -0.1"),
-        ({"inverse_temperature": 0}, r"inverse_temperature: expected a number above 0"),
-        ({"age_noise": float("nan")}, r"age_noise: expected a number"),
-        ({"task_loss": True}, r"task_loss: expected a number"),
-        ({"key_gradients": 1}, r"key_gradients: expected True or False"),
-        ({"task_loss": 0, "loss_fn": nn.CrossEntropyLoss()}, r"loss_fn: has no effect with task_loss=0"),
-    ],
-)
-def test_a_wrong_argument_is_named(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        learner_of(**options)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import embedded_checks as checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import numbers, predict, step
+from method_cases import numbers, predict, step, uneven
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -74,7 +73,7 @@ def test_a_task_without_like_pairs_has_the_mean_of_the_others() -> None:
 
 def test_the_match_starts_as_minus_a_distance_undecided_at_half_a_unit() -> None:
     learner = SiameseNet(seeded(NormedMlp))
-    task = checks.uneven((4,))
+    task = uneven((4,))
     found = learner.evaluate([task], keep_predictions=True).predictions[0]
     with torch.no_grad():
         learner.eval()
@@ -89,33 +88,6 @@ def test_a_loss_of_the_users_own_gets_the_prediction() -> None:
     learner = SiameseNet(seeded(NormedMlp), loss_fn=F.cross_entropy)
     output = learner(batch)
     assert output.loss.item() == pytest.approx(F.cross_entropy(output.predictions[0], batch[3][0]).item(), rel=1e-12)
-
-
-def test_unknown_keywords_are_named() -> None:
-    with pytest.raises(TypeError, match=r"SiameseNet\(\) got an unexpected keyword argument 'meta_ls'.*'meta_lr'"):
-        SiameseNet(NormedMlp(), meta_ls=1)
-
-
-def test_siamese_net_learns() -> None:
-    checks.check_learns(SiameseNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
-    checks.check_adapted_is_evaluated(SiameseNet, norm, name)
-
-
-@pytest.mark.parametrize("check", checks.CONTRACT)
-def test_contract(check: Any) -> None:
-    check(SiameseNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
-    for before in (True, False):
-        checks.check_copies_go_on_alike(SiameseNet, name, before)
-    checks.check_state_loads_before_any_task(SiameseNet, name)
 
 
 def test_the_match_is_learned_with_the_network() -> None:
