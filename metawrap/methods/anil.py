@@ -33,10 +33,9 @@ class ANIL(HeadLearner):
     w_0 = w;  w_k = w_(k-1) - alpha * grad_w L(h(f(support); w_(k-1)), support_y);  meta-loss = L(h(f(target); w_K),
     target_y). Its gradient flows through every step to w and, through the embeddings of support and target, to f.
 
-    As in the paper: second order, and the same norm policy as MAML ("batch": each set by its own statistics, so that
-    accuracy is transductive), because the paper compares the two on MAML's code; pass norm="running" for figures that
-    are inductive. Differs: the network is run once per task, not once per step, which gives the same gradient; rates
-    can be learned. Any label that `loss_fn` takes, regression too.
+    As in the paper: second order, and MAML's norm policy ("batch": accuracy is transductive), because the paper
+    compares the two; norm="running" gives inductive figures. Differs: the network runs once per task, not once per
+    step, which gives the same gradient; rates can be learned. Any label that `loss_fn` takes, regression too.
 
     Args:
         inner_steps: gradient steps on the head.

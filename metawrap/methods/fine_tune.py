@@ -25,23 +25,21 @@ from metawrap.tasks import Task, TaskBatch, describe_value
 class FineTune(HeadLearner):
     """Train on the union of all tasks, then fine-tune on each new one: the baseline without meta-learning.
 
-    Pre-training is ordinary supervised training on support and target examples alike. A label means something else in
-    each task, so the class behind it is learned: with f the body, W one weight vector for each class of all tasks,
-    the loss is L(softmax(W f(x) + b), class of x), averaged over the examples of a task and over tasks. For this, tasks
-    name their classes (`Task.classes`; `EpisodeSampler` does). Tasks without classes train the network's own head with
-    their labels as they are, which is right where a label means the same in every task, and for regression.
+    Pre-training is supervised training on support and target examples. With f the body and W one weight vector for each
+    class of all tasks, the loss is L(softmax(W f(x) + b), class of x), averaged over the examples of a task and over
+    tasks, which name their classes (`Task.classes`; `EpisodeSampler` does). Tasks without classes train the network's
+    own head with their labels as they are: where a label means the same in every task, and for regression.
 
     A new task: gradient steps on its support set, from the network's own head. Pre-training by classes leaves this head
     as it was given; pre-training without classes trains it.
 
     As in the paper (its "Baseline"): a linear classifier over all training classes, the body frozen at test time and a
     new classifier fitted by SGD (tune="head"). Differs: each step takes the whole support set, not batches of 4; no
-    momentum and weight decay; the new head starts from the values that the network came with, so that a task is fitted
-    the same way each time; images are not augmented. tune="full" moves the body, too. Batches are the episodes
-    themselves, so that a batch norm sees one task at a time.
+    momentum and weight decay; the new head starts from the network's own; images are not augmented; batches are the
+    episodes, so that a batch norm sees one task at a time. tune="full" moves the body, too.
 
-    In training the accuracy is that among the task's own classes. In `eval()` mode `learner(batch).loss` has no graph,
-    and its backward fails.
+    In training the accuracy is that among the task's own classes. In `eval()` mode the loss of `learner(batch)` has no
+    graph.
 
     Args:
         tune: "head" fits the head alone to a new task (a linear probe, where it is linear), "full" the whole network.

@@ -31,15 +31,14 @@ class MANN(EmbeddingLearner):
     - usage: w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t; w^lu_t is 1 at the n least used rows, one for each head, else 0.
 
     (h_t, r_t) gives the logits, and r_t is an input of the LSTM at t + 1. The support set goes first; then each target
-    is the next input, after the same support set and with the label of its last example: targets know nothing of each
-    other. The loss is on the targets.
+    is the next input, after the same support set and its last label: targets know nothing of each other. The loss is
+    on the targets.
 
-    As in the paper: controller, addressing, labels, sizes and n = 4. Different, or open in the paper: embeddings of the
-    user's network enter, not pixels; a step reads before it writes, so that it does not find its own key; alpha is one
-    learned number for each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1
-    spreads it evenly over the rows (cosines differ by 2 at most) and needs about a hundred thousand episodes; the
-    support set is sorted by class, so that the result does not depend on the order of the classes; the examples of a
-    class keep theirs.
+    As in the paper: controller, addressing, labels, sizes and n = 4. Different, or open in the paper: embeddings enter,
+    not pixels; a step reads before it writes, so that it does not find its own key; alpha is one learned number for
+    each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1 spreads it evenly over
+    the rows and needs about a hundred thousand episodes; the support set is sorted by class, so that the result does
+    not depend on the order of the classes.
 
     Args:
         ways: the most classes that a task may have; None is the number in the first task.
@@ -50,8 +49,7 @@ class MANN(EmbeddingLearner):
         key_strength: beta.
         order: of the support set: "sorted" by class, as "given", or "shuffled" in training (from torch's global
             generator, as in the paper) and as given elsewhere.
-        support_loss: whether the loss has another term, that of the predictions for the support examples, each before
-            its label is told, as in the paper.
+        support_loss: add the loss of the predictions for support examples before their labels, as in the paper.
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = MANN(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ways=3, hidden=32)

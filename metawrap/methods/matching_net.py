@@ -25,15 +25,13 @@ class MatchingNet(EmbeddingLearner):
 
     P(y | x) = sum over i of a(x, x_i) [y_i = y],  a = softmax over i of scale * cosine(f(x), g(x_i)).
 
-    Predictions are log-probabilities, (targets, ways), so that cross-entropy, which leaves those as they are, is the
-    negative log-likelihood. Without full context f and g are the user's network. With it (the paper's fully conditional
-    embedding), f' and g' being the user's network:
+    Predictions are log-probabilities, (targets, ways), so that cross-entropy is the negative log-likelihood. Without
+    full context f and g are the user's network. With it (the paper's fully conditional embedding), f' and g' being the
+    user's network, and results depending on the order of the support set:
 
     - g: the support set, in its order, through a bidirectional LSTM: g(x_i) = forward_i + backward_i + g'(x_i).
     - f: h_k = LSTM(f'(x), [h_{k-1}, r_{k-1}], c_{k-1}) + f'(x), with the read-out r_k = sum over i of
-      softmax_i(h_k . g(x_i)) g(x_i), from h_0 = c_0 = 0; f(x) = h_K after K = processing_steps.
-
-    The result then depends on the order of the support set, as any bidirectional LSTM's does. The paper leaves K open.
+      softmax_i(h_k . g(x_i)) g(x_i), from h_0 = c_0 = 0; f(x) = h_K after K = processing_steps, open in the paper.
 
     Args:
         full_context: whether f and g see the whole support set.

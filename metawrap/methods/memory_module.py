@@ -31,11 +31,10 @@ class MemoryModule(EmbeddingLearner):
     `task_loss * loss_fn(logits, target_y)` is added.
 
     As in the paper: the update, the ages and the memory loss. As in the authors' code: the memory is empty at the start
-    of each episode. Differs: gradients flow into the keys (there they do not, because keys outlive their step);
-    `loss_fn` is added to the memory loss; free slots are filled before any is written over; positive and negative keys
-    are sought in the whole memory (the same wherever the k nearest hold both); the noise on ages, which there keeps
-    parallel writers apart, is drawn in training only; keys are the embeddings, without a further projection; targets
-    alone are trained on. key_gradients=False and task_loss=0 undo the first two.
+    of each episode. Differs: gradients flow into the keys (not with key_gradients=False, as in the paper); `loss_fn` is
+    added (not with task_loss=0); free slots are filled before any is written over; positive and negative keys are
+    sought in the whole memory; the noise on ages is drawn in training only; keys are the embeddings, without a further
+    projection; targets alone are trained on.
 
     Args:
         slots: of the memory; at least one for each class.

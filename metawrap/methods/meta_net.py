@@ -31,10 +31,9 @@ class MetaNet(EmbeddingLearner):
 
     As in the paper: the two kinds of fast weights, their memories, attention and layer augmentation (slow and fast
     outputs are added). As in the authors' code: d and m, sizes included; gradients enter as (log, sign) pairs, as
-    values through which nothing is differentiated; cross-entropy is the representation loss for any number of shots;
-    parts of the support set are taken in order, so that a task has one outcome. Restricted, so that any network works:
-    u and the base learner share the user's embedding instead of having a network each, and fast weights are made for
-    the layers behind it, not for its own. `loss_fn` judges the targets.
+    constants; cross-entropy is the representation loss for any number of shots; parts of the support set are taken in
+    order. Restricted, so that any network works: u and the base learner share the user's embedding, and fast weights
+    are made for the layers behind it only. `loss_fn` compares targets and logits.
 
     Args:
         ways: the most classes that a task may have; None is the number in the first task.

@@ -26,18 +26,16 @@ class MultiTask(HeadLearner):
     """Joint training of a shared body with a head for each task; a new task gets a fresh head on the frozen body.
 
     With f the body and h_t the head of task t, the mean over the tasks of a batch of L(h_t(f(x)), y) over the examples
-    of t, support and target alike, is minimised in f and all h_t together. A task is known by its `Task.id`: each id
-    has a head like the network's own, made from that one's values when the id is first seen. Episodes that have no id
-    but name their classes (`Task.classes`; `EpisodeSampler` does) share weights: their head consists of one weight
-    vector for each class, softmax over the task's own classes only. Tasks with neither are refused.
+    of t, support and target alike, is minimised in f and all h_t together. Each `Task.id` has a head like the network's
+    own, made from that one's values when the id is first seen. Tasks without id that name their classes
+    (`Task.classes`; `EpisodeSampler` does) share one weight vector for each class, softmax over the task's own classes
+    only.
 
-    A new task: the network's own head, which training leaves as it was given, fitted by gradient steps on the support
-    set with the body frozen; a task whose id was trained on starts from its own head.
+    A new task: gradient steps fit the network's own head, which training leaves as it was given, to the support set,
+    with the body frozen; a task whose id was trained on starts from its own head.
 
-    As in the sources: hard parameter sharing, equal weights of the tasks. Differs: the test-time head is fitted by
-    gradient steps on the support set alone, as in `FineTune`, because the sources know no new tasks.
-
-    In `eval()` mode `learner(batch).loss` has no graph, and its backward fails.
+    As in the sources: hard parameter sharing, equal weights of the tasks. The fit at test time is that of `FineTune`,
+    because the sources know no new tasks. In `eval()` mode the loss of `learner(batch)` has no graph.
 
     Args:
         inner_steps, inner_lr, inner_optimizer, classes: as in `FineTune`.

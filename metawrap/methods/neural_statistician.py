@@ -55,16 +55,14 @@ class NeuralStatistician(EmbeddingLearner):
 
     with one draw of c and z; the loss is minus the sum over the classes, per example. q(c|D) takes the mean over the
     set of a layer on the embeddings, and q(z|x,c) the embedding of x. A target x is of the class i with the smallest
-    KL(q(c|D_i) || q(c|x)), D_i its support set: the prediction is minus that. Labels say only which examples form a
-    set. In evaluation nothing is drawn: the loss is taken at the means.
+    KL(q(c|D_i) || q(c|x)), D_i its support set: the prediction is minus that. Labels only group the examples into sets.
+    In evaluation nothing is drawn: the loss is taken at the means.
 
-    Differs from the paper: one stochastic layer z, as in its Omniglot experiment; the decoder is an MLP on the numbers
-    of an input, not a network of upsampling convolutions; it has no norms, so that no target depends on the others;
-    log-variances are 5 tanh(v / 5) of a network's output v, so that none explodes.
+    Differs from the paper: one stochastic layer z, as in its Omniglot experiment; the decoder is an MLP without norms,
+    so that no target depends on the others; log-variances are 5 tanh(v / 5) of a network's output v.
 
     Args:
-        model: any `torch.nn.Module` on one floating-point tensor; it is copied, never changed. What enters its head is
-            the embedding.
+        model: takes one floating-point tensor.
         context, latent, hidden: sizes of c, of z, and of the hidden layers.
         likelihood: p(x|z,c) of each number of an input: "bernoulli", for inputs in 0..1; "gaussian", whose variance is
             learned for each number; "auto" is bernoulli if the first task's support inputs are all in 0..1.

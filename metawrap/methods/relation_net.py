@@ -37,22 +37,18 @@ def relation_loss(prediction: Tensor, y: Tensor) -> Tensor:
 class RelationNet(EmbeddingLearner):
     """Relation networks: a learned module scores how well a target goes with each class.
 
-    The embeddings of a class's support examples are added up; beside the embedding of a target (channels of both, one
-    after the other) they enter the relation module, whose sigmoid is the score r in 0..1. Trained to r = 1 for the
-    target's class and 0 for the others by mean squared error: see `relation_loss`. The prediction is the score before
-    its sigmoid, which ranks as the score does, and which a `loss_fn` of yours gets: `loss_fn=F.cross_entropy` makes it
-    a softmax over the classes.
+    The summed support embeddings of a class and the embedding of a target, channels one after the other, enter the
+    relation module, whose sigmoid is the score r in 0..1; trained by mean squared error to r = 1 for the target's class
+    and 0 for the others. The prediction is the score before its sigmoid, for a `loss_fn` of your own too.
 
-    As in the paper, the relation module has two blocks (3x3 convolution, ReLU, 2x2 max-pool) and two linear
-    layers, of 8 units and of 1; and the sum grows with the number of shots, so train with as many as you test with.
-    Differs from the paper: the blocks have no batch norm, which would mix the pairs of a task, and with them its
-    targets (a norm of each pair by itself takes away how far apart the two are, and learned more slowly); the first
-    block starts as one on the difference of the two embeddings, for the same reason; and a side of 1 is neither
-    convolved nor pooled, so that for embeddings that are vectors, taken as maps of 1x1, the module is an MLP.
+    As in the paper, the relation module has two blocks (3x3 convolution, ReLU, 2x2 max-pool) and two linear layers, of
+    8 units and of 1, and the sum grows with the number of shots: train with as many as you test with. Differs: the
+    blocks have no batch norm, which would mix the targets of a task; the first block starts on the difference of the
+    two embeddings, because without norms learning was slower otherwise; a side of 1 is neither convolved nor pooled, so
+    that for vectors, taken as maps of 1x1, the module is an MLP.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding: a map
-            (examples, channels, height, width), or anything else, which is taken as a vector.
+        model: its embedding is a map (examples, channels, height, width), or anything else, taken as a vector.
         hidden: channels of the relation module's blocks; 64 if None, as in the paper.
         relation: a module of your own in its place; it is copied. From pairs (targets * ways, 2 * channels, ...) to
             one number each, the score before the sigmoid. No batch norm: use `nn.GroupNorm`.
@@ -136,8 +132,8 @@ class RelationBlock(LazyModuleMixin, nn.Module):
     """3x3 convolution with bias, ReLU, 2x2 max-pool; a side of 1 is neither convolved nor pooled.
 
     (pairs, channels, h, w) to (pairs, hidden, max(h // 2, 1), max(w // 2, 1)); anything else enters as
-    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input. One that `compares`
-    starts with the weights of a pair's second half minus those of its first: it begins with their difference.
+    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input. compares: start with
+    the weights of a pair's second half minus those of its first.
     """
 
     weight: UninitializedParameter

@@ -17,15 +17,13 @@ class SiameseNet(EmbeddingLearner):
     """Siamese networks: a target belongs to the class of the support example that it most likely shares a class with.
 
     Two examples are of one class with probability sigmoid(sum_j a_j |f(x)_j - f(x')_j| + b), a and b learned. Trained
-    on the pairs of a task by binary cross-entropy: each support example with each target and with each other support
-    example. There are more unlike than like pairs, so the mean over the like and the mean over the unlike ones count
-    half each. The paper draws as many like as unlike pairs, which is the same in the mean. A class is
-    predicted by the largest match among its support examples, before the sigmoid.
+    on the pairs of a task (each support example with each target and with each other support example) by binary
+    cross-entropy, in which the means over like and over unlike pairs count half each; the paper draws as many of one
+    kind as of the other. A class is predicted by the largest match among its support examples, before the sigmoid.
 
-    Differs from the paper: pairs are those of one task; the bias b; for embeddings of n numbers each a_j
-    starts at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the
-    first step on, and pairs whose numbers are half a unit apart are undecided (with b = 0 learning was far slower);
-    embeddings enter the distance as they are, and images are not distorted: both are the user's own to add.
+    Differs from the paper: pairs are those of one task; the bias b; for embeddings of n numbers each a_j starts at
+    -1/sqrt(n) and b at sqrt(n)/2, so that the nearer example is the better match from the first step on (with b = 0
+    learning was far slower); embeddings enter the distance as they are, and images are not distorted.
 
     Args:
         keywords: see `EmbeddingKeywords` and `OuterKeywords`. A loss_fn takes the place of the cross-entropy on pairs:

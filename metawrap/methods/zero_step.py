@@ -19,11 +19,9 @@ from metawrap.tasks import Inputs, Task
 class ZeroStep(Direct):
     """No adaptation at all: the same network and loss, trained on target sets as in any supervised training.
 
-    Minimises the mean over tasks of L(f(target), target_y). Where labels are shuffled from task to task, as in few-shot
-    episodes, only the support set says what they mean, so the accuracy is chance by construction; any method above
+    Minimises the mean over tasks of L(f(target), target_y), as MAML with no inner step; there is no paper. Where labels
+    are shuffled from task to task, as in few-shot episodes, the accuracy is chance by construction; any method above
     chance has used the support set. Where labels mean the same in every task, it is a baseline in its own right.
-
-    As MAML with no inner step; there is no paper.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
