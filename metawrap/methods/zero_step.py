@@ -1,4 +1,4 @@
-"""The control: a network trained on the targets of every task without a look at any support set."""
+"""The control: a network trained on the target sets of all tasks, without their support sets."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from metawrap.tasks import Inputs, Task
 class ZeroStep(Direct):
     """No adaptation at all: the same network and loss, trained on target sets as in any supervised training.
 
-    Minimises the mean over tasks of L(f(target), target_y). Where labels are shuffled from task to task, as in
-    few-shot episodes, nothing but the support set says what they mean, so its accuracy is chance by construction: what
-    another method reaches above that, it owes to the support set. Where labels mean the same in every task, it is a
-    baseline in its own right.
-
-    As MAML with no inner step; there is no paper.
+    Minimises the mean over tasks of L(f(target), target_y), as MAML with no inner step; there is no paper. Where labels
+    are shuffled from task to task, as in few-shot episodes, the accuracy is chance by construction; any method above
+    chance has used the support set. Where labels mean the same in every task, it is a baseline in its own right.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
-        keywords: see `OuterKeywords`. Under norm="support" the support set's images, never its labels, are looked at,
-            for the statistics that this policy asks for.
+        keywords: see `OuterKeywords`. norm="support" takes statistics from the support set's inputs, never its labels.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that cannot be carried.
+
+    >>> import torch
+    >>> learner = ZeroStep(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: the lecture's question whether a task can be solved without its support set; Yin et al. 2020,
     arXiv:1912.03820, call this failure of meta-learning memorization.
@@ -43,14 +43,7 @@ class ZeroStep(Direct):
         super().__init__(model, keywords)
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
     ) -> Solved:
         self._refuse_steps(steps, mask)
         moments: list[Moments] | None = [] if training else None

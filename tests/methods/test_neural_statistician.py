@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import embedded_checks as checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import MapNet, numbers, step
 from face import fingerprint
+from method_cases import MapNet, numbers, step, uneven
 from models import NormedMlp, TwoInputs, class_tasks, seeded
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
@@ -128,12 +127,12 @@ def test_bound_equals_torchs_distributions_on_a_loop_over_classes(binary: bool) 
 
 def test_a_target_is_of_the_class_whose_context_is_nearest_its_own() -> None:
     learner = NeuralStatistician(seeded(NormedMlp), **SMALL)
-    task = checks.uneven((4,))
+    task = uneven((4,))
     step(learner, [task])
     found = learner.evaluate([task], keep_predictions=True).predictions[0]
     learner.eval()
     with torch.no_grad():
-        support, target = (learner._embedded(x, "running") for x in (task.support_x, task.target_x))
+        support, target = (learner.embedding.of(x, "running") for x in (task.support_x, task.target_x))
         network = learner.statistician.statistic
         for row in range(len(target)):
             alone = spread(network.behind(network.before(target[row])))
@@ -146,12 +145,12 @@ def test_a_target_is_of_the_class_whose_context_is_nearest_its_own() -> None:
 
 def test_the_loss_is_minus_the_bound_of_support_and_targets_together_for_each_example() -> None:
     learner = NeuralStatistician(seeded(NormedMlp), norm="support", **SMALL)
-    task = checks.uneven((4,))
+    task = uneven((4,))
     learner.evaluate([task])
     learner.eval()
     with torch.no_grad():
-        support = learner._embedded(task.support_x, "capture")
-        target = learner._embedded(task.target_x, "captured")
+        support = learner.embedding.of(task.support_x, "capture")
+        target = learner.embedding.of(task.target_x, "captured")
         inputs, labels = torch.cat([task.support_x, task.target_x]), torch.cat([task.support_y, task.target_y])
         bound = learner.statistician(inputs, torch.cat([support, target]), labels, 3, False, False)
     assert learner.evaluate([task]).loss == pytest.approx(-bound.sum().item() / len(labels), rel=1e-9)
@@ -220,38 +219,3 @@ class _Averaging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).mean((2, 3)))
-
-
-def test_bad_keywords_are_named() -> None:
-    for match, options in {
-        "context: expected a whole number": {"context": 0},
-        "latent: expected a whole number": {"latent": 1.5},
-        "hidden: expected a whole number": {"hidden": True},
-        "likelihood: expected 'auto'": {"likelihood": "poisson"},
-        "discriminative: expected a number": {"discriminative": -1},
-        "loss_fn: has no effect on NeuralStatistician": {"loss_fn": F.cross_entropy},
-    }.items():
-        with pytest.raises(ArgumentError, match=match):
-            NeuralStatistician(NormedMlp(), **options)
-
-
-def test_neural_statistician_learns() -> None:
-    checks.check_learns(NeuralStatistician, **SMALL)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
-    checks.check_adapted_is_evaluated(NeuralStatistician, norm, name, **SMALL)
-
-
-@pytest.mark.parametrize("check", checks.CONTRACT)
-def test_contract(check: Any) -> None:
-    check(NeuralStatistician, **SMALL)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
-    for before in (True, False):
-        checks.check_copies_go_on_alike(NeuralStatistician, name, before, **SMALL)
-    checks.check_state_loads_before_any_task(NeuralStatistician, name, **SMALL)
