@@ -1,7 +1,7 @@
 """What a gradient-based learner asks of its model when it meets the first task in a mode; changes nothing but findings.
 
 Inspection cannot see everything: a gradient shows unused parameters, operations without a second derivative, an engine
-that is wrong for this model, and passes that depend on each other. Each question is asked of a probe, a `TaskSolver` with
+that is wrong for this model, and passes that depend on each other. A probe answers each question: a `TaskSolver` with
 settings and engines of its own.
 """
 
@@ -63,8 +63,8 @@ class FirstTaskChecks:
     """Findings about one model, and the questions that lead to them.
 
     engine: the chosen engine; a finding may change the choice. findings: by mode, True for training mode.
-    edits: buffers that forward edits. hard_gates: forward runs hardsigmoid or hardswish. edits_inputs: forward edits its
-    inputs. batched: several tasks at once are known to have the right gradient.
+    edits: buffers that forward edits. edits_inputs: forward edits its inputs. hard_gates: forward runs hardsigmoid or
+    hardswish. batched: several tasks at once are known to have the right gradient.
     passes_in_order: why the passes of one task must run in their own order, or None.
     """
 
@@ -108,7 +108,8 @@ class FirstTaskChecks:
 
         def support_loss(fast: Mapping[str, Tensor]) -> Tensor:
             loop = solver.loop(task, training=False, norm="batch")
-            return loop.support_loss(dict(fast), loop.task, 0)
+            loss: Tensor = loop.support_loss(dict(fast), loop.task, 0)
+            return loss
 
         if solver.channels_last:
             # As forward gets it, so that edits of it are seen.

@@ -16,15 +16,6 @@ from torch.overrides import TorchFunctionMode
 from metawrap.snapshot.module_state import BufferEdits, same_value
 
 
-def call_model(model: Any, inputs: Any) -> Any:
-    """`model(x)`, `model(*x)` for a tuple (or a list: a DataLoader makes one of it), `model(**x)` for a dict."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
-
-
 class EditedBuffers:
     """Lends each call a copy of the buffers that forward edits in place, and keeps the call's values.
 

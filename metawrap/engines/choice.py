@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
-=======
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
->>>>>>> snapshot
 
 from metawrap.engines.batched import BatchedEngine
 from metawrap.engines.functional import FunctionalEngine
@@ -55,7 +49,6 @@ class Engine(Protocol):
 ENGINES: dict[str, type[Engine]] = {"higher": HigherEngine, "functional": FunctionalEngine, "batched": BatchedEngine}
 
 
-<<<<<<< HEAD
 @dataclass
 class EngineChoice:
     """The engine that runs a model. asked: the name that the user gave. why: the reason for the choice."""
@@ -71,7 +64,10 @@ class EngineChoice:
 
 
 class BuiltEngines:
-    """The engines that one learner has built, by name. Copies and pickles hold none: engines hold classes made at run time."""
+    """The engines that one learner has built, by name.
+
+    Copies and pickles of it are empty: engines hold classes made at run time.
+    """
 
     def __init__(self) -> None:
         self._built: dict[str, Engine] = {}
@@ -91,10 +87,6 @@ class BuiltEngines:
 
 def choose_engine(name: str, model: nn.Module, threads: bool = False) -> EngineChoice:
     """The engine for a model.
-=======
-def choose_engine(name: str, model: nn.Module, threads: bool = False) -> tuple[str, str]:
-    """The name of the engine for a model, and the reason for the choice.
->>>>>>> snapshot
 
     `"auto"` takes `higher` where inspection finds no hazard, else `functional`; never `batched`, which not every task
     batch fits.
@@ -111,13 +103,8 @@ def choose_engine(name: str, model: nn.Module, threads: bool = False) -> tuple[s
     """
     if name not in ("auto", *ENGINES):
         raise ArgumentError(f"engine: expected 'auto', {', '.join(map(repr, ENGINES))}, but got {name!r}.")
-<<<<<<< HEAD
     if name in ("functional", "batched"):  # Whether "batched" carries it, the first task shows.
         return EngineChoice(name, name, "asked for")
-=======
-    if name in ("functional", "batched"):  # The first task shows whether `batched` carries the model.
-        return name, "asked for"
->>>>>>> snapshot
     if threads and name == "auto":
         return EngineChoice(name, "functional", "it runs tasks in threads")
     hazards = find_higher_hazards(model)

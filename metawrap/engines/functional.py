@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.calling import EditedBuffers
 from metawrap.errors import UnsupportedModuleError
 from metawrap.layers.quick_forms import QuickForms
 from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
+from metawrap.tasks import call_model
 
 
 class FunctionalEngine:

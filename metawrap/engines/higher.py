@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers, call_model
+from metawrap.engines.calling import EditedBuffers
 from metawrap.layers.quick_forms import QuickForms
 from metawrap.snapshot.module_state import BufferEdits
+from metawrap.tasks import call_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -94,5 +94,5 @@ def chunk_gradient(
 
 
 def stateful_modules(learner: Any) -> list[nn.Module]:
-    """The modules that a pass runs: the model, and the loss function if it is a module."""
-    return [learner.model, learner.loss_fn] if isinstance(learner.loss_fn, nn.Module) else [learner.model]
+    """The modules that a pass may run: the model, the loss function if it is one, and the method's own parts."""
+    return list(learner.children())

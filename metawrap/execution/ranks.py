@@ -1,8 +1,8 @@
 """Processes that share a meta-step: each solves its own tasks, and all make the same outer update.
 
-TaskOutcome or failed -> one exchange of plain values (who failed, what there is) -> one sum of tensors for each dtype: the
-gradients, and, every value in a place of its own, what each task left behind, so that the sum gathers it in task order.
-Without a process group, or alone in it, nothing here does anything.
+Outcomes or an error -> one exchange of plain values (errors, shapes) -> one sum of tensors for each dtype. It holds the
+gradients and the outcomes of all tasks; each outcome has a place of its own, so that the sum gathers them in task
+order. A process without a group, or alone in one, exchanges nothing.
 """
 
 from __future__ import annotations

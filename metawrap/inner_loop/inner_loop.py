@@ -4,8 +4,8 @@ task -> initial fast weights -> inner step (support loss, gradient, update with 
      -> target loss after each inner step -> weighted sum over the steps
 
 Read `unrolled` first: it draws the path. `InnerLoop.inner_steps` is the only forward inner loop of the package:
-training, evaluation, `adapt`, flat memory, Reptile, ANIL's head and `find_trouble` consume it. Several tasks of one shape
-may go through it as one stack: fast weights, inputs, predictions and losses then have a leading task axis.
+training, evaluation, `adapt`, flat memory, Reptile, ANIL's head and `find_trouble` consume it. Several tasks of one
+shape may go through it as one stack: fast weights, inputs, predictions and losses then have a leading task axis.
 """
 
 from __future__ import annotations

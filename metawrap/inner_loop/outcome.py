@@ -22,7 +22,7 @@ from metawrap.tasks import Task, TaskId, describe_value, map_tensors, tensors_in
 class TaskOutcome:
     """The result of solving one task. Only `loss` carries a graph.
 
-    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: the statistics that the norms saw, pass by
+    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: statistics that the norms saw, pass by
     pass. head: the adapted head, if it is to be stored for the task.
     """
 
@@ -151,27 +151,16 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def usable(task: Task) -> Task:
-<<<<<<< HEAD
-    """The task with clones of tensors made in inference mode, which no backward pass can save."""
-=======
     """The task with its inference-mode tensors cloned, as a backward pass cannot save such tensors."""
->>>>>>> snapshot
     return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager
 def autograd(enabled: bool = True) -> Iterator[None]:
-<<<<<<< HEAD
-    """Turns gradients on or off, in inference mode too, and turns autocast's cache off.
-
-    The cache holds a cast of each leaf tensor until the autocast block ends: a stale one after an optimizer step, and one
-    of every fast weight.
-=======
     """Gradients on or off, whatever mode the caller is in, inference mode too; autocast runs without its cache.
 
     That cache keeps casts of leaf tensors until the autocast block ends: one of every fast weight, and stale ones after
     an optimizer step in the block.
->>>>>>> snapshot
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -1,7 +1,7 @@
 """From tasks to outcomes: builds an inner loop for each task, or for a stack of tasks, and keeps its results.
 
-A learner makes one `TaskSolver` for each call. A probe of a learner is `dataclasses.replace(solver, ...)`: it has settings
-and engines of its own, and the live learner is not touched.
+A learner makes one `TaskSolver` for each call. A probe is `dataclasses.replace(solver, ...)`, with settings and engines
+of its own; the live learner is not touched.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class InnerUpdate:
     """How an inner step moves the fast weights.
 
     rates: learning rates. optimizer: makes the update rule for an engine, by the engine's name.
-    parameters: what the outer loop learns for the update alone. keeps_graph: the update has a graph worth keeping in first
-    order too, as a learned update rule has.
+    parameters: what the outer loop learns for the update alone. keeps_graph: the update has a graph in first order too,
+    as a learned update rule has.
     """
 
     rates: LearningRates

@@ -16,18 +16,23 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
+from metawrap.execution.in_order import InOrderExecutor
 from metawrap.heads.embedding import Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead, PlacedHead
 from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, solved_from
+from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
 from metawrap.layers.step_clock import Moments, Statistics
-<<<<<<< HEAD
-from metawrap.learner.direct import Direct, Parts
+from metawrap.learner.calls import shared
+from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
-from metawrap.surgery.inspect import find_head
-=======
-from metawrap.learner.direct import Direct, OuterKeywords, Parts
->>>>>>> embedding
+from metawrap.learner.learner import Learner
+from metawrap.learner.without_inner_loop import (
+    inspect_once,
+    leave_out_unsized,
+    moved_parts,
+    refuse_inner_loop,
+    wrapped_as_it_is,
+)
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -44,7 +49,7 @@ class EmbeddingKeywords(OuterKeywords, total=False):
     embedding: EmbeddingSource
 
 
-class EmbeddingLearner(Direct):
+class EmbeddingLearner(Learner):
     """A method that embeds a task and fits a head to its support set.
 
     flat: whether the method takes embeddings as vectors. In every method of this kind, `model` is any
@@ -63,7 +68,7 @@ class EmbeddingLearner(Direct):
         keywords: EmbeddingKeywords,
         *,
         options: Mapping[str, Any] | None = None,
-        parts: Parts | None = None,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
         if source not in ("head_input", "output"):
@@ -71,11 +76,14 @@ class EmbeddingLearner(Direct):
         if source == "output" and head is not None:
             raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
         shown = {**(options or {}), "head": head, "embedding": source}
-        super().__init__(model, keywords, head=head, options=shown, parts=parts)
-        self.embedding = Embedding(type(self).__name__, self.model, self._run, head, source, self.flat)
+        wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=head, own_steps=None)
+        moved = moved_parts(parts or {}, wrapped.model)
+        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts=moved, options=shown)
+        leave_out_unsized(self)
+        self.embedding = Embedding(type(self).__name__, self.model, self.wrapped.run, head, source, self.flat)
 
     @property
-    def head(self) -> str | None:
+    def head(self) -> str | None:  # type: ignore[override]
         """The name of the module whose input is the embedding; None before the first task."""
         return self.embedding.head
 
@@ -93,17 +101,23 @@ class EmbeddingLearner(Direct):
             support, target: the task's embeddings. labels: of the support set, (examples,) in 0..ways - 1.
         """
         prediction = self._fit_head(support, labels, ways)(target)
-        return prediction, self._loss(prediction, task.target_y, "target")
+        return prediction, task_loss(self.loss_fn, prediction, task.target_y, "target")
 
     def _solve(
         self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
-    ) -> Solved:
-        self._refuse_inner(steps, mask)
+    ) -> TaskOutcome:
+        refuse_inner_loop(self, steps, mask)
         labels, ways = self._labels(task)
         moments: list[Moments] | None = [] if training else None
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
-        return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
+
+    def _solver(self) -> OneByOne:
+        return OneByOne(self._solve)
+
+    def _prepare(self, task: Task) -> None:
+        inspect_once(self, task, self._inspect)
 
     def _labels(self, task: Task) -> tuple[Tensor, int]:
         """The support labels, and the number of classes.
@@ -134,7 +148,7 @@ class EmbeddingLearner(Direct):
             )
         return task.support_y.long(), ways
 
-    def _look(self, task: Task) -> FirstLook:
+    def _inspect(self, task: Task) -> FirstLook:
         with self.embedding.found(task.support_x):
             if self.embedding.head is not None:
                 self.embedding.check(task.support_x)
@@ -157,6 +171,7 @@ class EmbeddingLearner(Direct):
                 unused = [name for name, g in zip(learned, gradients, strict=True) if g is None]
         return FirstLook(unused, differentiable=True)
 
+    @shared
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """A plain module of the user's own class, in eval mode, with a fitted head in the place of its own.
 
@@ -168,8 +183,8 @@ class EmbeddingLearner(Direct):
             support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1.
             steps: None; there is no inner loop.
         """
-        self._refuse_inner(steps)
-        with self._adapting(Task(support_x, support_y, support_x, support_y)) as task:
+        refuse_inner_loop(self, steps)
+        with adapting(self, Task(support_x, support_y, support_x, support_y)) as task:
             labels, ways = self._labels(task)
             norm = self.settings.norm
             statistics: Statistics = {"support": "capture", "running": "running"}.get(norm, "batch")  # type: ignore[assignment]
@@ -181,7 +196,7 @@ class EmbeddingLearner(Direct):
         else:
             flatten = [("flatten", nn.Flatten())] if self.flat else []
             module = nn.Sequential(OrderedDict([("network", module), *flatten, ("head", fitted)])).eval()
-        return self._finished(module, task)
+        return finished(module, task)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The counters and the head's name, for state_dict."""

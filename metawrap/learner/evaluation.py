@@ -118,7 +118,7 @@ def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None
     check_steps(steps)
     if policy != own and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
         warnings.warn(
-            f'Evaluating under norm="{policy}" a learner that was trained under norm="{own}": the weights have not been '
+            f'Evaluating under norm="{policy}" what was trained under norm="{own}": the weights have not been '
             "trained for these statistics, and accuracy is known to suffer.",
             MetaWrapWarning,
             stacklevel=5,

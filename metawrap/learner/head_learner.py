@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,20 +19,30 @@ from torch.nn.parallel import DistributedDataParallel
 from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
+from metawrap.execution.in_order import InOrderExecutor
 from metawrap.heads.own_head import OwnHead
-from metawrap.inner_loop.outcome import autograd, usable
+from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, autograd, usable
 from metawrap.layers.learning_rates import LearningRates
+from metawrap.learner.calls import shared
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.direct import Direct, Parts
 from metawrap.learner.embedding_learner import EmbeddingKeywords
+from metawrap.learner.evaluation import adapting, check_steps, finished
+from metawrap.learner.learner import Learner
+from metawrap.learner.without_inner_loop import (
+    inspect_once,
+    leave_out_unsized,
+    moved_parts,
+    shown_settings,
+    wrapped_as_it_is,
+)
 from metawrap.results import MetaOutput, StepMetrics
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in
 
 
-class HeadLearner(Direct):
+class HeadLearner(Learner):
     """A method that fits the user's own head to a support set by gradient steps.
 
     Embeddings reach the head as the network gives them, and labels are whatever the loss takes. In every method of this
@@ -47,6 +57,8 @@ class HeadLearner(Direct):
 
     settings: TunedSettings
     head_runs_alone: bool = True
+    # Settings in place of the usual ones.
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -55,7 +67,7 @@ class HeadLearner(Direct):
         *,
         inner_steps: int,
         options: Mapping[str, Any],
-        parts: Parts | None = None,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
         if source != "head_input":
@@ -65,14 +77,19 @@ class HeadLearner(Direct):
             )
         self._in_training_forward = False
         shown = {**options, "head": head, "embedding": source}
-        super().__init__(model, keywords, head=head, options=shown, parts=parts, own_steps=inner_steps)
-        self.own_head = OwnHead(type(self).__name__, self.model, self._run, head, flat=False)
+        wrapped, settings = wrapped_as_it_is(
+            type(self), model, keywords, defaults=self.defaults, head=head, own_steps=inner_steps
+        )
+        moved = moved_parts(parts or {}, wrapped.model)
+        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts=moved, options=shown)
+        leave_out_unsized(self)
+        self.own_head = OwnHead(type(self).__name__, self.model, self.wrapped.run, head, flat=False)
         if self.own_head.head is not None:
             self.own_head.check_parameters()
             self._make_parts(None)
 
     @property
-    def head(self) -> str | None:
+    def head(self) -> str | None:  # type: ignore[override]
         """The name of the module that is fitted; None before the first task."""
         return self.own_head.head
 
@@ -124,6 +141,7 @@ class HeadLearner(Direct):
             )
         self.outer.follow(self.named_parameters(), made)
 
+    @shared
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; the learner does not change.
 
@@ -137,9 +155,10 @@ class HeadLearner(Direct):
         return self._adapted_to(Task(support_x, support_y, support_x, support_y), steps)
 
     def _adapted_to(self, task: Task, steps: int | None) -> nn.Module:
-        steps = self.settings.inner_steps if steps is None else self._checked_steps(steps)
-        with self._adapting(task) as task:
-            return self._finished(self._module(task, self.settings.norm, steps), task)
+        check_steps(steps)
+        steps = self.settings.inner_steps if steps is None else steps
+        with adapting(self, task) as task:
+            return finished(self._module(task, self.settings.norm, steps), task)
 
     def describe(self) -> Description:
         """What wrapping found and did."""
@@ -148,18 +167,30 @@ class HeadLearner(Direct):
             self,
             wrapped=replace(self.wrapped, adapted=tuple(self._tuned_names())),
             head=self.head,
-            looks=self._looks,
-            settings=self.options | self.settings.as_dict(),
-            warnings=self._warnings(),
+            looks=self.findings,
+            settings=shown_settings(self),
+            warnings=[],
             rates=rates if isinstance(rates, LearningRates) else {},
         )
+
+    @abstractmethod
+    def _solve(
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
+    ) -> TaskOutcome:
+        """Fits the task's support set and judges on its target set; see `TaskSolver.solve`."""
+
+    def _solver(self) -> OneByOne:
+        return OneByOne(self._solve)
+
+    def _prepare(self, task: Task) -> None:
+        inspect_once(self, task, self._inspect)
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         # Before the optimizer is asked for its parameters: the first task may make some.
         with autograd():
             self._prepare(usable(batch[0]))
 
-    def _look(self, task: Task) -> FirstLook:
+    def _inspect(self, task: Task) -> FirstLook:
         own_head = self.own_head
         with own_head.found(task.support_x, needed=self.head_runs_alone):
             if own_head.head is not None:
@@ -167,7 +198,7 @@ class HeadLearner(Direct):
                 if self.head_runs_alone:
                     own_head.check_runs_alone(task.support_x, len(tensors_in(task.support_y)[0]))
                 self._check_head(task)
-            prediction = self._run(task.support_x, "batch", None)
+            prediction = self.wrapped.run(task.support_x, "batch", None)
             self._make_parts(task)
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 
@@ -194,7 +225,7 @@ def under_prefix(prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in stored.items() if key.startswith(prefix)}
 
 
-def plain_module(learner: Direct, weights: Mapping[str, Tensor], support_x: Inputs, norm: str) -> nn.Module:
+def plain_module(learner: Learner, weights: Mapping[str, Tensor], support_x: Inputs, norm: str) -> nn.Module:
     """A learner's network with these weights in place of its own, as a plain module in eval mode."""
     held = None
     if norm == "support":
@@ -204,7 +235,7 @@ def plain_module(learner: Direct, weights: Mapping[str, Tensor], support_x: Inpu
     return plain_copy(learner.model, weights, 0, held, keep_statistics=norm != "batch").eval()
 
 
-def refuse_mask(learner: Direct, mask: bool | None) -> None:
+def refuse_mask(learner: Learner, mask: bool | None) -> None:
     """Raises ArgumentError when a call asks to mask the head's outputs."""
     if mask is not None:
         raise ArgumentError(
@@ -219,7 +250,7 @@ def undone_if_it_fails(learner: HeadLearner) -> Iterator[None]:
 
     A failure after the outer update takes nothing back.
     """
-    optimizer, iteration, head, looks = learner.optimizer, learner.iteration, learner.head, dict(learner._looks)
+    optimizer, iteration, head, looks = learner.optimizer, learner.iteration, learner.head, dict(learner.findings)
     children = dict(learner._modules)
     own = [child for child in children.values() if child is not None and child is not learner.model]
     tables = [(part, dict(part._parameters)) for child in own for part in child.modules()]
@@ -230,7 +261,7 @@ def undone_if_it_fails(learner: HeadLearner) -> Iterator[None]:
         yield
     except BaseException:
         if learner.iteration == iteration:
-            learner.own_head.head, learner._looks = head, looks
+            learner.own_head.head, learner.findings = head, looks
             learner._modules.clear()
             learner._modules.update(children)
             for part, table in tables:

@@ -12,17 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines import call_model
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
 from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, autograd, dense, solved_from, usable
+from metawrap.inner_loop.outcome import TaskOutcome, autograd, dense, outcome_of, task_loss, usable
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
 from metawrap.settings.settings import InnerOptimizerName, check_choice, check_positive
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Task, TaskBatch, describe_value
+from metawrap.tasks import Task, TaskBatch, call_model, describe_value
 
 Tune = Literal["full", "head"]
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -75,21 +74,21 @@ class JointTraining:
         steps: int | None = None,
         mask: bool | None = None,
         **_: Any,
-    ) -> Solved:
+    ) -> TaskOutcome:
         """In training the supervised loss of a task's examples; else the target loss of the module fitted to it."""
         refuse_mask(learner, mask)
         moments: list[Moments] = []
         if training:
             found = self.outputs(task, norm, moments, torch.cat([task.support_y, task.target_y]))
-            loss = learner._loss(found.logits, found.labels, "support and target")
+            loss = task_loss(learner.loss_fn, found.logits, found.labels, "support and target")
             prediction = found.own_logits[len(task.support_y) :]
         else:
             module = learner._module(task, norm, learner.settings.inner_steps if steps is None else steps)
             # A graph would lead to the weights of this module only, and backward would do nothing without an error.
             with autograd(False):
                 prediction = call_model(module, task.target_x)
-                loss = learner._loss(prediction, task.target_y, "target")
-        return solved_from(loss, [], prediction, task, moments, {}, ignored_label(learner.loss_fn))
+                loss = task_loss(learner.loss_fn, prediction, task.target_y, "target")
+        return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments)
 
     def module(self, learner: HeadLearner, task: Task, norm: str, steps: int, start: Mapping[str, Tensor]) -> nn.Module:
         """A plain module fitted to a task from the values in `start`, by name in the network, and else from its own."""
@@ -102,7 +101,7 @@ class JointTraining:
         optimizer = _OPTIMIZERS[self.inner_optimizer](learned, lr=self.inner_lr)  # type: ignore[call-arg]
         with autograd(True):
             for _ in range(steps):
-                loss = learner._loss(call_model(part, inputs), task.support_y, "support")
+                loss = task_loss(learner.loss_fn, call_model(part, inputs), task.support_y, "support")
                 gradients = torch.autograd.grad(loss, learned, allow_unused=True)
                 for parameter, gradient in zip(learned, gradients, strict=True):
                     parameter.grad = None if gradient is None else dense(gradient)
@@ -135,7 +134,7 @@ class JointTraining:
         by_classes = [task for task in batch if self.by_classes(task)]
         made = not self.table.classes
         if by_classes and made:
-            learner._looks.pop(learner.model.training, None)  # An earlier look has made no table.
+            learner.findings.pop(learner.model.training, None)  # An earlier look has made no table.
         with autograd():
             learner._prepare(usable((by_classes or batch)[0]))
         needed = max((max(task.classes or ()) + 1 for task in by_classes), default=0)

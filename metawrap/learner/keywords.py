@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
 
-from metawrap.learner.learner import LossFunction
 from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
 from metawrap.settings.groups import (
     ExecutionOptions,
@@ -21,6 +20,7 @@ from metawrap.settings.settings import NormPolicy
 from metawrap.settings.validated import Count, NotNegative, Number, Positive, Switch, Whole, WholeOrInfinite
 from metawrap.surgery.wrap import Selection
 
+LossFunction = Callable[[Any, Any], Any]
 EngineName = Literal["auto", "higher", "functional", "batched"]
 InnerUpdate = InnerOptions | Mapping[str, Any] | None
 Outer = OuterOptions | Mapping[str, Any] | None

@@ -3,8 +3,8 @@
 meta_step: task batch -> checks -> executor (each task through `_solver`, gradients summed in task order) -> ranks
            -> outer update -> statistics and counters.
 
-A learner has an executor (how tasks are run), an outer update (how a meta-gradient moves the parameters), checks, and the
-calls that run at present. A method says how one task is solved and what a finished module is.
+A learner has an executor (how tasks are run), an outer update (how a meta-gradient moves the parameters), checks, and
+the calls that run at present. A method says how one task is solved and what a finished module is.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Inputs, Task, TaskBatch, describe_value
 
-LossFunction = Callable[[Any, Any], Tensor]
-
 
 class Learner(nn.Module, ABC):
     """Base of all methods; the README shows the public face.
@@ -73,7 +71,7 @@ class Learner(nn.Module, ABC):
         parts: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Args: keywords: of these, `loss_fn`, `optimizer` and `scheduler` are read. parts: learned besides the module."""
+        """Args: keywords: `loss_fn`, `optimizer` and `scheduler` are read. parts: learned besides the module."""
         super().__init__()
         loss_fn = keywords.get("loss_fn", F.cross_entropy)
         if not callable(loss_fn):
@@ -90,7 +88,7 @@ class Learner(nn.Module, ABC):
         self.iteration = 0
         for name, part in parts.items():
             setattr(self, name, part)
-        # Skipped meta-steps: total, at present in a row, and the longest row; on the device, so that counting does not wait.
+        # Skipped meta-steps: total, at present in a row, longest row; on the device, so that counting does not wait.
         self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
         if not list(self.parameters()):
             raise ArgumentError(f"model: {type(self.model).__name__} has no parameters, so there is nothing to learn.")

@@ -57,6 +57,7 @@ def put_back_on_error(learner: nn.Module, optimizer: Optimizer, when: bool) -> I
 
 
 def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+    """Copies a learner and its optimizer; returns the function that puts the copy back."""
     named = list(learner.named_modules())
     state = ModuleState(named)
     state.keep("tables", (table for _, m in named for table in (m._parameters, m._buffers, m._modules)))

@@ -14,8 +14,7 @@ from metawrap.checks.second_derivative import missing_second_derivative
 from metawrap.engines.calling import differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, autograd, dense, solved_from
+from metawrap.inner_loop.outcome import TaskOutcome, autograd, dense, outcome_of, task_loss
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -73,16 +72,16 @@ class ANIL(HeadLearner):
 
     def _solve(
         self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
-    ) -> Solved:
+    ) -> TaskOutcome:
         refuse_mask(self, mask)
         steps = self.settings.inner_steps if steps is None else steps
         moments: list[Moments] | None = [] if training else None
         support, target = self.own_head.of_task(task, training, norm, moments)
         fast = self._fast_weights(support, task.support_y, steps)
         prediction = FunctionalEngine(self.own_head.module).call(fast, target)
-        loss = self._loss(prediction, task.target_y, "target")
+        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
         step_losses = [None] * (steps - 1) + [loss] if steps else []
-        return solved_from(loss, step_losses, prediction, task, moments or [], {}, ignored_label(self.loss_fn))
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, step_losses=step_losses, moments=moments)
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
         support = self.own_head.of(task.support_x, "running" if norm == "running" else "batch")
@@ -99,7 +98,7 @@ class ANIL(HeadLearner):
             adapted,
             {name: rates[full[name]] for name in adapted},
             support,
-            lambda prediction: self._loss(prediction, labels, "support"),
+            lambda prediction: task_loss(self.loss_fn, prediction, labels, "support"),
             steps,
             first_order=self.first_order,
         )
@@ -123,7 +122,7 @@ class ANIL(HeadLearner):
             reason = missing_second_derivative(
                 head,
                 fast,
-                lambda weights: self._loss(engine.call(weights, support), task.support_y, "support"),
+                lambda weights: task_loss(self.loss_fn, engine.call(weights, support), task.support_y, "support"),
                 fix="Use first_order=True, or put something differentiable in its place.",
             )
         if reason:
@@ -144,7 +143,7 @@ class ANIL(HeadLearner):
         elif state is not None and state.get("head") is None:
             # The state was saved before any task: the head is found, and the rates are made, with the next one.
             self.own_head.head = self.options["head"]
-            self._looks.clear()
+            self.findings.clear()
             self._set_rates({})
 
     def _set_rates(self, adapted: Mapping[str, nn.Parameter]) -> None:

@@ -13,12 +13,13 @@ from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.heads.embedding import support_and_target
 from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved
+from metawrap.inner_loop.outcome import TaskOutcome
 from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
 from metawrap.settings.settings import InnerOptimizerName
+from metawrap.surgery.inspect import device_of
 from metawrap.tasks import Task, TaskBatch, describe_value
 
 
@@ -79,13 +80,13 @@ class FineTune(HeadLearner):
         if task.classes is None:
             both = torch.cat(support_and_target(self._predicted, task, True, norm, moments))
             return TrainingOutputs(both, labels, both)
-        rows = torch.tensor(task.classes, device=self._device)
+        rows = torch.tensor(task.classes, device=device_of(self))
         logits = self.joint.table(torch.cat(self.own_head.of_task(task, True, norm, moments)))
         counted = labels != ignored_label(self.loss_fn)
         return TrainingOutputs(logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows])
 
     def _predicted(self, *arguments: Any) -> Tensor:
-        found = self._run(*arguments)
+        found = self.wrapped.run(*arguments)
         if not isinstance(found, Tensor):
             raise UnsupportedModuleError(
                 f"FineTune trains on the network's prediction as one tensor, but it is {describe_value(found)}. "
@@ -93,7 +94,7 @@ class FineTune(HeadLearner):
             )
         return found
 
-    def _solve(self, task: Task, **how: Any) -> Solved:
+    def _solve(self, task: Task, **how: Any) -> TaskOutcome:
         return self.joint.solve(self, task, **how)
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:

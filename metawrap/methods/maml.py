@@ -1,7 +1,7 @@
 """MAML, first-order MAML and MAML++: an inner loop on every adapted parameter.
 
-The data path is inner_loop/inner_loop.py. This file says what a MAML learner has: an inner update with learned rates, a start
-of the head, an engine, checks and an executor; and what it hands out: adapted and unwrapped modules.
+The data path is inner_loop/inner_loop.py. This file says which parts a MAML learner has (an inner update with learned
+rates, a start of the head, an engine, checks, an executor) and which modules it hands out.
 """
 
 from __future__ import annotations
@@ -179,15 +179,14 @@ class MAML(Learner):
             check_choice("mask_unused_outputs", mask_unused_outputs)
         if task_id is not None and self.settings.outputs.head_init != "stored":
             raise ArgumentError(
-                'task_id: has an effect with outputs={"head_init": "stored"} alone, which keeps a head for each task, but '
-                f"got {task_id!r}. Leave it out."
+                'task_id: has an effect only with outputs={"head_init": "stored"}, which keeps a head for each task, '
+                f"but got {task_id!r}. Leave it out."
             )
         with adapting(self, Task(support_x, support_y, support_x, support_y, id=task_id)) as task:
             norm, solver = self.settings.norm, self._solver()
             loop = solver.loop(task, training=False, norm=norm, mask=mask_unused_outputs)
-            point = Point(solver.initial_weights(loop), {})
-            for point in loop.inner_steps(point, repeat(loop.task, steps)):
-                pass
+            start = Point(solver.initial_weights(loop), {})
+            *_, point = start, *loop.inner_steps(start, repeat(loop.task, steps))
             row = max(0, min(steps, self.settings.inner_steps) - 1)
             statistics = None
             if norm == "support":
@@ -244,8 +243,8 @@ def _check_goes_with(engine: str, settings: Settings) -> None:
     for name in ("tune", "channels_last"):
         if engine == "batched" and getattr(settings.execution, name):
             raise ArgumentError(
-                f'execution.{name}: has no effect with engine="batched", which runs all tasks at once in a layout of its '
-                'own. Leave it out, or pass engine="functional".'
+                f'execution.{name}: has no effect with engine="batched", which runs all tasks at once in a layout of '
+                'its own. Leave it out, or pass engine="functional".'
             )
 
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
 from metawrap.inner_loop.masking import ignored_label
+from metawrap.inner_loop.outcome import task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_number, check_switch, check_whole
 from metawrap.tasks import Task
@@ -98,7 +99,7 @@ class MemoryModule(EmbeddingLearner):
         counted = task.target_y != ignored_label(self.loss_fn)
         loss = memory.loss(target[counted], task.target_y[counted], self.margin)
         if self.task_loss:
-            loss = loss + self.task_loss * self._loss(prediction, task.target_y, "target")
+            loss = loss + self.task_loss * task_loss(self.loss_fn, prediction, task.target_y, "target")
         return prediction, loss
 
 

@@ -13,12 +13,14 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
-from metawrap.inner_loop.outcome import Solved
+from metawrap.inner_loop.outcome import TaskOutcome
 from metawrap.layers.step_clock import Moments
+from metawrap.learner.calls import shared
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
 from metawrap.settings.settings import InnerOptimizerName
+from metawrap.surgery.inspect import device_of
 from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
 
 
@@ -69,13 +71,13 @@ class MultiTask(HeadLearner):
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))
         if is_by_classes(task):
-            logits = self.joint.table(embedded, torch.tensor(task.classes, device=self._device))
+            logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
         else:
             head = self.heads.of(task.id, self.own_head.names())
             logits = FunctionalEngine(self.own_head.module).call(head, embedded)
         return TrainingOutputs(logits, labels, logits)
 
-    def _solve(self, task: Task, **how: Any) -> Solved:
+    def _solve(self, task: Task, **how: Any) -> TaskOutcome:
         return self.joint.solve(self, task, **how)
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
@@ -83,6 +85,7 @@ class MultiTask(HeadLearner):
         start = {full[name]: value for name, value in self.heads.of(task.id, full).items()}
         return self.joint.module(self, task, norm, steps, start)
 
+    @shared
     def adapt(
         self, support_x: Inputs, support_y: Any, steps: int | None = None, *, task_id: TaskId | None = None
     ) -> nn.Module:

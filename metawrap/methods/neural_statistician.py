@@ -16,7 +16,7 @@ from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import autograd
+from metawrap.inner_loop.outcome import autograd, task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_number, check_whole
 from metawrap.tasks import Inputs, Task, describe_value
@@ -118,7 +118,7 @@ class NeuralStatistician(EmbeddingLearner):
         with autograd(torch.is_grad_enabled() and self.discriminative > 0):
             prediction = self._fit_head(support, labels, ways)(target)
         if self.discriminative:
-            loss = loss + self.discriminative * self._loss(prediction, task.target_y, "target")
+            loss = loss + self.discriminative * task_loss(self.loss_fn, prediction, task.target_y, "target")
         return prediction, loss
 
     def _numbers(self, inputs: Inputs) -> Tensor:
@@ -135,13 +135,13 @@ class NeuralStatistician(EmbeddingLearner):
             )
         return inputs.flatten(1)
 
-    def _look(self, task: Task) -> FirstLook:
+    def _inspect(self, task: Task) -> FirstLook:
         before = self._likelihood
         try:
             if before is None:
                 inputs = self._numbers(task.support_x)
                 self._likelihood = "bernoulli" if _in_unit_range(inputs) else "gaussian"
-            return super()._look(task)
+            return super()._inspect(task)
         except BaseException:
             self._likelihood = before
             raise

@@ -86,9 +86,6 @@ class RelationNet(EmbeddingLearner):
         options = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
         super().__init__(model, keywords, options=options, parts={"relation": part})
 
-    def _stateful(self) -> list[nn.Module]:
-        return [*super()._stateful(), self.relation]
-
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Relations(class_sums(support, labels, ways), self.relation)
 

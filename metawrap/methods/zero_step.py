@@ -8,16 +8,19 @@ from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, solved_from
+from metawrap.execution.in_order import InOrderExecutor
+from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
 from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.direct import Direct
+from metawrap.learner.calls import shared
+from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
+from metawrap.learner.learner import Learner
+from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 
 
-class ZeroStep(Direct):
+class ZeroStep(Learner):
     """No adaptation at all: the same network and loss, trained on target sets as in any supervised training.
 
     Minimises the mean over tasks of L(f(target), target_y), as MAML with no inner step; there is no paper. Where labels
@@ -40,21 +43,29 @@ class ZeroStep(Direct):
     """
 
     def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
-        super().__init__(model, keywords)
+        wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=None, own_steps=None)
+        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts={})
+
+    def _solver(self) -> OneByOne:
+        return OneByOne(self._solve)
+
+    def _prepare(self, task: Task) -> None:
+        inspect_once(self, task, self._inspect)
 
     def _solve(
         self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
-    ) -> Solved:
+    ) -> TaskOutcome:
         self._refuse_steps(steps, mask)
         moments: list[Moments] | None = [] if training else None
         statistics: Statistics = "running" if norm == "running" and not training else "batch"
         if norm == "support":
-            self._run(task.support_x, "capture", moments)
+            self.wrapped.run(task.support_x, "capture", moments)
             statistics = "captured"
-        prediction = self._run(task.target_x, statistics, moments)
-        loss = self._loss(prediction, task.target_y, "target")
-        return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
+        prediction = self.wrapped.run(task.target_x, statistics, moments)
+        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
 
+    @shared
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """The trained network as a plain module of the user's own class, in eval mode; changes nothing here.
 
@@ -64,17 +75,17 @@ class ZeroStep(Direct):
             steps: None or 0.
         """
         self._refuse_steps(steps, None)
-        with self._adapting(Task(support_x, support_y, support_x, support_y)) as task:
+        with adapting(self, Task(support_x, support_y, support_x, support_y)) as task:
             norm, held = self.settings.norm, None
             if norm == "support":
-                self._run(task.support_x, "capture", None)
+                self.wrapped.run(task.support_x, "capture", None)
                 held = self.wrapped.clock.taken()
-            return self._finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
+            return finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
 
-    def _look(self, task: Task) -> FirstLook:
-        prediction = self._run(task.target_x, "batch", None)
-        self._loss(prediction, task.target_y, "target")
+    def _inspect(self, task: Task) -> FirstLook:
+        prediction = self.wrapped.run(task.target_x, "batch", None)
+        task_loss(self.loss_fn, prediction, task.target_y, "target")
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 
     def _refuse_steps(self, steps: int | None, mask: bool | None) -> None:
-        self._refuse_inner(None if steps == 0 else steps, mask)
+        refuse_inner_loop(self, None if steps == 0 else steps, mask)

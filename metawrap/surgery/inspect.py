@@ -205,27 +205,6 @@ def _norm_parameters_used_elsewhere(model: nn.Module, swapped: Mapping[str, _Bat
                 )
 
 
-<<<<<<< HEAD
-def _instance_statistics(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, _InstanceNorm) and module.track_running_stats:
-            yield (
-                f"{_label(name, module)} keeps running statistics that would mix the inner steps of all tasks. "
-                f"Build it with track_running_stats=False, or pass "
-                f"wrapping={{'swap': {{{type(module).__name__}: your_factory}}}}."
-            )
-
-
-_CHECKS = (
-    _scripted,
-    _quantised,
-    _uninitialised,
-    _unnamed,
-    _aliases,
-    _instance_statistics,
-)
-=======
->>>>>>> snapshot
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
 

@@ -6,15 +6,16 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
-from metawrap.layers.step_clock import StepClock
+from metawrap.layers.step_clock import Moments, Statistics, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
 from metawrap.surgery.swap import Factory, make_per_step, replace_modules
+from metawrap.tasks import Inputs, call_model
 
 Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 
@@ -38,6 +39,11 @@ class Wrapped:
         """Name and initial value of each adapted parameter."""
         parameters = dict(self.model.named_parameters())
         return [(name, parameters[name]) for name in self.adapted]
+
+    def run(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Any:
+        """One pass of the module as it is, its norms at row 0; the statistics that they see are added to `moments`."""
+        with self.clock.at(0, statistics, moments):
+            return call_model(self.model, inputs)
 
     def hold_kept_norms(self) -> None:
         """Keeps the norms that were left alone on their stored statistics; call after every `train()`."""
