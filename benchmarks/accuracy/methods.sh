@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of benchmarks/results/methods.md: every method on Omniglot, 5-way 1-shot, Conv4 with 64 filters.
-#   bash benchmarks/methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]
-# DATA_ROOT is Omniglot's folder or zip. Run again, it continues what was stopped; an hour and a quarter on two cores.
+#   bash benchmarks/accuracy/methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]
+# DATA_ROOT is Omniglot's folder or zip. It takes an hour and a quarter on two cores. A second start continues a stopped run.
 # Metric and joint methods train on 20-way tasks, as ProtoNet's paper does; the test tasks are the same for all.
 set -euo pipefail
 data=${1:?usage: methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]}
@@ -33,7 +33,7 @@ settings=(
 )
 sets=()
 for setting in "${settings[@]}"; do
-  # Of the methods that are compared.
+  # Only settings of the methods that are compared.
   if [[ ",$methods," == *",${setting%%.*},"* ]]; then sets+=(--set "$setting"); fi
 done
 exec "${PYTHON:-python}" -m metawrap compare --methods "$methods" --budget 4000 --jobs "$jobs" \

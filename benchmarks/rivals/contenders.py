@@ -1,34 +1,30 @@
-"""Who takes part, behind one face: `step()` is a whole outer update, `gradients()` what the last one was made from.
+"""All contenders by name. `step()` is one outer update; `gradients()` is the meta-gradient of the last one.
 
-A setting that cannot run here (a library that is not installed, a keyword that this metawrap does not know, a model
-that an engine refuses) raises Skipped with the reason, so that it is left out by name and never in silence.
+A contender that cannot run here raises Skipped with the reason: a library is not installed, this metawrap does not know
+a keyword, or an engine refuses the model. The reason is part of the records.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partialmethod
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
-from cases import Case, TaskTensors, initial_values, make_tasks
-from peers import Higher, Jax, Learn2Learn, Skipped, TorchOpt
-from plain import PlainLoop
 from torch import Tensor
 
 from metawrap import MAMLPlusPlus, TaskBatch
 from metawrap.backbones import Conv4
-from metawrap.engines import ENGINES
 from metawrap.errors import MetaWrapError
 from metawrap.tasks import Task
+from rivals.cases import Case, TaskTensors, initial_values, make_tasks
+from rivals.libraries import Higher, Jax, Learn2Learn, Skipped, TorchOpt
+from rivals.plain import PlainLoop
 
 
-class Competitor(Protocol):
-    """One way to do the same meta-step, on tasks of its own."""
+class Contender(Protocol):
+    """One way to do the meta-step, with tasks of its own."""
 
     def step(self) -> None:
         """One outer update, its gradient included."""
@@ -48,20 +44,19 @@ class Metawrap:
         values: dict[str, Tensor],
         tasks: list[TaskTensors],
         first_order: bool = False,
-        convolution: str | None = None,
         **options: Any,
     ) -> None:
-        self.form = _convolution_form(convolution)
         known = inspect.signature(MAMLPlusPlus).parameters
-        unknown = [name for name in options if name not in known]
-        if unknown:
+        if "execution" not in known:  # metawrap 0.1 takes the fields of this group as keywords.
+            options |= options.pop("execution", {})
+        if unknown := [name for name in options if name not in known]:
             raise Skipped(f"this metawrap has no {', '.join(f'{name}=' for name in unknown)}")
         like = next(iter(values.values()))
-        if options.get("cuda_graphs") and not like.is_cuda:
+        if options.get("execution", options).get("cuda_graphs") and not like.is_cuda:
             raise Skipped("CUDA graphs are for a GPU")
         model = Conv4(case.channels, case.side, case.ways, case.filters).to(like.device, like.dtype)
         epochs = 1_000 if first_order else 0
-        # Longer than the first-order phase: a run that is nothing else is warned of.
+        # One epoch more than the first-order phase: a run without a second-order epoch gives a warning.
         order = {"first_order_epochs": epochs, "epochs": epochs + 1}
         try:
             self.learner = MAMLPlusPlus(model, inner_steps=case.steps, **order, **options)
@@ -76,49 +71,44 @@ class Metawrap:
 
     def step(self) -> None:
         """One outer update."""
-        with self.form:
-            self.learner.meta_step(self.batch)
+        self.learner.meta_step(self.batch)
 
     def gradients(self) -> dict[str, Tensor]:
         """The last step's meta-gradient; `meta_step` leaves it in `.grad`."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
 
-def _convolution_form(form: str | None) -> AbstractContextManager[Any]:
-    """While it is entered, the batched engine is made with this form: no keyword of the learner leads there."""
-    if form is None:
-        return nullcontext()
-    engine: Any = ENGINES.get("batched")
-    if engine is None or "convolution" not in inspect.signature(engine).parameters:
-        raise Skipped("this metawrap has no batched engine with convolution=")
-    return patch.object(engine, "__init__", partialmethod(engine.__init__, convolution=form))
-
-
 @dataclass(frozen=True)
 class Setting:
-    """A competitor by name.
+    """A contender by name.
 
-    family: "plain", "peer" or "metawrap". needs: modules that it imports. settles: meta-steps until it does what it
-    will go on doing; all of them are checked, none of them timed. by_name: takes part only where it is asked for.
-    apart: is timed in a process of its own, in its turn.
+    family: "plain", "peer" or "metawrap". needs: modules that it imports. settles: meta-steps until each further one
+    does the same work; their gradients are checked, and their times are not taken. by_name: takes part only if it is
+    named. apart: is timed, in its turn, in a process of its own. checkout: the folder of another version of metawrap.
     """
 
     name: str
     family: str
-    make: Callable[..., Competitor]
+    make: Callable[..., Contender]
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     settles: int = 1
     by_name: bool = False
     apart: bool = False
+    checkout: str | None = None
 
     @property
     def first_order(self) -> bool:
-        """Whether it is held against the plain loop's first-order gradient."""
+        """Whether the plain loop's first-order gradient is the right one."""
         return bool(self.options.get("first_order"))
 
-    def build(self, case: Case, dtype: torch.dtype, device: str, spread: float = 0.0) -> Competitor:
-        """The competitor, at the same initial values and on the same tasks as all others.
+    @property
+    def in_every_version(self) -> bool:
+        """Whether every version of metawrap has this setting: the defaults, or no other keyword than `engine`."""
+        return self.family == "metawrap" and not self.by_name and set(self.options) <= {"engine"}
+
+    def build(self, case: Case, dtype: torch.dtype, device: str, spread: float = 0.0) -> Contender:
+        """The contender, with the same initial values and tasks as all others.
 
         Raises:
             Skipped: it cannot run here.
@@ -127,10 +117,28 @@ class Setting:
         return self.make(case, values, make_tasks(case, dtype, device), **self.options)
 
 
-def _metawrap(name: str, settles: int = 1, by_name: bool = False, **options: Any) -> Setting:
+def setting_of(name: str) -> Setting:
+    """A setting by its name; "metawrap functional at FOLDER" is that setting with the metawrap of another checkout."""
+    usual, _, checkout = name.partition(" at ")
+    setting = SETTINGS[usual]
+    return replace(setting, name=name, apart=True, checkout=checkout) if checkout else setting
+
+
+def _metawrap(
+    name: str,
+    first_order: bool = False,
+    settles: int = 1,
+    by_name: bool = False,
+    engine: str = "functional",
+    **how: Any,
+) -> Setting:
+    options: dict[str, Any] = {"engine": engine}
+    options |= {"execution": how} if how else {}
+    options |= {"first_order": True} if first_order else {}
     return Setting(f"metawrap {name}", "metawrap", Metawrap, options, settles=settles, by_name=by_name)
 
 
+_PROCESSES = {"workers": "auto", "workers_in": "processes"}
 REFERENCE = "plain"
 SETTINGS = {
     setting.name: setting
@@ -141,34 +149,25 @@ SETTINGS = {
         Setting("higher", "peer", Higher, needs=("higher",)),
         Setting("torchopt", "peer", TorchOpt, needs=("torchopt",)),
         Setting("learn2learn", "peer", Learn2Learn, needs=("learn2learn",)),
-        # With its threads in the process, torch's own were measured to take ten times as long.
+        # In one process with JAX's threads, torch's own took ten times as long.
         Setting("jax", "peer", Jax, needs=("jax",), apart=True),
+        Setting("metawrap default", "metawrap", Metawrap, settles=4),
         _metawrap("higher", engine="higher"),
-        _metawrap("functional", engine="functional"),
-        _metawrap("flat", engine="functional", memory="flat"),
-        _metawrap("workers", engine="functional", workers="auto"),
-        _metawrap("workers channels_last", engine="functional", workers="auto", channels_last=True),
-        _metawrap("workers flat", engine="functional", workers="auto", memory="flat"),
-        _metawrap("processes", engine="functional", workers="auto", workers_in="processes"),
-        _metawrap(
-            "processes channels_last",
-            engine="functional",
-            workers="auto",
-            workers_in="processes",
-            channels_last=True,
-        ),
-        _metawrap("tune", engine="functional", tune=True),
+        _metawrap("functional"),
+        _metawrap("flat", memory="flat"),
+        _metawrap("workers", workers="auto"),
+        _metawrap("workers channels_last", workers="auto", channels_last=True),
+        _metawrap("workers flat", workers="auto", memory="flat"),
+        _metawrap("processes", **_PROCESSES),
+        _metawrap("processes channels_last", **_PROCESSES, channels_last=True),
+        _metawrap("tune", tune=True),
         _metawrap("batched", engine="batched"),
         _metawrap("batched flat", engine="batched", memory="flat"),
-        _metawrap("batched grouped", engine="batched", convolution="grouped", by_name=True),
-        _metawrap("batched unfolded", engine="batched", convolution="unfolded", by_name=True),
         _metawrap("batched graphs", engine="batched", cuda_graphs=True, settles=4, by_name=True),
-        _metawrap("first-order", engine="functional", first_order=True),
-        _metawrap("first-order workers", engine="functional", first_order=True, workers="auto"),
-        _metawrap(
-            "first-order processes", engine="functional", first_order=True, workers="auto", workers_in="processes"
-        ),
-        _metawrap("first-order tune", engine="functional", first_order=True, tune=True),
+        _metawrap("first-order", first_order=True),
+        _metawrap("first-order workers", first_order=True, workers="auto"),
+        _metawrap("first-order processes", first_order=True, **_PROCESSES),
+        _metawrap("first-order tune", first_order=True, tune=True),
     )
 }
 GROWING = (REFERENCE, "metawrap functional", "metawrap flat", "metawrap workers", "metawrap workers flat")
