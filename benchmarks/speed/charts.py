@@ -1,8 +1,8 @@
-"""Draws what compare.py has measured: bars of time and memory for each case, and growth curves.
+"""Draws the records of `compare`: bars of time and memory for each case, and growth curves.
 
-    python benchmarks/charts.py runs/compare
+    python benchmarks charts runs/compare
 
-Reads compare.jsonl from the folder; writes compare.png (a column for each case), and growth.png where there are curves.
+Reads compare.jsonl from the folder; writes compare.png (a column for each case), and growth.png if there are curves.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import TARGETS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from rivals.cases import TARGETS
+
 Record = dict[str, Any]
 COLOURS = {"plain": "#8a8f98", "peer": "#d99a4e", "metawrap": "#3b73b9"}
 LABELS = {"plain": "plain torch", "peer": "other libraries", "metawrap": "metawrap"}
 TARGET, INK, FAINT = "#b3261e", "#22262b", "#dfe3e8"
-LONGEST_BAR = 2.2  # Ratios beyond it are cut, with their number: the others would be stubs beside them.
+LONGEST_BAR = 2.2  # Longer bars are cut, and labelled with their ratio.
 CURVES = {
     "plain": ("#8a8f98", "o"),
     "metawrap functional": ("#3b73b9", "s"),
@@ -93,7 +94,7 @@ def _time_bars(
         else:
             axes.text(shown - 0.03, place, "≫", va="center", ha="right", fontsize=8, color="white")
         met = target is not None and ratio <= target and _family(name) == "metawrap" and "first-order" not in name
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # It may stand on one of the lines.
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # The number may cover one of the lines.
         weight = "bold" if met else "normal"
         at = max(shown, end) + 0.03 * longest
         axes.text(at, place, f"{ratio:.2f}", va="center", fontsize=7.5, color=INK, weight=weight, bbox=ground)
@@ -147,7 +148,7 @@ def _dress(axes: Axes, settings: Sequence[str]) -> None:
 
 
 def curves_of(records: Sequence[Record]) -> Figure:
-    """Seconds above, peak memory below; a column for each thing that grows. Both scales are logarithmic."""
+    """Seconds above, peak memory below; a column for each field that grows. Both scales are logarithmic."""
     kinds = list(dict.fromkeys(record["grow"] for record in records))
     figure = Figure(figsize=(1.0 + 3.6 * max(len(kinds), 2), 6.0), layout="constrained")
     grid = figure.subplots(2, len(kinds), sharey="row", sharex="col", squeeze=False)
@@ -177,7 +178,7 @@ def _curves(axes: Axes, records: Sequence[Record], key: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for name in dict.fromkeys(record["setting"] for record in records):
-        # A megabyte figure has tenths, and zero has no logarithm.
+        # Megabytes are rounded to tenths, and zero has no logarithm.
         own = [record for record in records if record["setting"] == name]
         points = sorted((r["value"], max(r[key], 0.1) if key == "peak_mb" else r[key]) for r in own)
         colour, marker = CURVES[name]
@@ -201,7 +202,8 @@ def _setup(record: Record) -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws the records of the folder in the first argument."""
     source = Path(sys.argv[1])
     lines = (source / "compare.jsonl").read_text(encoding="utf-8").splitlines()
     for path in draw([json.loads(line) for line in lines], source):

@@ -1,36 +1,31 @@
-"""The cases on a GPU: seconds and kernels of a meta-step, and how near each setting comes to what the device can do.
+"""Seconds and kernels of a meta-step on a GPU, and how near each setting comes to the ceilings of the device.
 
-    python benchmarks/gpu.py --cases A A15 B C --precision tf32 --out runs/gpu
-    python benchmarks/gpu.py --device cpu --small --out runs/gpu-try
+    python benchmarks gpu --cases A A15 B C --precision tf32 --out runs/gpu
+    python benchmarks gpu --device cpu --small --out runs/gpu-try
 
-Each setting's float64 meta-gradient is held against the plain loop's first. Two ceilings are measured on the device, in
-the precision asked for: the rate of a forward convolution of the case's main shape at a large batch, and the rate of
-copying a large tensor.
+First each setting's float64 meta-gradient is compared with the plain loop's. Two ceilings are measured on the device,
+in the precision that is asked for: the rate of a forward convolution of the case's main shape at a large batch, and the
+rate of copying a large tensor.
 
-conv %: the plain loop's floating-point operations, whoever is timed, over the seconds, of the first ceiling. copy %:
-the bytes that the setting's own operations read and write, over the seconds, of the second; each operation counts
-alone, so what stays in a cache counts too. On the CPU, operations stand in the place of kernels.
+conv %: the floating-point operations of the plain loop, for every setting, per second, of the first ceiling.
+copy %: the bytes that the setting's own operations read and write, per second, of the second. Each operation counts
+alone, so bytes that stay in a cache count too.
+
+On the CPU, operations are counted in place of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case, small
-from competitors import REFERENCE, SETTINGS, Competitor
-from machine import environment, use_threads
-from measure import Record, agreement, not_run, seconds_of_step, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,13 +34,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from rivals.cases import CASES, Case, small
+from rivals.contenders import REFERENCE, SETTINGS, Contender
+from speed.arguments import parsed, parser_of
+from speed.machine import environment, use_threads
+from speed.measure import agreement, interleaved, not_run, seconds_of, synchronize
+from speed.processes import Record
+
 USUAL = (
     REFERENCE,
     "metawrap functional",
     "metawrap flat",
     "metawrap batched",
-    "metawrap batched grouped",
-    "metawrap batched unfolded",
     "metawrap batched flat",
     "metawrap batched graphs",
 )
@@ -53,27 +53,31 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
 
 
 def set_precision(name: str) -> None:
-    """What a float32 product may be computed in; bf16 comes from autocast."""
+    """Allows or forbids tf32 for float32 products; bf16 comes from autocast."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    # Every shape comes again: worth a search.
+    # The shapes repeat, so a search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
-    """Entered around a meta-step."""
+    """The context of a meta-step at this precision."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-class Under:
-    """A competitor whose steps run in a context."""
+class AtPrecision:
+    """A contender whose steps run at a precision."""
 
-    def __init__(self, competitor: Competitor, context: AbstractContextManager[Any]) -> None:
-        self.competitor, self.context = competitor, context
+    def __init__(self, contender: Contender, precision: str, device: str) -> None:
+        self.contender, self.context = contender, autocast(precision, device)
 
     def step(self) -> None:
         """One outer update."""
         with self.context:
-            self.competitor.step()
+            self.contender.step()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last step's meta-gradient."""
+        return self.contender.gradients()
 
 
 def convolution_ceiling(case: Case, device: str, precision: str, batch: int) -> Record:
@@ -100,29 +104,22 @@ def bandwidth_ceiling(device: str, megabytes: int) -> Record:
 def _seconds(work: Callable[[], Any], device: str, repeats: int = 10) -> float:
     for _ in range(3):
         work()
-    found = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return statistics.median(seconds_of(work, device) for _ in range(repeats))
 
 
 class Traffic(TorchDispatchMode):
-    """Sums the bytes that operations read and write; views and fresh memory move none."""
+    """Sums the bytes that operations read and write; views and new memory move none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation passes here."""
+        """Called for every operation."""
         output = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.__name__:
             touched = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, Tensor)]
-            # An expanded tensor is read from fewer bytes than it has entries.
+            # An expanded tensor has more entries than bytes in memory.
             self.bytes += sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in touched)
         return output
 
@@ -135,12 +132,12 @@ def flops_of_step(case: Case, device: str) -> int:
     return int(counter.get_total_flops())
 
 
-def launches_of_step(competitor: Under, device: str) -> int:
+def launches_of_step(contender: AtPrecision, device: str) -> int:
     """Kernels of one meta-step on a GPU; on the CPU, operations that call no other."""
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as trace:
-        competitor.step()
+        contender.step()
         synchronize(device)
     events = trace.events() or []
     if cuda:
@@ -155,29 +152,24 @@ def measured(
 ) -> Iterator[Record]:
     """A record for each setting: interleaved seconds, launches, and percent of both ceilings."""
     flops = flops_of_step(case, device)
-    running: dict[str, Under] = {}
+    running: dict[str, AtPrecision] = {}
     extra: dict[str, Record] = {}
     for name in names:
         setting = SETTINGS[name]
         try:
-            running[name] = Under(setting.build(case, torch.float32, device), autocast(precision, device))
+            running[name] = AtPrecision(setting.build(case, torch.float32, device), precision, device)
             for _ in range(setting.settles + 1):
                 running[name].step()
             launches = launches_of_step(running[name], device)
             with Traffic() as traffic:
                 running[name].step()
-            # A graph that is replayed shows no operation.
-            moved = None if setting.options.get("cuda_graphs") else traffic.bytes
+            # The replay of a graph shows no operations.
+            moved = None if setting.options.get("execution", {}).get("cuda_graphs") else traffic.bytes
             extra[name] = {"kernels" if device.startswith("cuda") else "operations": launches, "bytes": moved}
         except Exception as error:
             running.pop(name, None)
             yield not_run(case, setting, error)
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    order, shuffled = list(running), random.Random(0)
-    for _ in range(repeats):
-        shuffled.shuffle(order)
-        for name in order:
-            seconds[name].append(seconds_of_step(running[name], device, torch.get_num_threads()))
+    seconds = interleaved(running, repeats, device, torch.get_num_threads())
     plain = statistics.median(seconds[REFERENCE]) if REFERENCE in seconds else None
     for name, found in seconds.items():
         median, moved = statistics.median(found), extra[name]["bytes"]
@@ -197,7 +189,7 @@ def measured(
 
 
 def table_of(case: Case, records: Sequence[Record], launches: str) -> Table:
-    """One row for each setting that ran; the others below, with the reason."""
+    """One row for each setting that ran; the reasons of the others below."""
     table = Table(title=str(case), title_justify="left", title_style="bold", caption_justify="left")
     table.add_column("setting", no_wrap=True)
     for column in ("median s", "ratio", launches, "conv %", "copy %"):
@@ -219,7 +211,6 @@ def table_of(case: Case, records: Sequence[Record], launches: str) -> Table:
 def main() -> None:
     """Measures, prints, and writes gpu.jsonl."""
     args = _arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         use_threads(args.threads, args.device)
     set_precision(args.precision)
@@ -253,23 +244,12 @@ def _of_case(case: Case, args: argparse.Namespace, ceilings: tuple[float, float]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--only", nargs="+", default=list(USUAL), choices=list(SETTINGS), help="settings to measure")
+    parser = parser_of(__doc__, USUAL)
     parser.add_argument("--precision", default="fp32", choices=list(PRECISIONS), help="tf32, or bf16 by autocast")
-    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs: no figures to quote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.jsonl")
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats: expected at least 1, but got {args.repeats}")
+    args = parsed(parser)
+    args.cases = args.cases or list(CASES)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device. Pass --device cpu --small to see that the script runs.")
-    args.only = [name for name in SETTINGS if name in {REFERENCE, *args.only}]
+        parser.error("--device cuda: torch sees no CUDA device. Pass --device cpu --small to try whether it runs.")
     return args
-
-
-if __name__ == "__main__":
-    main()

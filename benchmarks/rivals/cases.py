@@ -1,6 +1,8 @@
-"""The cases that every benchmark runs: task shapes, images, and one set of initial values for every competitor.
+"""The cases that every benchmark runs: task shapes, images, and one set of initial values for every contender.
 
-All are Conv4 with per-step batch norm, learned rates, the multi-step loss of epoch 0, Adam outside, and 5 inner steps.
+The network is Conv4 with per-step batch norm. Each case has learned rates, the multi-step loss of epoch 0, 5 inner
+steps and Adam as outer optimizer.
+
 A: 5-way 1-shot, 28x28x1, 64 filters, 1 target per class, 8 tasks. A15: the same with 15 targets per class. B: 20-way
 1-shot, 4 tasks. C: 84x84x3, 48 filters, 5-way 1-shot, 15 targets per class, 2 tasks.
 """
@@ -20,7 +22,7 @@ META_LR = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One setting: examples per class, tasks per batch, inner steps, image side in pixels, channels, filters."""
+    """Examples per class, tasks per batch, inner steps, image side in pixels, channels, filters."""
 
     name: str
     ways: int = 5
@@ -53,7 +55,7 @@ CASES = {
         Case("C", targets=15, tasks=2, side=84, channels=3, filters=48),
     )
 }
-# What a meta-step is to take of the plain loop's time, by case.
+# The share of the plain loop's time that a meta-step of metawrap should take at most, by case.
 TARGETS = {"A": 0.80, "A15": 0.90, "B": 0.90, "C": 0.75}
 
 TaskTensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,8 +77,8 @@ def initial_values(case: Case, dtype: torch.dtype, device: str, spread: float = 
     """Every learned tensor by name; `lr/<name>` holds the (steps,) rates of an adapted one.
 
     Args:
-        spread: standard deviation of what is added to each entry, so that rows and rates differ from one another and
-            one that is taken for another shows.
+        spread: standard deviation of the noise that is added to each entry. With noise, rows and rates differ, and an
+            exchange of two of them changes the gradient.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -102,23 +104,23 @@ def initial_values(case: Case, dtype: torch.dtype, device: str, spread: float = 
 
 
 def adapted_names(values: dict[str, Tensor]) -> list[str]:
-    """The tensors that the inner loop moves: those with a rate."""
+    """The tensors that the inner loop adapts: those with a rate."""
     return [name for name in values if f"lr/{name}" in values]
 
 
 def step_loss_weights(case: Case) -> list[float]:
-    """Weights of the target losses at epoch 0: all alike (arXiv:1810.09502, section 4)."""
+    """Weights of the target losses at epoch 0: all equal (arXiv:1810.09502, section 4)."""
     return [1 / case.steps] * case.steps
 
 
 def megabytes_of_inputs(case: Case) -> float:
-    """What the images of a float32 task batch take."""
+    """Memory of the images of a float32 task batch."""
     examples = case.ways * (case.shots + case.targets) * case.tasks
     return examples * case.channels * case.side**2 * 4 / 2**20
 
 
 def small(case: Case) -> Case:
-    """The same kind of task at a size that only shows that a script runs."""
+    """The same kind of task at a tiny size, to try whether a script runs."""
     return replace(
         case, name=f"{case.name} (small)", ways=2, targets=min(case.targets, 2), tasks=2, steps=2, side=16, filters=4
     )

@@ -1,7 +1,7 @@
 """The same meta-step through other libraries, each in its fastest plain use. All of them are optional.
 
-The batch norms' rows and the rates stand outside of the module that a library copies: a library that differentiates
-every parameter of its copy would otherwise walk back through all earlier inner steps for them.
+The rows of the batch norms and the rates are kept outside of the module that a library copies. A library that
+differentiates every parameter of its copy would otherwise go back through all earlier inner steps for them.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from cases import BLOCKS, EPSILON, META_LR, MOMENTUM, SLOPE, Case, TaskTensors, adapted_names, step_loss_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Norms = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+from rivals.cases import BLOCKS, EPSILON, META_LR, SLOPE, Case, TaskTensors, adapted_names, step_loss_weights
+from rivals.plain import Norm, PlainLoop, after_convolution, updated
 
 
 class Skipped(Exception):  # noqa: N818  # it is no error
-    """This setting cannot run here; the message says why."""
+    """A setting cannot run here; the message says why."""
 
 
 WHY_MISSING = {
@@ -34,7 +34,7 @@ WHY_MISSING = {
 
 
 def require(module: str) -> Any:
-    """The module, or Skipped."""
+    """Imports a module, or raises Skipped."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def require(module: str) -> Any:
 
 
 class Conv4(nn.Module):
-    """The network, with the batch norms' rows of a step as an argument."""
+    """The network. `forward` takes the rows of the batch norms for the present inner step."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -56,134 +56,107 @@ class Conv4(nn.Module):
             self.add_module(f"conv{block}", nn.ModuleDict({"conv": nn.Conv2d(width, case.filters, 3, padding=1)}))
         self.linear = nn.Linear(case.features, case.ways)
 
-    def forward(self, x: Tensor, norms: Norms) -> Tensor:
+    def forward(self, x: Tensor, norms: list[Norm]) -> Tensor:
         """Logits."""
-        for block, (weight, bias, mean, variance) in enumerate(norms):
-            x = self.get_submodule(f"conv{block}.conv")(x)
-            x = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=MOMENTUM, eps=EPSILON)
-            x = F.max_pool2d(F.leaky_relu(x, SLOPE), 2)
+        for block, norm in enumerate(norms):
+            x = after_convolution(self.get_submodule(f"conv{block}.conv")(x), norm)
         return self.linear(x.flatten(1))
 
 
-class TorchPeer:
-    """What those on torch share: the module, the tensors outside of it, Adam, and a backward pass for each task."""
+class TorchLibrary(PlainLoop):
+    """The plain loop on a module, whose copies with fast weights come from a library."""
+
+    library: str
 
     def __init__(self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors]) -> None:
-        self.tasks, self.weights = tasks, step_loss_weights(case)
+        self.module = require(self.library)
         like = next(iter(values.values()))
         self.model = Conv4(case).to(like.device, like.dtype)
         self.model.load_state_dict({name: values[name] for name in adapted_names(values)})
-        # In the order of the module's own parameters.
-        self.names = [name for name, _ in self.model.named_parameters()]
-        outside = {name: value.clone().requires_grad_() for name, value in values.items() if name not in self.names}
-        self.values = dict(self.model.named_parameters()) | outside
-        rows = values["conv0.norm.weight"]
-        self.statistics = [(torch.zeros_like(rows), torch.ones_like(rows)) for _ in range(BLOCKS)]
-        self.optimizer = torch.optim.Adam(list(self.values.values()), lr=META_LR, fused=True)
+        super().__init__(case, values, tasks)
+        # The libraries expect the order of the module's own parameters.
+        self.adapted = [name for name, _ in self.model.named_parameters()]
 
-    def step(self) -> None:
-        """One outer update."""
-        self.optimizer.zero_grad()
-        for task in self.tasks:
-            (self.task_loss(*task) / len(self.tasks)).backward()
-        self.optimizer.step()
+    def learned(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters, and tensors outside of it."""
+        return super().learned(values) | dict(self.model.named_parameters())
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The last step's meta-gradient."""
-        return {name: value.grad for name, value in self.values.items() if value.grad is not None}
-
-    def norms(self, step: int) -> Norms:
-        """This step's row of each batch norm: weight, bias, running mean, running variance."""
-        return [
-            (
-                self.values[f"conv{block}.norm.weight"][step],
-                self.values[f"conv{block}.norm.bias"][step],
-                mean[step],
-                variance[step],
-            )
-            for block, (mean, variance) in enumerate(self.statistics)
-        ]
-
-    def rates(self, step: int) -> list[Tensor]:
-        """This step's rate of each of the module's parameters."""
-        return [self.values[f"lr/{name}"][step] for name in self.names]
-
-    def task_loss(self, support_x: Tensor, support_y: Tensor, target_x: Tensor, target_y: Tensor) -> Tensor:
-        """The weighted target losses of one task."""
-        raise NotImplementedError
+    def predict(self, fast: Any, x: Tensor, step: int) -> Tensor:
+        """Logits of a copy of the module."""
+        return fast(x, self.norms(step))
 
 
-class Higher(TorchPeer):
-    """Through `higher.innerloop_ctx`, one parameter group for each tensor, as its per-tensor rates ask for."""
+class Higher(TorchLibrary):
+    """Through `higher.innerloop_ctx`, with a parameter group for each tensor, because each has its own rate."""
+
+    library = "higher"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.higher = require("higher")
         self.inner = torch.optim.SGD([{"params": [p]} for p in self.model.parameters()], lr=0.1)
 
-    def task_loss(self, support_x: Tensor, support_y: Tensor, target_x: Tensor, target_y: Tensor) -> Tensor:
-        """See TorchPeer."""
-        losses = []
-        with self.higher.innerloop_ctx(self.model, self.inner, copy_initial_weights=False) as (model, inner):
-            for step, weight in enumerate(self.weights):
-                support_loss = F.cross_entropy(model(support_x, self.norms(step)), support_y)
-                inner.step(support_loss, override={"lr": self.rates(step)})
-                losses.append(weight * F.cross_entropy(model(target_x, self.norms(step)), target_y))
-        return torch.stack(losses).sum()
+    def start(self) -> AbstractContextManager[Any]:
+        """A copy of the module, and its differentiable optimizer."""
+        return self.module.innerloop_ctx(self.model, self.inner, copy_initial_weights=False)
+
+    def predict(self, fast: Any, x: Tensor, step: int) -> Tensor:
+        """Logits of higher's copy."""
+        return super().predict(fast[0], x, step)
+
+    def inner_step(self, fast: Any, support_loss: Tensor, step: int) -> Any:
+        """By the differentiable optimizer."""
+        fast[1].step(support_loss, override={"lr": self.rates(step)})
+        return fast
 
 
-class TorchOpt(TorchPeer):
-    """Through TorchOpt's functional `sgd`; its rates are one number or schedule, so those per tensor are put on top."""
+class TorchOpt(TorchLibrary):
+    """Through TorchOpt's functional `sgd`, whose rate is one number or schedule: the rates per tensor multiply it."""
+
+    library = "torchopt"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.torchopt = require("torchopt")
-        self.inner = self.torchopt.sgd(lr=1.0, moment_requires_grad=True)
+        self.inner = self.module.sgd(lr=1.0, moment_requires_grad=True)
 
-    def task_loss(self, support_x: Tensor, support_y: Tensor, target_x: Tensor, target_y: Tensor) -> Tensor:
-        """See TorchPeer."""
+    def start(self) -> AbstractContextManager[Any]:
+        """The parameters, and the state of the optimizer."""
         fast: dict[str, Tensor] = dict(self.model.named_parameters())
-        state = self.inner.init(fast)
-        losses = []
-        for step, weight in enumerate(self.weights):
-            support_loss = F.cross_entropy(self.call(fast, support_x, step), support_y)
-            found = torch.autograd.grad(support_loss, list(fast.values()), create_graph=True)
-            updates, state = self.inner.update(dict(zip(fast, found, strict=True)), state, inplace=False)
-            updates = {name: rate * updates[name] for name, rate in zip(self.names, self.rates(step), strict=True)}
-            fast = self.torchopt.apply_updates(fast, updates, inplace=False)
-            losses.append(weight * F.cross_entropy(self.call(fast, target_x, step), target_y))
-        return torch.stack(losses).sum()
+        return nullcontext((fast, self.inner.init(fast)))
 
-    def call(self, fast: dict[str, Tensor], x: Tensor, step: int) -> Tensor:
-        """The prediction with fast weights."""
-        return functional_call(self.model, fast, (x, self.norms(step)))
+    def predict(self, fast: Any, x: Tensor, step: int) -> Tensor:
+        """Logits with fast weights."""
+        return functional_call(self.model, fast[0], (x, self.norms(step)))
+
+    def inner_step(self, fast: Any, support_loss: Tensor, step: int) -> Any:
+        """By TorchOpt's update rule."""
+        weights, state = fast
+        found = torch.autograd.grad(support_loss, list(weights.values()), create_graph=True)
+        updates, state = self.inner.update(dict(zip(weights, found, strict=True)), state, inplace=False)
+        updates = {name: rate * updates[name] for name, rate in zip(self.adapted, self.rates(step), strict=True)}
+        return self.module.apply_updates(weights, updates, inplace=False), state
 
 
-class Learn2Learn(TorchPeer):
-    """Through `clone_module` and `update_module`, as its own MAML does; that class has one rate for all tensors."""
+class Learn2Learn(TorchLibrary):
+    """Through `clone_module` and `update_module`, as learn2learn's MAML does, whose rate is one for all tensors."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.library = require("learn2learn")
+    library = "learn2learn"
 
-    def task_loss(self, support_x: Tensor, support_y: Tensor, target_x: Tensor, target_y: Tensor) -> Tensor:
-        """See TorchPeer."""
-        clone = self.library.clone_module(self.model)
-        losses = []
-        for step, weight in enumerate(self.weights):
-            support_loss = F.cross_entropy(clone(support_x, self.norms(step)), support_y)
-            found = torch.autograd.grad(support_loss, list(clone.parameters()), create_graph=True)
-            updates = [-rate * gradient for rate, gradient in zip(self.rates(step), found, strict=True)]
-            clone = self.library.update_module(clone, updates=updates)
-            losses.append(weight * F.cross_entropy(clone(target_x, self.norms(step)), target_y))
-        return torch.stack(losses).sum()
+    def start(self) -> AbstractContextManager[Any]:
+        """A clone of the module."""
+        return nullcontext(self.module.clone_module(self.model))
+
+    def inner_step(self, fast: Any, support_loss: Tensor, step: int) -> Any:
+        """By `update_module`."""
+        found = torch.autograd.grad(support_loss, list(fast.parameters()), create_graph=True)
+        updates = [-rate * gradient for rate, gradient in zip(self.rates(step), found, strict=True)]
+        return self.module.update_module(fast, updates=updates)
 
 
 class Jax:
     """One jitted function from a task to its meta-gradient, called for each task; channels last, as XLA prefers.
 
-    Its threads are XLA's own, on all the cores that the process may use. It keeps no running statistics, which the
-    others record and do not use.
+    XLA runs threads of its own, on all cores that the process may use. Running statistics, which the others record and
+    do not use, are left out.
     """
 
     def __init__(self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors]) -> None:
@@ -194,7 +167,7 @@ class Jax:
         wanted = "gpu" if like.device.type == "cuda" else "cpu"
         if jax.default_backend() != wanted:
             raise Skipped(f"the installed jax runs on {jax.default_backend()}, not on {wanted}")
-        # Its place before and after jax 0.8.
+        # `enable_x64` moved in jax 0.8.
         wide = jax.enable_x64 if hasattr(jax, "enable_x64") else require("jax.experimental").enable_x64
         self.precision = partial(wide, like.dtype == torch.float64)
         self.case = case
@@ -254,7 +227,7 @@ class Jax:
         total = 0.0
         for step, weight in enumerate(step_loss_weights(self.case)):
             found = jax.grad(loss)(fast, support_x, support_y, step)
-            fast = {name: value - values[f"lr/{name}"][step] * found[name] for name, value in fast.items()}
+            fast = updated(fast, [values[f"lr/{name}"][step] for name in fast], [found[name] for name in fast])
             total += weight * loss(fast, target_x, target_y, step)
         return total
 
@@ -269,12 +242,13 @@ class Jax:
             x = (x - mean) * lax.rsqrt(variance + EPSILON)
             x = x * values[f"conv{block}.norm.weight"][step] + values[f"conv{block}.norm.bias"][step]
             x = jnp.where(x > 0, x, SLOPE * x)
-            # No maximum over an axis: its gradient asks which entries equal the maximum, and where XLA computes them a
-            # second time, in another fusion, none may (seen at 64 filters: NaN). reduce_window is right, and slower.
+            # Comparisons in place of a maximum over an axis: the gradient of the maximum asks which entries equal it,
+            # and XLA may compute the entries again in another fusion, so that none is equal (at 64 filters: NaN).
+            # reduce_window is right, and slower.
             n, height, width, channels = x.shape
             x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, channels)
             x = jnp.where(x[:, :, 0] >= x[:, :, 1], x[:, :, 0], x[:, :, 1])
             x = jnp.where(x[:, :, :, 0] >= x[:, :, :, 1], x[:, :, :, 0], x[:, :, :, 1])
-        # Back in torch's order, in which the head's weights are.
+        # The head's weights are in torch's order.
         flat = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
         return flat @ fast["linear.weight"].T + fast["linear.bias"]

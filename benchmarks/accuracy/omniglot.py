@@ -1,9 +1,9 @@
 """The paper's Omniglot settings, from the shell: ways, shots, preset and seeds as flags; resumable; a JSON result.
 
-The full published schedule (500 meta-steps x 100 epochs, 8 tasks each) is the default. Shorter runs are a matter of
---epochs, --iterations and --batch. The cosine and the multi-step loss follow --epochs and --msl-epochs.
+The default is the full published schedule: 100 epochs of 500 meta-steps, 8 tasks each. --epochs, --iterations and
+--batch make it shorter; the cosine schedule follows --epochs, the multi-step loss --msl-epochs.
 
-    python benchmarks/omniglot.py --data-root omniglot-py.zip --ways 5 --shots 1 --preset authors_code --seeds 0,1,2
+    python benchmarks omniglot --data-root omniglot-py.zip --ways 5 --shots 1 --preset authors_code --seeds 0,1,2
 """
 
 from __future__ import annotations
@@ -61,7 +61,3 @@ def main() -> None:
         print(result_text(train(replace(settings, seed=seeds[0]), args.out, args.resume)))
     else:
         print(result_text(train_seeds(settings, seeds, args.out, args.resume)))
-
-
-if __name__ == "__main__":
-    main()
