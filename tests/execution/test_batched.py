@@ -30,7 +30,7 @@ from face import (
 )
 from models import Conv4, Mlp, NormedMlp, TwoInputs, class_tasks, hooked_conv4, seeded
 from oracle import Reference, msl_weights
-from stateful import Late, state_of_generators
+from stateful import Late, OwnGenerator, state_of_generators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -526,7 +526,7 @@ LATE = {
 
 def looked_at() -> Any:
     """A learner whose first look is over, and found nothing."""
-    learner = batched(seeded(Late))
+    learner = batched(seeded(OwnGenerator))
     learner.meta_step(THREE)
     return learner
 

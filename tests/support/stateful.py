@@ -21,7 +21,7 @@ class Late(nn.Module):
         self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
         self.register_buffer("average", torch.zeros(6))
         self.now, self.calls, self.history, self.kept = now, 0, [], None
-        self.rng, self.table, self.done = np.random.default_rng(0), {}, []
+        self.table, self.done = {}, []
 
     def bend(self, hidden: Tensor) -> Tensor:
         return getattr(self, self.now)(hidden) if self.now else hidden
@@ -42,9 +42,6 @@ class Late(nn.Module):
 
     def draws_in_numpy(self, hidden: Tensor) -> Tensor:
         return hidden * np.random.rand()
-
-    def draws_from_its_own(self, hidden: Tensor) -> Tensor:
-        return hidden * self.rng.random()
 
     def draws_in_torch(self, hidden: Tensor) -> Tensor:
         return hidden + torch.randn_like(hidden)
@@ -105,6 +102,15 @@ class Late(nn.Module):
         return hidden + 0.1 * self.kept
 
 
+class OwnGenerator(Late):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def draws_from_its_own(self, hidden: Tensor) -> Tensor:
+        return hidden * self.rng.random()
+
+
 class Watch:
     """How many threads were in a forward pass of `Watched` at the same time."""
 
@@ -149,7 +155,7 @@ def seed_all(seed: int = 3) -> None:
 
 
 def state_of_generators(model: Any) -> list[Any]:
-    """The states of the global generators and of the model's own."""
+    """The states of the global generators and of the model's own `rng`, if any."""
     state = np.random.get_state()
-    numbers: list[Any] = [random.getstate(), state[1].tolist(), state[2], model.rng.bit_generator.state]
-    return [*numbers, torch.get_rng_state().tolist()]
+    own = model.rng.bit_generator.state if hasattr(model, "rng") else None
+    return [random.getstate(), state[1].tolist(), state[2], own, torch.get_rng_state().tolist()]
