@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from face import as_tasks, assert_same_values, gradients_of
+from engine_cases import ALL_ENGINES, ENGINES
+from face import as_tasks, assert_same_values, gradients_of, in_dtype
+from inner_rules import ComplexNet
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
-from test_engines import ENGINES
-from test_inner_optimizers import ComplexNet
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, LSTMMetaLearner, Task
 from metawrap.layers.learned_update import preprocessed
 
-ALL = [*ENGINES, "batched"]
 STEPS = 3
 
 
@@ -115,7 +114,7 @@ def test_preprocessing_by_hand() -> None:
 
 
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_two_parameters_equal_the_loop_in_numpy_and_its_finite_differences(engine: str, memory: str) -> None:
     learner = learner_of(Line(), engine=engine, memory=memory, loss_fn=F.mse_loss)
     tasks, p = lines(), numbers_of(learner)
@@ -197,7 +196,7 @@ def normed_mlp(norm: dict[str, Tensor]) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"engine": engine, "memory": memory} for engine in ALL for memory in ("unrolled", "flat")),
+        *({"engine": engine, "memory": memory} for engine in ALL_ENGINES for memory in ("unrolled", "flat")),
         {"engine": "functional", "workers": 2},
         {"engine": "functional", "multi_step_loss": True, "msl_epochs": 10},
         {"engine": "batched", "multi_step_loss": True, "msl_epochs": 10, "memory": "flat"},
@@ -261,7 +260,7 @@ def test_the_learned_parts_are_the_lstm_and_where_its_cell_starts() -> None:
 def test_it_runs_in_single_precision_on_images() -> None:
     torch.manual_seed(0)
     learner = LSTMMetaLearner(Conv4(), inner_steps=2, engine="batched")
-    batch = tuple(p.float() if p.is_floating_point() else p for p in class_tasks((1, 16, 16)))
+    batch = in_dtype(class_tasks((1, 16, 16)))
     assert not learner.meta_step(batch).skipped
     assert {p.dtype for p in learner.parameters()} == {torch.float32}
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_cases import ALL_ENGINES
 from face import as_tasks, assert_same_values, gradients_of, norm_values
 from models import Mlp, NormedMlp, class_tasks, seeded
-from test_engines import ENGINES
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, MetaWrapWarning, Reptile, Task, TaskError
 
-ALL = [*ENGINES, "batched"]
 BATCH = class_tasks((4,), tasks=3, shots=2, seed=5)
 LR = 0.2
 
@@ -43,7 +42,7 @@ def moved(model: nn.Module, ends: list[nn.Module], rate: float) -> list[Tensor]:
     return [p + rate * (torch.stack(column).mean(0) - p) for p, column in zip(model.parameters(), columns, strict=True)]
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3], ids=["serial", "batched"])
 def test_the_update_equals_plain_sgd_by_hand(count: int, rate: float, engine: str) -> None:
@@ -66,7 +65,7 @@ def test_one_task_at_rate_one_ends_at_its_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_with_one_step_it_is_joint_training(engine: str) -> None:
     # Nichol et al. 2018, section 3: for k = 1 it is SGD on the expected loss of all tasks.
     model = seeded(NormedMlp)
@@ -82,7 +81,7 @@ def test_with_one_step_it_is_joint_training(engine: str) -> None:
     assert_same_values(learner.model.parameters(), joint.parameters())
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize(
     ("options", "optimizer", "theirs"),
     [
@@ -224,7 +223,7 @@ def test_the_first_forward_is_the_gradient_of_a_meta_step_with_mini_batches() ->
             torch.testing.assert_close(gradients_of(learner)[name], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_forward_leaves_exactly_this_gradient(engine: str) -> None:
     model = seeded(NormedMlp)
     learner = Reptile(model, inner_steps=3, inner_lr=LR, engine=engine)

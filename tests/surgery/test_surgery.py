@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_cases import ENGINES
 from face import (
     as_tasks,
     assert_equals_reference,
@@ -24,7 +25,6 @@ from face import (
 )
 from models import Conv4, Mlp, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
-from test_engines import ENGINES
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
