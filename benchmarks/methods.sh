@@ -10,13 +10,15 @@ methods=${3:-maml++,maml,fomaml,meta-sgd,anil,reptile,lstm,r2d2,metaoptnet,proto
 jobs=${4:-2}
 
 settings=(
-  maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4 maml++.workers=2 maml++.channels_last=true
+  maml++.budget=5000 maml++.tasks_per_batch=2 maml++.msl_epochs=4
+  maml++.execution.workers=2 maml++.execution.channels_last=true
   maml.budget=400 maml.meta_lr=0.002 maml.cosine_annealing=true maml.engine=functional
   fomaml.budget=1200 fomaml.meta_lr=0.002 fomaml.cosine_annealing=true fomaml.engine=functional
   meta-sgd.budget=3000 meta-sgd.meta_lr=0.003 meta-sgd.cosine_annealing=true meta-sgd.engine=functional
   anil.budget=3500 anil.tasks_per_batch=8 anil.meta_lr=0.002
   reptile.budget=800 reptile.epochs=5 reptile.tasks_per_batch=2 reptile.inner_steps=8 reptile.evaluation_steps=20
-  reptile.inner_optimizer=adam reptile.inner_lr=0.003 'reptile.inner_betas=[0,0.999]' reptile.head_init=zeros
+  reptile.inner_update.rule=adam reptile.inner_lr=0.003 'reptile.inner_update.betas=[0,0.999]'
+  reptile.outputs.head_init=zeros
   reptile.engine=functional reptile.validation_tasks=40
   lstm.budget=500 lstm.epochs=5 lstm.tasks_per_batch=1 lstm.inner_steps=3 lstm.inner_lr=0.1 lstm.meta_lr=0.003
   lstm.engine=functional lstm.validation_tasks=40

@@ -55,8 +55,8 @@ def build_experiment(settings: RunSettings) -> Experiment:
     """
     if flattened(settings.options).get("outputs.head_init") == "stored":
         raise ArgumentError(
-            'options: outputs.head_init="stored" keeps a head for each task that comes back under its id, but the tasks '
-            "of a run are drawn anew and have none. Use learned, zeros or random."
+            'options: outputs.head_init="stored" keeps a head for each task that comes back under its id, but the '
+            "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = own_device(find_device(settings.device))
     splits = load_splits(settings)
