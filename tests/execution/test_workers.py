@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_equals_reference, assert_same_values, build, fingerprint, gradients_of, reference_for
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients, msl_weights
 from test_engines import ANNEAL_EPOCHS, CASES, EPOCH, STEPS, _learner, _reference
@@ -721,7 +722,7 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(NormedMlp), **options)
+        MAMLPlusPlus(seeded(NormedMlp), **grouped(**options))
 
 
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(

@@ -18,6 +18,7 @@ from face import (
     snapshot,
     statistics_of,
 )
+from keywords import grouped
 from models import Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients
 from test_engines import ENGINES
@@ -324,7 +325,7 @@ def test_10_a_wrong_argument_is_named_with_what_was_expected(options: dict[str, 
     model = seeded(NormedMlp)
     before = fingerprint(model)
     with pytest.raises(MetaWrapError, match=words):
-        MAMLPlusPlus(model, **options)
+        MAMLPlusPlus(model, **grouped(**options))
     assert fingerprint(model) == before
 
 

@@ -360,7 +360,7 @@ def test_higher_is_checked_when_it_is_named_too() -> None:
 
 
 def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
-    learner = MAMLPlusPlus(network(), inner_steps=1, keep_norm="1")
+    learner = MAMLPlusPlus(network(), inner_steps=1, wrapping={"keep_norm": "1"})
     before = copy.deepcopy(dict(learner.model[1].named_buffers()))
     learner.model.train()
     learner.meta_step(BATCH)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
+from keywords import grouped
 from models import Conv4
 from oracle import assert_same_gradients
 from own_head_cases import (
@@ -184,7 +185,7 @@ def test_a_failed_first_call_leaves_no_rates():
 
 def test_gradient_is_the_same_however_it_is_run():
     assert_same_gradient_however_it_is_run(
-        lambda **more: ANIL(net(), inner_steps=2, learn_inner_lr=True, **more), conv_tasks(3)
+        lambda **more: ANIL(net(), inner_steps=2, learn_inner_lr=True, **grouped(**more)), conv_tasks(3)
     )
 
 
@@ -313,7 +314,7 @@ def test_describes_what_is_adapted():
 )
 def test_bad_keywords_are_named(keywords, words):
     with pytest.raises(ArgumentError, match=words):
-        ANIL(net(), **keywords)
+        ANIL(net(), **grouped(**keywords))
 
 
 def test_unknown_keyword_and_calls_without_effect_are_named():

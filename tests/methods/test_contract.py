@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from face import assert_same_state, fingerprint, snapshot
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def make(name: str, model: nn.Module | None = None, **options: Any) -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", MetaWrapWarning)
         torch.manual_seed(0)
-        return method(seeded(NormedMlp) if model is None else model, **OPTIONS.get(name, {}) | options)
+        return method(seeded(NormedMlp) if model is None else model, **grouped(**OPTIONS.get(name, {}) | options))
 
 
 def gradients(learner: Any) -> dict[str, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from keywords import grouped
 from models import Conv4, NormedMlp, TwoInputs, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -257,7 +258,7 @@ def test_a_head_that_cannot_be_told_is_refused_and_nothing_has_moved(model: nn.M
 )
 def test_a_wrong_argument_is_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
-        ProtoNet(seeded(NormedMlp), **options)
+        ProtoNet(seeded(NormedMlp), **grouped(**options))
 
 
 def test_what_belongs_to_an_inner_loop_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from face import assert_same_values, fingerprint, gradients_of
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from test_engines import ENGINES
@@ -29,7 +30,7 @@ def learner_of(name: str, **options: Any) -> Any:
     method, own = METHODS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return method(seeded(NormedMlp), **own | options)
+        return method(seeded(NormedMlp), **grouped(**own | options))
 
 
 def whole_gradient(learner: Any) -> dict[str, Tensor | None]:
