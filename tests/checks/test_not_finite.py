@@ -152,7 +152,16 @@ def test_a_run_that_diverges_logs_the_classes_stops_after_the_set_number_and_kee
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "breaks_when_large:build", "--image-size", "8", "--ways", "2", "--inner-steps", "1"]
     flags += ["--inner-lr", "0.001", "--meta-lr", "0.03", "--epochs", "30", "--iterations", "4", "--batch", "2"]
-    flags += ["--validation-tasks", "2", "--test-tasks", "2", "--device", "cpu", "--set", "max_skipped_steps=6"]
+    flags += [
+        "--validation-tasks",
+        "2",
+        "--test-tasks",
+        "2",
+        "--device",
+        "cpu",
+        "--set",
+        "outer_update.max_skipped_steps=6",
+    ]
     assert main(["train", *flags, "--out", "run"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("Error: At least 6 meta-steps in a row")

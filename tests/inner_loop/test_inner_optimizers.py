@@ -246,14 +246,14 @@ def test_state_does_not_pass_from_task_to_task(engine: str) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"inner_optimizer": "rmsprop"}, "inner_optimizer"),
-        ({"inner_optimizer": "adam", "inner_momentum": 0.9}, "inner_momentum"),
-        ({"inner_betas": (0.9, 0.99)}, "inner_betas"),
-        ({"inner_eps": 1e-5}, "inner_eps"),
-        ({"inner_momentum": 1.0}, "inner_momentum"),
-        ({"inner_optimizer": "adam", "inner_betas": (0.9, 1.0)}, "inner_betas"),
-        ({"inner_max_grad_norm": 0.0}, "inner_max_grad_norm"),
-        ({"inner_max_grad_value": -1.0}, "inner_max_grad_value"),
+        ({"inner_optimizer": "rmsprop"}, "inner_update.rule"),
+        ({"inner_optimizer": "adam", "inner_momentum": 0.9}, "inner_update.momentum"),
+        ({"inner_betas": (0.9, 0.99)}, "inner_update.betas"),
+        ({"inner_eps": 1e-5}, "inner_update.eps"),
+        ({"inner_momentum": 1.0}, "inner_update.momentum"),
+        ({"inner_optimizer": "adam", "inner_betas": (0.9, 1.0)}, "inner_update.betas"),
+        ({"inner_max_grad_norm": 0.0}, "inner_update.max_grad_norm"),
+        ({"inner_max_grad_value": -1.0}, "inner_update.max_grad_value"),
     ],
 )
 def test_an_option_that_has_no_effect_or_no_sense_is_refused(options: dict[str, Any], name: str) -> None:

@@ -370,7 +370,7 @@ def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
 def test_a_frozen_norm_that_is_made_per_step_is_reported() -> None:
     model = network()
     model[1].eval()
-    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*keep_norm=\['1'\]"):
+    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*'keep_norm': \['1'\]"):
         MAMLPlusPlus(model)
 
 

@@ -185,7 +185,7 @@ def test_a_failed_first_call_leaves_no_rates():
 
 def test_gradient_is_the_same_however_it_is_run():
     assert_same_gradient_however_it_is_run(
-        lambda **more: ANIL(net(), inner_steps=2, learn_inner_lr=True, **grouped(**more)), conv_tasks(3)
+        lambda **more: ANIL(net(), inner_steps=2, learn_inner_lr=True, **more), conv_tasks(3)
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import metawrap
 from metawrap import MetaWrapError, MetaWrapWarning, Task, methods
-from metawrap.training.experiment import keywords_of
+from metawrap.settings.keywords import keyword_types
 from metawrap.training.run_settings import METHODS
 
 NORMS = ("batch", "running", "support")
@@ -91,7 +91,7 @@ def test_it_names_its_source(name: str) -> None:
 
 
 def test_its_keywords_are_known_and_a_wrong_one_is_refused(name: str) -> None:
-    assert {"meta_lr", "norm", "loss_fn", "optimizer"} <= set(keywords_of(getattr(methods, METHODS[name])))
+    assert {"meta_lr", "norm", "loss_fn", "optimizer"} <= set(keyword_types(getattr(methods, METHODS[name])))
     for wrong in ("meta_rl", "parts"):
         with pytest.raises(TypeError, match=wrong):
             make(name, **{wrong: 0.1})

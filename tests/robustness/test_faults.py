@@ -303,7 +303,9 @@ def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_c
     learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
     before = {name: str(value) for name, value in learner.state_dict().items()}
     with_room_for(learner, 0, OUT_OF_MEMORY[0], monkeypatch)
-    with pytest.raises(metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use memory="flat".*fewer inner_st'):
+    with pytest.raises(
+        metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'
+    ):
         learner.meta_step(small_tasks(2))
     assert {name: str(value) for name, value in learner.state_dict().items()} == before
     assert learner.iteration == 0

@@ -100,7 +100,7 @@ def check_chunks_do_not_matter(method: Any, **options: Any) -> None:
     made = []
     for count in (1, 3):
         torch.manual_seed(0)
-        made.append(method(seeded(NormedMlp), tasks_per_backward=count, **options))
+        made.append(method(seeded(NormedMlp), execution={"tasks_per_backward": count}, **options))
     one, other = made
     assert step(one, batch).loss == pytest.approx(step(other, batch).loss, rel=1e-12)
     assert_same_gradients(one, other)

@@ -22,6 +22,7 @@ from face import (
     last_only,
     reference_for,
 )
+from keywords import grouped
 from models import Conv4, Mlp, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from test_engines import ENGINES
@@ -50,7 +51,7 @@ def assert_carried(
 def assert_refused(model: nn.Module, words: str, **options: Any) -> None:
     before = fingerprint(model)
     with pytest.raises(UnsupportedModuleError, match=words):
-        MAMLPlusPlus(model, **options)
+        MAMLPlusPlus(model, **grouped(**options))
     assert fingerprint(model) == before
 
 
@@ -146,7 +147,7 @@ def test_norms_that_share_a_scale_go_on_sharing_it() -> None:
 
 def test_kept_norm_stays_as_the_user_made_it() -> None:
     model = seeded(Conv4)
-    learner = MAMLPlusPlus(model, keep_norm=["conv0.norm"], **OPTIONS)
+    learner = MAMLPlusPlus(model, wrapping={"keep_norm": ["conv0.norm"]}, **OPTIONS)
     assert type(learner.model.conv0.norm) is nn.BatchNorm2d
     assert learner.model.conv0.norm.weight.shape == (4,)
     assert learner.model.conv1.norm.weight.shape == (2, 4)
@@ -158,7 +159,9 @@ def test_kept_norm_stays_as_the_user_made_it() -> None:
 def test_swap_replaces_exactly_the_given_class_in_the_copy() -> None:
     model = seeded(Conv4)
     before = fingerprint(model)
-    learner = MAMLPlusPlus(model, swap={nn.BatchNorm2d: lambda norm: nn.GroupNorm(2, norm.num_features).double()})
+    learner = MAMLPlusPlus(
+        model, wrapping={"swap": {nn.BatchNorm2d: lambda norm: nn.GroupNorm(2, norm.num_features).double()}}
+    )
     assert fingerprint(model) == before
     assert isinstance(learner.model.conv3.norm, nn.GroupNorm)
     learner.meta_step(class_tasks((1, 16, 16)))
@@ -261,7 +264,7 @@ class InstanceStatistics(nn.Module):
 
 
 def test_instance_norm_with_running_statistics_is_refused() -> None:
-    assert_refused(seeded(InstanceStatistics), r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*swap=")
+    assert_refused(seeded(InstanceStatistics), r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*'swap':")
 
 
 def test_norm_with_a_forward_of_its_own_instance_is_refused() -> None:
@@ -660,7 +663,7 @@ def test_adapt_accepts_names_patterns_and_a_predicate() -> None:
 @pytest.mark.parametrize("options", [{"adapt": 3}, {"keep_norm": True}, {"head": ["linear"]}, {"adapt": [1]}])
 def test_a_selection_that_is_no_name_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(options))):
-        MAMLPlusPlus(seeded(Conv4), **options)
+        MAMLPlusPlus(seeded(Conv4), **grouped(**options))
 
 
 def test_wrapping_draws_nothing_from_the_global_rng() -> None:
