@@ -134,8 +134,6 @@ def _field_types(cls: Any) -> Mapping[str, Any]:
 def explained(error: ValidationError, cls: type[Options], values: Mapping[str, Any]) -> ArgumentError:
     """pydantic's error about a field of a class that was given these values, in metawrap's words."""
     first = error.errors()[0]
-    if first["type"] == "missing":
-        raise error
     name = str(first["loc"][0])
     place = f"{cls.keyword}.{name}".lstrip(".")
     return ArgumentError(f"{place}: {refusal(field_types(cls)[name], values[name], dict(first))}")

@@ -31,6 +31,7 @@ from face import (
     tensors,
     unchanged,
 )
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients, msl_weights
 from stateful import EditsInput, Late, Watch, Watched
@@ -638,7 +639,7 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(NormedMlp), **options)
+        MAMLPlusPlus(seeded(NormedMlp), **grouped(**options))
 
 
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 from engine_cases import POLICIES, vision_transformer
 from face import assert_same_values, build, fingerprint
+from keywords import grouped
 from models import ActNormNet, Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from steady import steady
 from torch import Tensor, nn
@@ -475,7 +476,7 @@ def test_the_learners_state_in_a_new_learner_adapts_alike(name: str, norm: str) 
     torch.save(learner.state_dict(), file)
     file.seek(0)
     options = {"inner_steps": STEPS, "norm": norm, "engine": "functional", "first_order_epochs": 0} | case.options
-    again = MAMLPlusPlus(seeded(case.make, seed=7), **options)
+    again = MAMLPlusPlus(seeded(case.make, seed=7), **grouped(**options))
     again.load_state_dict(torch.load(file, weights_only=True))
     for plain, expected in (
         (again.adapt(support_x, support_y), learner.adapt(support_x, support_y)),

@@ -23,6 +23,7 @@ from face import (
     unchanged,
     values_of,
 )
+from keywords import grouped
 from models import Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
@@ -311,7 +312,7 @@ def test_6_skipped_steps_are_counted_in_the_state() -> None:
 def test_10_a_wrong_argument_is_named_with_what_was_expected(options: dict[str, Any], words: str) -> None:
     model = seeded(NormedMlp)
     with unchanged(model), pytest.raises(MetaWrapError, match=words):
-        MAMLPlusPlus(model, **options)
+        MAMLPlusPlus(model, **grouped(**options))
 
 
 def test_10_a_wrong_task_is_named_with_what_was_expected() -> None:

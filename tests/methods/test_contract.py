@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint, snapshot
+from keywords import grouped
 from method_cases import MapNet, numbers
 from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def make(case: str, model: nn.Module | None = None, **options: Any) -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", MetaWrapWarning)
         torch.manual_seed(0)
-        return getattr(methods, METHODS[name])(model, **OPTIONS.get(name, {}) | own | options)
+        return getattr(methods, METHODS[name])(model, **grouped(**OPTIONS.get(name, {}) | own | options))
 
 
 def network(case: str, seed: int = 0) -> nn.Module:
@@ -470,7 +471,9 @@ def test_precision_follows(case: str, trained: bool) -> None:
         learner.meta_step([task.map(lambda t: t.float() if t.is_floating_point() else t) for task in batch])
     learner.double().meta_step(batch)
     assert {p.dtype for p in learner.parameters()} == {torch.float64}
-    assert {b.dtype for b in learner.adapt(batch[0].support_x, batch[0].support_y).buffers() if b.is_floating_point()} <= {torch.float64}
+    assert {
+        b.dtype for b in learner.adapt(batch[0].support_x, batch[0].support_y).buffers() if b.is_floating_point()
+    } <= {torch.float64}
 
 
 def test_regression_and_missing_classes_are_refused_where_a_head_is_fitted(fitted: str) -> None:
@@ -608,7 +611,7 @@ def test_a_wrong_argument_is_named_and_the_model_is_untouched(name: str, options
     model = seeded(NormedMlp)
     before = fingerprint(model)
     with pytest.raises(ArgumentError, match=words):
-        getattr(methods, METHODS[name])(model, **options)
+        getattr(methods, METHODS[name])(model, **grouped(**options))
     assert fingerprint(model) == before
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
+from keywords import grouped
 from method_cases import CLASSES, assert_a_failed_call_changes_nothing, conv_tasks, mlp, net, vector_tasks
 from torch import nn
 
@@ -196,7 +197,7 @@ def test_turned_classes_have_numbers_of_their_own():
 def test_what_was_evaluated_before_makes_no_difference_to_training(method, options, classes):
     tasks = vector_tasks(3, classes=[(0, 1, 2), (3, 1, 4), (5, 6, 7)])
     new = replace(vector_tasks(1)[0], classes=(97, 98, 99))
-    first, other = (method(mlp(), classes=classes, **options) for _ in range(2))
+    first, other = (method(mlp(), classes=classes, **grouped(**options)) for _ in range(2))
     first.evaluate([new])
     first.adapt(new.support_x, new.support_y)
     first.eval()([new])
@@ -255,7 +256,7 @@ def test_what_fails_behind_the_outer_update_takes_nothing_back():
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])
 def test_backward_of_an_evaluation_loss_fails_loudly(method, options, norm):
-    learner, batch = method(net(), norm=norm, inner_steps=2, **options).eval(), conv_tasks(1)
+    learner, batch = method(net(), norm=norm, inner_steps=2, **grouped(**options)).eval(), conv_tasks(1)
     output = learner(batch)
     assert float(output.loss) == pytest.approx(learner.evaluate(batch).loss, rel=1e-9)
     with pytest.raises(RuntimeError, match="does not require grad"):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from engine_cases import ALL_ENGINES, ENGINES
 from face import as_tasks, assert_same_values, gradients_of, in_dtype
 from inner_rules import ComplexNet
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ STEPS = 3
 def learner_of(model: nn.Module, **options: Any) -> Any:
     """A learner whose LSTM is far from its quiet beginning, so that every term of it counts."""
     options = {"inner_steps": STEPS, "max_grad_norm": None, "hidden_size": 4} | options
-    learner = LSTMMetaLearner(model, **options)
+    learner = LSTMMetaLearner(model, **grouped(**options))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in learner.update.parameters():
@@ -275,7 +276,7 @@ def test_it_runs_in_single_precision_on_images() -> None:
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        LSTMMetaLearner(seeded(NormedMlp), **options)
+        LSTMMetaLearner(seeded(NormedMlp), **grouped(**options))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_wrong_value_is_named(options: Any, message: str) -> None:
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        LSTMMetaLearner(seeded(NormedMlp), **{option: None})
+        LSTMMetaLearner(seeded(NormedMlp), **grouped(**{option: None}))
     with pytest.raises(ArgumentError, match="no preset of MAML"):
         MAML(seeded(NormedMlp), preset="lstm")
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ def small(**options: Any) -> MANN:
     sizes = {"hidden": 3, "slots": 4, "width": 2, "reads": 2, "decay": 0.9, "key_strength": 3.0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        learner = MANN(nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), **sizes | options)
+        learner = MANN(nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), **grouped(**sizes | options))
         learner.evaluate([Task(X[:2], torch.arange(2), X[:2], torch.arange(2))])
     with torch.no_grad():
         learner.controller.alpha.copy_(torch.tensor([[0.4], [-0.6]]))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from keywords import grouped
 from torch import Tensor, nn
 
 from metawrap import MemoryModule, Task, TaskError
@@ -20,7 +21,7 @@ def unit(x: Any) -> np.ndarray:
 
 def learner_of(**options: Any) -> MemoryModule:
     """Its embedding is its input."""
-    return MemoryModule(nn.Sequential(nn.Identity(), nn.Linear(2, 3)).double(), **options)
+    return MemoryModule(nn.Sequential(nn.Identity(), nn.Linear(2, 3)).double(), **grouped(**options))
 
 
 def fitted(support: Tensor, labels: list[int], **options: Any) -> KeyMemory:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -59,7 +60,9 @@ def small(**options: Any) -> MetaNet:
     """Its embedding is its input, of two numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        learner = MetaNet(nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), representation=3, hidden=4, **options)
+        learner = MetaNet(
+            nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), representation=3, hidden=4, **grouped(**options)
+        )
         learner.evaluate([task_of(torch.eye(2, dtype=torch.float64), [0, 1])])
     return learner
 

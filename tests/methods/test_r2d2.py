@@ -15,6 +15,7 @@ from by_hand import (
     prediction,
     task_with,
 )
+from keywords import grouped
 from torch import nn
 
 from metawrap import R2D2, MetaOptNet
@@ -46,7 +47,7 @@ def test_the_regulariser_the_scale_and_the_bias_are_learned_and_the_first_stays_
 @pytest.mark.parametrize(("method", "options"), [(R2D2, {}), (MetaOptNet, {}), (MetaOptNet, {"solver": "ridge"})])
 @pytest.mark.parametrize("ways", [2, 7])
 def test_the_deployed_head_is_a_plain_linear_layer_of_as_many_ways(method: Any, options: Any, ways: int) -> None:
-    learner, task = method(mlp(), **options), task_with(torch.arange(ways), targets=9)
+    learner, task = method(mlp(), **grouped(**options)), task_with(torch.arange(ways), targets=9)
     learner.meta_step([task])
     module = learner.adapt(task.support_x, task.support_y)
     if method is MetaOptNet:

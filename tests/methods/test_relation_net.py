@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import fingerprint
+from keywords import grouped
 from method_cases import MapNet, numbers, predict, step
 from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:
         (seeded(MapNet), (1, 10, 10), (3, 3), {"head": "head"}),
         (seeded(Conv4), (1, 16, 16), (1, 1), {}),
     ):
-        learner = RelationNet(model, **options)
+        learner = RelationNet(model, **grouped(**options))
         step(learner, class_tasks(shape))
         assert learner.relation[0].weight.shape == (64, 8, *sides)
         assert learner.evaluate(class_tasks(shape)).accuracy is not None

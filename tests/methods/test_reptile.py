@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import ALL_ENGINES
 from face import as_tasks, assert_same_values, gradients_of, norm_values
+from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def test_with_one_step_it_is_joint_training(engine: str) -> None:
 def test_other_inner_optimizers_equal_those_of_torch(options: Any, optimizer: Any, theirs: Any, engine: str) -> None:
     # Without the norm: Adam makes a step of the rounding in a bias before it.
     model = seeded(lambda: Mlp(4, 6, 3))
-    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **options)
+    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **grouped(**options))
     learner.meta_step(BATCH)
     ends = [fitted(model, [whole(task)] * 4, optimizer, lr=0.05, **theirs) for task in as_tasks(BATCH)]
     assert_same_values(learner.model.parameters(), moved(model, ends, 1.0), tolerance=1e-9)
@@ -138,7 +139,7 @@ def fitted_on(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Modu
 
 def test_mini_batches_are_the_same_for_every_engine_and_whenever_the_run_is_repeated() -> None:
     def trained(**options: Any) -> Any:
-        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **options)
+        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **grouped(**options))
         before = torch.random.get_rng_state()
         for seed in range(2):
             learner.meta_step(class_tasks((4,), tasks=4, shots=2, seed=seed))
@@ -191,7 +192,7 @@ def test_in_a_loop_of_ones_own_each_call_draws_other_mini_batches_and_a_resumed_
 
 def test_forwards_do_not_change_what_a_meta_step_draws_and_an_old_state_has_none() -> None:
     def make(**options: Any) -> Any:
-        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **options)
+        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **grouped(**options))
 
     batch = class_tasks((4,), tasks=4, shots=2, seed=0)
     plain = make(engine="functional")
@@ -311,7 +312,7 @@ def test_the_users_own_optimizer_gets_the_same_gradient() -> None:
 
 def test_a_head_that_starts_at_zero_is_not_learned_and_the_body_is() -> None:
     model = seeded(NormedMlp)
-    learner = Reptile(model, inner_steps=3, inner_lr=LR, head_init="zeros")
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, outputs={"head_init": "zeros"})
     learner.meta_step(BATCH)
     zeroed = copy.deepcopy(model)
     nn.init.zeros_(zeroed.linear.weight), nn.init.zeros_(zeroed.linear.bias)
@@ -342,7 +343,7 @@ def test_frozen_later_it_is_adapted_and_its_start_stays() -> None:
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        Reptile(seeded(NormedMlp), **{option: True})
+        Reptile(seeded(NormedMlp), **grouped(**{option: True}))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_what_does_not_apply_is_not_taken(option: str) -> None:
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        Reptile(seeded(NormedMlp), **options)
+        Reptile(seeded(NormedMlp), **grouped(**options))
 
 
 def test_mamls_learner_has_no_reptile_preset() -> None:

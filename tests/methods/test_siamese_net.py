@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from keywords import grouped
 from method_cases import numbers, predict, step, uneven
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from metawrap import SiameseNet
 
 def wrapped(size: int, **options: Any) -> SiameseNet:
     """Embeddings are the inputs, so that they can be chosen; weights and bias of the match unlike each other."""
-    learner = SiameseNet(_Same(), **options)
+    learner = SiameseNet(_Same(), **grouped(**options))
     predict(learner, numbers(1, size), torch.zeros(1, dtype=torch.long), 1, numbers(1, size), torch.tensor([0]))
     with torch.no_grad():
         learner.match.weight.copy_(numbers(1, size, seed=8))
