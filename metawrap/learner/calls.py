@@ -1,8 +1,9 @@
-"""Who may use a learner's modules now: a call that learns is alone; calls that do not learn share.
+"""Which calls may use a learner's modules now: a call that learns is alone; calls that do not learn share.
 
 A call that does not learn (`adapt`, `evaluate`, `forward` in eval mode) lends fast weights to the modules, moves the
-inner-step clock and sets training flags. From one thread it uses the learner's own modules. Once calls of several
-threads have met, each call has a replica of the learner: modules and clock of its own, the same parameters, copies of buffers.
+inner-step clock and sets training flags. From one thread it uses the learner's own modules. Once the calls of several
+threads have met, each call has a replica of the learner: it has modules and a clock of its own, shares the parameters,
+and copies the buffers.
 """
 
 from __future__ import annotations
