@@ -1,4 +1,4 @@
-"""Normalising images by a mean and a standard deviation per channel, as the published experiments do."""
+"""Normalising images by a mean and a standard deviation per channel, as published experiments do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from metawrap.tasks import describe_value
 
 Normalise: TypeAlias = str | tuple[Sequence[float], Sequence[float]] | None
 
-# Mean and standard deviation of ImageNet's training images in [0, 1], red, green, blue: the numbers that torchvision's
-# pretrained models document, and that MAML++ (arXiv:1810.09502) normalises mini-ImageNet with.
+# Mean and standard deviation of ImageNet's training images in [0, 1]: red, green, blue. Torchvision's pretrained models
+# document these numbers, and MAML++ (arXiv:1810.09502) normalises mini-ImageNet with them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATIONS = {"imagenet": IMAGENET}
 

@@ -1,11 +1,11 @@
-"""Which known layout lies at a path: names of files -> the name of a data set, as for `load_data`."""
+"""Recognising the layout at a path: names of files -> the name of a data set, as for `load_data`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from metawrap.data.image_files import files_at
 from metawrap.data.mini_imagenet import CACHES, CSV_FILES
-from metawrap.data.sources import source_at
 from metawrap.errors import DataError
 
 FOLDER = "folder"
@@ -20,22 +20,22 @@ def recognise(path: Path) -> tuple[str, Path]:
     """The data set's name, or "folder" for class folders, and the root to load it from.
 
     Raises:
-        DataError: there is nothing, or nothing known, at the path.
+        DataError: nothing is at the path, or no known layout.
     """
     if path.is_dir():
-        # Folders may be classes, and have any name.
+        # A folder may be a class, and have any name.
         names = {child.name for child in path.iterdir() if child.name != "meta" or child.is_file()}
         return _by_names(names) or FOLDER, path
     if not path.is_file():
         raise DataError(f"There is nothing at '{path}'. {_HOW}")
     name = None
-    if path.suffix in (".pkl", ".pickle", ".npz", ".csv"):  # One part of a set that lies beside it.
+    if path.suffix in (".pkl", ".pickle", ".npz", ".csv"):  # one part; the others are beside it
         path = path.parent
         name = _by_names({child.name for child in path.iterdir()})
     elif path.suffixes[-1:] in ([".tgz"], [".tar"]) or path.suffixes[-2:] == [".tar", ".gz"]:
         name = "cifar-fs"
     elif path.suffix == ".zip":
-        members = source_at(path, 0).names()
+        members = files_at(path, 0).names()
         name = _by_names({part for each in members for part in each.split("/")[:2]})
     if name is None:
         raise DataError(f"'{path}' holds no data set in a layout that metawrap knows. {_HOW}")

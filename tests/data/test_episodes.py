@@ -10,7 +10,7 @@ import torch
 from data_helpers import checksum, numbered_images
 
 from metawrap.data import EpisodeSampler, LabelledImages
-from metawrap.data.draws import Draws
+from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, DataError
 
 
@@ -82,13 +82,13 @@ def test_same_seed_gives_the_episodes_recorded_once():
 
 
 def test_raw_draws_are_those_recorded_once():
-    assert Draws(7, 3).raw(2).tolist() == RECORDED_RAW
-    assert Draws("name").permutation(8).tolist() == RECORDED_PERMUTATION
+    assert RandomStream(7, 3).raw(2).tolist() == RECORDED_RAW
+    assert RandomStream("name").permutation(8).tolist() == RECORDED_PERMUTATION
 
 
 def test_distinct_draws_are_distinct_and_in_range_in_every_row():
     sizes = np.array([3, 10, 4])
-    drawn = Draws(1).distinct(sizes, 3)
+    drawn = RandomStream(1).distinct(sizes, 3)
     assert drawn.shape == (3, 3)
     for row, size in zip(drawn, sizes, strict=True):
         assert len(set(row.tolist())) == 3

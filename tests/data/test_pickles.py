@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metawrap.data.pickled_array import PickledArray, Stretch
 from metawrap.data.pickles import read_pickle
+from metawrap.data.stored_arrays import FileSpan, StoredArray
 from metawrap.errors import DataError
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3), dtype=np.uint8)
@@ -29,7 +29,7 @@ def as_numpy_1(pickled: bytes) -> bytes:
 
 
 def real(value: Any) -> Any:
-    if isinstance(value, PickledArray):
+    if isinstance(value, StoredArray):
         return value.read()
     if isinstance(value, dict):
         return {key: real(part) for key, part in value.items()}
@@ -217,7 +217,7 @@ def test_a_large_array_of_a_file_is_not_read_until_asked_for(tmp_path: Path) -> 
     (tmp_path / "cache.pkl").write_bytes(pickle.dumps({"data": large}, 4))
     tracemalloc.start()
     found = read_pickle(tmp_path / "cache.pkl")["data"]
-    assert isinstance(found.raw, Stretch)
+    assert isinstance(found.raw, FileSpan)
     view = found.read()
     assert view[2**23 + 5] == large[2**23 + 5]
     assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -248,11 +248,11 @@ def test_no_bytes_make_it_do_anything_but_read_or_refuse(noise: bytes, protocol:
 
 
 def test_the_opcodes_are_those_of_the_standard_library() -> None:
-    from metawrap.data.pickles import _STEPS
+    from metawrap.data.pickles import OPCODES
 
     names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-    unread = {names[code] for code in names if code not in _STEPS}
+    unread = {names[code] for code in names if code not in OPCODES}
     assert unread == {
-        *("STOP", "PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
+        *("PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
         *("EMPTY_SET", "ADDITEMS", "FROZENSET", "LONG4", "NEXT_BUFFER", "READONLY_BUFFER"),
     }

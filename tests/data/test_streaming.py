@@ -16,15 +16,15 @@ from test_published_sets import zipped
 
 from metawrap.data import (
     EpisodeSampler,
+    image_sets,
     load_cub,
     load_data,
     load_image_folder,
     load_mini_imagenet,
     load_tiered_imagenet,
     splits_from,
-    streamed,
 )
-from metawrap.data.streamed import StreamedImages
+from metawrap.data.image_sets import StreamedImages
 from metawrap.errors import ArgumentError, DataError
 
 
@@ -160,18 +160,18 @@ def test_workers_are_for_streamed_images() -> None:
 
 def test_memory_decides_unless_told(tmp_path: Path, monkeypatch) -> None:
     root = make(tmp_path, range(4))
-    monkeypatch.setattr("metawrap.data.splits.free_memory", lambda: 3 * 6 * 6 * 8 * 2)
+    monkeypatch.setattr("metawrap.data.image_sets.free_memory", lambda: 3 * 6 * 6 * 8 * 2)
     assert not isinstance(load_image_folder(root, image_size=6).train, StreamedImages)
-    monkeypatch.setattr("metawrap.data.splits.free_memory", lambda: 3 * 6 * 6 * 8 * 2 - 2)
+    monkeypatch.setattr("metawrap.data.image_sets.free_memory", lambda: 3 * 6 * 6 * 8 * 2 - 2)
     assert isinstance(load_image_folder(root, image_size=6).train, StreamedImages)
-    monkeypatch.setattr(streamed, "free_memory", lambda: 100)
+    monkeypatch.setattr(image_sets, "free_memory", lambda: 100)
     with pytest.raises(DataError, match=r"stream: 4 images .*Pass stream=True"):
         load_image_folder(root, image_size=6, stream=False)
-    assert streamed.free_memory() == 100
+    assert image_sets.free_memory() == 100
 
 
 def test_free_memory_is_a_number_of_this_machine() -> None:
-    assert 2**20 < streamed.free_memory() < 2**50
+    assert 2**20 < image_sets.free_memory() < 2**50
 
 
 def test_a_data_set_of_random_images_is_asked_again_when_streamed() -> None:

@@ -19,8 +19,8 @@ from published import cifar_archive, cifar_folder, mini_csv
 from test_folder import make
 
 from metawrap.data import load_cifar_fs, load_image_folder, load_mini_imagenet
-from metawrap.data.class_split import read_table
-from metawrap.data.tarred import read_members
+from metawrap.data.tar_members import read_members
+from metawrap.data.text_files import read_table
 from metawrap.errors import DataError
 
 MIB = 2**20

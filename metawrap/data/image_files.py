@@ -1,7 +1,7 @@
-"""Reading files from a folder or straight from a zip: names -> checked bytes.
+"""Files of a folder or a zip: names -> checked bytes.
 
-Nothing is extracted, so an archive cannot write anywhere; names that would leave a folder are refused all the same,
-because a member that tries is no image of any data set. A source may be pickled, and goes on in another process.
+A zip is never extracted, so it cannot write anywhere. Names that would leave the folder are refused all the same: no
+data set has them. Both classes can be pickled and read in another process.
 """
 
 from __future__ import annotations
@@ -11,28 +11,16 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from metawrap.errors import DataError
 
 _PIECE = 2**20
 
 
-class ImageSource(Protocol):
-    """Where image files lie: names with forward slashes, and the bytes of each."""
-
-    def names(self) -> list[str]:
-        """All file names, sorted."""
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file, or DataError."""
-
-
-class FolderSource:
-    """The files under a folder; a file of more than `max_bytes` is refused when it is read."""
+class FolderFiles:
+    """The files under a folder; names have forward slashes. A file of more than `max_bytes` is refused when read."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = root, max_bytes
@@ -42,14 +30,14 @@ class FolderSource:
         return sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Whether a file has this name."""
         return (self._root / name).is_file()
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, or DataError."""
         try:
             with open(self._root / name, "rb") as file:
-                # A read sets as much memory aside as it is asked for.
+                # `read` allocates as much memory as it is asked for.
                 size = min(os.fstat(file.fileno()).st_size, self._max_bytes)
                 content = file.read(size + 1)
         except OSError as error:
@@ -57,9 +45,12 @@ class FolderSource:
         _check_size(name, len(content), self._max_bytes)
         return content
 
+    def close(self) -> None:
+        """Nothing: no file stays open."""
 
-class ZipSource:
-    """The members of a zip, every one of them checked before the first is read."""
+
+class ZipFiles:
+    """The members of a zip, all of them checked before the first is read; `max_bytes` bounds each."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path, self._max_bytes = path, max_bytes
@@ -67,15 +58,24 @@ class ZipSource:
         self._opener = 0
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in self._open().infolist():
-            check_member(member)
+            check_name(member.orig_filename)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise DataError(
+                    f"The archive holds a link, {member.orig_filename!r}; expected ordinary files only. It was not "
+                    "read."
+                )
             if member.filename in self._members:
                 raise DataError(f"The archive holds '{member.filename}' twice. Get a fresh copy of it.")
-            if member.filename and not member.is_dir():  # which fails where there is no name
+            if member.filename and not member.is_dir():  # is_dir fails without a name.
                 self._members[member.filename] = member
 
     def names(self) -> list[str]:
-        """All member names, folders left out, sorted."""
+        """All member names without folders, sorted."""
         return sorted(self._members)
+
+    def has(self, name: str) -> bool:
+        """Whether a member has this name."""
+        return name in self._members
 
     def read(self, name: str) -> bytes:
         """The bytes of one member, or DataError."""
@@ -86,8 +86,8 @@ class ZipSource:
         content = bytearray()
         try:
             with self._open().open(member) as file:
-                # By pieces: zipfile yields no more than the header declares, but decompresses as much as it is asked
-                # for, so that a header that lies would be a bomb.
+                # By pieces: zipfile yields as many bytes as the header declares, but decompresses as many as it is
+                # asked for, so a header that lies would be a bomb.
                 while piece := file.read(_PIECE):
                     content += piece
             return bytes(content)
@@ -103,7 +103,7 @@ class ZipSource:
             self._archive = None
 
     def _open(self) -> zipfile.ZipFile:
-        # A forked process shares the place in an open file with its parent, so each opens its own.
+        # A forked process shares the position in an open file with its parent, so each process opens its own.
         if self._archive is None or self._opener != os.getpid():
             try:
                 self._archive, self._opener = zipfile.ZipFile(self._path), os.getpid()
@@ -117,41 +117,20 @@ class ZipSource:
         return {**self.__dict__, "_archive": None}
 
 
-def source_at(path: Path, max_bytes: int) -> FolderSource | ZipSource:
-    """A folder or a zip file as an ImageSource, for as long as it is needed.
+ImageFiles: TypeAlias = FolderFiles | ZipFiles
+
+
+def files_at(path: Path, max_bytes: int) -> ImageFiles:
+    """The files of a folder or a zip.
 
     Raises:
-        DataError: there is nothing at the path, it is no zip, or a member's name or kind is unsafe.
+        DataError: nothing is at the path, it is no zip, or a member's name or kind is unsafe.
     """
     if path.is_dir():
-        return FolderSource(path, max_bytes)
+        return FolderFiles(path, max_bytes)
     if not path.is_file():
         raise DataError(f"There is no folder and no zip file at '{path}'.")
-    return ZipSource(path, max_bytes)
-
-
-@contextmanager
-def open_source(path: Path, max_bytes: int) -> Iterator[ImageSource]:
-    """A folder or a zip file as an ImageSource, closed afterwards.
-
-    Raises:
-        DataError: there is nothing at the path, it is no zip, or a member's name or kind is unsafe.
-    """
-    source = source_at(path, max_bytes)
-    try:
-        yield source
-    finally:
-        if isinstance(source, ZipSource):
-            source.close()
-
-
-def check_member(member: zipfile.ZipInfo) -> None:
-    """Raises DataError if extracting this member could write outside the target folder, or would make a link."""
-    check_name(member.orig_filename)
-    if stat.S_ISLNK(member.external_attr >> 16):
-        raise DataError(
-            f"The archive holds a link, {member.orig_filename!r}; expected ordinary files only. It was not read."
-        )
+    return ZipFiles(path, max_bytes)
 
 
 def check_name(name: str, where: str = "The archive") -> None:

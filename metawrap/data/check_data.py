@@ -1,4 +1,4 @@
-"""Looking through a whole data set: every image read once -> what is there, what is broken, what would surprise."""
+"""Checking a whole data set: every image is read once -> sizes of the parts, broken images, notes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import numpy as np
 from metawrap.data.catalog import DATASETS, advice, load_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.folder import load_image_folder
+from metawrap.data.image_sets import DataSplits
 from metawrap.data.recognition import FOLDER, recognise
-from metawrap.data.splits import DataSplits, ImageSet
 from metawrap.errors import DataError
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """One of train, validation and test; smallest, median and largest are images per class."""
+    """One of train, validation and test; smallest, median and largest are numbers of images per class."""
 
     part: str
     classes: int
@@ -35,10 +35,10 @@ class PartReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found.
+    """The findings of `check_data`.
 
-    data, root: as for `load_data`. layout: in words. image_shape: (channels, height, width) as trained on. notes:
-    nothing that training refuses, but that one would want to know.
+    data, root: as for `load_data`. layout: in words. image_shape: (channels, height, width) in training. notes:
+    surprises that training does not refuse.
     """
 
     data: str
@@ -46,11 +46,11 @@ class DataReport:
     layout: str
     image_shape: tuple[int, int, int]
     parts: tuple[PartReport, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """Every image that training would refuse, and why."""
+        """Every image that training would refuse, and the reason."""
         return tuple(each for part in self.parts for each in part.broken)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,18 +61,22 @@ class DataReport:
 def check_data(
     name_or_path: str | Path,
     root: str | Path | None = None,
-    seen: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> tuple[DataReport, DataSplits]:
     """Reads every image of a data set once; nothing is written.
 
+        >>> report, splits = check_data("glyphs", classes=(6, 2, 3))
+        >>> report.parts[0].images, report.broken
+        (120, ())
+
     Args:
         name_or_path: a name in `DATASETS`; or a folder or file, whose layout is recognised.
-        root: where the files of a named data set lie.
-        seen: called with the number of images read, and of all.
+        root: the place of a named data set's files.
+        on_progress: called with the number of images read so far, and of all images.
         options: passed on to the loader, such as image_size and split.
     Raises:
-        ArgumentError, DataError: what loading raises before an image is read: a missing file, an unknown layout.
+        ArgumentError, DataError: errors of loading before an image is read: a missing file, an unknown layout.
     """
     name, place = str(name_or_path), None if root is None else Path(root)
     if name not in DATASETS:
@@ -87,10 +91,10 @@ def check_data(
     if "stream" in inspect.signature(loader).parameters:
         options["stream"] = True
     splits = load_data(place, **options) if name == FOLDER and place is not None else load_data(name, place, **options)
-    total = sum(len(part) for part in splits)
-    digests: dict[bytes, tuple[str, str]] = {}
+    total, done = sum(len(part) for part in splits), 0
+    first_places: dict[bytes, tuple[str, str]] = {}  # digest of an image -> part and name where it came first
     shared: list[str] = []
-    reports, done = [], 0
+    reports = []
     for part_name, part in zip(PARTS, splits, strict=True):
         broken: list[str] = []
         for index in range(len(part)):
@@ -100,27 +104,21 @@ def check_data(
                 broken.append(str(error))
             else:
                 digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
-                first = digests.setdefault(digest, (part_name, part.name(index)))
-                if first[0] != part_name:
-                    shared.append(f"{first[1]} ({first[0]}) = {part.name(index)} ({part_name})")
+                first_part, first_name = first_places.setdefault(digest, (part_name, part.name(index)))
+                if first_part != part_name:
+                    shared.append(f"{first_name} ({first_part}) = {part.name(index)} ({part_name})")
             done += 1
-            if seen is not None:
-                seen(done, total)
-        reports.append(_part_report(part_name, part, broken))
-    notes = [f"images that come in two parts: {len(shared)}, such as {shared[0]}"] if shared else []
-    found = DataReport(
-        name,
-        None if place is None else str(place),
-        splits.train.origin or name,
-        splits.train.image_shape,
-        tuple(reports),
-        tuple(notes),
+            if on_progress is not None:
+                on_progress(done, total)
+        counts = part.images_per_class
+        sizes = min(counts), statistics.median(counts), max(counts)
+        reports.append(PartReport(part_name, part.num_classes, len(part), *sizes, tuple(broken)))
+    report = DataReport(
+        data=name,
+        root=None if place is None else str(place),
+        layout=splits.train.origin or name,
+        image_shape=splits.train.image_shape,
+        parts=tuple(reports),
+        notes=(f"images that come in two parts: {len(shared)}, such as {shared[0]}",) if shared else (),
     )
-    return found, splits
-
-
-def _part_report(name: str, part: ImageSet, broken: list[str]) -> PartReport:
-    counts = part.images_per_class
-    return PartReport(
-        name, part.num_classes, len(part), min(counts), statistics.median(counts), max(counts), tuple(broken)
-    )
+    return report, splits

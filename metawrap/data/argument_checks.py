@@ -1,4 +1,4 @@
-"""The argument checks that the files of this folder share."""
+"""The argument checks that the loaders and the sampler share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def check_int(name: str, value: int, least: int) -> None:
     """Raises ArgumentError unless value is an integer (not a bool) of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name}: expected an integer of at least {least}, but got {describe_value(value)}.")
+
+
+def check_seed(seed: int | str) -> None:
+    """Raises ArgumentError unless seed is a name or an integer of at least 0."""
+    if not isinstance(seed, str):
+        check_int("seed", seed, 0)
 
 
 def check_switch(name: str, value: object) -> None:

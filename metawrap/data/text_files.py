@@ -1,0 +1,69 @@
+"""Text files of data sets, of bounded size: bytes -> text -> rows of a CSV, or a mapping of JSON or YAML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metawrap.errors import DataError
+
+MAX_TEXT_BYTES = 2**26  # mini-ImageNet's train.csv has 1.2 MB
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or DataError."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}. Name an existing file.") from error
+    return decoded(content, str(path))
+
+
+def decoded(content: bytes, name: str) -> str:
+    """Bytes in UTF-8 as text without a byte-order mark, or DataError."""
+    if len(content) > MAX_TEXT_BYTES:
+        raise DataError(f"'{name}' holds more than {MAX_TEXT_BYTES} bytes, too many for a list of names. Check it.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{name}' is not text in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+
+
+def read_table(text: str, name: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The named columns of a CSV with a header, row by row.
+
+    Raises:
+        DataError: a column is missing, a row is short, or the text is no CSV; names the line.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise DataError(f"'{name}' is not a readable CSV file: {error}. Get a fresh copy of it.") from error
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    if missing := [column for column in columns if column not in header]:
+        raise DataError(
+            f"'{name}': expected the header {','.join(columns)}, but {missing[0]} is missing from "
+            f"'{','.join(header)[:80]}'. Add it as the first line."
+        )
+    places = [header.index(column) for column in columns]
+    for number, row in enumerate(rows[1:], start=2):
+        if row and len(row) <= max(places):
+            raise DataError(f"'{name}' line {number}: expected {len(header)} columns, but got {len(row)}. Correct it.")
+    return [tuple(row[place].strip() for place in places) for row in rows[1:] if row]
+
+
+def parsed(text: str, path: Path) -> Any:
+    """The value of a JSON text, or of a YAML text without tags, by the file's suffix; or DataError."""
+    kind, parse = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("YAML", yaml.safe_load)
+    try:
+        return parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise DataError(f"'{path}' is not readable {kind}: {problem}. Correct it there.") from error
