@@ -3,7 +3,7 @@
 The floors of this room, top to bottom; a module imports only modules of lower floors:
 
     contact_sheet, check_data
-    episodes, recognition, catalog
+    episodes, catalog
     omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, user_data
     folder
     pixel_sources, class_split, cached_labels, downloads
@@ -26,21 +26,7 @@ from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.data.user_data import splits_from
 
 __all__ = [
-    "DATASETS",
-    "DataSplits",
-    "EpisodeSampler",
-    "ImageSet",
-    "LabelledImages",
-    "StreamedImages",
-    "load_cifar_fs",
-    "load_cub",
-    "load_data",
-    "load_fc100",
-    "load_glyphs",
-    "load_image_folder",
-    "load_mini_imagenet",
-    "load_omniglot",
-    "load_tiered_imagenet",
-    "normalisation_of",
-    "splits_from",
-]
+    "DATASETS", "DataSplits", "EpisodeSampler", "ImageSet", "LabelledImages", "StreamedImages",
+    "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_image_folder",
+    "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of", "splits_from",
+]  # fmt: skip

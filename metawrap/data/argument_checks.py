@@ -20,12 +20,6 @@ def check_seed(seed: int | str) -> None:
         check_int("seed", seed, 0)
 
 
-def check_switch(name: str, value: object) -> None:
-    """Raises ArgumentError unless value is True or False."""
-    if not isinstance(value, bool):
-        raise ArgumentError(f"{name}: expected True or False, but got {describe_value(value)}.")
-
-
 def check_counts(name: str, counts: object, least: int) -> tuple[int, int, int]:
     """Three integers for train, validation and test, or ArgumentError."""
     if not isinstance(counts, tuple | list) or len(counts) != 3:

@@ -1,4 +1,4 @@
-"""Checking a whole data set: every image is read once -> sizes of the parts, broken images, notes."""
+"""Checking a whole data set: path -> layout; every image is read once -> sizes of the parts, broken images, notes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ import numpy as np
 from metawrap.data.catalog import DATASETS, advice, load_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.folder import load_image_folder
+from metawrap.data.image_files import files_at
 from metawrap.data.image_sets import DataSplits
-from metawrap.data.recognition import FOLDER, recognise
+from metawrap.data.mini_imagenet import CACHES, CSV_FILES
 from metawrap.errors import DataError
+
+FOLDER = "folder"
+_CACHES = frozenset(name for names in CACHES for name in names)
+_HOW = (
+    "Expected a folder of class folders, or the files of omniglot, mini-imagenet, tieredimagenet, cub or CIFAR-100 (a "
+    "folder; the first two and cub as a zip too; CIFAR-100 as its tar.gz)."
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def check_data(
             )
         if not Path(name).expanduser().exists():
             raise DataError(f"There is no data set and no file called '{name}'. {advice(name)}")
-        name, place = recognise(Path(name_or_path).expanduser())
+        name, place = _recognise(Path(name_or_path).expanduser())
     loader = load_image_folder if name == FOLDER else DATASETS[name]
     if "stream" in inspect.signature(loader).parameters:
         options["stream"] = True
@@ -122,3 +130,39 @@ def check_data(
         notes=(f"images that come in two parts: {len(shared)}, such as {shared[0]}",) if shared else (),
     )
     return report, splits
+
+
+def _recognise(path: Path) -> tuple[str, Path]:
+    """The name of the data set at a path ("folder" for class folders), and the root to load it from; or DataError."""
+    if path.is_dir():
+        # A folder may be a class, and have any name.
+        names = {child.name for child in path.iterdir() if child.name != "meta" or child.is_file()}
+        return _by_names(names) or FOLDER, path
+    if not path.is_file():
+        raise DataError(f"There is nothing at '{path}'. {_HOW}")
+    name = None
+    if path.suffix in (".pkl", ".pickle", ".npz", ".csv"):  # one part; the others are beside it
+        path = path.parent
+        name = _by_names({child.name for child in path.iterdir()})
+    elif path.suffixes[-1:] in ([".tgz"], [".tar"]) or path.suffixes[-2:] == [".tar", ".gz"]:
+        name = "cifar-fs"
+    elif path.suffix == ".zip":
+        members = files_at(path, 0).names()
+        name = _by_names({part for each in members for part in each.split("/")[:2]})
+    if name is None:
+        raise DataError(f"'{path}' holds no data set in a layout that metawrap knows. {_HOW}")
+    return name, path
+
+
+def _by_names(names: set[str]) -> str | None:
+    if {"omniglot-py", "images_background", "omniglot-py.zip"} & names:
+        return "omniglot"
+    if _CACHES & names or set(CSV_FILES) <= names:
+        return "mini-imagenet"
+    if {"tiered-imagenet", "train_images_png.pkl", "train_images.npz"} & names:
+        return "tieredimagenet"
+    if "CUB_200_2011" in names or {"images.txt", "classes.txt"} <= names:
+        return "cub"
+    if {"cifar-100-python", "cifar-100-python.tar.gz"} & names or {"meta", "train", "test"} <= names:
+        return "cifar-fs"
+    return None

@@ -19,11 +19,7 @@ _PART_OF = {"train": "train", "val": "validation", "valid": "validation", "valid
 
 
 def split_by_seed(names: Sequence[str], shares: Sequence[float], seed: int | str) -> list[list[str]]:
-    """Sorts the classes by name, shuffles them by seed (alike on every platform), and cuts them by shares.
-
-    Raises:
-        DataError: too few classes for three sets.
-    """
+    """Sorts the classes by name, shuffles them by seed and cuts them by shares; DataError if they are too few."""
     count = len(names)
     validation, test = (max(1, round(count * share)) for share in shares[1:])
     train = count - validation - test

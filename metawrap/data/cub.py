@@ -38,8 +38,7 @@ def load_cub(
         split: "closer-look", the rule of Chen et al. above; or the names of the classes, as for `load_image_folder`.
         image_size, stream: as for `load_image_folder`.
     Raises:
-        ArgumentError: image_size or split is not of these.
-        DataError: the files are missing, unsafe or broken, or too few classes; names the file.
+        ArgumentError, DataError: as `load_image_folder`; or an unsafe or broken file.
     """
     check_int("image_size", image_size, 1)
     base = Path(root).expanduser()

@@ -24,13 +24,9 @@ def locate(
     download: Callable[[str], None] | None,
     how_to_get: str,
 ) -> Path:
-    """The folder or the archive of a data set in `root`, or `root` itself if it is one of them.
+    """The `folder` or `archive` of a data set in `root`, or `root` itself if it is one of them; else DataError.
 
-    Args:
-        complete: whether a folder holds the data set.
-        download: fetches the data set into a folder, as `folder`; None looks only.
-    Raises:
-        DataError: nothing is there, or the download failed; ends with `how_to_get`.
+    complete: whether a folder holds the data set. download: fetches the data set into a folder, or None.
     """
     base = cache_folder() if root is None else Path(root).expanduser()
     for candidate in (base / folder, base, base / archive):

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metawrap.data.argument_checks import check_int, check_switch
+from metawrap.data.argument_checks import check_int
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
 from metawrap.data.random_stream import Ints, RandomStream
 from metawrap.errors import ArgumentError, DataError
+from metawrap.settings.settings import check_switch
 from metawrap.tasks import TaskBatch, describe_value
 
 ROTATIONS = 4

@@ -121,11 +121,7 @@ ImageFiles: TypeAlias = FolderFiles | ZipFiles
 
 
 def files_at(path: Path, max_bytes: int) -> ImageFiles:
-    """The files of a folder or a zip.
-
-    Raises:
-        DataError: nothing is at the path, it is no zip, or a member's name or kind is unsafe.
-    """
+    """The files of a folder or a zip; DataError if neither is there, or a member of the zip is unsafe."""
     if path.is_dir():
         return FolderFiles(path, max_bytes)
     if not path.is_file():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import Self
 
 from metawrap.errors import DataError
 from metawrap.tasks import describe_value
@@ -51,8 +52,12 @@ class _LabelledSet:
         """The number of images of each class, in the order of class_names."""
         return tuple(torch.bincount(self.labels, minlength=self.num_classes).tolist())
 
-    def _chosen(self, class_indices: Sequence[int]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """The places of these classes' images in their new order, the new labels, and the class names."""
+    def subset(self, class_indices: Sequence[int]) -> Self:
+        """Only these classes, relabelled 0, 1, ... in the order given.
+
+        Raises:
+            DataError: no class, a repeated class, or an index outside 0..num_classes-1.
+        """
         chosen = [int(index) for index in class_indices]
         if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= index < self.num_classes for index in chosen):
             raise DataError(
@@ -65,7 +70,12 @@ class _LabelledSet:
         labels = new_label[self.labels]
         order = torch.argsort(labels, stable=True)
         order = order[labels[order] >= 0]
-        return order, labels[order], tuple(self.class_names[index] for index in chosen)
+        names = tuple(self.class_names[index] for index in chosen)
+        return replace(self, labels=labels[order], class_names=names, **self._rows(order))  # type: ignore[type-var]
+
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        """The fields with one entry per image, for these images only."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,8 +86,7 @@ class LabelledImages(_LabelledSet):
     """Images in memory, and the class of each.
 
         >>> pixels = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
-        >>> images = LabelledImages(pixels, torch.tensor([0, 0, 1, 1]), ("cat", "dog"))
-        >>> images.images_per_class
+        >>> LabelledImages(pixels, torch.tensor([0, 0, 1, 1]), ("cat", "dog")).images_per_class
         (2, 2)
 
     images: uint8, (images, channels, height, width). labels: int64, (images,), indices into class_names. origin: the
@@ -93,14 +102,19 @@ class LabelledImages(_LabelledSet):
     origin: str = ""
 
     def __post_init__(self) -> None:
-        _check_images(self.images)
+        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"images: expected a uint8 tensor of shape (images, channels, height, width), but got "
+                f"{describe_value(self.images)}. Pass (images * 255).round().to(torch.uint8) for floats in [0, 1]."
+            )
+        if self.images.numel() == 0:
+            raise DataError(f"images: expected at least one pixel, but the shape is {tuple(self.images.shape)}.")
         _check_labels(self.labels, len(self.images), self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
+        return tuple(self.images.shape[1:])  # type: ignore[return-value]
 
     def gather(self, indices: NDArray[np.int64]) -> Tensor:
         """The images at these indices, uint8, (len(indices), channels, height, width)."""
@@ -110,14 +124,8 @@ class LabelledImages(_LabelledSet):
         """The name of image `index` for people."""
         return f"image {index}"
 
-    def subset(self, class_indices: Sequence[int]) -> LabelledImages:
-        """Only these classes, relabelled 0, 1, ... in the order given; the images are copied.
-
-        Raises:
-            DataError: no class, a repeated class, or an index outside 0..num_classes-1.
-        """
-        order, labels, names = self._chosen(class_indices)
-        return LabelledImages(self.images[order], labels, names, self.origin)
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        return {"images": self.images[order]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +158,7 @@ class StreamedImages(_LabelledSet):
         _check_labels(self.labels, len(self.places), self.class_names)
 
     def gather(self, indices: NDArray[np.int64]) -> Tensor:
-        """The images at these indices, uint8, (len(indices), channels, height, width).
-
-        Raises:
-            DataError: an image cannot be read; the message names it.
-        """
+        """The images at these indices, uint8, (len(indices), channels, height, width); or DataError that names one."""
         images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
         for row, index in enumerate(indices):
             # A copy: torch warns of views of a mapped file, which are read-only.
@@ -165,21 +169,11 @@ class StreamedImages(_LabelledSet):
         """The name of image `index` for people."""
         return self.source.name(int(self.places[index]))
 
-    def subset(self, class_indices: Sequence[int]) -> StreamedImages:
-        """Only these classes, relabelled 0, 1, ... in the order given.
-
-        Raises:
-            DataError: no class, a repeated class, or an index outside 0..num_classes-1.
-        """
-        order, labels, names = self._chosen(class_indices)
-        return replace(self, labels=labels, class_names=names, places=self.places[order.numpy()])
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        return {"places": self.places[order.numpy()]}
 
     def in_memory(self) -> LabelledImages:
-        """All images, read now.
-
-        Raises:
-            DataError: an image cannot be read, or memory is too small for all of them.
-        """
+        """All images, read now; DataError if one cannot be read, or memory is too small for all of them."""
         needed, free = len(self) * int(np.prod(self.image_shape)), free_memory()
         if needed > free:
             raise DataError(
@@ -223,16 +217,6 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return 2**62
-
-
-def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
-        raise DataError(
-            f"images: expected a uint8 tensor of shape (images, channels, height, width), but got "
-            f"{describe_value(images)}. Floats in [0, 1] become bytes with (images * 255).round().to(torch.uint8)."
-        )
-    if images.numel() == 0:
-        raise DataError(f"images: expected at least one pixel, but the shape is {tuple(images.shape)}.")
 
 
 def _check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:

@@ -45,14 +45,11 @@ def load_mini_imagenet(root: str | Path, *, image_size: int = 84, stream: bool |
         >>> train, validation, test = load_mini_imagenet("path/to/mini")  # doctest: +SKIP
 
     Args:
-        root: a folder in a layout of docs/data.md, or a zip of the CSV layout.
-        image_size: images of another size are squeezed or stretched to this many pixels on either side (Lanczos).
-        stream: as for `load_image_folder`.
-    Returns:
-        Classes named as in the files; the classes of a cache with numbered labels are named by number.
+        root: a folder in a layout of docs/data.md, or a zip of the CSV layout. Classes are named as in the files; a
+            cache with numbered labels names them by number.
+        image_size, stream: as for `load_image_folder`.
     Raises:
-        ArgumentError: image_size is no integer of at least 1.
-        DataError: an unknown layout, or a file that is missing, unsafe or broken; names it.
+        ArgumentError, DataError: as `load_image_folder`; or an unknown layout, or an unsafe or broken file.
     """
     check_int("image_size", image_size, 1)
     base = Path(root).expanduser()

@@ -99,11 +99,7 @@ class StoredArray(Sealed):
     raw: bytes | FileSpan | None = None
 
     def read(self) -> NDArray[Any]:
-        """The array; without an encoding to undo it is a read-only view of the file.
-
-        Raises:
-            DataError: the file has fewer or more bytes than the shape asks for, or broken text.
-        """
+        """The array, a read-only view of the file if that holds plain bytes; DataError for a wrong number of bytes."""
         raw = self.raw.read() if isinstance(self.raw, FileSpan) else (self.raw or b"")
         needed = math.prod(self.shape) * self.dtype.itemsize
         if len(raw) != needed:
@@ -115,7 +111,7 @@ class StoredArray(Sealed):
 
 
 def npz_array(file: Path, name: str) -> StoredArray:
-    """An array of an uncompressed .npz, as np.savez writes it, left in the file; nothing is unpickled.
+    """An array of an uncompressed .npz, left in the file; nothing is unpickled.
 
     Raises:
         DataError: the array is missing, compressed or of objects, or the file is broken.

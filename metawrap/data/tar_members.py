@@ -19,14 +19,11 @@ _MAX_READ = 2**22  # tarfile reads members by pieces, but a header with a long n
 
 
 def read_members(path: Path, names: Sequence[str], max_bytes: int) -> dict[str, bytes]:
-    """The bytes of the named members; every member of the archive is checked.
+    """The bytes of the named members, each at most `max_bytes`; the whole archive may have four times as many.
 
-    Args:
-        names: the members to read; all must exist.
-        max_bytes: the bound for one member; the whole archive may decompress to four times as much.
     Raises:
-        DataError: a member whose name leaves the folder, a link or device, a member that is missing, twice or too
-            large, or an archive that is broken or decompresses to too much.
+        DataError: a member whose name leaves the folder, a link or device, a named member that is missing, twice or
+            too large, or an archive that is broken or decompresses to too much.
     """
     found: dict[str, bytes] = {}
     try:

@@ -37,11 +37,7 @@ def decoded(content: bytes, name: str) -> str:
 
 
 def read_table(text: str, name: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The named columns of a CSV with a header, row by row.
-
-    Raises:
-        DataError: a column is missing, a row is short, or the text is no CSV; names the line.
-    """
+    """The named columns of a CSV with a header, row by row; or DataError that names the line."""
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:

@@ -40,11 +40,9 @@ def load_tiered_imagenet(root: str | Path, *, image_size: int = 84, stream: bool
 
     Args:
         root: a folder in one of the layouts above, or the parent of such a folder called tiered-imagenet.
-        image_size: images of another size are squeezed or stretched to this many pixels on either side (Lanczos).
-        stream: as for `load_image_folder`; all images take 16 GB of memory.
+        image_size, stream: as for `load_image_folder`; all images take 16 GB of memory.
     Raises:
-        ArgumentError: image_size is no integer of at least 1.
-        DataError: an unknown layout, or a file that is missing, unsafe or broken; names it.
+        ArgumentError, DataError: as `load_image_folder`; or an unknown layout, or an unsafe or broken file.
     """
     check_int("image_size", image_size, 1)
     base = Path(root).expanduser()

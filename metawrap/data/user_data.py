@@ -193,12 +193,11 @@ def _own_labels(data: Dataset[Any]) -> list[Any]:
 def _as_list(labels: Any) -> list[Any]:
     if isinstance(labels, Tensor | np.ndarray):
         labels = labels.tolist()
-    return [label.item() if isinstance(label, Tensor | np.generic) and label.size == 1 else label for label in labels]
+    singles = (isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1) for label in labels)
+    return [label.item() if single else label for label, single in zip(labels, singles, strict=True)]
 
 
 def _text_of(label: Any, place: int, names: list[str] | None) -> str:
-    if isinstance(label, Tensor):
-        label = label.item() if label.numel() == 1 else label
     if isinstance(label, str):
         return label
     if isinstance(label, bool) or not isinstance(label, int):
