@@ -9,7 +9,7 @@ import pytest
 from data_helpers import omniglot_files, write_zip
 from refusals import refuses
 
-from metawrap.data import load_omniglot
+from metawrap.data import load_mini_imagenet, load_omniglot
 from metawrap.data.image_files import files_at
 from metawrap.errors import DataError
 
@@ -21,14 +21,8 @@ def everything_under(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "../evil.png",
-        "omniglot-py/../../evil.png",
-        "omniglot-py/images_background/..",
-        "/tmp/evil.png",
-        "C:/evil.png",
-        "c:evil.png",
-        "omniglot-py\\..\\evil.png",
-        "omniglot-py/evil.png\0.txt",
+        *("../evil.png", "omniglot-py/../../evil.png", "omniglot-py/images_background/..", "/tmp/evil.png"),
+        *("C:/evil.png", "c:evil.png", "omniglot-py\\..\\evil.png", "omniglot-py/evil.png\0.txt"),
     ],
 )
 def test_names_that_leave_the_folder_are_refused_and_nothing_is_written(tmp_path, name):
@@ -42,6 +36,7 @@ def test_names_that_leave_the_folder_are_refused_and_nothing_is_written(tmp_path
     path.write_bytes(path.read_bytes().replace(b"x" * len(name), name.encode()))
     before = everything_under(tmp_path)
     refuses(DataError, r"unsafe name", load_omniglot, path, counts=(5, 2, 3))
+    refuses(DataError, r"unsafe name", load_mini_imagenet, path)
     assert everything_under(tmp_path) == before
 
 

@@ -177,6 +177,7 @@ def test_a_file_cut_short_anywhere_is_an_error(protocol: int) -> None:
         pytest.param(b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.", id="bytes of 4 EiB"),
         pytest.param(b"\x80\x04\x8d" + struct.pack("<Q", 2**64 - 1) + b"x.", id="text of 16 EiB"),
         pytest.param(b"T" + struct.pack("<i", -5) + b"x.", id="text of negative length"),
+        pytest.param(b"Np99999999999\n.", id="a huge memo in text"),
         pytest.param(b"Nr" + struct.pack("<I", 2**32 - 1) + b"0j" + struct.pack("<I", 7) + b".", id="a huge memo"),
         pytest.param(b"\x80\x04" + b"]" * 2**17 + b".", id="too many lists"),
         pytest.param(b"\x80\x04" + b"]" + b"(2" * 2**17, id="too many copies of one list"),
@@ -190,6 +191,24 @@ def test_a_claim_costs_no_memory(bomb: bytes) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 * 2**16 + 2**21  # A value takes some 100 bytes.
+
+
+def test_a_list_of_pairs_is_copied_into_one_dict_only() -> None:
+    pairs = pickle.dumps([[str(number), number] for number in range(1000)], 2)[:-1]
+    calls = b"ccollections\nOrderedDict\nr\x88\x13\x00\x000(" + b"j\x88\x13\x00\x00h\x00\x85R" * 1000
+    tracemalloc.start()
+    dicts = read_pickle(pairs + b"0" + calls + b"l.")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(each) for each in dicts] == [1000] + [0] * 999
+    assert peak < 2**22  # A thousand copies would take 40 MB.
+
+
+def test_keys_are_checked_before_they_are_hashed() -> None:
+    nested = b")" + b"\x85" * 100_000
+    for opcodes in (b"}" + nested + b"Ns.", b"}(" + nested + b"Nu.", b"(" + nested + b"Nd."):
+        refuses(DataError, "key of type tuple", read_pickle, opcodes)
+    refuses(DataError, "not a readable pickle|array of type", read_pickle, b"cnumpy\ndtype\n" + nested + b"\x85R.")
 
 
 def test_an_array_that_claims_more_than_is_there_is_refused_before_it_is_made() -> None:
