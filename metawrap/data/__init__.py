@@ -8,7 +8,8 @@ The floors of this room, top to bottom; a module imports only modules of lower f
     folder
     pixel_sources, class_split, cached_labels, downloads
     image_sets, pickles, tar_members, text_files, loader_workers, normalisation
-    stored_arrays, image_files, random_stream, argument_checks
+    stored_arrays, image_files
+    random_stream, problems
 """
 
 from __future__ import annotations

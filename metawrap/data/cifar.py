@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metawrap.data.argument_checks import check_int
 from metawrap.data.cached_labels import texts, whole_numbers, with_text_keys
 from metawrap.data.downloads import locate
 from metawrap.data.image_sets import DataSplits, StreamedImages
 from metawrap.data.pickles import read_pickle
 from metawrap.data.pixel_sources import ArrayPixels
+from metawrap.data.problems import check_int
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.data.tar_members import read_members
 from metawrap.errors import DataError

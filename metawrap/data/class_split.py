@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from metawrap.data.problems import wrong_argument
 from metawrap.data.random_stream import RandomStream
 from metawrap.data.text_files import parsed, read_table, read_text
 from metawrap.errors import ArgumentError, DataError
-from metawrap.tasks import describe_value
 
 PARTS = ("train", "validation", "test")
 SHARES = (0.64, 0.16, 0.20)
@@ -67,22 +67,17 @@ def check_shares(splits: Sequence[float]) -> tuple[float, ...]:
     """Three shares above 0 that sum to 1, or ArgumentError."""
     numbers = isinstance(splits, tuple | list) and all(isinstance(share, int | float) for share in splits)
     if not numbers or len(splits) != 3 or min(splits) <= 0 or abs(sum(splits) - 1) > 1e-6:
-        raise ArgumentError(
-            f"splits: expected three shares above 0 that sum to 1 (train, validation, test), but got "
-            f"{splits if numbers else describe_value(splits)}."
-        )
+        raise wrong_argument("splits", "three shares above 0 that sum to 1 (train, validation, test)", splits)
     return tuple(float(share) for share in splits)
 
 
 def _read_split(split: Any) -> Mapping[str, Any]:
     if not isinstance(split, str | Path):
-        raise ArgumentError(
-            "split: expected a mapping of train, validation and test, or the path of a CSV, JSON or YAML file, but "
-            f"got {describe_value(split)}."
-        )
+        kinds = "a mapping of train, validation and test, or the path of a CSV, JSON or YAML file"
+        raise wrong_argument("split", kinds, split)
     path = Path(split).expanduser()
     if path.suffix.lower() not in (".csv", ".json", ".yaml", ".yml"):
-        raise ArgumentError(f"split: expected a .csv, .json or .yaml file that names the classes, but got '{split}'.")
+        raise wrong_argument("split", "a .csv, .json or .yaml file that names the classes", str(split))
     text = read_text(path)
     if path.suffix.lower() == ".csv":
         parts: dict[str, list[str]] = {}
@@ -91,7 +86,7 @@ def _read_split(split: Any) -> Mapping[str, Any]:
         return parts
     given = parsed(text, path)
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"'{path}': expected train, validation and test, but got {describe_value(given)}.")
+        raise wrong_argument(f"'{path}'", "train, validation and test", given)
     return given
 
 
@@ -108,9 +103,7 @@ def _three_parts(given: Mapping[str, Any], where: str) -> list[list[str]]:
             isinstance(name, str | int) and not isinstance(name, bool) for name in classes
         )
         if not flat or not classes:
-            raise ArgumentError(
-                f"{where}: expected a list of class names for {part}, at least one, but got {describe_value(classes)}."
-            )
+            raise wrong_argument(where, f"a list of class names for {part}, at least one", classes)
         found[part] = [str(name) for name in classes]
     if missing := [part for part in PARTS if part not in found]:
         raise ArgumentError(f"{where}: {missing[0]} is missing. Name the classes of {', '.join(PARTS)}.")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metawrap.data.argument_checks import check_int
 from metawrap.data.class_split import GivenSplit, split_as_given
 from metawrap.data.image_files import ImageFiles, check_name, files_at
 from metawrap.data.image_sets import DataSplits, as_splits
 from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
+from metawrap.data.problems import check_int
 from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metawrap.data.argument_checks import check_int
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
+from metawrap.data.problems import check_int, wrong_argument
 from metawrap.data.random_stream import Ints, RandomStream
-from metawrap.errors import ArgumentError, DataError
+from metawrap.errors import DataError
 from metawrap.settings.settings import check_switch
-from metawrap.tasks import TaskBatch, describe_value
+from metawrap.tasks import TaskBatch
 
 ROTATIONS = 4
 
@@ -78,10 +78,8 @@ class EpisodeSampler:
         workers: int = 0,
     ) -> None:
         if not isinstance(images, LabelledImages | StreamedImages):
-            raise ArgumentError(
-                f"images: expected LabelledImages or StreamedImages, but got {describe_value(images)}. "
-                "splits_from makes both from arrays and data sets."
-            )
+            fix = "splits_from makes both from arrays and data sets."
+            raise wrong_argument("images", "LabelledImages or StreamedImages", images, fix)
         counts = {"ways": ways, "shots": shots, "targets": targets, "tasks_per_batch": tasks_per_batch}
         for name, value in counts.items():
             check_int(name, value, 1)
@@ -89,9 +87,7 @@ class EpisodeSampler:
         check_switch("rotations", rotations)
         check_int("workers", workers, 0)
         if workers and isinstance(images, LabelledImages):
-            raise ArgumentError(
-                f"workers: expected 0 for images in memory, but got {workers}. Leave it out, or stream the images."
-            )
+            raise wrong_argument("workers", "0 for images in memory", workers, "Leave it out, or stream the images.")
         self.device = _device(device)
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
@@ -240,9 +236,7 @@ def _device(device: Any) -> torch.device:
     try:
         return torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(
-            f"device: expected 'cpu', 'cuda', 'cuda:1', ... or a torch.device, but got {describe_value(device)}."
-        ) from error
+        raise wrong_argument("device", "'cpu', 'cuda', 'cuda:1', ... or a torch.device", device) from error
 
 
 def _store(images: Tensor, device: torch.device) -> Tensor:

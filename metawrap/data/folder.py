@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias
 
-from metawrap.data.argument_checks import check_int, check_seed
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
 from metawrap.data.image_files import FolderFiles
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
+from metawrap.data.problems import check_int, check_seed
 from metawrap.errors import ArgumentError, DataError
 
 # Class name -> the names of its image files.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from metawrap.data.argument_checks import check_counts, check_int
 from metawrap.data.image_sets import DataSplits, LabelledImages, Pixels
+from metawrap.data.problems import check_counts, check_int
 from metawrap.data.random_stream import Floats, RandomStream
 
 # Strokes begin, turn and end at these points, as in letters: three columns, four rows, in a box of side 2 around 0.

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
+from metawrap.data.problems import reading
 from metawrap.errors import DataError
 
 _PIECE = 2**20
@@ -35,13 +36,9 @@ class FolderFiles:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, or DataError."""
-        try:
-            with open(self._root / name, "rb") as file:
-                # `read` allocates as much memory as it is asked for.
-                size = min(os.fstat(file.fileno()).st_size, self._max_bytes)
-                content = file.read(size + 1)
-        except OSError as error:
-            raise DataError(f"'{name}' in {self._root} cannot be read: {error}.") from error
+        with reading(f"'{name}' in {self._root} cannot be read", OSError), open(self._root / name, "rb") as file:
+            # `read` allocates as much memory as it is asked for.
+            content = file.read(min(os.fstat(file.fileno()).st_size, self._max_bytes) + 1)
         _check_size(name, len(content), self._max_bytes)
         return content
 
@@ -84,17 +81,13 @@ class ZipFiles:
             raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
         _check_size(name, member.file_size, self._max_bytes)
         content = bytearray()
-        try:
-            with self._open().open(member) as file:
-                # By pieces: zipfile yields as many bytes as the header declares, but decompresses as many as it is
-                # asked for, so a header that lies would be a bomb.
-                while piece := file.read(_PIECE):
-                    content += piece
-            return bytes(content)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-            raise DataError(
-                f"'{name}' in the archive cannot be read: {error}. Get a fresh copy of the archive."
-            ) from error
+        errors = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
+        with reading(f"'{name}' in the archive cannot be read", *errors), self._open().open(member) as file:
+            # By pieces: zipfile yields as many bytes as the header declares, but decompresses as many as it is asked
+            # for, so a header that lies would be a bomb.
+            while piece := file.read(_PIECE):
+                content += piece
+        return bytes(content)
 
     def close(self) -> None:
         """Closes the file; another read opens it again."""
@@ -105,12 +98,10 @@ class ZipFiles:
     def _open(self) -> zipfile.ZipFile:
         # A forked process shares the position in an open file with its parent, so each process opens its own.
         if self._archive is None or self._opener != os.getpid():
-            try:
+            errors = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError)
+            with reading(f"'{self._path}' is not a readable zip file", *errors):
                 self._archive, self._opener = zipfile.ZipFile(self._path), os.getpid()
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                raise DataError(
-                    f"'{self._path}' is not a readable zip file: {error}. Get a fresh copy of it."
-                ) from error
+        assert self._archive is not None
         return self._archive
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from metawrap.data.argument_checks import check_int
 from metawrap.data.cached_labels import kind_of, renumbered, texts, whole_numbers
 from metawrap.data.class_split import PARTS
 from metawrap.data.folder import split_folder_sets
@@ -22,6 +21,7 @@ from metawrap.data.image_files import FolderFiles, ImageFiles, check_name, files
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
 from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, Decoding, file_classes
+from metawrap.data.problems import check_int
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.data.text_files import decoded, read_table
 from metawrap.errors import DataError

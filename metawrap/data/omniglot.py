@@ -13,15 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from metawrap.data.argument_checks import check_counts, check_int, check_seed
 from metawrap.data.downloads import locate
 from metawrap.data.folder import ClassFiles
 from metawrap.data.image_files import files_at
 from metawrap.data.image_sets import DataSplits
 from metawrap.data.pixel_sources import Decoding, file_classes
+from metawrap.data.problems import check_counts, check_int, check_seed, wrong_argument
 from metawrap.data.random_stream import RandomStream
-from metawrap.errors import ArgumentError, DataError
-from metawrap.tasks import describe_value
+from metawrap.errors import DataError
 
 MAX_IMAGE_BYTES = 2**20  # the largest real image has under 600 bytes
 MAX_IMAGE_PIXELS = 2**20  # the real images have 105 x 105
@@ -66,7 +65,7 @@ def load_omniglot(
     check_int("image_size", image_size, 1)
     check_int("validation_alphabets", validation_alphabets, 1)
     if split not in ("paper", "alphabet"):
-        raise ArgumentError(f"split: expected 'paper' or 'alphabet', but got {describe_value(split)}.")
+        raise wrong_argument("split", "'paper' or 'alphabet'", split)
     check_seed(seed)
     with closing(files_at(_locate(root, download), MAX_IMAGE_BYTES)) as files:
         background, evaluation = _class_files(files.names())

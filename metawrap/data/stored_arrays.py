@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from metawrap.data.problems import reading
 from metawrap.errors import DataError
 
 
@@ -34,11 +35,9 @@ class FileContent:
             return self._held
         if self._mapped is None:
             assert self.path is not None
-            try:
-                with open(self.path, "rb") as file:
-                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: the file is empty.
-                raise DataError(f"'{self.name}' cannot be read: {error}. Get a fresh copy of it.") from error
+            # ValueError: the file is empty.
+            with reading(f"'{self.name}' cannot be read", OSError, ValueError), open(self.path, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,13 +78,12 @@ class FileSpan(Sealed):
         raw = memoryview(self.content.view())[self.start : self.start + self.length]
         if self.form == "bytes":
             return raw
-        try:
+        with reading(f"'{self.content.name}' holds broken text", ValueError):
             if self.form == "string-escape":
                 return bytes(codecs.escape_decode(bytes(raw))[0])
             encoding = "utf-8" if self.form == "utf-8" else "raw-unicode-escape"
             return str(bytes(raw), encoding).encode("latin-1")
-        except (UnicodeError, ValueError) as error:
-            raise DataError(f"'{self.content.name}' holds broken text: {error}. Get a fresh copy of it.") from error
+        raise AssertionError
 
 
 @dataclass(slots=True)
@@ -116,7 +114,9 @@ def npz_array(file: Path, name: str) -> StoredArray:
     Raises:
         DataError: the array is missing, compressed or of objects, or the file is broken.
     """
-    try:
+    with reading(
+        f"'{file}' holds no readable array '{name}'", zipfile.BadZipFile, KeyError, OSError, ValueError, struct.error
+    ):
         with zipfile.ZipFile(file) as archive:
             member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
@@ -132,10 +132,6 @@ def npz_array(file: Path, name: str) -> StoredArray:
             read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(raw)]
             shape, fortran, dtype = read_header(raw)
             start = raw.tell()
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, struct.error) as error:
-        raise DataError(f"'{file}' holds no readable array '{name}': {error}. Get a fresh copy of it.") from error
     if dtype.hasobject:
         raise DataError(f"'{file}': the array '{name}' holds Python objects; expected numbers. It was not read.")
     length = member.file_size - (start - begin)

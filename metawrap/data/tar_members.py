@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from metawrap.data.image_files import check_name
+from metawrap.data.problems import reading
 from metawrap.errors import DataError
 
 MAX_MEMBERS = 10_000
@@ -26,19 +27,19 @@ def read_members(path: Path, names: Sequence[str], max_bytes: int) -> dict[str, 
             too large, or an archive that is broken or decompresses to too much.
     """
     found: dict[str, bytes] = {}
-    try:
-        with open(path, "rb") as raw, tarfile.open(fileobj=_bounded(raw, path, 4 * max_bytes), mode="r:") as archive:
-            for count, member in enumerate(archive):
-                _check_member(member, count, path, max_bytes)
-                name = member.name.removeprefix("./")
-                if name in names:
-                    if name in found:
-                        raise DataError(f"The archive '{path}' holds '{name}' twice. Get a fresh copy of it.")
-                    found[name] = _content(archive, member)
-    except DataError:
-        raise
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"'{path}' is not a readable tar archive: {error}. Get a fresh copy of it.") from error
+    errors = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError)
+    with (
+        reading(f"'{path}' is not a readable tar archive", *errors),
+        open(path, "rb") as raw,
+        tarfile.open(fileobj=_bounded(raw, path, 4 * max_bytes), mode="r:") as archive,
+    ):
+        for count, member in enumerate(archive):
+            _check_member(member, count, path, max_bytes)
+            name = member.name.removeprefix("./")
+            if name in names:
+                if name in found:
+                    raise DataError(f"The archive '{path}' holds '{name}' twice. Get a fresh copy of it.")
+                found[name] = _content(archive, member)
     if missing := [name for name in names if name not in found]:
         raise DataError(f"'{path}' does not hold '{missing[0]}'. Get a fresh copy of it.")
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from metawrap.data.problems import reading
 from metawrap.errors import DataError
 
 MAX_TEXT_BYTES = 2**26  # mini-ImageNet's train.csv has 1.2 MB
@@ -18,30 +19,24 @@ MAX_TEXT_BYTES = 2**26  # mini-ImageNet's train.csv has 1.2 MB
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8, or DataError."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror}. Name an existing file.") from error
-    return decoded(content, str(path))
+    with reading(f"'{path}' cannot be read", OSError, fix="Name an existing file."), open(path, "rb") as file:
+        return decoded(file.read(MAX_TEXT_BYTES + 1), str(path))
+    raise AssertionError
 
 
 def decoded(content: bytes, name: str) -> str:
     """Bytes in UTF-8 as text without a byte-order mark, or DataError."""
     if len(content) > MAX_TEXT_BYTES:
         raise DataError(f"'{name}' holds more than {MAX_TEXT_BYTES} bytes, too many for a list of names. Check it.")
-    try:
+    with reading(f"'{name}' is not text in UTF-8", UnicodeDecodeError, fix="Save it as UTF-8."):
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{name}' is not text in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    raise AssertionError
 
 
 def read_table(text: str, name: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The named columns of a CSV with a header, row by row; or DataError that names the line."""
-    try:
+    with reading(f"'{name}' is not a readable CSV file", csv.Error):
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise DataError(f"'{name}' is not a readable CSV file: {error}. Get a fresh copy of it.") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
     if missing := [column for column in columns if column not in header]:
         raise DataError(
@@ -58,8 +53,6 @@ def read_table(text: str, name: str, columns: Sequence[str]) -> list[tuple[str, 
 def parsed(text: str, path: Path) -> Any:
     """The value of a JSON text, or of a YAML text without tags, by the file's suffix; or DataError."""
     kind, parse = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("YAML", yaml.safe_load)
-    try:
+    errors = (yaml.YAMLError, ValueError, RecursionError)
+    with reading(f"'{path}' is not readable {kind}", *errors, fix="Correct it there."):
         return parse(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise DataError(f"'{path}' is not readable {kind}: {problem}. Correct it there.") from error

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from metawrap.data.argument_checks import check_int
 from metawrap.data.cached_labels import renumbered, texts, whole_numbers, with_text_keys
 from metawrap.data.folder import split_folder_sets
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
 from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, Decoding, PicturePixels
+from metawrap.data.problems import check_int
 from metawrap.data.stored_arrays import StoredArray, npz_array
 from metawrap.errors import DataError
 

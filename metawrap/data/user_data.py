@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from metawrap.data.argument_checks import check_int, check_seed
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
 from metawrap.data.image_sets import DataSplits, Pixels, StreamedImages, as_splits
 from metawrap.data.pixel_sources import GRAY, RGB, resized
+from metawrap.data.problems import check_int, check_seed, wrong_argument
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import describe_value
 
@@ -149,22 +149,16 @@ def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]
     """The items, the label of each, and the names of labels 0, 1, ... if the data set knows them."""
     if isinstance(data, Tensor | np.ndarray):
         if data.ndim not in (3, 4) or len(data) == 0:
-            raise ArgumentError(
-                "data: expected images as a tensor (images, channels, height, width) or an array (images, height, "
-                f"width, channels), at least one, but got {describe_value(data)}."
-            )
+            kinds = "a tensor (images, channels, height, width) or an array (images, height, width, channels)"
+            raise wrong_argument("data", f"images as {kinds}, at least one", data)
         if labels is None or len(labels) != len(data):
-            raise ArgumentError(
-                f"labels: expected one for each of {len(data)} images, but got "
-                f"{'None' if labels is None else len(labels)}."
-            )
+            got = None if labels is None else len(labels)
+            raise wrong_argument("labels", f"one for each of {len(data)} images", got)
         return data, _as_list(labels), None
     sized = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | str)
     if not sized or isinstance(data, dict) or len(data) == 0:
-        raise ArgumentError(
-            "data: expected a tensor or array of images, or a data set with __len__ and __getitem__, not empty, but "
-            f"got {describe_value(data)}. Collect an iterable one into a list first."
-        )
+        kinds = "a tensor or array of images, or a data set with __len__ and __getitem__, not empty"
+        raise wrong_argument("data", kinds, data, "Collect an iterable one into a list first.")
     if labels is not None:
         raise ArgumentError("labels: expected None, because a data set has labels of its own. Leave labels out.")
     names = getattr(data, "classes", None)

@@ -125,7 +125,7 @@ def test_the_split_is_that_of_a_folder_with_the_same_names(tmp_path) -> None:
     ("data", "labels", "error", "what"),
     [
         (IMAGES, None, ArgumentError, "labels: expected one for each of 30 images, but got None"),
-        (IMAGES, LABELS[:5], ArgumentError, "but got 5"),
+        (IMAGES, LABELS[:5], ArgumentError, "but got int 5"),
         (IMAGES[:0], LABELS[:0], ArgumentError, "at least one"),
         (IMAGES[0, 0], LABELS, ArgumentError, "data: expected images"),
         (IMAGES, LABELS + 0.5, ArgumentError, "whole numbers or texts"),

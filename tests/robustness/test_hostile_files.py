@@ -145,9 +145,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_a_picture_that_claims_too_many_pixels_is_refused_cheaply(
-    tmp_path: Path, side: int
-) -> None:
+def test_a_picture_that_claims_too_many_pixels_is_refused_cheaply(tmp_path: Path, side: int) -> None:
     root = make(tmp_path / "hostile", range(4))
     (root / "class001" / "1.png").write_bytes(png_header(side, side))
     load_image_folder(make(tmp_path / "warm", range(3)), image_size=4)  # Pillow's plugins are loaded once.
