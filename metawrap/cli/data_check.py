@@ -14,10 +14,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from metawrap.data import DATASETS, DataSplits, EpisodeSampler
-from metawrap.data.checking import DataReport, check_data
+from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
-from metawrap.data.recognition import FOLDER
 from metawrap.errors import ArgumentError, DataError
 from metawrap.training.machine import program
 from metawrap.training.progress import say

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metawrap.data import EpisodeSampler
-from metawrap.data.draws import Draws
+from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, RankError
 from metawrap.execution.ranks import exchanging
 from metawrap.results import EvaluationResult
@@ -138,7 +138,7 @@ def _wait() -> None:
 def seed_dropout(seed: int, epoch: int) -> None:
     """Gives this process its own random numbers for an epoch; rank 0 goes on with those of a run in one process."""
     if rank() > 0:
-        torch.manual_seed(int(Draws("rank", rank(), seed, epoch).raw(1)[0]))
+        torch.manual_seed(int(RandomStream("rank", rank(), seed, epoch).raw(1)[0]))
 
 
 def evaluate_shared(learner: Any, tasks: EpisodeSampler, count: int, **how: Any) -> EvaluationResult:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from metawrap.data.sources import ZipSource
+from metawrap.data.image_files import ZipFiles as ZipSource
 from metawrap.errors import CheckpointError, MetaWrapError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, load_checkpoint
 

@@ -1,7 +1,8 @@
-"""Streamed images give the same episodes as images in memory, whoever reads them."""
+"""Image sets in memory and streamed: the same episodes, with any number of workers; normalisation."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,21 +12,35 @@ import pytest
 import torch
 from data_helpers import checksum, numbered_images
 from published import mini_caches, mini_csv, noise, tiered_pickles
+from refusals import refuses
 from test_folder import make
 from test_published_sets import zipped
 
 from metawrap.data import (
     EpisodeSampler,
+    LabelledImages,
+    StreamedImages,
+    image_sets,
     load_cub,
     load_data,
     load_image_folder,
     load_mini_imagenet,
     load_tiered_imagenet,
     splits_from,
-    streamed,
 )
-from metawrap.data.streamed import StreamedImages
 from metawrap.errors import ArgumentError, DataError
+
+
+def streamed(root: Path, junk: bool = False, classes: int = 4) -> StreamedImages:
+    """The train part of a folder, streamed; `junk` breaks every file."""
+    make(root, range(classes))
+    for file in root.rglob("*.png") if junk else ():
+        file.write_bytes(b"junk")
+    return load_image_folder(root, image_size=6, stream=True).train
+
+
+def children_beside(before: set) -> set:
+    return set(multiprocessing.active_children()) - before
 
 
 def sets(tmp_path: Path) -> dict[str, tuple]:
@@ -60,44 +75,38 @@ def test_streaming_equals_memory_batch_for_batch_with_and_without_workers(tmp_pa
 
 
 def test_one_batch_does_not_depend_on_the_ones_before_or_the_number_of_workers(tmp_path: Path) -> None:
-    images = load_image_folder(make(tmp_path, range(4)), image_size=6, stream=True, split=None).train
+    images = streamed(tmp_path)
     one, three = (EpisodeSampler(images, ways=2, seed=1, workers=workers) for workers in (1, 3))
     endless = iter(three)
     assert [checksum(next(endless)) for _ in range(4)] == [checksum(batch) for batch in one.batches(4)]
 
 
 def test_workers_leave_the_global_random_state_alone(tmp_path: Path) -> None:
-    images = load_image_folder(make(tmp_path, range(4)), image_size=6, stream=True).train
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    list(EpisodeSampler(images, ways=2, workers=1).batches(2))
+    list(EpisodeSampler(streamed(tmp_path), ways=2, workers=1).batches(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_subset_streams_its_own_classes(tmp_path: Path) -> None:
-    in_memory, on_disk = (
-        load_image_folder(make(tmp_path / str(stream), range(9)), image_size=6, stream=stream).train
-        for stream in (False, True)
-    )
+    on_disk = streamed(tmp_path, classes=9)
+    in_memory = load_image_folder(tmp_path, image_size=6, stream=False).train
     for part in (in_memory, on_disk):
-        with pytest.raises(DataError, match="class_indices"):
-            part.subset([0, 0])
+        refuses(DataError, "class_indices", part.subset, [0, 0])
     first, second = in_memory.subset([4, 1]), on_disk.subset([4, 1])
     assert first.class_names == second.class_names == (in_memory.class_names[4], in_memory.class_names[1])
     assert torch.equal(first.images, second.in_memory().images)
     assert torch.equal(second.subset([1]).in_memory().images, in_memory.subset([1]).images)
 
 
-def test_a_broken_image_is_named_when_it_is_drawn_in_a_worker_too(tmp_path: Path) -> None:
-    root = make(tmp_path, range(4))
-    for file in root.rglob("*.png"):
-        file.write_bytes(b"junk")
-    images = load_image_folder(root, image_size=6, stream=True).train
-    for workers in (0, 1):
-        with pytest.raises(DataError, match=r"^'class00\d/\d\.png' is not a readable image: no known format"):
-            list(EpisodeSampler(images, ways=2, workers=workers).batches(1))
-    with pytest.raises(DataError, match="not a readable image"):
-        load_image_folder(root, image_size=6, stream=False)
+def test_a_broken_image_is_named_when_it_is_drawn_in_a_worker_too_and_no_worker_stays(tmp_path: Path) -> None:
+    images, before = streamed(tmp_path, junk=True), set(multiprocessing.active_children())
+    for workers, count in ((0, 1), (1, 1), (2, 9)):
+        with pytest.raises(DataError, match=r"^'class00\d/\d\.png' is not a readable image: no known format") as error:
+            list(EpisodeSampler(images, ways=2, workers=workers).batches(count))
+        assert not children_beside(before)
+        assert error.traceback
+    refuses(DataError, "not a readable image", load_image_folder, tmp_path, image_size=6, stream=False)
 
 
 class _Deadly:
@@ -125,53 +134,32 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_a_loop_that_stops_early_leaves_no_worker_behind(tmp_path: Path) -> None:
-    import multiprocessing
-
-    images = load_image_folder(make(tmp_path, range(4)), image_size=6, stream=True).train
     before = set(multiprocessing.active_children())
-    batches = EpisodeSampler(images, ways=2, workers=2).batches(50)
+    batches = EpisodeSampler(streamed(tmp_path), ways=2, workers=2).batches(50)
     next(batches)
-    assert len(set(multiprocessing.active_children()) - before) == 2
+    assert len(children_beside(before)) == 2
     batches.close()
     del batches
-    assert not set(multiprocessing.active_children()) - before
-
-
-def test_an_error_leaves_no_worker_behind(tmp_path: Path) -> None:
-    import multiprocessing
-
-    root = make(tmp_path, range(4))
-    for file in root.rglob("*.png"):
-        file.write_bytes(b"junk")
-    images = load_image_folder(root, image_size=6, stream=True).train
-    before = set(multiprocessing.active_children())
-    with pytest.raises(DataError) as error:
-        list(EpisodeSampler(images, ways=2, workers=2).batches(9))
-    assert not set(multiprocessing.active_children()) - before
-    assert error.traceback
+    assert not children_beside(before)
 
 
 def test_workers_are_for_streamed_images() -> None:
-    with pytest.raises(ArgumentError, match="workers: expected 0 for images in memory"):
-        EpisodeSampler(numbered_images(), workers=2)
-    with pytest.raises(ArgumentError, match="workers: expected an integer of at least 0"):
-        EpisodeSampler(numbered_images(), workers=-1)
+    refuses(ArgumentError, "workers: expected 0 for images in memory", EpisodeSampler, numbered_images(), workers=2)
+    refuses(ArgumentError, "workers: expected an integer of at least 0", EpisodeSampler, numbered_images(), workers=-1)
 
 
 def test_memory_decides_unless_told(tmp_path: Path, monkeypatch) -> None:
     root = make(tmp_path, range(4))
-    monkeypatch.setattr("metawrap.data.splits.free_memory", lambda: 3 * 6 * 6 * 8 * 2)
-    assert not isinstance(load_image_folder(root, image_size=6).train, StreamedImages)
-    monkeypatch.setattr("metawrap.data.splits.free_memory", lambda: 3 * 6 * 6 * 8 * 2 - 2)
-    assert isinstance(load_image_folder(root, image_size=6).train, StreamedImages)
-    monkeypatch.setattr(streamed, "free_memory", lambda: 100)
-    with pytest.raises(DataError, match=r"stream: 4 images .*Pass stream=True"):
-        load_image_folder(root, image_size=6, stream=False)
-    assert streamed.free_memory() == 100
+    for less in (0, 2):
+        monkeypatch.setattr(image_sets, "free_memory", lambda: 3 * 6 * 6 * 8 * 2 - less)  # noqa: B023
+        assert isinstance(load_image_folder(root, image_size=6).train, StreamedImages) is bool(less)
+    monkeypatch.setattr(image_sets, "free_memory", lambda: 100)
+    refuses(DataError, r"stream: 4 images .*Pass stream=True", load_image_folder, root, image_size=6, stream=False)
+    assert image_sets.free_memory() == 100
 
 
 def test_free_memory_is_a_number_of_this_machine() -> None:
-    assert 2**20 < streamed.free_memory() < 2**50
+    assert 2**20 < image_sets.free_memory() < 2**50
 
 
 def test_a_data_set_of_random_images_is_asked_again_when_streamed() -> None:
@@ -216,8 +204,7 @@ def test_normalisation_is_torchvisions() -> None:
     "normalise", ["cifar", ((0.5,), (0.5,)), ((0.5,) * 3, (0.0,) * 3), (0.5, 0.5), 3, ((0.5,) * 3,), (("a",) * 3,) * 2]
 )
 def test_a_normalisation_that_does_not_fit_is_refused(normalise) -> None:
-    with pytest.raises(ArgumentError, match="normalise: expected"):
-        EpisodeSampler(numbered_images(channels=3), normalise=normalise)
+    refuses(ArgumentError, "normalise: expected", EpisodeSampler, numbered_images(channels=3), normalise=normalise)
 
 
 def test_cub_and_names_stream(tmp_path: Path) -> None:
@@ -226,3 +213,42 @@ def test_cub_and_names_stream(tmp_path: Path) -> None:
     folder = cub_folder(tmp_path)
     assert isinstance(load_cub(folder, stream=True).test, StreamedImages)
     assert isinstance(load_data("cub", root=folder, stream=True).test, StreamedImages)
+
+
+def test_subset_holds_exactly_the_images_of_its_classes_in_the_order_given():
+    whole = numbered_images(classes=5, per_class=3)
+    part = whole.subset([4, 1])
+    assert part.class_names == ("class4", "class1")
+    assert part.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(part.images[:3], whole.images[whole.labels == 4])
+    assert torch.equal(part.images[3:], whole.images[whole.labels == 1])
+
+
+def test_counts_are_per_class():
+    images = LabelledImages(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([1, 0, 1]), ("a", "b"))
+    assert (len(images), images.num_classes, images.images_per_class) == (3, 2, (1, 2))
+
+
+@pytest.mark.parametrize("indices", [[], [0, 0], [-1], [9]])
+def test_impossible_subsets_are_refused(indices):
+    with pytest.raises(DataError, match=r"class_indices.*0\.\.5"):
+        numbered_images(classes=6).subset(indices)
+
+
+TWO = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "words"),
+    [
+        (torch.zeros(2, 1, 3, 3), torch.tensor([0, 1]), ("a", "b"), r"images: expected a uint8.*float32"),
+        (torch.zeros(2, 3, 3, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"), r"images: .*\(2, 3, 3\)"),
+        (torch.zeros(0, 1, 3, 3, dtype=torch.uint8), torch.tensor([]).long(), (), r"at least one pixel"),
+        (TWO, torch.tensor([0.0, 1.0]), ("a", "b"), r"labels: expected an int64"),
+        (TWO, torch.tensor([0]), ("a",), r"1 labels for 2 images"),
+        (TWO, torch.tensor([0, 2]), ("a", "b"), r"from 0 to 2"),
+        (TWO, torch.tensor([0, 0]), ("a", "b"), r"no image, the first is 'b'"),
+    ],
+)
+def test_broken_sets_are_refused_with_the_reason(images, labels, names, words):
+    refuses(DataError, words, LabelledImages, images, labels, names)

@@ -1,7 +1,7 @@
 """Random numbers that are the same on every platform and with every version of NumPy.
 
-NumPy promises a fixed stream for the raw bits of a bit generator, but not for what `Generator` makes of them, so
-everything here is derived from `PCG64.random_raw`. The global generators are never touched.
+NumPy promises a fixed stream for the raw bits of a bit generator, but not for the numbers that `Generator` derives from
+them. So all numbers here are derived from `PCG64.random_raw`. The global generators are never touched.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
 
-class Draws:
-    """One stream of draws, fixed by its key: non-negative integers, or a name."""
+class RandomStream:
+    """One stream of random numbers, fixed by its key: non-negative integers and names."""
 
     def __init__(self, *key: int | str) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence([_as_int(part) for part in key]))

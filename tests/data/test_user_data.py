@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from published import noise
+from refusals import refuses
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from metawrap.data import EpisodeSampler, LabelledImages, StreamedImages, splits_from
@@ -124,7 +125,7 @@ def test_the_split_is_that_of_a_folder_with_the_same_names(tmp_path) -> None:
     ("data", "labels", "error", "what"),
     [
         (IMAGES, None, ArgumentError, "labels: expected one for each of 30 images, but got None"),
-        (IMAGES, LABELS[:5], ArgumentError, "but got 5"),
+        (IMAGES, LABELS[:5], ArgumentError, "but got int 5"),
         (IMAGES[:0], LABELS[:0], ArgumentError, "at least one"),
         (IMAGES[0, 0], LABELS, ArgumentError, "data: expected images"),
         (IMAGES, LABELS + 0.5, ArgumentError, "whole numbers or texts"),
@@ -143,8 +144,7 @@ def test_the_split_is_that_of_a_folder_with_the_same_names(tmp_path) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(data, labels, error, what: str) -> None:
-    with pytest.raises(error, match=what):
-        splits_from(data, labels, stream=False)
+    refuses(error, what, splits_from, data, labels, stream=False)
 
 
 def test_an_iterable_data_set_is_refused() -> None:
@@ -152,13 +152,11 @@ def test_an_iterable_data_set_is_refused() -> None:
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(ArgumentError, match="Collect an iterable one into a list"):
-        splits_from(Endless())
+    refuses(ArgumentError, "Collect an iterable one into a list", splits_from, Endless())
 
 
 def test_names_and_splits_have_to_fit() -> None:
-    with pytest.raises(ArgumentError, match="there are 3 names, and label 3 is 3"):
-        splits_from(IMAGES, LABELS, class_names=NAMES[:3])
+    refuses(ArgumentError, "there are 3 names, and label 3 is 3", splits_from, IMAGES, LABELS, class_names=NAMES[:3])
     for split, error, what in (
         ({"train": [0], "val": [1]}, ArgumentError, "test is missing"),
         ({"train": [0], "val": [1], "test": []}, ArgumentError, "at least one"),
@@ -169,8 +167,7 @@ def test_names_and_splits_have_to_fit() -> None:
         (7, ArgumentError, "split: expected a mapping"),
         ("splits.txt", ArgumentError, r"\.csv, \.json or \.yaml"),
     ):
-        with pytest.raises(error, match=what):
-            splits_from(IMAGES, LABELS, split=split)
+        refuses(error, what, splits_from, IMAGES, LABELS, split=split)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +200,11 @@ def test_a_split_is_read_from_a_file(tmp_path, file: str, text: str) -> None:
 )
 def test_a_broken_split_file_is_named(tmp_path, file: str, text: str, what: str) -> None:
     (tmp_path / file).write_text(text)
-    with pytest.raises((DataError, ArgumentError), match=what):
-        splits_from(IMAGES, np.array(NAMES)[LABELS], split=tmp_path / file)
+    refuses((DataError, ArgumentError), what, splits_from, IMAGES, np.array(NAMES)[LABELS], split=tmp_path / file)
 
 
 def test_a_missing_split_file_is_named(tmp_path) -> None:
-    with pytest.raises(DataError, match=r"none\.json' cannot be read"):
-        splits_from(IMAGES, LABELS, split=tmp_path / "none.json")
+    refuses(DataError, r"none\.json' cannot be read", splits_from, IMAGES, LABELS, split=tmp_path / "none.json")
 
 
 def test_images_are_resized_with_lanczos_when_asked() -> None:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import stat
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from data_helpers import omniglot_files, write_zip
+from refusals import refuses
 
-from metawrap.data import load_omniglot
-from metawrap.data.sources import open_source
+from metawrap.data import load_mini_imagenet, load_omniglot
+from metawrap.data.image_files import files_at
 from metawrap.errors import DataError
 
 
@@ -19,14 +21,8 @@ def everything_under(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "../evil.png",
-        "omniglot-py/../../evil.png",
-        "omniglot-py/images_background/..",
-        "/tmp/evil.png",
-        "C:/evil.png",
-        "c:evil.png",
-        "omniglot-py\\..\\evil.png",
-        "omniglot-py/evil.png\0.txt",
+        *("../evil.png", "omniglot-py/../../evil.png", "omniglot-py/images_background/..", "/tmp/evil.png"),
+        *("C:/evil.png", "c:evil.png", "omniglot-py\\..\\evil.png", "omniglot-py/evil.png\0.txt"),
     ],
 )
 def test_names_that_leave_the_folder_are_refused_and_nothing_is_written(tmp_path, name):
@@ -39,8 +35,8 @@ def test_names_that_leave_the_folder_are_refused_and_nothing_is_written(tmp_path
     # Patched in the finished file, because zipfile cleans some of these names while it writes.
     path.write_bytes(path.read_bytes().replace(b"x" * len(name), name.encode()))
     before = everything_under(tmp_path)
-    with pytest.raises(DataError, match=r"unsafe name"):
-        load_omniglot(path, counts=(5, 2, 3))
+    refuses(DataError, r"unsafe name", load_omniglot, path, counts=(5, 2, 3))
+    refuses(DataError, r"unsafe name", load_mini_imagenet, path)
     assert everything_under(tmp_path) == before
 
 
@@ -50,8 +46,7 @@ def test_links_are_refused(tmp_path):
         link = zipfile.ZipInfo("omniglot-py/link.png")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    with pytest.raises(DataError, match=r"holds a link, 'omniglot-py/link\.png'"):
-        load_omniglot(path, counts=(5, 2, 3))
+    refuses(DataError, r"holds a link, 'omniglot-py/link\.png'", load_omniglot, path, counts=(5, 2, 3))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -60,7 +55,7 @@ def test_a_name_that_comes_twice_is_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", b"1")
         archive.writestr("a.png", b"2")
-    with pytest.raises(DataError, match=r"'a\.png' twice"), open_source(path, 100):
+    with pytest.raises(DataError, match=r"'a\.png' twice"), closing(files_at(path, 100)):
         pass
 
 
@@ -71,9 +66,12 @@ def test_members_larger_than_the_limit_are_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "bomb.png").write_bytes(bytes(10**6))
     for root in (path, tmp_path / "folder"):
-        with open_source(root, max_bytes=10**5) as source, pytest.raises(DataError, match=r"'bomb\.png' holds more"):
+        with (
+            closing(files_at(root, max_bytes=10**5)) as source,
+            pytest.raises(DataError, match=r"'bomb\.png' holds more"),
+        ):
             source.read("bomb.png")
-        with open_source(root, max_bytes=10**6) as source:
+        with closing(files_at(root, max_bytes=10**6)) as source:
             assert source.names() == ["bomb.png"]
             assert source.read("bomb.png") == bytes(10**6)
 
@@ -81,14 +79,14 @@ def test_members_larger_than_the_limit_are_refused(tmp_path):
 def test_a_damaged_archive_is_refused(tmp_path):
     path = tmp_path / "o.zip"
     path.write_bytes(b"PK not really")
-    with pytest.raises(DataError, match=r"not a readable zip"), open_source(path, 100):
+    with pytest.raises(DataError, match=r"not a readable zip"), closing(files_at(path, 100)):
         pass
-    with pytest.raises(DataError, match=r"no folder and no zip"), open_source(tmp_path / "none", 100):
+    with pytest.raises(DataError, match=r"no folder and no zip"), closing(files_at(tmp_path / "none", 100)):
         pass
     write_zip(path, {"a.png": b"some content"})
     path.write_bytes(path.read_bytes().replace(b"some content", b"same content"))
     with (
-        open_source(path, 100) as source,
+        closing(files_at(path, 100)) as source,
         pytest.raises(DataError, match=r"'a\.png' in the archive cannot be read.*CRC"),
     ):
         source.read("a.png")

@@ -1,4 +1,4 @@
-"""splits_from: your arrays, tensors or torch data set with labels -> classes -> split -> LabelledImages."""
+"""splits_from: your arrays, tensors or torch data set with labels -> classes -> split -> DataSplits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from metawrap.data.arrays import GRAY, resized
-from metawrap.data.checks import check_int
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
-from metawrap.data.splits import DataSplits, as_splits
-from metawrap.data.streamed import Pixels, StreamedImages
+from metawrap.data.image_sets import DataSplits, Pixels, StreamedImages, as_splits
+from metawrap.data.pixel_sources import GRAY, RGB, resized
+from metawrap.data.problems import check_int, check_seed, wrong_argument
 from metawrap.errors import ArgumentError, DataError
 from metawrap.tasks import describe_value
 
@@ -34,35 +33,42 @@ def splits_from(
 ) -> DataSplits:
     """Your own labelled images, split by class, for `EpisodeSampler`.
 
+        >>> images, labels = torch.rand(60, 3, 28, 28), torch.arange(20).repeat(3)
+        >>> train, validation, test = splits_from(images, labels)
+        >>> train.num_classes, train.image_shape
+        (13, (3, 28, 28))
+
     Args:
         data: images as one array, with `labels`; or a map-style `torch.utils.data.Dataset` of (image, label). As in
             torchvision, a tensor is (channels, height, width), and an array or PIL image (height, width, channels) or
             (height, width). Pixels are uint8, bool, or floats in [0, 1], which are rounded to the nearest 1/255.
-        labels: one for each image of an array: whole numbers or texts. A data set has its own: its `targets` or
-            `labels` if there are any and nothing transforms them, else those of one pass over it.
+        labels: whole numbers or texts, one for each image of an array. The labels of a data set are its `targets` or
+            `labels` if it has them and no `target_transform`; else one pass over the data set collects them.
         class_names: the name of label 0, 1, ...; by default the data set's `classes`, else the labels as text.
         splits: shares of the classes for train, validation and test.
-        split: the classes of each by name instead, as for `load_image_folder`.
+        split: the classes of each part by name, as for `load_image_folder`.
         seed: names the shuffle of the classes; the same seed gives the same split on every platform.
-        image_size: images are squeezed to this many pixels on either side (Lanczos); left out, all have one size.
-        stream: keep the data set and take images from it when they are drawn, in workers too (True), take all now
-            (False), or, by default, whichever suits the memory. A data set whose images are random is best streamed.
+        image_size: images are squeezed or stretched to this many pixels on either side (Lanczos); without it, all
+            images must have one size.
+        stream: True keeps the data set and takes images from it when they are drawn, also in workers; False takes all
+            images now; by default, sets that would fill half of the free memory are streamed. Stream a data set whose
+            images are random.
     Raises:
         ArgumentError: an argument of the wrong type or range, or labels that do not fit the images.
         DataError: too few classes, images of different sizes, or pixels in another range.
     """
     shares = check_shares(splits)
+    check_seed(seed)
     if image_size is not None:
         check_int("image_size", image_size, 1)
     items, found, names = _labelled(data, labels)
     named = list(map(str, class_names)) if class_names is not None else names
-    texts = [_text_of(label, place, named) for place, label in enumerate(found)]
     by_class: dict[str, list[int]] = {}
-    for place, text in enumerate(texts):
-        by_class.setdefault(text, []).append(place)
+    for place, label in enumerate(found):
+        by_class.setdefault(_text_of(label, place, named), []).append(place)
     existing = sorted(by_class)
     parts = split_by_seed(existing, shares, seed) if split is None else split_as_given(existing, split)
-    source = ItemPixels(items, image_size)
+    source = _ItemPixels(items, image_size)
     shape = source.pixels(0).shape
     streamed = []
     for part in parts:
@@ -73,8 +79,8 @@ def splits_from(
     return as_splits(streamed, stream)
 
 
-class ItemPixels:
-    """The images of an array or a map-style data set, each as bytes of one shape."""
+class _ItemPixels:
+    """The images of an array or a map-style data set, all of one shape."""
 
     def __init__(self, items: Any, size: int | None) -> None:
         self._items, self._size = items, size
@@ -84,11 +90,11 @@ class ItemPixels:
         return len(self._items)
 
     def pixels(self, place: int) -> Pixels:
-        """The image, uint8, (channels, height, width), or DataError."""
+        """The image, or DataError."""
         item = self._items[place]
         if isinstance(item, tuple | list):
             item = item[0] if item else None
-        pixels = as_bytes(item, self.name(place), self._size)
+        pixels = _pixels_of(item, self.name(place), self._size)
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             raise DataError(
@@ -102,12 +108,8 @@ class ItemPixels:
         return f"image {place}"
 
 
-def as_bytes(image: Any, name: str, size: int | None) -> Pixels:
-    """An image of any accepted kind as uint8 of shape (channels, height, width).
-
-    Raises:
-        DataError: it is no image, or its pixels are in another range.
-    """
+def _pixels_of(image: Any, name: str, size: int | None) -> Pixels:
+    """An image of any accepted kind as uint8 of shape (channels, height, width), or DataError."""
     if isinstance(image, Image.Image):
         image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     if isinstance(image, Tensor):
@@ -124,7 +126,7 @@ def as_bytes(image: Any, name: str, size: int | None) -> Pixels:
     pixels = _in_bytes(array, name)
     if size is None:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    if pixels.shape[2] not in (GRAY, 3) and pixels.shape[:2] != (size, size):
+    if pixels.shape[2] not in (GRAY, RGB) and pixels.shape[:2] != (size, size):
         raise DataError(f"{name}: expected 1 or 3 channels to resize, but got {pixels.shape[2]}. Leave image_size out.")
     return resized(pixels, size)
 
@@ -147,24 +149,18 @@ def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]
     """The items, the label of each, and the names of labels 0, 1, ... if the data set knows them."""
     if isinstance(data, Tensor | np.ndarray):
         if data.ndim not in (3, 4) or len(data) == 0:
-            raise ArgumentError(
-                "data: expected images as a tensor (images, channels, height, width) or an array (images, height, "
-                f"width, channels), at least one, but got {describe_value(data)}."
-            )
+            kinds = "a tensor (images, channels, height, width) or an array (images, height, width, channels)"
+            raise wrong_argument("data", f"images as {kinds}, at least one", data)
         if labels is None or len(labels) != len(data):
-            raise ArgumentError(
-                f"labels: expected one for each of {len(data)} images, but got "
-                f"{'None' if labels is None else len(labels)}."
-            )
+            got = None if labels is None else len(labels)
+            raise wrong_argument("labels", f"one for each of {len(data)} images", got)
         return data, _as_list(labels), None
     sized = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | str)
     if not sized or isinstance(data, dict) or len(data) == 0:
-        raise ArgumentError(
-            "data: expected a tensor or array of images, or a data set with __len__ and __getitem__, not empty, but "
-            f"got {describe_value(data)}. Collect an iterable one into a list first."
-        )
+        kinds = "a tensor or array of images, or a data set with __len__ and __getitem__, not empty"
+        raise wrong_argument("data", kinds, data, "Collect an iterable one into a list first.")
     if labels is not None:
-        raise ArgumentError("labels: a data set has labels of its own, so expected None. Leave it out.")
+        raise ArgumentError("labels: expected None, because a data set has labels of its own. Leave labels out.")
     names = getattr(data, "classes", None)
     known = [str(name) for name in names] if isinstance(names, list | tuple) else None
     return data, _own_labels(data), known
@@ -191,12 +187,11 @@ def _own_labels(data: Dataset[Any]) -> list[Any]:
 def _as_list(labels: Any) -> list[Any]:
     if isinstance(labels, Tensor | np.ndarray):
         labels = labels.tolist()
-    return [label.item() if isinstance(label, Tensor | np.generic) and label.size == 1 else label for label in labels]
+    singles = (isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1) for label in labels)
+    return [label.item() if single else label for label, single in zip(labels, singles, strict=True)]
 
 
 def _text_of(label: Any, place: int, names: list[str] | None) -> str:
-    if isinstance(label, Tensor):
-        label = label.item() if label.numel() == 1 else label
     if isinstance(label, str):
         return label
     if isinstance(label, bool) or not isinstance(label, int):
