@@ -28,7 +28,7 @@ from report_runs import (
 from metawrap.cli import main
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.report import draw_report_pictures, gather, write_report_page
-from metawrap.report.page import _sections, render
+from metawrap.report.page import plotly_library, render
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'&amp;$x"
 
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 def page_of(*paths):
-    return Page(render(gather([Path(path) for path in paths])))
+    return Page(render(gather([Path(path) for path in paths]), plotly_library()))
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +348,9 @@ def test_junk_anywhere_in_the_files_leaves_a_report_of_the_rest(tmp_path, junk):
                 inside = inside[key]
             inside[path[-1]] = junk
             write_lines(run / name, [spoilt])
-            assert _sections(gather([run]))
+            assert render(gather([run]), "")
         (run / name).write_text("[1, 2\n{torn")
-        assert _sections(gather([run]))
+        assert render(gather([run]), "")
         (run / name).write_text(before)
 
 
