@@ -49,14 +49,14 @@ class Chart:
 class ChartPanel:
     """Charts side by side, under one choice and one slider.
 
-    slides: for each choice, the names of the slider's places. key: the marks of inner steps that no legend of a chart
-    explains. caption: the meaning of all marks, for a picture that has no text around it.
+    slides: for each choice, the names of the slider's places. key: marks that no legend of a chart explains, each
+    with its name. caption: the meaning of all marks, for a picture that has no text around it.
     """
 
     charts: list[Chart]
     choices: list[str] = field(default_factory=list)
     slides: list[list[str]] = field(default_factory=list)
-    key: list[str] = field(default_factory=list)
+    key: list[tuple[str, str]] = field(default_factory=list)
     caption: str = ""
 
     def for_plotly(self) -> dict[str, Any]:

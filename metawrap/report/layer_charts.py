@@ -46,7 +46,8 @@ def learned_rates(groups: Sequence[Group]) -> ChartPanel | None:
         _rate_chart(f"rates-{place}", kind, parameters, runs, numbers, steps)
         for place, (kind, parameters) in enumerate(_parameter_kinds(names).items())
     ]
-    key = [f"{list(SYMBOLS.values())[step % len(SYMBOLS)]} step {step + 1}" for step in range(steps)]
+    letters = list(SYMBOLS.values())
+    key = [(letters[step % len(letters)], f"step {step + 1}") for step in range(steps)]
     return ChartPanel(charts, [], [[str(number) for number in numbers]], key if len(runs) > 1 else [])
 
 

@@ -10,7 +10,17 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from metawrap.errors import ArgumentError, MetaWrapError
-from metawrap.report.charts import GREY, SYMBOLS, ChartPanel, State, Trace, accuracy_by_step, curves, step_losses
+from metawrap.report.charts import (
+    GREY,
+    SYMBOLS,
+    ChartPanel,
+    State,
+    Trace,
+    accuracy_by_step,
+    curves,
+    step_losses,
+    symbol,
+)
 from metawrap.report.gather import Group
 from metawrap.report.layer_charts import learned_rates, norm_statistics, shortened
 from metawrap.training.run_records import Example, Number
@@ -75,9 +85,9 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         axes.set_title(chart.title, fontsize=10)
     for axes in grid.flat[count:]:
         axes.set_axis_off()
-    for mark, name in zip(_MARKERS.values(), panel.key, strict=False):
-        axes.plot([], [], mark, color=GREY, label=name)
-    epoch = f"epoch {panel.slides[0][place]}" if any(panel.slides) else ""
+    for step, (_, name) in enumerate(panel.key):
+        axes.plot([], [], _MARKERS[symbol(step)], color=GREY, label=name)
+    epoch = f"after epoch {panel.slides[0][place]}" if any(panel.slides) else ""
     title = ", ".join(filter(None, [*panel.choices[:1], epoch]))
     figure.suptitle(_literal(": ".join(filter(None, [title, panel.caption]))), fontsize=10)
     entries: dict[str, Any] = {}
@@ -130,7 +140,7 @@ def _draw_line(axes: Any, trace: Trace, x: list[float], y: list[float]) -> None:
     style = {
         "color": trace["line"]["color"],
         "linestyle": _DASHES[trace["line"].get("dash", "solid")] if has_line else "none",
-        "linewidth": 0.8 * trace["line"]["width"],
+        "linewidth": 0.9 * trace["line"]["width"],
         "marker": _MARKERS[trace.get("marker", {}).get("symbol", "circle")] if has_marks else None,
         "markersize": 4.5 if "symbol" in trace.get("marker", {}) else 3,
         "alpha": trace.get("opacity", 1),
