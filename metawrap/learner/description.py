@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -126,7 +127,8 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for strict JSON; infinity and NaN become words."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        text = json.dumps(asdict(self), default=str)
+        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: str(float(name)))
         for stored, row in zip(plain["modules"], self.modules, strict=True):
             stored.update(numbers=row.numbers, done=row.done)
         return plain
@@ -220,14 +222,6 @@ def _order(settings: Mapping[str, Any]) -> str:
     return "first order" if math.isinf(epochs) else f"first order until epoch {epochs}, then second order"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _module_lines(rows: Sequence[ModuleRow], head: str | None) -> list[Line]:
     """A line for each module that owns parameters or buffers, and a header above the parts of a block.
 
@@ -253,28 +247,20 @@ def _module_lines(rows: Sequence[ModuleRow], head: str | None) -> list[Line]:
         ancestors = [name for name in _above(row.name) if name and name in shown]
         start = len(ancestors[0]) + 1 if ancestors else 0
         label = printable(row.name[start:] or "(the model itself)")
-        if row.name in own:
-            lines.append(_module_line(row, label, len(ancestors), head))
-        else:
-            lines.append(Line(label, "header", len(ancestors), printable(row.name), row.kind))
+        place: dict[str, Any] = {"label": label, "depth": len(ancestors), "path": printable(row.name), "kind": row.kind}
+        cells = _cells(row, head) if row.name in own else {"role": "header"}
+        lines.append(Line(**place, **cells))
     return lines
 
 
-def _module_line(row: ModuleRow, label: str, depth: int, head: str | None) -> Line:
+def _cells(row: ModuleRow, head: str | None) -> dict[str, Any]:
     shapes = ["x".join(map(str, shape)) or "scalar" for shape in row.parameters.values()]
     if len(shapes) > _SHAPES_SHOWN:
         shapes = [*shapes[: _SHAPES_SHOWN - 1], f"{len(shapes) - _SHAPES_SHOWN + 1} more"]
     is_head = row.name == head and row.same_as is None
-    return Line(
-        label=label,
-        depth=depth,
-        path=printable(row.name),
-        kind=row.kind,
-        shapes=", ".join(shapes),
-        numbers=row.numbers if row.parameters else None,
-        rates=row.rates or None,
-        done=(*row.words(), Words("the head")) if is_head else row.words(),
-    )
+    done = (*row.words(), Words("the head")) if is_head else row.words()
+    numbers = row.numbers if row.parameters else None
+    return {"shapes": ", ".join(shapes), "numbers": numbers, "rates": row.rates or None, "done": done}
 
 
 def _kinds_without_line(rows: Sequence[ModuleRow], lines: Sequence[Line]) -> str:
