@@ -14,7 +14,8 @@ ROOT = Path(metawrap.__file__).parent
 # The layer of a module is that of its longest prefix here. 0 to 2 are the library, 3 runs it, 4 is the command line.
 # From the bottom up; a room may import those before it, and modules of its own.
 ORDER = [
-    "errors", "templates", "tasks", "results", "layers", "surgery", "snapshot", "inner_loop.update_rules", "engines", "settings",
+    "errors", "templates",
+    "tasks", "results", "layers", "surgery", "snapshot", "inner_loop.update_rules", "engines", "settings",
     "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
     "training", "sklearn", "recipes", "report", "cli", "__main__",
 ]  # fmt: skip
