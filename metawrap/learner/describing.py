@@ -76,8 +76,8 @@ def describe_learner(
 def look_at(learner: Method, task: Task) -> None:
     """Shows the learner one task, as its first meta-step would, so that `describe` knows all. Changes nothing else.
 
-    look_at(learner, task)
-    print(learner.describe())
+    >>> look_at(learner, task)  # doctest: +SKIP
+    >>> print(learner.describe())  # doctest: +SKIP
     """
     with autograd():
         learner._prepare(usable(task))

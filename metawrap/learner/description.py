@@ -40,7 +40,10 @@ _NORMS = {
 class ModuleRow:
     """One module of the user's network, and what wrapping did to it.
 
-        [row.name for row in learner.describe().modules if row.left_alone]
+    >>> from metawrap import MAML
+    >>> from torch import nn
+    >>> MAML(nn.Linear(4, 3), inner_steps=1).describe().modules[0].done
+    'adapted'
 
     name: dotted; "" is the network itself. kind: the user's class. parameters, buffers: of the module, without those of
     its children, by local name, with their shapes in the learner: a per-step tensor has a leading step axis.
@@ -96,7 +99,10 @@ class ModuleRow:
 class Description:
     """What wrapping found and did. Prints as a table; `rich.print` adds colours, and a notebook shows HTML.
 
-        print(learner.describe())
+    >>> from metawrap import MAML
+    >>> from torch import nn
+    >>> list(MAML(nn.Linear(4, 3), inner_steps=1).describe().adapted)
+    ['weight', 'bias']
 
     adapted, learned_only, frozen: names and shapes of the parameters that the inner loop adapts, that only the outer
     loop learns, and that neither loop changes. Each parameter is in one of the three. swapped, left_alone: names of

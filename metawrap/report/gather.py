@@ -38,7 +38,7 @@ class Group:
 def gather(paths: Sequence[Path]) -> list[Group]:
     """The groups of runs in these folders, in the order of the folders. A folder that is named twice counts once.
 
-        groups = gather([Path("runs/one"), Path("runs/two")])
+    >>> groups = gather([Path("runs/one"), Path("runs/two")])  # doctest: +SKIP
 
     Raises:
         CheckpointError: a folder has no run.

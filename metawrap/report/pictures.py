@@ -34,7 +34,7 @@ _RIGHT, _WRONG = "#1f8a5b", "#c8452f"
 def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
     """Writes report-curves.png, -rates, -steps, -msl, -norms and -episode, as far as the runs have records for them.
 
-        draw_report_pictures(gather([Path("runs/one")]), Path("pictures"))
+    >>> draw_report_pictures(gather([Path("runs/one")]), Path("pictures"))  # doctest: +SKIP
 
     Returns:
         The files that were written.
