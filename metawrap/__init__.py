@@ -14,8 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.learner.description import Description
-from metawrap.learner.module_rows import ModuleRow
+from metawrap.learner.description import Description, ModuleRow
 from metawrap.methods import (
     ANIL,
     FOMAML,

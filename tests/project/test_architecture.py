@@ -16,7 +16,8 @@ import metawrap
 ROOT = Path(metawrap.__file__).parent
 # From the bottom up: a room may import the rooms before it, and itself. A module belongs to its longest prefix here.
 ORDER = [
-    "errors", "tasks", "results", "layers", "surgery", "snapshot", "inner_loop.update_rules", "engines", "settings",
+    "errors", "templates",
+    "tasks", "results", "layers", "surgery", "snapshot", "inner_loop.update_rules", "engines", "settings",
     "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
     "training", "sklearn", "recipes", "report", "cli", "__main__",
 ]  # fmt: skip

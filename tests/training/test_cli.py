@@ -325,7 +325,7 @@ def test_inspect_writes_json_and_a_page(capsys):
     assert [row["numbers"] for row in found["modules"]] == [0, 0, 5 * 64 + 5]
     page = Path("page.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "FOMAML(preset=&quot;fomaml&quot;) around Sequential" in page
+    assert "FOMAML(preset=&#34;fomaml&#34;) around Sequential" in page
 
 
 def test_inspect_says_unused_parameters_in_the_table_alone(capsys):
