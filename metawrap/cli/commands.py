@@ -1,7 +1,7 @@
 """The command line: flags -> RunSettings -> training, and errors -> one line with the fix.
 
-Exit codes: 0 done, 1 an error that nobody foresaw, 2 one that metawrap explains, 130 stopped by Ctrl-C or SIGTERM,
-141 nobody reads the output any more, as in `metawrap inspect ... | head`.
+Exit codes: 0 done, 1 an unexpected error, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM, 141 the
+reader of the output is gone, as in `metawrap inspect ... | head`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
-from metawrap.cli.given import flags_in, is_given, out_in, recipe_in, settings_in
+from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in
 from metawrap.cli.report import write_report
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.training.checkpoints import CheckpointFolder, write_json
-from metawrap.training.comparison import compare, settings_of
+from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.inspection import inspect_model
-from metawrap.training.launch import by_first, process_group, rank, size
 from metawrap.training.machine import command_line, program
 from metawrap.training.progress import quiet, say
 from metawrap.training.run import evaluate_run, train, train_seeds
@@ -39,6 +38,7 @@ from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import NORMS
 from metawrap.training.study import run_study, study_table
 from metawrap.training.tables import comparison_table, result_text
+from metawrap.training.torchrun import on_rank_zero, process_group, rank, world_size
 
 INTERRUPTED = 130
 UNREAD = 141
@@ -47,19 +47,26 @@ FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; `argv` defaults to the process's own arguments."""
+    """Runs one command and returns the exit code; `argv` defaults to the arguments of the process.
+
+    >>> main(["train", "--ways", "1"])
+    2
+    """
     arguments = build_parser().parse_args(argv)
-    if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
+    if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
         sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line(), quiet(arguments.quiet):
         try:
-            _check_processes(arguments.command)
+            if world_size() > 1 and arguments.command != "train":
+                raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
             with process_group():
                 command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python's own last flush complains.
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # Else the last flush of Python prints an error.
             return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments), error=True)
@@ -72,11 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_processes(command: str) -> None:
-    if size() > 1 and command != "train":
-        raise ArgumentError(f"metawrap {command} runs in one process: start it without torchrun.")
-
-
 def _say_error(error: Exception) -> None:
     text = str(error)
     if not isinstance(error, MetaWrapError):
@@ -84,7 +86,7 @@ def _say_error(error: Exception) -> None:
         text += ". This is a bug in metawrap or in a library: run again with -v for the traceback, and report it."
     if rank() == 0:
         say(f"Error: {text}", error=True)
-    elif not isinstance(error, RankError):  # Whoever failed first has said why.
+    elif not isinstance(error, RankError):  # Rank 0 has printed the cause.
         print(f"Error on rank {rank()}: {text}", file=sys.stderr, flush=True)
 
 
@@ -94,7 +96,7 @@ def _train(arguments: Namespace) -> None:
         _study(arguments, recipe, out)
         return
     start, stored_seeds = None, None
-    if stored := by_first(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
+    if stored := on_rank_zero(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
         start, stored_seeds = stored
     settings = settings_in(arguments, start, recipe)
     seeds = arguments.seeds or stored_seeds
@@ -109,7 +111,7 @@ def _train(arguments: Namespace) -> None:
 
 
 def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
-    if size() > 1:
+    if world_size() > 1:
         raise ArgumentError("metawrap train on a study starts processes of its own: start it without torchrun.")
     if is_given(arguments, "method"):
         raise ArgumentError("method: is what a study compares. Leave it out, or train one of its runs.")
@@ -126,9 +128,9 @@ def _recipes(arguments: Namespace) -> None:
 
 def _compare(arguments: Namespace) -> None:
     overrides: dict[str, dict[str, Any]] = {}
-    for method, name, value in arguments.overrides:
+    for method, name, value in getattr(arguments, "overrides", []):
         overrides.setdefault(method, {})[name] = value
-    runs = settings_of(arguments.methods, settings_in(arguments), arguments.budget, overrides)
+    runs = settings_by_method(arguments.methods, settings_in(arguments), arguments.budget, overrides)
     result = compare(runs, arguments.out, arguments.jobs)
     print(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {Path(arguments.out) / 'comparison.md'}")
 
@@ -193,21 +195,21 @@ def _stopped(arguments: Namespace) -> str:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM, which job schedulers send before they kill, stop a run as Ctrl-C does.
+    """Lets SIGTERM, which job schedulers send before SIGKILL, stop a run as Ctrl-C does.
 
-    Only the first interrupt counts: torchrun sends SIGTERM to processes that a Ctrl-C has reached already.
+    Only the first interrupt counts: torchrun sends SIGTERM after a Ctrl-C that has reached the processes already.
     """
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # A shell's background job ignores Ctrl-C, and goes on doing so.
+    # A background job of a shell ignores Ctrl-C and keeps ignoring it.
     numbers = [signal.SIGTERM]
     numbers += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     try:
         before = {number: signal.signal(number, interrupt) for number in numbers}
-    except ValueError:  # only the main thread may set handlers
+    except ValueError:  # Only the main thread may set handlers.
         yield
         return
     try:
@@ -219,7 +221,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """A warning as a plain line, without the place in metawrap's source that it came from."""
+    """Prints a warning as one plain line, without its place in the source of metawrap."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
         yield

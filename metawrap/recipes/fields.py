@@ -1,6 +1,6 @@
-"""The names that a recipe and `--set` may give, and the type of each, read from RunSettings and from the methods.
+"""The names that a recipe and `--set` accept, with their types from RunSettings and from the methods.
 
-Checked by pydantic, strictly: 'true' is no number, and 3 is no switch.
+pydantic checks strictly: 'true' is no number, and 3 is no switch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from metawrap.recipes.yaml_file import Given
 from metawrap.training.experiment import PYTHON_ONLY, keyword_types
 from metawrap.training.run_settings import METHODS, RunSettings
 
-# `options` is what the keywords of the method become, and `recipe` what is recorded of the file.
+# The keywords of the method become `options`, and the name of the file becomes `recipe`.
 RUN_FIELDS: dict[str, Any] = {
     name: hint for name, hint in get_type_hints(RunSettings).items() if name not in ("options", "recipe")
 }
 
 
 def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the run, and keywords of the method. A name that is both is the run's, which hands it to the method.
+    """Fields of the run, and keywords of the method. A name that is both belongs to the run.
 
     Args:
-        given: by name. method: its name on the command line. also: names that might have been meant.
+        given: values by name. method: its name on the command line. also: further names to suggest for an unknown one.
     Raises:
-        ArgumentError: a name that is neither, with the nearest one, or a wrong type; begins with the place.
+        ArgumentError: an unknown name, with the nearest known one, or a wrong type; begins with the place.
     """
     keywords = method_keywords(method)
     run: dict[str, Any] = {}
@@ -49,33 +49,36 @@ def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -
 
 
 def typed(name: str, given: Given, hint: Any) -> Any:
-    """The value, if it is of the type; as JSON has it, so that a list stands for a tuple.
+    """The value, checked against the type as JSON: a list stands for a tuple.
+
+    >>> typed("ways", Given(5, "my.yaml, line 3"), int)
+    5
 
     Raises:
-        ArgumentError: it is not; begins with the place.
+        ArgumentError: the value has another type; begins with the place.
     """
     adapter = _adapter(hint)
-    if adapter is None:  # What takes a function too, such as `adapt`: the method itself checks it.
+    if adapter is None:  # A hint with a function, such as that of `adapt`: the method itself checks the value.
         return given.value
     try:
         adapter.validate_json(json.dumps(given.value))
     except ValidationError as error:
         wanted = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
         raise ArgumentError(
-            f"{given.place}: {name}: expected {' or '.join(wanted)}, but got {_shown(given.value)}."
+            f"{given.place}: {name}: expected {' or '.join(wanted)}, but got {given.value!r:.80}."
         ) from error
     return given.value
 
 
 def method_keywords(method: str) -> dict[str, Any]:
-    """The keywords of a method that plain values can give, with the type of each; without those that the run sets."""
+    """The keywords of a method that take plain values and are no settings of the run, with their types."""
     kind = getattr(methods, METHODS[method])
     of_run = {each.name for each in fields(RunSettings)}
     return {name: hint for name, hint in keyword_types(kind).items() if name not in PYTHON_ONLY | of_run}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most like it, or has it as a part; None if there is none."""
+    """The most similar known name, else the shortest that contains `name`; None if there is none."""
     alike = get_close_matches(name, sorted(known), 1) or sorted((each for each in known if name in each), key=len)
     return alike[0] if alike else None
 
@@ -95,8 +98,3 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(hint, config=ConfigDict(strict=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from metawrap.training.plots import draw_comparison
 
 from metawrap import ArgumentError, CheckpointError
 from metawrap.cli import main
-from metawrap.training.comparison import compare, settings_of
-from metawrap.training.comparison_plot import draw_comparison
+from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import comparison_table
 
@@ -40,7 +40,7 @@ def row(name: str, accuracy: float, **changes: Any) -> dict[str, Any]:
 
 def test_each_method_gets_the_common_settings_and_its_own() -> None:
     overrides = {"protonet": {"budget": 200, "meta_lr": 0.003, "distance": "cosine"}}
-    runs = settings_of(["maml", "protonet"], COMMON, 100, overrides)
+    runs = settings_by_method(["maml", "protonet"], COMMON, 100, overrides)
     assert list(runs) == ["maml", "protonet"]
     assert runs["maml"] == RunSettings(epochs=4, filters=8, method="maml", iterations_per_epoch=25, test_norms="own")
     assert runs["protonet"].iterations_per_epoch == 50
@@ -63,7 +63,7 @@ def test_each_method_gets_the_common_settings_and_its_own() -> None:
 )
 def test_what_cannot_be_compared_is_named(methods: Any, budget: int, overrides: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
-        settings_of(methods, COMMON, budget, overrides)
+        settings_by_method(methods, COMMON, budget, overrides)
 
 
 def test_the_table_is_markdown_with_the_best_first_and_failures_below() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from metawrap.training.plots import draw_study
 
 from metawrap import ArgumentError
 from metawrap.backbones import Conv4
@@ -17,7 +18,6 @@ from metawrap.recipes import load_recipe, recipe_names, recipe_text
 from metawrap.training.experiment import build_learner
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.study import largest_fall, study_table
-from metawrap.training.study_plot import draw_study
 
 # Written by hand from the paper's tables and from the authors' released configurations, not from the recipes.
 SETTINGS = {
