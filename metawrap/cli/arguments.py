@@ -14,6 +14,52 @@ from metawrap.data import DATASETS
 from metawrap.engines import ENGINES
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _seeds(text: str) -> list[int]:
+    numbers = _whole_numbers(text, 0, "whole numbers such as 0,1,2")
+    if len(set(numbers)) != len(numbers):
+        raise argparse.ArgumentTypeError(f"expected different numbers, but got '{text}'")
+    return numbers
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_whole_numbers(text, 1, "positive whole numbers such as 3,84,84"))
+
+
+def _whole_numbers(text: str, least: int, expected: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < least:
+        raise argparse.ArgumentTypeError(f"expected {expected}, but got '{text}'")
+    return numbers
+
+
+def _override(text: str) -> tuple[str, str, Any]:
+    name, value = _option(text)
+    method, separator, key = name.rpartition(".")
+    if not separator:
+        raise argparse.ArgumentTypeError(
+            f"expected METHOD.NAME=VALUE, such as protonet.meta_lr=0.003, but got '{text}'"
+        )
+    return method, key, value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as msl_epochs=15, but got '{text}'")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 _N: dict[str, Any] = {"type": int, "metavar": "N"}
 _X: dict[str, Any] = {"type": float, "metavar": "X"}
 _NAME: dict[str, Any] = {"metavar": "NAME"}
@@ -61,6 +107,9 @@ _TASKS: dict[str, dict[str, Any]] = {
     "--test-tasks": _N | {"help": "fixed tasks of unseen classes to test on (600)"},
 }
 _SEED = _N | {"help": "of the initial weights and the order of tasks (0)"}
+_SET = {"action": "append", "dest": "options", "type": _option, "metavar": "NAME=VALUE"} | {
+    "help": "any setting of a recipe or keyword of the method; wins over the recipe"
+}
 _DEVICE = _NAME | {"help": "auto (default), cpu, cuda, cuda:1"}
 
 
@@ -143,7 +192,7 @@ def _add_train(commands: Any) -> None:
     )
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", **_NAME, help="a published experiment (metawrap recipes), or a file.yaml")
-    _add_set(group)
+    group.add_argument("--set", **_SET)
     _add(parser.add_argument_group("data"), _DATA)
     _add(parser.add_argument_group("method"), _LEARNER | _NETWORK)
     group = parser.add_argument_group("run")
@@ -175,7 +224,8 @@ def _add_compare(commands: Any) -> None:
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", type=_names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))
     group.add_argument("--budget", required=True, **_N, help="meta-steps of each method")
-    _add_set(group, "overrides", _override, "METHOD.NAME=VALUE", "of one method: its budget, a setting or a keyword")
+    own = {"dest": "overrides", "type": _override, "metavar": "METHOD.NAME=VALUE"}
+    group.add_argument("--set", **_SET | own | {"help": "of one method: its budget, a setting or a keyword"})
     group.add_argument("--norm", **_NORM, help="one batch-norm policy for all (each method's own)")
     _add(parser.add_argument_group("data"), _DATA)
     _add(parser.add_argument_group("network"), _NETWORK)
@@ -207,8 +257,7 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", "show what wrapping a network finds and does", "inspect --model MODULE:NAME [options]"
     )
     parser.add_argument("--model", required=True, **_MODEL)
-    _add(parser, _LEARNER)
-    _add_set(parser)
+    _add(parser, _LEARNER | {"--set": _SET})
     parser.add_argument("--ways", **_N, help="classes of the network and of the task (5)")
     about = "of one example: a random task then shows head and engine"
     parser.add_argument("--input-shape", type=_shape, default=None, metavar="C,H,W", help=about)
@@ -264,58 +313,3 @@ def _add_recipes(commands: Any) -> None:
     )
     parser.add_argument("name", nargs="?", default=None, **_NAME, help="a recipe, or the path of a file.yaml")
     _add_terminal(parser)
-
-
-def _add_set(
-    group: Any,
-    dest: str = "options",
-    kind: Any = None,
-    metavar: str = "NAME=VALUE",
-    about: str = "any setting of a recipe or keyword of the method; wins over the recipe",
-) -> None:
-    group.add_argument("--set", dest=dest, action="append", type=kind or _option, metavar=metavar, help=about)
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _seeds(text: str) -> list[int]:
-    numbers = _whole_numbers(text, 0, "whole numbers such as 0,1,2")
-    if len(set(numbers)) != len(numbers):
-        raise argparse.ArgumentTypeError(f"expected different numbers, but got '{text}'")
-    return numbers
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_whole_numbers(text, 1, "positive whole numbers such as 3,84,84"))
-
-
-def _whole_numbers(text: str, least: int, expected: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < least:
-        raise argparse.ArgumentTypeError(f"expected {expected}, but got '{text}'")
-    return numbers
-
-
-def _override(text: str) -> tuple[str, str, Any]:
-    name, value = _option(text)
-    method, separator, key = name.rpartition(".")
-    if not separator:
-        raise argparse.ArgumentTypeError(
-            f"expected METHOD.NAME=VALUE, such as protonet.meta_lr=0.003, but got '{text}'"
-        )
-    return method, key, value
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as msl_epochs=15, but got '{text}'")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

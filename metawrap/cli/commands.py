@@ -24,10 +24,10 @@ from rich.console import Console
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in
-from metawrap.cli.report import write_report
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
+from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.inspection import inspect_model
@@ -40,10 +40,12 @@ from metawrap.training.study import run_study, study_table
 from metawrap.training.tables import comparison_table, result_text
 from metawrap.training.torchrun import on_rank_zero, process_group, rank, world_size
 
-INTERRUPTED = 130
-UNREAD = 141
-UNEXPECTED = 1
-FAILED = 2
+UNEXPECTED, FAILED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="color-scheme" content="light dark"><title>metawrap inspect</title></head>
+<body style="margin: 2em; font-family: system-ui, sans-serif">{table}</body></html>
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # Else the last flush of Python prints an error.
+            # The last flush of Python would print an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments), error=True)
@@ -93,15 +94,12 @@ def _say_error(error: Exception) -> None:
 def _train(arguments: Namespace) -> None:
     out, recipe = out_in(arguments), recipe_in(arguments)
     if recipe is not None and recipe.runs:
-        _study(arguments, recipe, out)
-        return
-    start, stored_seeds = None, None
-    if stored := on_rank_zero(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
-        start, stored_seeds = stored
-    settings = settings_in(arguments, start, recipe)
-    seeds = arguments.seeds or stored_seeds
-    if seeds is None and stored is None and recipe is not None and not is_given(arguments, "seed"):
-        seeds = recipe.seeds
+        return _study(arguments, recipe, out)
+    stored = on_rank_zero(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None)
+    start, seeds = stored or (None, None)
+    if stored is None and recipe is not None and not is_given(arguments, "seed"):
+        seeds = None if recipe.seeds is None else list(recipe.seeds)
+    settings, seeds = settings_in(arguments, start, recipe), arguments.seeds or seeds
     if seeds is None:
         result = train(settings, out, arguments.resume, arguments.tensorboard)
     else:
@@ -146,24 +144,30 @@ def _inspect(arguments: Namespace) -> None:
     description = inspect_model(settings_in(arguments), arguments.input_shape)
     if arguments.html is not None:
         _write_page(Path(arguments.html), description)
-    console = Console()
     if arguments.json:
         print(json.dumps(description.to_dict(), indent=2))
-    elif console.is_terminal:
-        console.print(description)
     else:
-        print(description)
+        console = Console()
+        (console.print if console.is_terminal else print)(description)
 
 
 def _write_page(path: Path, description: Description) -> None:
-    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>metawrap inspect</title>'
-    body = f'<body style="margin: 2em; font-family: system-ui, sans-serif">{description._repr_html_()}</body>'
+    page = _PAGE.format(table=description._repr_html_())
     try:
-        path.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
             f"html: cannot write '{path}' ({error.strerror}). Name a file in a folder of yours."
         ) from error
+
+
+def _report(arguments: Namespace) -> None:
+    groups = gather([Path(run) for run in arguments.runs])
+    page = Path(arguments.out) if arguments.out is not None else Path(arguments.runs[0]) / "report.html"
+    write_report_page(groups, page)
+    print(f"Report: {page}")
+    for path in draw_report_pictures(groups, Path(arguments.png)) if arguments.png is not None else ():
+        print(f"Picture: {path}")
 
 
 _COMMANDS = {
@@ -171,7 +175,7 @@ _COMMANDS = {
     "compare": _compare,
     "evaluate": _evaluate,
     "inspect": _inspect,
-    "report": write_report,
+    "report": _report,
     "data": run_data_check,
     "recipes": _recipes,
 }
@@ -183,9 +187,9 @@ def _stopped(arguments: Namespace) -> str:
     if arguments.command != "train":
         return "Stopped."
     out = out_in(arguments)
-    if any(out.glob("*/run.json")) and not (out / "run.json").exists():
-        return f"Stopped. Finished epochs are saved; continue with the same command and --resume: {command_line()}"
     if not (out / "run.json").exists():
+        if any(out.glob("*/run.json")):  # A study.
+            return f"Stopped. Finished epochs are saved; continue with the same command and --resume: {command_line()}"
         return "Stopped before the first meta-step; nothing was written."
     settings, seeds = read_run(out)
     finished = max(CheckpointFolder(out / "checkpoints", 1, 1).epochs(), default=0)

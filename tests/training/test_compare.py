@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from metawrap.training.plots import draw_comparison
 
 from metawrap import ArgumentError, CheckpointError
 from metawrap.cli import main
 from metawrap.training.comparison import compare, settings_by_method
+from metawrap.training.plots import draw_comparison
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import comparison_table
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from metawrap.training.plots import draw_study
+from tiny_runs import refusal
 
 from metawrap import ArgumentError
 from metawrap.backbones import Conv4
 from metawrap.cli import main
 from metawrap.recipes import load_recipe, recipe_names, recipe_text
 from metawrap.training.experiment import build_learner
+from metawrap.training.plots import draw_study
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.study import largest_fall, study_table
 
@@ -66,19 +68,18 @@ def test_every_published_experiment_is_packaged_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_builds_the_learner_that_the_tables_describe(name: str) -> None:
-    data, way, shot, part = name.replace("mini-imagenet", "mini_imagenet").split("-", 3)
-    key = (data.replace("_", "-"), int(way.removesuffix("way")), int(shot.removesuffix("shot")))
+    found = re.fullmatch(r"(.+)-(\d+)way-(\d)shot-(.+)", name)
+    key, part = (found[1], int(found[2]), int(found[3])), found[4]
     numbers, tasks, filters, targets, inner_lr, msl_epochs, clamp, side, tasks_of_text = SETTINGS[key]
     text = part.endswith("paper")
     on, first_order, published = PARTS[part]
     recipe = load_recipe(name)
     s = recipe.settings()
-    assert (s.data, s.ways, s.shots, s.recipe) == (*key, name)
+    assert (s.data, s.ways, s.shots, s.recipe, recipe.seeds) == (*key, name, (0, 1, 2))
     assert (s.filters, s.targets, s.image_size, s.backbone) == (filters, targets, side, "conv4")
-    assert s.tasks_per_batch == (tasks_of_text if text else tasks)
-    assert (s.epochs, s.iterations_per_epoch, s.test_tasks) == ((150, 500, 500) if text else (100, 500, 600))
-    assert s.ensemble == (0 if text else 5)
-    assert recipe.seeds == (0, 1, 2)
+    epochs, test_tasks, ensemble, batch = (150, 500, 0, tasks_of_text) if text else (100, 600, 5, tasks)
+    assert (s.epochs, s.iterations_per_epoch, s.test_tasks) == (epochs, 500, test_tasks)
+    assert (s.ensemble, s.tasks_per_batch) == (ensemble, batch)
 
     learner = learner_of(s)
     assert type(learner).__name__ == ("MAMLPlusPlus" if part.startswith("mamlpp") else "MAML")
@@ -174,10 +175,7 @@ def written(folder: Path, text: str | bytes, name: str = "my.yaml") -> str:
         ("a: " + "[" * 5000, r"nested too deeply"),
         ("x" * 70_000, r"at most 64 kB"),
         (b"title: \xff\xfe", r"is no text file"),
-        (
-            "extends: omniglot-20way-1shot-mam\n",
-            r"line 1: there is no recipe .* Did you mean 'omniglot-20way-1shot-maml'",
-        ),
+        ("extends: omniglot-20way-1shot-mam\n", r"line 1: there is no recipe .* Did you mean '.*-1shot-maml'"),
         ("extends: my.yaml\n", r"line 1: extends: goes round in a circle"),
         ("extends: omniglot-20way-1shot-stability\n", r"line 1: extends: .* is a study"),
         ("runs: [omniglot-20way-1shot-stability]\n", r"line 1: runs: .* is a study itself"),
@@ -243,24 +241,15 @@ def test_train_runs_a_packaged_recipe_with_overrides_and_records_its_name(
     assert main(command) == 0
     assert "3-way 1-shot" in capsys.readouterr().out
     run = json.loads(Path("run/run.json").read_text())
-    stored = run["settings"]
     assert run["seeds"] is None  # --seed asks for one run in the place of the recipe's three.
-    assert {name: stored[name] for name in ("recipe", "data", "ways", "seed", "tasks_per_batch", "preset", "norm")} == {
-        "recipe": "omniglot-20way-1shot-mamlpp",
-        "data": "glyphs",
-        "ways": 3,
-        "seed": 5,
-        "tasks_per_batch": 1,
-        "preset": "authors_code",
-        "norm": "batch",
-    }
-    assert stored["epochs"] == 2
-    assert stored["options"] == {"msl_epochs": 1}
+    given = {"recipe": "omniglot-20way-1shot-mamlpp", "data": "glyphs", "ways": 3, "seed": 5, "tasks_per_batch": 1}
+    given |= {"preset": "authors_code", "norm": "batch", "epochs": 2, "options": {"msl_epochs": 1}}
+    assert given.items() <= run["settings"].items()
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 2
     assert main([*command, "--resume"]) == 0
     assert main(["train", "--out", "run", "--resume"]) == 0
-    assert main([*command, "--resume", "--shots", "2"]) == 2
-    assert "shots: the run was started with 1" in capsys.readouterr().err
+    capsys.readouterr()
+    assert "shots: the run was started with 1" in refusal(capsys, [*command, "--resume", "--shots", "2"])
 
 
 @pytest.mark.usefixtures("_in_folder")
@@ -291,23 +280,15 @@ def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(
     assert not Path("both/wild/result.json").exists()
     assert Path("both/study.png").stat().st_size > 10_000
     assert "stopped" in printed.out
-    assert main(["train", "--recipe", path, "--out", "both"]) == 2
-    assert "already has a study. Continue it with --resume" in capsys.readouterr().err
-    assert main(["train", "--recipe", path, "--out", "both", "--method", "maml"]) == 2
-    assert "is what a study compares" in capsys.readouterr().err
+    command = ["train", "--recipe", path, "--out", "both"]
+    assert "already has a study. Continue it with --resume" in refusal(capsys, command)
+    assert "is what a study compares" in refusal(capsys, [*command, "--method", "maml"])
 
 
 def run_of(method: str, seed: int, validation: list[float], error: str | None = None) -> dict[str, Any]:
     test = None if error else {"accuracy": validation[-1], "interval": 0.01}
-    common = {"epochs": 3, "data": "omniglot", "ways": 20, "shots": 1}
-    return {
-        "experiment": method,
-        "method": method,
-        "seed": seed,
-        "validation": validation,
-        "error": error,
-        "test": test,
-    } | common
+    run = {"experiment": method, "method": method, "seed": seed, "validation": validation, "error": error, "test": test}
+    return run | {"epochs": 3, "data": "omniglot", "ways": 20, "shots": 1}
 
 
 def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall() -> None:
@@ -350,11 +331,7 @@ def test_the_plot_of_a_study_is_drawn_where_there_is_something_to_draw(tmp_path:
 def test_a_mistake_beside_a_recipe_is_one_line(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *flags, "--quiet"]) == 2
-    printed = capsys.readouterr().err.strip()
-    assert printed.startswith("Error: ")
-    assert words in printed
-    assert "\n" not in printed
+    assert words in refusal(capsys, ["train", *flags, "--quiet"])
     assert not Path("runs").exists()
 
 

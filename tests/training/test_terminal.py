@@ -19,7 +19,6 @@ from metawrap.training.progress import quiet, say
 
 TINY = ["train", "--image-size", "16", "--filters", "4", "--inner-steps", "1", "--batch", "1", "--device", "cpu"]
 TINY += ["--validation-tasks", "2", "--test-tasks", "2", "--test-norms", "own", "--epochs", "2", "--iterations", "3"]
-COMMANDS = [None, *build_parser().commands]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -117,9 +116,18 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for
         (["train", "--method", "mamml"], "--method: invalid choice 'mamml'. Did you mean maml?"),
         (["trian"], "command: invalid choice 'trian'. Did you mean train?"),
         (["inspect"], "the following arguments are required: --model. See metawrap inspect --help."),
+        (["train", "--seeds", "0,x"], "expected whole numbers such as 0,1,2, but got '0,x'"),
+        (["train", "--seeds", "1,1"], "expected different numbers"),
+        (["train", "--seeds", "0,1", "--seed", "3"], "not allowed with"),
+        (["train", "--set", "colour"], "expected NAME=VALUE"),
+        (["train", "--method", "magic"], "invalid choice"),
+        *(
+            (["inspect", "--model", "a:b", "--input-shape", shape], "expected positive whole numbers such as 3,84,84")
+            for shape in ("3,x", "3,0", "")
+        ),
     ],
 )
-def test_a_flag_that_does_not_exist_is_one_line_with_the_nearest(
+def test_a_flag_that_cannot_be_read_is_one_line_with_the_nearest_or_the_form(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -129,10 +137,10 @@ def test_a_flag_that_does_not_exist_is_one_line_with_the_nearest(
     assert words in line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_on_a_screen_of_100_columns(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *build_parser().commands, "data check"])
+def test_help_fits_on_a_screen_of_100_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main([*([command] if command else []), "--help"])
+        main([*command.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 50
+    assert len(lines) <= (40 if command == "data check" else 50)
     assert max(map(len, lines)) <= 100
