@@ -288,10 +288,7 @@ def _test(
         "settings": settings.to_dict(),
         "test": test,
         "trained_norm": learner.settings.norm,
-        "best_validation": {
-            "epoch": test["epoch"],
-            "accuracy": history[test["epoch"] - 1]["validation_accuracy"],
-        },
+        "best_validation": {"epoch": test["epoch"], "accuracy": history[test["epoch"] - 1]["validation_accuracy"]},
         "skipped_steps": sum(record["skipped_steps"] for record in history),
         "parameters": _learned_numbers(learner),
         "step_seconds": statistics.median(step_seconds) if step_seconds else None,
