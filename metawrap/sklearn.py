@@ -37,7 +37,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     >>> from torch import nn
     >>> from metawrap import ProtoNet
     >>> X = np.array([[0.0, 0.1], [0.1, 0.0], [5.0, 5.1], [5.1, 5.0]])
-    >>> model = FewShotClassifier(ProtoNet(nn.Linear(2, 8))).fit(X, ["near", "near", "far", "far"])
+    >>> learner = ProtoNet(nn.Linear(2, 8), embedding="output")
+    >>> model = FewShotClassifier(learner).fit(X, ["near", "near", "far", "far"])
     >>> model.predict(X).tolist()
     ['near', 'near', 'far', 'far']
 
