@@ -32,7 +32,7 @@ def check(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     birds(tmp_path / "birds")
     code, out, err = check(capsys, "birds", "--ways", 2, "--targets", 2, "--image-size", 12)
@@ -57,7 +57,7 @@ def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path: Path, capsys,
             assert any(np.array_equal(line[:, left : left + 84], expected) for left in range(line.shape[1] - 83))
 
 
-def test_the_report_counts_what_numpy_counts(tmp_path: Path, capsys) -> None:
+def test_the_report_counts_what_numpy_counts(tmp_path, capsys):
     birds(tmp_path / "birds")
     code, out, _ = check(capsys, tmp_path / "birds", "--ways", 2, "--out", tmp_path / "a.png", "--json")
     report = json.loads(out)
@@ -69,7 +69,7 @@ def test_the_report_counts_what_numpy_counts(tmp_path: Path, capsys) -> None:
         assert found == [len(counts), counts.sum(), counts.min(), np.median(counts), counts.max()]
 
 
-def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path: Path, capsys) -> None:
+def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     (root / "bird03" / "1.png").write_bytes(b"junk")
     whole = (root / "bird11" / "0.png").read_bytes()
@@ -86,7 +86,7 @@ def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path: Path, capsys) 
     assert sum(len(part["broken"]) for part in json.loads(out)["parts"]) == 2
 
 
-def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path: Path, capsys) -> None:
+def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     code, _, err = check(capsys, root, "--ways", 5, "--out", tmp_path / "a.png")
     assert code == 2
@@ -96,7 +96,7 @@ def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path: Path,
     assert "Error: train: Class 'bird" in err
 
 
-def test_an_image_in_two_parts_is_a_note(tmp_path: Path, capsys) -> None:
+def test_an_image_in_two_parts_is_a_note(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     train, _, test = load_image_folder(root)
     copied = root / train.class_names[0] / "0.png"
@@ -117,7 +117,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "one pickle"])
-def test_layouts_are_recognised(tmp_path: Path, capsys, layout: str) -> None:
+def test_layouts_are_recognised(tmp_path, capsys, layout):
     root = tmp_path / "set"
     root.mkdir()
     write, name = LAYOUTS["mini cache" if layout == "one pickle" else layout]
@@ -130,7 +130,7 @@ def test_layouts_are_recognised(tmp_path: Path, capsys, layout: str) -> None:
     assert f"--data-root {root}" in out
 
 
-def test_a_folder_of_omniglot_is_recognised(tmp_path: Path, capsys) -> None:
+def test_a_folder_of_omniglot_is_recognised(tmp_path, capsys):
     for name, content in omniglot_files().items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -139,7 +139,7 @@ def test_a_folder_of_omniglot_is_recognised(tmp_path: Path, capsys) -> None:
     assert (code, "asks for 1623 classes" in err) == (2, True)
 
 
-def test_a_hostile_pickle_is_refused_by_name(tmp_path: Path, capsys) -> None:
+def test_a_hostile_pickle_is_refused_by_name(tmp_path, capsys):
     mini_caches(tmp_path, "class_dict")
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(pickle.dumps({"image_data": print}))
@@ -157,7 +157,7 @@ def test_a_hostile_pickle_is_refused_by_name(tmp_path: Path, capsys) -> None:
         (".", "holds no class folder"),
     ],
 )
-def test_what_is_no_data_set_is_said(tmp_path: Path, capsys, monkeypatch, path: str, what: str) -> None:
+def test_what_is_no_data_set_is_said(tmp_path, capsys, monkeypatch, path, what):
     monkeypatch.chdir(tmp_path)
     for name in ("unknown.zip", "text.txt"):
         (tmp_path / name).write_text("x")
@@ -166,14 +166,14 @@ def test_what_is_no_data_set_is_said(tmp_path: Path, capsys, monkeypatch, path: 
     assert what in err
 
 
-def test_the_picture_has_to_go_somewhere(tmp_path: Path, capsys) -> None:
+def test_the_picture_has_to_go_somewhere(tmp_path, capsys):
     for out in (tmp_path / "none" / "a.png", tmp_path / "a.jpg"):
         code, _, err = check(capsys, birds(tmp_path / out.name, 5), "--out", out)
         assert code == 2
         assert "out: expected a .png file in an existing folder" in err
 
 
-def test_a_named_set_is_checked_where_its_files_lie(tmp_path: Path, capsys) -> None:
+def test_a_named_set_is_checked_where_its_files_lie(tmp_path, capsys):
     archive = write_zip(tmp_path / "o.zip", omniglot_files())
     code, _, err = check(capsys, "omniglot", "--data-root", archive, "--out", tmp_path / "a.png")
     assert code == 2
@@ -190,7 +190,7 @@ def move_rows(folder: Path, source: str, target: str, name: str) -> None:
         file.writelines(row for row in rows if name in row)
 
 
-def test_training_streamed_and_in_memory_ends_with_the_same_numbers(tmp_path: Path) -> None:
+def test_training_streamed_and_in_memory_ends_with_the_same_numbers(tmp_path):
     mini_csv(tmp_path / "mini", images=3)
     # One class is too few for a task of two.
     for source, target, name in (

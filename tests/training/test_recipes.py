@@ -62,12 +62,12 @@ def learner_of(settings: RunSettings) -> Any:
     return build_learner(settings, small)
 
 
-def test_every_published_experiment_is_packaged_and_nothing_else() -> None:
+def test_every_published_experiment_is_packaged_and_nothing_else():
     assert set(recipe_names()) == {*NAMES, *OTHERS}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_builds_the_learner_that_the_tables_describe(name: str) -> None:
+def test_a_recipe_builds_the_learner_that_the_tables_describe(name):
     found = re.fullmatch(r"(.+)-(\d+)way-(\d)shot-(.+)", name)
     key, part = (found[1], int(found[2]), int(found[3])), found[4]
     numbers, tasks, filters, targets, inner_lr, msl_epochs, clamp, side, tasks_of_text = SETTINGS[key]
@@ -108,7 +108,7 @@ def test_a_recipe_builds_the_learner_that_the_tables_describe(name: str) -> None
 
 
 @pytest.mark.parametrize(("steps", "published"), STEPS.items())
-def test_the_ablation_of_inner_steps_differs_in_them_alone(steps: int, published: float) -> None:
+def test_the_ablation_of_inner_steps_differs_in_them_alone(steps, published):
     recipe = load_recipe(f"mini-imagenet-5way-1shot-mamlpp-steps{steps}")
     assert recipe.published == published
     assert learner_of(recipe.settings()).settings.inner_steps == steps
@@ -118,7 +118,7 @@ def test_the_ablation_of_inner_steps_differs_in_them_alone(steps: int, published
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-def test_the_stability_study_is_both_methods_on_the_strided_backbone_over_three_seeds(shots: int) -> None:
+def test_the_stability_study_is_both_methods_on_the_strided_backbone_over_three_seeds(shots):
     study = load_recipe(f"omniglot-20way-{shots}shot-stability")
     assert study.seeds == (0, 1, 2)
     settings = [each.settings() for each in study.runs]
@@ -130,7 +130,7 @@ def test_the_stability_study_is_both_methods_on_the_strided_backbone_over_three_
 
 
 @pytest.mark.parametrize("name", ["omniglot-20way-1shot-mamlpp", "mini-imagenet-5way-5shot-mamlpp-paper"])
-def test_what_is_shown_is_itself_a_recipe_with_the_same_settings(name: str, tmp_path: Path) -> None:
+def test_what_is_shown_is_itself_a_recipe_with_the_same_settings(name, tmp_path):
     shown = tmp_path / "shown.yaml"
     shown.write_text(recipe_text(load_recipe(name)))
     again = load_recipe(str(shown))
@@ -183,19 +183,19 @@ def written(folder: Path, text: str | bytes, name: str = "my.yaml") -> str:
         ("seeds: [0, 0]\n", r"line 1: seeds: expected different whole numbers"),
     ],
 )
-def test_what_a_recipe_may_not_say_is_refused_with_its_line(text: Any, words: str, tmp_path: Path) -> None:
+def test_what_a_recipe_may_not_say_is_refused_with_its_line(text, words, tmp_path):
     with pytest.raises(ArgumentError, match=words) as refused:
         load_recipe(written(tmp_path, text))
     assert "\n" not in str(refused.value)
 
 
-def test_an_exponent_is_a_number_and_a_date_a_word(tmp_path: Path) -> None:
+def test_an_exponent_is_a_number_and_a_date_a_word(tmp_path):
     recipe = load_recipe(written(tmp_path, "meta_lr: 1e-3\nmin_meta_lr: 1E-5\ndata: 2026-01-01\n"))
     settings = recipe.settings()
     assert (settings.meta_lr, settings.options["min_meta_lr"], settings.data) == (0.001, 0.00001, "2026-01-01")
 
 
-def test_a_recipe_extends_another_and_keeps_what_it_does_not_say(tmp_path: Path) -> None:
+def test_a_recipe_extends_another_and_keeps_what_it_does_not_say(tmp_path):
     written(tmp_path, "title: base\npublished: 50\nways: 7\nshots: 2\nmsl_epochs: 3\nseeds: [4]\n", "base.yaml")
     written(tmp_path, "extends: base.yaml\nshots: 3\n", "middle.yaml")
     recipe = load_recipe(written(tmp_path, "extends: middle.yaml\nmsl_epochs: 4\n"))
@@ -230,9 +230,7 @@ def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_train_runs_a_packaged_recipe_with_overrides_and_records_its_name(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_train_runs_a_packaged_recipe_with_overrides_and_records_its_name(capsys, tmp_path):
     small = {"filters": 4, "image_size": 16, "epochs": 2, "iterations_per_epoch": 1, "validation_tasks": 2}
     small |= {"test_tasks": 2, "msl_epochs": 1, "test_norms": "own", "inner_steps": 1, "keep": 2}
     sets = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
@@ -253,16 +251,14 @@ def test_train_runs_a_packaged_recipe_with_overrides_and_records_its_name(
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_the_seeds_of_a_recipe_make_a_run_each(tmp_path: Path) -> None:
+def test_the_seeds_of_a_recipe_make_a_run_each(tmp_path):
     path = written(tmp_path, TINY + "seeds: [0, 3]\n")
     assert main(["train", "--recipe", path, "--set", "epochs=1", "--quiet"]) == 0
     assert sorted(each.name for each in Path("runs/my").iterdir()) == ["result.json", "run.json", "seed-0", "seed-3"]
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_path, capsys):
     written(tmp_path, TINY, "plain.yaml")
     wild = TINY.replace("iterations_per_epoch: 1", "iterations_per_epoch: 3") + "inner_lr: 1e38\nmax_skipped_steps: 2\n"
     written(tmp_path, wild, "wild.yaml")
@@ -291,7 +287,7 @@ def run_of(method: str, seed: int, validation: list[float], error: str | None = 
     return run | {"epochs": 3, "data": "omniglot", "ways": 20, "shots": 1}
 
 
-def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall() -> None:
+def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall():
     lines = study_table(
         [run_of("A", 0, [0.5, 0.9, 0.7]), run_of("A", 1, [0.5, 0.6, 0.8]), run_of("B", 0, [0.5], "Error: it diverged.")]
     ).splitlines()
@@ -303,12 +299,12 @@ def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall() -> 
     assert lines[-1] == "B, seed 0: Error: it diverged."
 
 
-def test_the_largest_fall_is_from_the_best_before_it() -> None:
+def test_the_largest_fall_is_from_the_best_before_it():
     assert largest_fall([0.2, 0.8, 0.9, 0.5, 0.95, 0.9]) == pytest.approx(0.4)
     assert largest_fall([]) == 0
 
 
-def test_the_plot_of_a_study_is_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
+def test_the_plot_of_a_study_is_drawn_where_there_is_something_to_draw(tmp_path):
     assert draw_study([run_of("A", 0, [0.5]), run_of("B", 0, [0.1, 0.2], "stopped")], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw_study([run_of("A", 0, [], "stopped")], tmp_path / "b.png")
@@ -328,14 +324,12 @@ def test_the_plot_of_a_study_is_drawn_where_there_is_something_to_draw(tmp_path:
         (["--set", "msl_epoch=3", "--device", "cpu"], "has no option 'msl_epoch'. Did you mean 'msl_epochs'?"),
     ],
 )
-def test_a_mistake_beside_a_recipe_is_one_line(
-    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_beside_a_recipe_is_one_line(flags, words, capsys):
     assert words in refusal(capsys, ["train", *flags, "--quiet"])
     assert not Path("runs").exists()
 
 
-def test_recipes_lists_every_name_with_what_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_every_name_with_what_was_published(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 110
