@@ -30,21 +30,15 @@ def recipe_table() -> str:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe with every setting: YAML that is itself a recipe, with the origin of each value behind it."""
-    about = {
-        "title": recipe.title,
-        "published": recipe.published,
-        "deviation": recipe.deviation,
-        "source": recipe.source,
-        "runs": [each.name for each in recipe.runs] or None,
-        "seeds": list(recipe.seeds) if recipe.seeds else None,
-    }
+    about = {name: getattr(recipe, name) for name in ("title", "published", "deviation", "source")}
+    about |= {"runs": [each.name for each in recipe.runs] or None, "seeds": recipe.seeds and list(recipe.seeds)}
     lines = [f"# metawrap train --recipe {recipe.name}"]
     lines += [f"{name}: {_written(value)}" for name, value in about.items() if value is not None]
     if recipe.runs:
-        return "\n".join(
-            [*lines, "", "# Each of its runs:", *(f"#   metawrap recipes {each.name}" for each in recipe.runs)]
-        )
-    return "\n".join([*lines, "", *_fields(recipe), *_resolved(recipe.settings())])
+        rest = ["# Each of its runs:", *(f"#   metawrap recipes {each.name}" for each in recipe.runs)]
+    else:
+        rest = [*_fields(recipe), *_resolved(recipe.settings())]
+    return "\n".join([*lines, "", *rest])
 
 
 def published(recipe: Recipe) -> str:
@@ -82,6 +76,7 @@ def _resolved(settings: RunSettings) -> list[str]:
         return []
     known = {each.name for each in fields(RunSettings)} | set(settings.options)
     rest = {name: value for name, value in made.settings.as_dict().items() if name not in known or value is None}
-    rest |= {name: getattr(made.settings, name) for name in ("norm",) if settings.norm is None}
+    if settings.norm is None:
+        rest["norm"] = made.settings.norm
     lines = [f"#   {name}: {value}" for name, value in rest.items() if value is not None]
     return ["", f"# Added by {METHODS[settings.method]}:", *lines]

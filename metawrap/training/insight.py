@@ -51,17 +51,15 @@ def epoch_insight(learner: Any, epoch: int, steps: Sequence[StepMetrics]) -> dic
         of each batch norm's statistics, scale and shift.
     """
     settings = learner.settings
-    found: dict[str, Any] = {"epoch": epoch + 1}
-    if annealed := getattr(settings, "step_loss_epochs", 0):
-        found["step_weights"] = _plain(step_loss_weights(settings.inner_steps, epoch, annealed))
+    annealed = getattr(settings, "step_loss_epochs", 0)
     losses = [each.step_losses for each in steps if each.step_losses.numel()]
-    if losses:
-        found["step_losses"] = _plain(torch.cat(losses).double().nanmean(0).tolist())
-    if rates := _learned_rates(learner):
-        found["rates"] = rates
-    if norms := _norms(learner.model):
-        found["norms"] = norms
-    return found
+    found = {
+        "step_weights": _plain(step_loss_weights(settings.inner_steps, epoch, annealed)) if annealed else None,
+        "step_losses": _plain(torch.cat(losses).double().nanmean(0).tolist()) if losses else None,
+        "rates": _learned_rates(learner),
+        "norms": _norms(learner.model),
+    }
+    return {"epoch": epoch + 1} | {name: value for name, value in found.items() if value}
 
 
 def quartiles(values: Tensor) -> Summary:
