@@ -39,6 +39,7 @@ from metawrap.methods import (
     ZeroStep,
 )
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
+from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.tasks import Task, TaskBatch
 
 try:
@@ -58,7 +59,9 @@ __all__ = [
     "Description",
     "DivergedError",
     "EvaluationResult",
+    "ExecutionOptions",
     "FineTune",
+    "InnerOptions",
     "LSTMMetaLearner",
     "MAMLPlusPlus",
     "MatchingNet",
@@ -73,6 +76,8 @@ __all__ = [
     "MultiTask",
     "NeuralStatistician",
     "OutOfMemoryError",
+    "OuterOptions",
+    "OutputOptions",
     "ProtoNet",
     "RankError",
     "RelationNet",
@@ -84,6 +89,7 @@ __all__ = [
     "TaskError",
     "Trouble",
     "UnsupportedModuleError",
+    "WrappingOptions",
     "ZeroStep",
     "__version__",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError
-from metawrap.learner.learner import Method
+from metawrap.learner.learner import Learner
 from metawrap.surgery.inspect import batch_norms
 from metawrap.tasks import describe_value
 
@@ -61,7 +61,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        learner: Method,
+        learner: Learner,
         *,
         steps: int | None = None,
         input_shape: tuple[int, ...] | None = None,
@@ -112,7 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return numbers
 
     def _check_arguments(self) -> None:
-        if not isinstance(self.learner, Method):
+        if not isinstance(self.learner, Learner):
             raise ArgumentError(
                 f"learner: expected a method of metawrap, such as MAMLPlusPlus(model), but got "
                 f"{describe_value(self.learner)}."

@@ -209,6 +209,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def call_model(model: Any, inputs: Any) -> Any:
+    """`model(x)`, `model(*x)` for a tuple (or a list: a DataLoader makes one of it), `model(**x)` for a dict."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
 def describe_value(value: Any) -> str:
     """A short account of a value for error messages."""
     if isinstance(value, Tensor):

@@ -42,7 +42,7 @@ def _whole_numbers(text: str, least: int, expected: str) -> list[int]:
 
 def _override(text: str) -> tuple[str, str, Any]:
     name, value = _option(text)
-    method, separator, key = name.rpartition(".")
+    method, separator, key = name.partition(".")
     if not separator:
         raise argparse.ArgumentTypeError(
             f"expected METHOD.NAME=VALUE, such as protonet.meta_lr=0.003, but got '{text}'"

@@ -9,9 +9,10 @@ from typing import Any
 
 from metawrap.errors import ArgumentError
 from metawrap.recipes import Recipe, load_recipe
-from metawrap.recipes.fields import RUN_FIELDS, typed
+from metawrap.recipes.fields import RUN_FIELDS, by_field, typed
 from metawrap.recipes.recipe import SUFFIXES
 from metawrap.recipes.yaml_file import Given
+from metawrap.settings.keywords import flattened, nested
 from metawrap.training.run_settings import METHODS, RunSettings
 
 
@@ -30,7 +31,7 @@ def settings_in(arguments: Namespace, start: RunSettings | None = None, recipe: 
         ArgumentError: an unknown name, a wrong type or range, or a setting that is given twice.
     """
     flags = flags_in(arguments)
-    sets = {name: Given(value, f"--set {name}={value}") for name, value in _sets(arguments)}
+    sets = by_field({name: Given(value, f"--set {name}={value}") for name, value in _sets(arguments)})
     if twice := sorted(flags.keys() & sets.keys()):
         raise ArgumentError(
             f"{sets[twice[0]].place}: {twice[0]}: is also given by a flag, as {flags[twice[0]]}. Leave out one of them."
@@ -42,7 +43,7 @@ def settings_in(arguments: Namespace, start: RunSettings | None = None, recipe: 
     # Other names are keywords of the method, which refuses the unknown ones.
     options = {name: each.value for name, each in sets.items() if name not in RUN_FIELDS}
     start = start or RunSettings()
-    return replace(start, **run, **flags, options={**start.options, **options})
+    return replace(start, **run, **flags, options=nested({**flattened(start.options), **options}))
 
 
 def flags_in(arguments: Namespace) -> dict[str, Any]:

@@ -1,28 +1,29 @@
-"""One task, solved, and the modes of torch that solving runs in."""
+"""The outcome of one task, and the modes of torch in which a task is solved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
+from torch import Tensor
 
-from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.inner_loop.masking import ignored_label
 from metawrap.layers.step_clock import Moments
-from metawrap.results import accuracy_of
-from metawrap.tasks import Task, TaskId, map_tensors, tensors_in
+from metawrap.results import MetaOutput, accuracy_of
+from metawrap.tasks import Task, TaskId, describe_value, map_tensors, tensors_in
 
 
 @dataclass
-class Solved:
-    """One task, solved. Only `loss` carries a graph.
+class TaskOutcome:
+    """The result of solving one task. Only `loss` carries a graph.
 
-    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: what the norms saw, pass by pass.
-    head: the adapted head, where it is to be stored for the task.
+    loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: statistics that the norms saw, pass by
+    pass. head: the adapted head, if it is to be stored for the task.
     """
 
     loss: Tensor
@@ -33,15 +34,14 @@ class Solved:
     task_id: TaskId | None = None
     head: dict[str, Tensor] = field(default_factory=dict)
 
-    def detached(self) -> Solved:
+    def detached(self) -> TaskOutcome:
         """The same without its graph, so that the graph can be freed."""
         return replace(self, loss=self.loss.detach())
 
-    def packed(self) -> Solved:
-        """The same, copied into one block of memory for each dtype, for when the graph is gone.
+    def packed(self) -> TaskOutcome:
+        """A copy in one block of memory for each dtype, made before the graph is freed.
 
-        It stays until the last task is solved, and small blocks that stay between large ones that went tear the memory
-        of a process to pieces.
+        Outcomes stay until the last task is solved. Many small blocks between freed large ones fragment the heap.
         """
         own = (
             self.loss,
@@ -72,67 +72,95 @@ def _in_few_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def solved_from(
-    loss: Tensor,
-    step_losses: list[Tensor | None],
-    prediction: Any,
+def outcome_of(
     task: Task,
-    moments: list[Moments],
-    head: dict[str, Tensor],
-    ignored: int,
-) -> Solved:
-    """Gathers a task's outcome; everything but the loss is detached. ignored: the label that does not count."""
+    loss: Tensor,
+    prediction: Any,
+    *,
+    loss_fn: Any,
+    step_losses: Sequence[Tensor | None] = (),
+    moments: list[Moments] | None = None,
+    head: dict[str, Tensor] | None = None,
+) -> TaskOutcome:
+    """The outcome of one task; everything but the loss is detached. `loss_fn` says which label does not count."""
     prediction = map_tensors(prediction, Tensor.detach)
     missing = torch.full_like(loss.detach(), torch.nan)
     losses = [missing if step is None else step.detach() for step in step_losses]
     stacked = torch.stack(losses) if losses else missing.new_empty(0)
-    return Solved(loss, stacked, prediction, accuracy_of(prediction, task.target_y, ignored), moments, task.id, head)
+    accuracy = accuracy_of(prediction, task.target_y, ignored_label(loss_fn))
+    return TaskOutcome(loss, stacked, prediction, accuracy, moments or [], task.id, head or {})
 
 
-def attached(value: Tensor, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """The value, as a tensor whose gradient with respect to each tensor is the one beside it; differentiable once.
+@dataclass
+class OneByOne:
+    """Solves the tasks of a batch one by one. solve: `solve(task, training=..., norm=..., ...)` to a task's outcome."""
 
-    For gradients that were made as values, while their graph still stood.
+    solve: Callable[..., TaskOutcome]
+
+    def solve_all(
+        self, tasks: Sequence[Task], *, training: bool, norm: str, whole_graph: bool = True
+    ) -> tuple[Tensor, list[TaskOutcome]]:
+        """The sum of the tasks' losses, with its graph, and the outcome of each task without graph."""
+        each = [self.solve(task, training=training, norm=norm, whole_graph=whole_graph) for task in tasks]
+        return torch.stack([outcome.loss for outcome in each]).sum(), [outcome.detached() for outcome in each]
+
+
+def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
+    """The loss of one task's examples, a scalar.
+
+    Args:
+        part: which examples, "support" or "target", for errors.
+    Raises:
+        TaskError: cross-entropy met a label that the model has no output for.
+        ArgumentError: the loss function returned something other than a scalar tensor.
     """
-    present = [(tensor, g) for tensor, g in pairs if g is not None and tensor.requires_grad]
-    return _Attached.apply(value, [g for _, g in present], *(tensor for tensor, _ in present))  # type: ignore[no-any-return]
+    try:
+        loss = loss_fn(prediction, y)
+    except IndexError as error:
+        if loss_fn is F.cross_entropy and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+            ways = prediction.shape[1]
+            raise TaskError(
+                f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. Relabel the "
+                f"episode to 0..{ways - 1}, or give the model more outputs."
+            ) from error
+        raise
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise ArgumentError(f"loss_fn: expected a scalar tensor from it, but got {describe_value(loss)}.")
+    return loss
 
 
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.detach().clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> Any:
-        return None, None, *(outer * gradient for gradient in ctx.gradients)
+def mean_loss(outcomes: Sequence[TaskOutcome]) -> Tensor:
+    """The mean of the tasks' losses."""
+    return torch.stack([outcome.loss for outcome in outcomes]).sum() / len(outcomes)
 
 
-def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, where None is zero."""
-    if old is None or new is None:
-        return new if old is None else old
-    return old + new
+def meta_output(outcomes: Sequence[TaskOutcome], loss: Tensor) -> MetaOutput:
+    """What a learner returns for a batch of tasks, with the given meta-loss."""
+    accuracies = [outcome.accuracy for outcome in outcomes if outcome.accuracy is not None]
+    return MetaOutput(
+        loss=loss,
+        step_losses=torch.stack([outcome.step_losses for outcome in outcomes]),
+        predictions=[outcome.prediction for outcome in outcomes],
+        accuracy=torch.stack(accuracies).mean() if accuracies else None,
+    )
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """The gradient as an ordinary tensor: some embeddings have sparse ones."""
+    """The gradient as an ordinary tensor: some embeddings have sparse gradients."""
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def usable(task: Task) -> Task:
-    """The task, with tensors that were made in inference mode cloned: they could not be saved for a backward pass."""
+    """The task with its inference-mode tensors cloned, as a backward pass cannot save such tensors."""
     return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager
 def autograd(enabled: bool = True) -> Iterator[None]:
-    """Gradients on or off, whatever mode the caller is in, inference mode too; under autocast without its cache.
+    """Gradients on or off, whatever mode the caller is in, inference mode too; autocast runs without its cache.
 
-    The cache holds casts of leaf tensors until the autocast block ends: stale ones after an optimizer step inside it,
-    and one of every fast weight.
+    That cache keeps casts of leaf tensors until the autocast block ends: one of every fast weight, and stale ones after
+    an optimizer step in the block.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -141,59 +169,3 @@ def autograd(enabled: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-@contextmanager
-def restored_buffers(*models: nn.Module) -> Iterator[Callable[[Tensor], None]]:
-    """Puts back the user's own buffers on an exception, and where the function it yields is told to.
-
-    The function takes a bool scalar on the model's device, so that nothing synchronises. Per-step norms are left out:
-    their statistics are folded as values, when all has gone well.
-    """
-    owners = [m for model in models for m in model.modules() if not isinstance(m, PerStepNorm)]
-    slots = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
-
-    @torch.no_grad()
-    def restore(where: Tensor | None = None) -> None:
-        for module, name, _, value in slots:
-            present = module._buffers[name]
-            if where is None or present is None:
-                module._buffers[name] = value
-            elif present.layout != torch.strided or present.shape != value.shape:  # No torch.where between these.
-                module._buffers[name] = value if bool(where) else present
-            else:
-                present.copy_(torch.where(where, value, present))
-
-    try:
-        yield restore
-    except BaseException:
-        restore()
-        raise
-
-
-@contextmanager
-def untouched_buffers(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Puts every buffer back, whether it was edited in place or replaced, and what `max_norm` edits: embeddings."""
-    if not when:
-        yield
-        return
-    tables: list[dict[str, Any]] = [m._buffers for m in model.modules()]
-    tables += [m._parameters for m in model.modules() if getattr(m, "max_norm", None) is not None]
-    slots = [(table, name, t, t._version, t.clone()) for table in tables for name, t in table.items() if t is not None]
-    empty = [(table, name) for table in tables for name, tensor in table.items() if tensor is None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for table, name, tensor, version, value in slots:
-                # torch's batch_norm edits its statistics without raising their version.
-                if tensor._version != version or not _equal(tensor, value):
-                    tensor.copy_(value)
-                table[name] = tensor
-            for table, name in empty:
-                table[name] = None
-
-
-def _equal(tensor: Tensor, value: Tensor) -> bool:
-    # Sparse tensors cannot be compared, and batch_norm takes none.
-    return tensor.layout != torch.strided or torch.equal(tensor, value)

@@ -7,6 +7,8 @@ with its graph. The learning rates come from outside, one scalar per tensor and 
 from __future__ import annotations
 
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,9 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from higher.optim import DifferentiableOptimizer, get_diff_optim
+
 Gradients = Mapping[str, Tensor | None]
 # By parameter name: what the rule remembers of it, tensors and counts; nothing before the first step.
-State = Mapping[str, Mapping[str, Any]]
+OptimizerState = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class InnerOptimizer(Protocol):
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """The next fast weights and state; a tensor without a gradient stays as it is, and so does its state.
 
         Args:
@@ -64,8 +70,8 @@ class OwnInnerOptimizer:
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
         updated, after = dict(fast), dict(state)
         for name, gradient in gradients.items():
@@ -92,6 +98,58 @@ class OwnInnerOptimizer:
         root = torch.where(nothing, zero, torch.where(nothing, torch.ones_like(square), square).sqrt())
         direction = mean / (root + self.rule.eps) * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
         return direction, {"step": step, "mean": mean, "square": square}
+
+
+class HigherInnerOptimizer:
+    """A rule through `higher.optim`, which is handed gradients rather than the loss.
+
+    From a loss `higher` differentiates with respect to every parameter, which for parameters that are not adapted walks
+    back through all earlier inner steps; and its first order does not train the initial weights.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule
+        self._optimizer: DifferentiableOptimizer | None = None
+
+    def step(
+        self,
+        fast: Mapping[str, Tensor],
+        gradients: Gradients,
+        rates: Mapping[str, Tensor],
+        losses: Tensor,
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """See `InnerOptimizer.step`."""
+        if self._optimizer is None or len(self._optimizer.state) != len(fast):
+            self._optimizer = _differentiable(self.rule, len(fast))
+        # One group for each weight, so a group's state is that of its only weight.
+        self._optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
+        nothing = torch.zeros((), requires_grad=True)
+        updated = self._optimizer.step(
+            nothing,
+            params=list(fast.values()),
+            override={"lr": [rates[name] for name in fast]},
+            grad_callback=lambda _: [gradients[name] for name in fast],
+        )
+        after = {name: group[0] for name, group in zip(fast, self._optimizer.state, strict=True)}
+        return dict(zip(fast, updated, strict=True)), after
+
+
+def _differentiable(rule: UpdateRule, count: int) -> DifferentiableOptimizer:
+    # It copies its parameters, and asks them for no more than their number: empty ones cost nothing.
+    places = [torch.empty(0, requires_grad=True) for _ in range(count)]
+    groups = [{"params": [place]} for place in places]
+    plain: torch.optim.Optimizer = (
+        torch.optim.Adam(groups, betas=rule.betas, eps=rule.eps)
+        if rule.name == "adam"
+        else torch.optim.SGD(groups, lr=1.0, momentum=rule.momentum)
+    )
+    return get_diff_optim(plain, places)
+
+
+def inner_optimizer(engine: str, rule: UpdateRule) -> InnerOptimizer:
+    """The update of fast weights by `rule`, through `higher.optim` under the engine "higher"."""
+    return HigherInnerOptimizer(rule) if engine == "higher" else OwnInnerOptimizer(rule)
 
 
 def clipped(

@@ -1,4 +1,4 @@
-"""The one shared inner-step index, and which statistics the norms use while it stands there."""
+"""The inner-step index that all per-step layers share, and the statistics that norms use at that step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ captured: those of the last capturing pass (conditional batch norm)."""
 
 
 class Moments(NamedTuple):
-    """What one pass through one norm saw: batch mean and unbiased variance, each (channels,), without gradient."""
+    """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient."""
 
     norm: str
     row: int
@@ -27,11 +27,16 @@ class Moments(NamedTuple):
 
 @dataclass
 class StepClock:
-    """Shared by every per-step layer of one learner; the inner loop is the only one to set it.
+    """Shared by every per-step layer of one learner; only the inner loop sets it.
 
     A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
-    With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary ones do.
-    twice: whether the pass will be differentiated twice, so that what has a quick form for that takes it.
+    With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
+    twice: whether the pass will be differentiated twice; batch norm then takes its quick form.
+
+    >>> clock = StepClock()
+    >>> with clock.at(2, "batch"):
+    ...     clock.step
+    2
     """
 
     step: int = 0
@@ -44,7 +49,7 @@ class StepClock:
     def at(
         self, step: int, statistics: Statistics, recorder: list[Moments] | None = None, twice: bool = False
     ) -> Iterator[None]:
-        """Sets all this for one pass, and puts back what was set before."""
+        """Sets the clock for one pass, and restores it afterwards."""
         before = self.step, self.statistics, self.recorder, self.twice
         if statistics == "capture":
             self.captured = {}
@@ -60,7 +65,7 @@ class StepClock:
                 self.captured = {}
 
     def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The statistics that the last capturing pass left, by norm, for a plain batch norm to hold; forgets them.
+        """Returns and forgets the statistics of the last capturing pass, by norm, for a plain batch norm to hold.
 
         Raises:
             UnsupportedModuleError: a norm ran more than once in it.

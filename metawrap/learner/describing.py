@@ -15,7 +15,6 @@ from metawrap.inner_loop.outcome import autograd, usable
 from metawrap.layers.learning_rates import LearningRates
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.description import Description
-from metawrap.learner.learner import Method
 from metawrap.learner.module_rows import Fate, ModuleRow
 from metawrap.settings.settings import Settings
 from metawrap.surgery.wrap import Wrapped
@@ -26,7 +25,7 @@ _NO_RATES: dict[str, Tensor] = {}
 
 
 def describe_learner(
-    learner: Method,
+    learner: Any,
     *,
     wrapped: Wrapped,
     head: str | None,
@@ -72,7 +71,7 @@ def describe_learner(
     )
 
 
-def look_at(learner: Method, task: Task) -> None:
+def look_at(learner: Any, task: Task) -> None:
     """Shows a learner one task as its first meta-step would, so that `describe` knows all; changes nothing else."""
     with autograd():
         learner._prepare(usable(task))
@@ -87,7 +86,7 @@ def first_order_warning(settings: Settings) -> str:
     )
 
 
-def _besides(learner: Method) -> Iterator[str]:
+def _besides(learner: Any) -> Iterator[str]:
     """What is learned that is neither the network nor its inner rates."""
     own = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n.split(".")[0] not in _ELSEWHERE]
     if own:

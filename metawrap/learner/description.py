@@ -125,9 +125,9 @@ class Description:
         return [(label, text) for label, text in facts if text]
 
     def _head_text(self) -> str:
-        start = self.settings.get("head_init", "learned")
+        start = self.settings.get("outputs.head_init", "learned")
         name = self.head or ("not found" if self.seen else _LATER)
-        return name if start == "learned" else f'{name} (head_init="{start}")'
+        return name if start == "learned" else f'{name} (outputs.head_init="{start}")'
 
     def _rates_text(self) -> str:
         if self.rate_range is None:

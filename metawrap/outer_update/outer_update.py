@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -84,7 +85,7 @@ class OuterUpdate:
 
     def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         s = self.settings
-        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.betas, fused=_can_fuse(parameters))
+        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.outer_update.betas, fused=_can_fuse(parameters))
 
     def _rate_of(self, epoch: int) -> float:
         s = self.settings
@@ -151,18 +152,23 @@ class OuterUpdate:
             state = self.optimizer.state.get(parameter, {})
             state.update({key: _laid_out_as(parameter, v) for key, v in state.items() if isinstance(v, Tensor)})
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(present)
-        finite = torch.isfinite(norm)
-        if self.settings.max_grad_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.settings.max_grad_value)
-        if self.settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm, finite = _norm_of(present)
+        options = self.settings.outer_update
+        if options.max_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, options.max_grad_value)
+        if options.max_grad_norm is not None:
+            clipped = norm if options.max_grad_value is None else _norm_of(present)[0]
+            nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, clipped)
         self._step_where(finite)
         return norm, finite
 
+    def ends_epoch(self, iteration: int) -> bool:
+        """Whether the user's scheduler is due after so many meta-steps."""
+        return self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0
+
     def end(self, iteration: int) -> None:
         """Steps the user's scheduler at the end of each epoch."""
-        if self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0:
+        if self.scheduler is not None and self.ends_epoch(iteration):
             self.scheduler.step()
 
     def _step_where(self, finite: Tensor) -> None:
@@ -188,6 +194,21 @@ class PlainOuterUpdate(OuterUpdate):
 
     def _rate_of(self, epoch: int) -> float:
         return linear_meta_lr(epoch, self.settings.epochs, self.settings.meta_lr)
+
+
+def _norm_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The L2 norm of all gradients together, and whether every entry is finite, as scalars on the device.
+
+    Squares of finite entries may overflow: the norm is then that of the gradients divided by their largest entry.
+    """
+    norm = nn.utils.get_total_norm(gradients)
+    if not gradients or (norm.device.type == "cpu" and bool(torch.isfinite(norm))):
+        return norm, torch.isfinite(norm)
+    largest = nn.utils.get_total_norm(gradients, math.inf)
+    finite = torch.isfinite(largest)
+    scale = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
+    scaled = scale * nn.utils.get_total_norm([gradient / scale.to(gradient.device) for gradient in gradients])
+    return torch.where(torch.isfinite(norm) | ~finite, norm, scaled), finite
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from metawrap.errors import MetaWrapError
 from metawrap.recipes.recipe import Recipe, load_recipe, recipe_names
+from metawrap.settings.keywords import flattened
 from metawrap.training.experiment import build_learner
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.tables import render_table
@@ -58,7 +59,7 @@ def _written(value: Any) -> str:
 def _fields(recipe: Recipe) -> Iterator[str]:
     settings = recipe.settings()
     values = {each.name: getattr(settings, each.name) for each in fields(RunSettings)}
-    values |= values.pop("options")
+    values |= flattened(values.pop("options"))
     values.pop("recipe")
     written = {name: f"{name}: {_written(value)}" for name, value in values.items()}
     width = max(map(len, written.values()))
@@ -74,7 +75,7 @@ def _resolved(settings: RunSettings) -> list[str]:
         made: Any = build_learner(settings, torch.nn.Linear(1, settings.ways))
     except MetaWrapError:
         return []
-    known = {each.name for each in fields(RunSettings)} | set(settings.options)
+    known = {each.name for each in fields(RunSettings)} | set(flattened(settings.options))
     rest = {name: value for name, value in made.settings.as_dict().items() if name not in known or value is None}
     if settings.norm is None:
         rest["norm"] = made.settings.norm

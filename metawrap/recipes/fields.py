@@ -1,6 +1,7 @@
 """The names that a recipe and `--set` accept, with their types from RunSettings and from the methods.
 
-pydantic checks strictly: 'true' is no number, and 3 is no switch.
+A field of a group of keywords is "group.field", or stands in a mapping under the group. pydantic checks types and
+bounds strictly: 'true' is no number, and 3 is no switch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -18,7 +18,10 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 import metawrap.methods as methods
 from metawrap.errors import ArgumentError
 from metawrap.recipes.yaml_file import Given
-from metawrap.training.experiment import PYTHON_ONLY, keyword_types
+from metawrap.settings.groups import GROUPS
+from metawrap.settings.keywords import nearest, nested, plain_keywords
+from metawrap.settings.validated import expected, field_types
+from metawrap.training.experiment import PYTHON_ONLY
 from metawrap.training.run_settings import METHODS, RunSettings
 
 # The keywords of the method become `options`, and the name of the file becomes `recipe`.
@@ -31,7 +34,8 @@ def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -
     """Fields of the run, and keywords of the method. A name that is both belongs to the run.
 
     Args:
-        given: values by name. method: its name on the command line. also: further names to suggest for an unknown one.
+        given: values by name, as from `by_field`. method: its name on the command line. also: further names to suggest
+            for an unknown one.
     Raises:
         ArgumentError: an unknown name, with the nearest known one, or a wrong type; begins with the place.
     """
@@ -45,7 +49,27 @@ def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -
             options[name] = typed(name, each, keywords[name])
         else:
             raise ArgumentError(f"{each.place}: {name}: {_unknown(name, method, {*RUN_FIELDS, *keywords, *also})}")
-    return run, options
+    return run, nested(options)
+
+
+def by_field(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Splits each group of keywords into its fields, by "group.field", so that each can be overridden alone.
+
+    Raises:
+        ArgumentError: a group is no mapping; begins with the place.
+    """
+    found: dict[str, Given] = {}
+    for name, each in given.items():
+        if name not in GROUPS:
+            found[name] = each
+        elif isinstance(each.value, Mapping):
+            found |= {f"{name}.{field}": Given(value, each.place) for field, value in each.value.items()}
+        else:
+            raise ArgumentError(
+                f"{each.place}: {name}: expected a mapping of its fields ({', '.join(field_types(GROUPS[name]))}), but "
+                f"got {each.value!r:.80}."
+            )
+    return found
 
 
 def typed(name: str, given: Given, hint: Any) -> Any:
@@ -64,9 +88,8 @@ def typed(name: str, given: Given, hint: Any) -> Any:
         adapter.validate_json(json.dumps(given.value))
     except ValidationError as error:
         wanted = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
-        raise ArgumentError(
-            f"{given.place}: {name}: expected {' or '.join(wanted)}, but got {given.value!r:.80}."
-        ) from error
+        words = expected(hint) or " or ".join(wanted)
+        raise ArgumentError(f"{given.place}: {name}: expected {words}, but got {given.value!r:.80}.") from error
     return given.value
 
 
@@ -74,13 +97,7 @@ def method_keywords(method: str) -> dict[str, Any]:
     """The keywords of a method that take plain values and are no settings of the run, with their types."""
     kind = getattr(methods, METHODS[method])
     of_run = {each.name for each in fields(RunSettings)}
-    return {name: hint for name, hint in keyword_types(kind).items() if name not in PYTHON_ONLY | of_run}
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The most similar known name, else the shortest that contains `name`; None if there is none."""
-    alike = get_close_matches(name, sorted(known), 1) or sorted((each for each in known if name in each), key=len)
-    return alike[0] if alike else None
+    return {name: hint for name, hint in plain_keywords(kind).items() if name not in PYTHON_ONLY | of_run}
 
 
 def _unknown(name: str, method: str, known: Collection[str]) -> str:

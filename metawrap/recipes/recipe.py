@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from metawrap.errors import ArgumentError
-from metawrap.recipes.fields import nearest, split, typed
+from metawrap.recipes.fields import by_field, split, typed
 from metawrap.recipes.yaml_file import Given, read_mapping
+from metawrap.settings.keywords import flattened, nearest, nested
 from metawrap.training.run_settings import METHODS, RunSettings
 
 FOLDER = Path(__file__).parent
@@ -62,10 +63,10 @@ class Recipe:
         Raises:
             ArgumentError: a name that the method lacks, or a value of a wrong type or range, with its place.
         """
-        given, start = {**self.given, **(changes or {})}, replace(start or RunSettings(), recipe=self.name)
+        given, start = {**self.given, **by_field(changes or {})}, replace(start or RunSettings(), recipe=self.name)
         run, options = split(given, _method(given, start.method))
         try:
-            return replace(start, **run, options={**start.options, **options})
+            return replace(start, **run, options=nested({**flattened(start.options), **flattened(options)}))
         except ArgumentError as error:  # A value out of range; the text begins with the field.
             place = given[name].place if (name := str(error).partition(":")[0]) in given else ""
             raise ArgumentError(f"{place}: {error}" if place else str(error)) from error
@@ -105,7 +106,7 @@ def _load(name: str, seen: tuple[Path, ...], beside: Path | None = None, place: 
         chain = " extends ".join(each.stem for each in [*seen[seen.index(path.resolve()) :], path])
         raise ArgumentError(f"{place}: extends: goes round in a circle ({chain}). Leave it out in one of them.")
     seen = (*seen, path.resolve())
-    content = read_mapping(path)
+    content = by_field(read_mapping(path))
     about = {key: typed(key, content[key], hint) for key, hint in _RECIPE_KEYS.items() if key in content}
     base = Recipe(name)
     if "extends" in about:

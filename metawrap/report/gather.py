@@ -68,7 +68,7 @@ def differences(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     options = settings.get("options")
     return {name: value for name, value in settings.items() if name != "options"} | (
-        options if isinstance(options, dict) else {}
+        _by_field(options) if isinstance(options, dict) else {}
     )
 
 
@@ -95,3 +95,14 @@ def _labels(experiments: Sequence[tuple[RunRecords, ...]]) -> list[str]:
         label if labels.count(label) == 1 else f"{label} ({runs[0].path})"
         for label, runs in zip(labels, experiments, strict=True)
     ]
+
+
+def _by_field(options: dict[str, Any]) -> dict[str, Any]:
+    """A stored group, whatever it holds, as "group.field" for each field."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{field}": each for field, each in value.items()}
+        else:
+            found[name] = value
+    return found

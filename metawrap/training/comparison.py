@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.settings.keywords import flattened, nested
 from metawrap.training.checkpoints import write_json, write_text
 from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_comparison
@@ -74,7 +75,7 @@ def _settings(method: str, common: RunSettings, budget: int, own: dict[str, Any]
             f"for {method}. Use a multiple of {epochs}, or other --epochs."
         )
     changes = {"test_norms": "own"} | changes | {"iterations_per_epoch": budget // epochs}
-    return replace(common, method=method, options={**common.options, **own}, **changes)
+    return replace(common, method=method, options=nested(flattened(common.options) | flattened(own)), **changes)
 
 
 def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> dict[str, Any]:

@@ -7,12 +7,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
@@ -20,6 +18,7 @@ from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, 
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.learner.describing import look_at
+from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.torchrun import device_of_rank, local_rank_zero_first
@@ -32,7 +31,7 @@ TEST_SEED = 1_000_002
 LOADER_WORKERS = 2
 
 # Keywords of a method that take functions or classes: no run.json can hold them.
-PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "swap"})
+PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "wrapping.swap"})
 # Keywords of a method that are settings of the run.
 _RUN_KEYWORDS = ("preset", "norm", "engine", "inner_steps", "inner_lr", "meta_lr", "epochs", "iterations_per_epoch")
 
@@ -54,10 +53,10 @@ def build_experiment(settings: RunSettings) -> Experiment:
     Sets torch's global seed, which decides the initial weights and dropout. Raises ArgumentError, DataError or
     UnsupportedModuleError if the settings ask for something that does not exist or work.
     """
-    if settings.options.get("head_init") == "stored":
+    if flattened(settings.options).get("outputs.head_init") == "stored":
         raise ArgumentError(
-            'options: head_init="stored" keeps a head for each task that comes back under its id, but the tasks of a '
-            "run are drawn anew and have none. Use learned, zeros or random."
+            'options: outputs.head_init="stored" keeps a head for each task that comes back under its id, but the '
+            "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = device_of_rank(find_device(settings.device))
     splits = load_splits(settings)
@@ -108,17 +107,17 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
         ArgumentError: `options` has a keyword that the method lacks, or one that takes no plain value.
     """
     method = getattr(methods, METHODS[settings.method])
-    taken = keywords_of(method)
+    taken = plain_keywords(method)
     allowed = [name for name in taken if name not in {*_RUN_KEYWORDS, *PYTHON_ONLY}]
-    for name in settings.options:
+    for name in flattened(settings.options):
         if name in PYTHON_ONLY:
             raise ArgumentError(
                 f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
                 f"for it; the options of a run are {', '.join(allowed)}."
             )
         if name not in allowed:
-            close = get_close_matches(name, allowed, 1)
-            fix = f". Did you mean '{close[0]}'?" if close else f"; it has {', '.join(allowed)}."
+            close = nearest(name, allowed)
+            fix = f". Did you mean '{close}'?" if close else f"; it has {', '.join(allowed)}."
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
     given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
     if extra := [name for name in given if name not in taken]:
@@ -126,24 +125,6 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     if "classes" in taken and classes is not None:
         given = {"classes": classes, **given}
     return method(model, **(given | settings.options))
-
-
-def keywords_of(method: type) -> list[str]:
-    """The keywords of a method's constructor, those behind its `**keywords` included."""
-    return list(keyword_types(method))
-
-
-def keyword_types(method: type) -> dict[str, Any]:
-    """The type hint of each of `keywords_of`."""
-    hints = get_type_hints(method.__init__)  # type: ignore[misc]
-    found: dict[str, Any] = {}
-    for name, parameter in inspect.signature(method).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            [more] = get_args(hints[name])  # Unpack[a TypedDict]
-            found |= {each: hint for each, hint in get_type_hints(more).items() if each not in found}
-        elif name != "model":
-            found[name] = hints[name]
-    return found
 
 
 def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:

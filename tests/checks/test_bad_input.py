@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from typing import Any
 
@@ -19,25 +20,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
+from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 import metawrap
 from metawrap import (
+    FOMAML,
     MAML,
     ArgumentError,
     CheckpointError,
     DataError,
+    ExecutionOptions,
     MAMLPlusPlus,
     MetaWrapWarning,
+    OuterOptions,
     ProtoNet,
+    Reptile,
     Task,
     TaskBatch,
     TaskError,
     UnsupportedModuleError,
 )
 from metawrap.data import EpisodeSampler, LabelledImages, load_data
-from metawrap.learner.direct import OuterKeywords
+from metawrap.settings.keywords import keyword_types, nested, plain_keywords
+from metawrap.settings.validated import expected
 from metawrap.training.run_settings import METHODS, RunSettings
 
 Case = tuple[Callable[..., Any], type[BaseException], str]
@@ -265,29 +272,29 @@ OUTER: dict[str, list[tuple[Any, str]]] = {
     "epochs": [(0, "at least 1"), (1.5, "whole"), (True, "whole")],
     "iterations_per_epoch": [(0, "at least 1"), ("5", "whole")],
     "norm": [("layer", "'batch'"), (5, "'batch'"), (["batch"], "'batch'")],
-    "betas": [(0.9, "two numbers"), ((0.9,), "two numbers"), ((0.9, 1.0), "two numbers"), ("ab", "two numbers")],
-    "max_grad_norm": [(0, "positive"), (NAN, "positive"), ("1", "positive")],
-    "max_grad_value": [(-1, "positive"), (True, "positive")],
-    "tasks_per_backward": [(0, "at least 1"), (2.0, "whole")],
-    "max_skipped_steps": [(0, "at least 1"), ("20", "whole")],
+    "outer_update.betas": [(value, "two numbers") for value in (0.9, (0.9,), (0.9, 1.0), "ab")],
+    "outer_update.max_grad_norm": [(0, "positive"), (NAN, "positive"), ("1", "positive")],
+    "outer_update.max_grad_value": [(-1, "positive"), (True, "positive")],
+    "execution.tasks_per_backward": [(0, "at least 1"), (2.0, "whole")],
+    "outer_update.max_skipped_steps": [(0, "at least 1"), ("20", "whole")],
     "loss_fn": [(5, "function"), ("mse", "function")],
     "optimizer": [(5, "function"), ("adam", "function")],
     "scheduler": [(5, "function")],
-    "swap": [(5, "mapping"), ({5: 5}, "mapping"), ({nn.Mish: nn.ReLU}, "no submodule")],
-    "keep_norm": [(5, "names or wildcards"), ("nothing.*", "matches none")],
-    "allocator": [("yes", "True or False"), (1, "True or False")],
+    "wrapping.swap": [(5, "mapping"), ({5: 5}, "mapping"), ({nn.Mish: nn.ReLU}, "no submodule")],
+    "wrapping.keep_norm": [(5, "names or wildcards"), ("nothing.*", "matches none")],
+    "execution.allocator": [("yes", "True or False"), (1, "True or False")],
     "cosine_annealing": [("no", "True or False")],
 }
 # Those of gradient-based methods, on MAML++.
 INNER: dict[str, list[tuple[Any, str]]] = {
     "inner_steps": [(0, "at least 1"), (-1, "at least 1"), (1.5, "whole"), ("5", "whole"), (True, "whole")],
     "inner_lr": [(NAN, "finite"), ("0.1", "number"), (True, "number"), ([0.1], "number")],
-    "inner_optimizer": [("rmsprop", "'sgd'"), (5, "'sgd'")],
-    "inner_momentum": [(1.0, "up to"), (-0.1, "up to"), ("0.9", "number")],
-    "inner_betas": [((0.9, 1.5), "no effect|two numbers"), (0.9, "two numbers")],
-    "inner_eps": [(0, "positive"), (-1e-8, "positive")],
-    "inner_max_grad_norm": [(0, "positive"), ("1", "positive")],
-    "inner_max_grad_value": [(NAN, "positive")],
+    "inner_update.rule": [("rmsprop", "'sgd'"), (5, "'sgd'")],
+    "inner_update.momentum": [(1.0, "up to"), (-0.1, "up to"), ("0.9", "number")],
+    "inner_update.betas": [((0.9, 1.5), "no effect|two numbers"), (0.9, "two numbers")],
+    "inner_update.eps": [(0, "positive"), (-1e-8, "positive")],
+    "inner_update.max_grad_norm": [(0, "positive"), ("1", "positive")],
+    "inner_update.max_grad_value": [(NAN, "positive")],
     "preset": [("mine", "one of"), ([], "one of"), (5, "one of")],
     "multi_step_loss": [(1, "True or False")],
     "msl_epochs": [(-1, "at least 0"), (1.5, "whole")],
@@ -299,15 +306,15 @@ INNER: dict[str, list[tuple[Any, str]]] = {
     "adapt": [(5, "names or wildcards"), ("nothing", "matches none"), ([5], "names or wildcards"), ((), "adapt|model")],
     "adapt_norm": [("x", "True or False")],
     "engine": [("jax", "'auto'"), ([], "'auto'"), (5, "'auto'")],
-    "memory": [("small", "'unrolled'"), (5, "'unrolled'")],
-    "workers": [(0, "at least 1"), (1.5, "whole"), ("all", "auto")],
-    "workers_in": [("fibres", "'threads'")],
-    "channels_last": [(1, "True or False")],
-    "tune": [("yes", "True or False")],
-    "cuda_graphs": [(1, "True or False")],
+    "execution.memory": [("small", "'unrolled'"), (5, "'unrolled'")],
+    "execution.workers": [(0, "at least 1"), (1.5, "whole"), ("all", "auto")],
+    "execution.workers_in": [("fibres", "'threads'")],
+    "execution.channels_last": [(1, "True or False")],
+    "execution.tune": [("yes", "True or False")],
+    "execution.cuda_graphs": [(1, "True or False")],
     "head": [(5, "name of a submodule"), ("nowhere", "name of a submodule")],
-    "head_init": [("ones", "'learned'"), (None, "'learned'")],
-    "mask_unused_outputs": [(2, "True or False")],
+    "outputs.head_init": [("ones", "'learned'"), (None, "'learned'")],
+    "outputs.mask_unused_outputs": [(2, "True or False")],
 }
 MODELS: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
     "None": (lambda: None, ArgumentError, "model: expected a torch.nn.Module.*NoneType"),
@@ -454,7 +461,7 @@ def test_a_bad_keyword_is_named_and_the_model_is_untouched(keyword: str, value: 
     model = seeded(NormedMlp)
     before = fingerprint(model)
     with pytest.raises((ArgumentError, UnsupportedModuleError), match=rf"{keyword}(.|\n)*({words})|{words}"):
-        MAMLPlusPlus(model, **{keyword: value})
+        MAMLPlusPlus(model, **grouped(**nested({keyword: value})))
     assert fingerprint(model) == before
 
 
@@ -468,12 +475,22 @@ def method(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_every_method_names_a_bad_keyword(method: Any) -> None:
     model = seeded(NormedMlp)
     before = fingerprint(model)
-    for keyword in ("meta_lr", "epochs", "norm", "optimizer", "swap", "keep_norm", "allocator"):
+    flat = ("meta_lr", "epochs", "norm", "optimizer")
+    for keyword in (*flat, "wrapping.swap", "wrapping.keep_norm", "execution.allocator"):
         value, words = OUTER[keyword][0]
-        with pytest.raises(ArgumentError, match=rf"{keyword}: .*{words}"):
-            method(model, **{keyword: value})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'inner_step'"):  # Python's own
-        method(model, inner_step=5)
+        with pytest.raises(ArgumentError, match=rf"{keyword.removeprefix('wrapping.')}: .*{words}"):
+            method(model, **grouped(**nested({keyword: value})))
+    for given, words in [
+        ({"inner_step": 5}, "'inner_step'"),
+        ({"iteration_per_epoch": 5}, "'iteration_per_epoch'. Did you mean 'iterations_per_epoch'?"),
+        ({"execution": {"allocater": 0}}, "'allocater' in execution=. Did you mean execution={\"allocator\": ...}?"),
+        ({"max_grad_norm": 1.0}, "'max_grad_norm'. Did you mean outer_update={\"max_grad_norm\": ...}?"),
+    ]:
+        called = re.escape(f"{method.__name__}() got an unexpected keyword argument {words}")
+        with pytest.raises(TypeError, match=f"^{called}"):
+            method(model, **grouped(**given))
+    with pytest.raises(ArgumentError, match=r"execution: expected ExecutionOptions or a dict of its fields.* int 5"):
+        method(model, execution=5)
     assert fingerprint(model) == before
 
 
@@ -495,7 +512,7 @@ BAD_EVERYWHERE = ("int32 labels", "labels too high", "half for a float64 model",
 
 def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: Any) -> None:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}, "LSTMMetaLearner": {"hidden_size": 4}}
-    learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))
+    learner = method(seeded(NormedMlp), **grouped(**options.get(method.__name__, {})))
     for seen in (False, True):
         for name in BAD_EVERYWHERE[method is metawrap.RelationNet :]:  # Its loss is not cross-entropy.
             make, _, _ = BATCHES[name]
@@ -617,26 +634,100 @@ class Strange:
 
 
 def keywords_of_all_methods() -> list[Any]:
-    found = []
-    for name in METHODS.values():
-        parameters = dict(inspect.signature(getattr(metawrap, name)).parameters)
-        if "keywords" in parameters:  # Those that all methods on an embedding take.
-            del parameters["keywords"]
-            names = OuterKeywords.__annotations__
-            parameters |= {other: inspect.Parameter(other, inspect.Parameter.KEYWORD_ONLY) for other in names}
-        found += [pytest.param(name, p, id=f"{name}-{key}") for key, p in parameters.items() if key != "model"]
-    return found
+    return [
+        pytest.param(name, keyword, hint, id=f"{name}-{keyword}")
+        for name in METHODS.values()
+        for keyword, hint in plain_keywords(getattr(metawrap, name)).items()
+    ]
 
 
-@pytest.mark.parametrize(("name", "parameter"), keywords_of_all_methods())
-def test_every_keyword_of_every_method_is_checked(name: str, parameter: inspect.Parameter) -> None:
+@pytest.mark.parametrize(("name", "keyword", "hint"), keywords_of_all_methods())
+def test_every_keyword_of_every_method_is_checked(name: str, keyword: str, hint: Any) -> None:
     model = seeded(NormedMlp)
     before = fingerprint(model)
     bad: list[Any] = [Strange(), [Strange()]]
-    if isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
+    if "number" in (expected(hint) or ""):
         bad += [NAN, "5"]
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}}.get(name, {})
     for value in bad:
-        with pytest.raises(ArgumentError, match=parameter.name):
-            getattr(metawrap, name)(model, **{**options, parameter.name: value})
+        with pytest.raises(ArgumentError, match=re.escape(keyword.removeprefix("wrapping."))):
+            getattr(metawrap, name)(model, **grouped(**{**options, **nested({keyword: value})}))
     assert fingerprint(model) == before
+
+
+def test_a_group_says_what_is_wrong_with_it_before_a_learner_is_made() -> None:
+    with pytest.raises(ArgumentError, match=r"^execution\.workers: expected a whole number of at least 1"):
+        ExecutionOptions(workers=0)
+    with pytest.raises(TypeError, match=r"^ExecutionOptions\(\) got an unexpected keyword argument 'worker'. It has"):
+        ExecutionOptions(worker=2)  # type: ignore[call-arg]
+    with pytest.raises(FrozenInstanceError):
+        ExecutionOptions().workers = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("workers", 'execution={"workers": ...}'),
+        ("worker", 'execution={"workers": ...}'),
+        ("tune", 'execution={"tune": ...}'),
+        ("inner_optimizer", 'inner_update={"rule": ...}'),
+        ("inner_betas", 'inner_update={"betas": ...}'),
+        ("betas", 'outer_update={"betas": ...}'),
+        ("head_init", 'outputs={"head_init": ...}'),
+        ("swap", 'wrapping={"swap": ...}'),
+        ("inner_step", "'inner_steps'"),
+    ],
+)
+def test_a_keyword_of_0_1_is_told_its_place(old: str, now: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        MAML(seeded(NormedMlp), **grouped(**{old: 2}))
+    assert str(caught.value) == f"MAML() got an unexpected keyword argument '{old}'. Did you mean {now}?"
+
+
+def test_a_group_is_an_object_or_a_dict_and_leaves_a_preset_what_it_does_not_name() -> None:
+    for outer in (OuterOptions(max_grad_norm=1.0), {"max_grad_norm": 1.0}):
+        settings = MAMLPlusPlus(seeded(NormedMlp), preset="paper", outer_update=outer).settings
+        assert settings.outer_update == OuterOptions(betas=(0.9, 0.99), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("given", [{"execution": {"memory": "flat"}}, {"execution": ExecutionOptions(memory="flat")}])
+def test_a_field_that_a_method_does_not_have_is_refused(given: dict[str, Any]) -> None:
+    for kind in (Reptile, ProtoNet):
+        with pytest.raises(TypeError, match=rf"^{kind.__name__}\(\) got .* 'memory' in execution=\.$"):
+            kind(seeded(NormedMlp), **grouped(**given))
+
+
+def test_settings_can_be_replaced_field_by_field() -> None:
+    options = ExecutionOptions(workers=2, workers_in="processes")
+    assert replace(replace(options, workers_in="threads"), workers=1, memory="flat") == ExecutionOptions(memory="flat")
+
+
+@pytest.mark.filterwarnings("ignore:first_order_epochs.*get no gradient")
+@pytest.mark.parametrize("preset", [None, "maml", "authors_code", "paper"])
+def test_first_order_maml_is_first_order_under_every_preset(preset: str | None) -> None:
+    assert FOMAML(seeded(NormedMlp), preset=preset).settings.first_order_epochs == INF
+
+
+def test_first_order_maml_refuses_second_order_epochs() -> None:
+    with pytest.raises(ArgumentError, match=r"first_order_epochs: cannot be 0 in FOMAML, where it is inf.*use MAML"):
+        FOMAML(seeded(NormedMlp), first_order_epochs=0)
+
+
+@pytest.mark.parametrize("kind", [MAMLPlusPlus, Reptile, ProtoNet])
+def test_epochs_of_the_built_in_schedule_are_refused_beside_one_of_the_users_own(kind: Any) -> None:
+    for own in (
+        {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
+        {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)},
+    ):
+        with pytest.raises(ArgumentError, match=f"epochs: belongs to the built-in .*{next(iter(own))}= was given"):
+            kind(seeded(NormedMlp), epochs=3, **grouped(**own))
+
+
+def test_constructors_show_their_keywords_and_have_at_most_28() -> None:
+    for name in METHODS.values():
+        kind = getattr(metawrap, name)
+        assert len([each for each in keyword_types(kind) if "." not in each]) <= 27
+    shown = inspect.signature(MAML).parameters
+    assert {"inner_steps", "execution", "wrapping"} <= set(shown)
+    assert "memory" not in shown
+    assert set(shown) == {"model", *(name for name in keyword_types(MAML) if "." not in name)}

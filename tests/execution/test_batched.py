@@ -12,26 +12,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_cases import ANNEAL_EPOCHS, EPOCH, STEPS
 from face import (
     as_tasks,
     assert_equals_reference,
     assert_same_state,
     assert_same_values,
+    assert_step_equals_oracle,
     build,
     fingerprint,
     gradients_of,
+    in_dtype,
     reference_for,
     snapshot,
+    spied,
+    unchanged,
 )
 from models import Conv4, Mlp, NormedMlp, TwoInputs, class_tasks, hooked_conv4, seeded
 from oracle import Reference, msl_weights
+from stateful import Late, OwnGenerator, state_of_generators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metawrap import ArgumentError, MAMLPlusPlus, Task, UnsupportedModuleError
 from metawrap.engines import BatchedEngine
 
-STEPS, EPOCH, ANNEAL_EPOCHS = 2, 1, 5
+VECTORS = class_tasks((4,), tasks=2, shots=2)
+THREE = class_tasks((4,), tasks=3, shots=2)
 
 
 class Net(nn.Module):
@@ -152,28 +159,16 @@ def test_every_norm_policy_order_and_memory_equals_the_oracle(norm: str, second_
     learner = batched(
         seeded(make), norm=norm, memory=memory, inner_steps=3, first_order_epochs=0 if second_order else 99
     )
-    reference = reference_for(seeded(make), learner, batch, weights_of(learner), norm=norm, second_order=second_order)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, seeded(make), batch, weights_of(learner), norm=norm, second_order=second_order)
 
 
 @pytest.mark.parametrize("options", [{"adapt_norm": True, "preset": "maml"}, {"keep_norm": "norm"}])
 def test_adapted_and_kept_norms_equal_the_oracle(options: dict[str, Any]) -> None:
-    batch = class_tasks((4,), tasks=3, shots=2)
     learner = batched(seeded(NormedMlp), msl_epochs=None, multi_step_loss=False, **options)
     kept = ("norm",) if "keep_norm" in options else ()
-    reference = reference_for(seeded(NormedMlp), learner, batch, [0.0, 1.0], kept=kept)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, seeded(NormedMlp), THREE, [0.0, 1.0], kept=kept)
 
 
-@pytest.mark.parametrize("name", ["Conv4", "depthwise convolution", "transposed convolution"])
-def test_unfolded_convolutions_equal_the_oracle(name: str) -> None:
-    batch, reference = case(name)
-    learner = batched(seeded(NETS[name][0]))
-    learner._batched = BatchedEngine(learner.model, learner._buffer_edits, convolution="unfolded")
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
-
-
-@pytest.mark.parametrize("convolution", ["grouped", "unfolded"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,11 +179,11 @@ def test_unfolded_convolutions_equal_the_oracle(name: str) -> None:
     ],
     ids=str,
 )
-def test_both_forms_of_a_convolution_equal_the_convolution_of_each_task(convolution: Any, options: Any) -> None:
+def test_a_convolution_equals_the_convolution_of_each_task(options: Any) -> None:
     model = nn.Conv2d(2, 3, **{"kernel_size": (3, 2)} | options).double()
     x = torch.randn(4, 2, 2, 6, 5, dtype=torch.float64)
     weights = {name: torch.randn(4, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
-    found = BatchedEngine(model, convolution=convolution).call(weights, x)
+    found = BatchedEngine(model).call(weights, x)
     for task in range(4):
         own = {name: weight[task] for name, weight in weights.items()}
         torch.testing.assert_close(found[task], torch.func.functional_call(model, own, (x[task],)))
@@ -229,17 +224,13 @@ def unequal() -> list[Any]:
 
 def test_tasks_of_unequal_shapes_equal_the_oracle_in_their_order() -> None:
     tasks = unequal()
-    for way in ("meta_step", "forward"):
-        learner = batched(seeded(NormedMlp))
-        reference = reference_for(seeded(NormedMlp), learner, tasks, weights_of(learner))
-        if way == "meta_step":
-            loss: Any = learner.meta_step(tasks).loss
-        else:
-            output = learner(tasks)
-            output.loss.backward()
-            loss = output.loss.detach()
-            assert_same_values(output.predictions, reference.predictions)
-        assert_equals_reference(learner, loss, reference)
+    step, whole = batched(seeded(NormedMlp)), batched(seeded(NormedMlp))
+    assert_step_equals_oracle(step, seeded(NormedMlp), tasks, weights_of(step))
+    reference = reference_for(seeded(NormedMlp), whole, tasks, weights_of(whole))
+    output = whole(tasks)
+    output.loss.backward()
+    assert_same_values(output.predictions, reference.predictions)
+    assert_equals_reference(whole, output.loss.detach(), reference)
 
 
 @pytest.mark.parametrize("chunk", [None, 2, 3])
@@ -257,24 +248,20 @@ def test_random_heads_of_unequal_tasks_are_those_that_one_after_another_would_dr
     assert torch.equal(state, behind)
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tasks each call of the batched engine runs."""
+    return spied(monkeypatch, BatchedEngine, "call", lambda engine, weights, inputs, *_: len(inputs))
+
+
 @pytest.mark.parametrize(("chunk", "sizes"), [(None, {5}), (5, {5}), (3, {3, 2}), (1, set())])
-def test_tasks_per_backward_says_how_many_run_at_once(
-    chunk: int | None, sizes: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: set[int] = set()
+def test_tasks_per_backward_says_how_many_run_at_once(chunk: int | None, sizes: set[int], at_once: list[int]) -> None:
     batch = class_tasks((4,), tasks=5, shots=2)
     learner = batched(seeded(NormedMlp), tasks_per_backward=chunk)
-    reference = reference_for(seeded(NormedMlp), learner, batch, weights_of(learner))
-    learner._prepare(Task(*as_tasks(batch)[0]))
-    call = BatchedEngine.call
-
-    def spy(self: Any, weights: Any, inputs: Any, twice: bool) -> Any:
-        seen.add(len(inputs))
-        return call(self, weights, inputs, twice)
-
-    monkeypatch.setattr(BatchedEngine, "call", spy)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
-    assert seen == sizes
+    learner(as_tasks(batch)[:1])  # The first look is over.
+    at_once.clear()
+    assert_step_equals_oracle(learner, seeded(NormedMlp), batch, weights_of(learner))
+    assert set(at_once) == sizes
 
 
 @pytest.mark.parametrize("form", [tuple, dict])
@@ -287,59 +274,53 @@ def test_inputs_of_several_tensors_equal_the_oracle(form: type) -> None:
         x = parts if form is dict else [tuple(part.values()) for part in parts]
         tasks.append((x[0], sy, x[1], ty))
     learner = batched(seeded(TwoInputs))
-    reference = reference_for(seeded(TwoInputs), learner, tasks, weights_of(learner))
-    assert_equals_reference(learner, learner.meta_step([Task(*task) for task in tasks]).loss, reference)
+    assert_step_equals_oracle(learner, seeded(TwoInputs), tasks, weights_of(learner))
 
 
 def test_a_loss_that_vmap_cannot_run_goes_task_by_task() -> None:
     def loss_fn(prediction: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(prediction, y, torch.tensor([1.0, 2.0, 0.5]).double()) * (1 + int(y[0].item()))
 
-    batch = class_tasks((4,), tasks=3, shots=2)
     learner = batched(seeded(NormedMlp), loss_fn=loss_fn)
-    reference = reference_for(seeded(NormedMlp), learner, batch, weights_of(learner), loss_fn=loss_fn)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, seeded(NormedMlp), THREE, weights_of(learner), loss_fn=loss_fn)
 
 
 def test_a_label_that_the_model_has_no_output_for_is_named_and_nothing_moves() -> None:
-    batch = class_tasks((4,), tasks=3, shots=2)
     learner = batched(seeded(NormedMlp))
-    learner.meta_step(batch)
+    learner.meta_step(THREE)
     before = snapshot(dict(learner.state_dict()))
-    wrong = batch[3].clone()
+    wrong = THREE[3].clone()
     wrong[2, 0] = 7
     with pytest.raises(Exception, match=r"target_y holds labels 0\.\.7, but the model has 3 outputs"):
-        learner.meta_step((*batch[:3], wrong))
+        learner.meta_step((*THREE[:3], wrong))
     assert_same_state(dict(learner.state_dict()), before)
 
 
 def test_evaluation_and_adapt_equal_the_oracle() -> None:
-    batch = class_tasks((4,), tasks=2, shots=2)
     learner = batched(seeded(NormedMlp))
-    reference = reference_for(seeded(NormedMlp), learner, batch, [0.0, 1.0], training=False)
-    assert_same_values(learner.evaluate(batch, keep_predictions=True).predictions, reference.predictions)
-    for task, expected in zip(as_tasks(batch), reference.predictions, strict=True):
+    reference = reference_for(seeded(NormedMlp), learner, VECTORS, [0.0, 1.0], training=False)
+    assert_same_values(learner.evaluate(VECTORS, keep_predictions=True).predictions, reference.predictions)
+    for task, expected in zip(as_tasks(VECTORS), reference.predictions, strict=True):
         torch.testing.assert_close(learner.adapt(*task[:2])(task[2]).detach(), expected, rtol=1e-9, atol=1e-11)
-    assert_same_values(learner.eval()(batch).predictions, reference.predictions)
+    assert_same_values(learner.eval()(VECTORS).predictions, reference.predictions)
 
 
 def test_a_copy_goes_on_as_its_original() -> None:
-    batch = class_tasks((4,), tasks=2, shots=2)
     learner = batched(seeded(NormedMlp))
-    learner.meta_step(batch)
+    learner.meta_step(VECTORS)
     copied = copy.deepcopy(learner)
-    assert copied.meta_step(batch).loss == learner.meta_step(batch).loss
+    assert copied.meta_step(VECTORS).loss == learner.meta_step(VECTORS).loss
     assert_same_state(gradients_of(copied), gradients_of(learner))
     assert copied.describe().engine == "batched"
 
 
-def test_a_learner_in_single_precision_is_carried_to_its_precision() -> None:
+def test_a_learner_in_single_precision_is_carried_to_its_precision(at_once: list[int]) -> None:
     batch = class_tasks((1, 16, 16), tasks=2, shots=2)
     make = partial(Conv4, filters=3)
     learner = batched(seeded(make).float())
     reference = reference_for(seeded(make), copy.deepcopy(learner).double(), batch, weights_of(learner))
-    metrics = learner.meta_step(tuple(part.float() if part.is_floating_point() else part for part in batch))
-    assert learner._batched is not None
+    metrics = learner.meta_step(in_dtype(batch))
+    assert at_once[-1] == 2
     assert all(parameter.dtype == torch.float32 for parameter in learner.parameters())
     assert_equals_reference(learner, metrics.loss, reference, tolerance=1e-3)
 
@@ -367,18 +348,38 @@ def test_nothing_is_read_from_the_device_once_a_task_was_looked_at(memory: str) 
     assert reads.found == []
 
 
-def test_a_forward_without_gradients_comes_before_the_look() -> None:
-    batch = class_tasks((4,), tasks=2, shots=2)
+def assert_looked_at_next(learner: Any, forwards: list[Any]) -> None:
+    """The next meta-step calls the model for a look as well, and equals the oracle."""
+    forwards.clear()
+    assert_step_equals_oracle(learner, seeded(NormedMlp), VECTORS, weights_of(learner))
+    with_a_look = len(forwards)
+    forwards.clear()
+    learner.meta_step(VECTORS)
+    assert len(forwards) < with_a_look
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return spied(monkeypatch, NormedMlp, "forward", lambda *_: None)
+
+
+def test_a_forward_without_gradients_comes_before_the_look(forwards: list[Any], at_once: list[int]) -> None:
     learner = batched(seeded(NormedMlp))
     with torch.no_grad():
-        before = learner(batch)
-    reference = reference_for(seeded(NormedMlp), learner, batch, weights_of(learner))
+        before = learner(VECTORS)
+    reference = reference_for(seeded(NormedMlp), learner, VECTORS, weights_of(learner))
     assert_same_values(before.predictions, reference.predictions)
-    assert learner._batched is None
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_looked_at_next(learner, forwards)
+    at_once.clear()
     with torch.no_grad():
-        learner(batch)
-    assert learner._batched is not None
+        learner(VECTORS)
+    assert set(at_once) == {2}
+
+
+def test_a_first_task_without_a_finite_gradient_shows_nothing_and_the_next_is_looked_at(forwards: list[Any]) -> None:
+    learner = batched(seeded(NormedMlp))
+    assert learner.meta_step((VECTORS[0] * torch.inf, *VECTORS[1:])).skipped
+    assert_looked_at_next(learner, forwards)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -402,13 +403,12 @@ def test_dropout_differs_between_tasks() -> None:
 
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 def test_the_gradient_through_dropout_is_that_of_finite_differences(memory: str) -> None:
-    batch = class_tasks((4,), tasks=3, shots=2)
     learner = batched(seeded(Dropping), memory=memory, inner_lr=0.05)
-    learner(batch)  # The first look is behind: every later call draws the same.
+    learner(THREE)  # The first look is behind: every later call draws the same.
 
     def loss() -> Any:
         torch.manual_seed(0)
-        return learner(batch).loss
+        return learner(THREE).loss
 
     loss().backward()
     for value, entry in [(learner.model.first.weight, (3, 1)), (learner.learning_rates["linear.weight"], (1,))]:
@@ -424,68 +424,7 @@ def test_the_gradient_through_dropout_is_that_of_finite_differences(memory: str)
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-class Body(nn.Module):
-    """A network for the ways to break it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.linear = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.register_buffer("average", torch.zeros(5))
-        self.calls, self.history, self.kept = 0, [], None
-
-    def bend(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.bend(torch.tanh(self.first(x))))
-
-
-class Branches(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        return hidden if hidden.sum() > 0 else 2 * hidden
-
-
-class Averages(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
-        return hidden - self.average
-
-
-class Ticks(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        self.average += 1
-        return hidden
-
-
-class Counts(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        self.calls += 1
-        return hidden
-
-
-class Keeps(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        self.kept = hidden.detach()
-        return hidden
-
-
-class Lists(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        self.history.append(len(self.history))
-        return hidden
-
-
-class Throws(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.randn_like(hidden)
-
-
-class ThrowsInPython(Body):
-    def bend(self, hidden: Tensor) -> Tensor:
-        return hidden * random.random()
-
-
-class Watched(Body):
+class Hooked(Late):
     """A forward hook that keeps what it sees outside of the model."""
 
     def __init__(self) -> None:
@@ -511,191 +450,111 @@ class _WrongUnderVmap(torch.autograd.Function):
         return x + x.detach(), in_dims[0]
 
 
-class WrongGradient(Body):
+class WrongGradient(Late):
     """The right value, and half of its gradient under vmap alone."""
 
     def bend(self, hidden: Tensor) -> Tensor:
         return _WrongUnderVmap.apply(hidden)
 
 
-REFUSED = {
-    Branches: r"data-dependent",
-    Averages: r"edits the buffer 'average'",
-    Ticks: r"edits the buffer 'average'",
-    Counts: r"changes 'calls'",
-    Keeps: r"keeps values of one task in 'kept'",
-    Lists: r"changes a container of 'the model itself'",
-    Throws: r"draws random numbers",
-    ThrowsInPython: r"draws from random or numpy",
-    Watched: r"changes a container that a hook writes to",
-    WrongGradient: r"its meta-gradient for two tasks at once is not that of one after the other",
+BUFFER = r"edits the buffer 'average'"
+OUTSIDE = r"draws from random or numpy"
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    now: (partial(Late, now), words)
+    for now, words in {
+        "branches": r"data-dependent",
+        "averages": BUFFER,
+        "ticks": BUFFER,
+        "counts": r"changes 'calls'",
+        "keeps": r"keeps values of one task in 'kept'",
+        "lists": r"changes a container of 'the model itself'",
+        "draws_in_torch": r"draws random numbers",
+        "draws_in_python": OUTSIDE,
+    }.items()
 }
+REFUSED["a hook"] = (Hooked, r"changes a container that a hook writes to")
+REFUSED["a gradient"] = (WrongGradient, r"its meta-gradient for two tasks at once is not that of one after the other")
 
 
-@pytest.mark.parametrize("single", [False, True], ids=["double", "single"])
-@pytest.mark.parametrize("model", REFUSED)
-def test_what_cannot_be_carried_is_refused_by_name_each_time_and_nothing_moves(
-    model: type[nn.Module], single: bool
-) -> None:
-    user, batch = seeded(model), class_tasks((4,), tasks=2, shots=2)
-    if single:
-        user, batch = user.float(), tuple(part.float() if part.is_floating_point() else part for part in batch)
-    before = fingerprint(user)
-    learner = batched(user)
+def assert_refused(learner: Any, call: Callable[[Any], Any], batch: Any, reason: str) -> None:
+    """Each time, by name and reason; nothing moves, and no random number is drawn."""
     own, state = fingerprint(learner, ids=False), snapshot(dict(learner.state_dict()))
-    for call in (learner.meta_step, learner, learner.meta_step):
-        with pytest.raises(UnsupportedModuleError, match=rf'engine="batched".*{REFUSED[model]}.*engine="functional"'):
+    drawn, table = state_of_generators(learner.model), dict(learner.model.table)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModuleError, match=rf'engine="batched".*{reason}.*engine="functional"'):
             call(batch)
         assert fingerprint(learner, ids=False) == own
         assert_same_state(dict(learner.state_dict()), state)
-        assert learner.model.calls == 0
-        assert learner.model.kept is None
-        assert learner.model.history == []
-    assert fingerprint(user) == before
+        assert state_of_generators(learner.model) == drawn
+        held = (learner.model.calls, learner.model.kept, learner.model.history, learner.model.done)
+        assert held == (0, None, [], [])
+        assert learner.model.table == table
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_carried_is_refused_by_name_each_time_and_nothing_moves(name: str, dtype: torch.dtype) -> None:
+    make, reason = REFUSED[name]
+    user, batch = seeded(make).to(dtype), in_dtype(VECTORS, dtype)
+    with unchanged(user):
+        learner = batched(user)
+        for call in (learner.meta_step, learner):
+            assert_refused(learner, call, batch, reason)
+        assert_refused(learner, learner.meta_step, batch, reason)
 
 
 # --- what starts after the first look --------------------------------------------------------------------------------
 
 
-class Late(Body):
-    """Does something more once it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.rng, self.table, self.done = "", np.random.default_rng(0), {}, []
-
-    def bend(self, hidden: Tensor) -> Tensor:
-        FORWARDS.append(self.now)
-        return getattr(self, self.now)(hidden) if self.now else hidden
-
-    def counts(self, hidden: Tensor) -> Tensor:
-        self.calls += 1
-        return hidden
-
-    def counts_in_a_table(self, hidden: Tensor) -> Tensor:
-        self.table["calls"] = self.table.get("calls", 0) + 1
-        return hidden
-
-    def draws_in_python(self, hidden: Tensor) -> Tensor:
-        return hidden * random.random()
-
-    def draws_in_numpy(self, hidden: Tensor) -> Tensor:
-        return hidden * np.random.rand()
-
-    def draws_from_its_own(self, hidden: Tensor) -> Tensor:
-        return hidden * self.rng.random()
-
-    def draws_in_torch(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.randn_like(hidden)
-
-    def averages(self, hidden: Tensor) -> Tensor:
-        self.average.add_(hidden.detach().mean(0))
-        return hidden - self.average
-
-    def ticks(self, hidden: Tensor) -> Tensor:
-        self.average += 1
-        return hidden - self.average
-
-    def keeps(self, hidden: Tensor) -> Tensor:
-        self.kept = hidden.detach()
-        return hidden
-
-    def appends(self, hidden: Tensor) -> Tensor:
-        self.done.append(hidden.detach())
-        return hidden
-
-    def deletes(self, hidden: Tensor) -> Tensor:
-        self.__dict__.pop("history", None)
-        self.__dict__["again"] = object()
-        return hidden
-
-    def branches(self, hidden: Tensor) -> Tensor:
-        return hidden if hidden.sum() > 0 else 2 * hidden
-
-    def reads_numpy(self, hidden: Tensor) -> Tensor:
-        return hidden * float(hidden.detach().numpy().max())
-
-    def looks_at_memory(self, hidden: Tensor) -> Tensor:
-        if torch._C._functorch.is_batchedtensor(hidden):
-            raise KeyError("only alone")
-        return hidden
-
-    def caches(self, hidden: Tensor) -> Tensor:
-        if len(hidden) not in self.table:
-            self.table[len(hidden)] = torch.arange(len(hidden), dtype=hidden.dtype).unsqueeze(1)
-        if self.kept is None or len(self.kept) != len(hidden):
-            self.kept, self.calls = self.table[len(hidden)], len(hidden)
-        return hidden + 0.1 * self.kept
-
-
-FORWARDS: list[str] = []
 LATE = {
     "counts": r"changes 'calls', once for all tasks",
     "counts_in_a_table": r"changes a container of 'the model itself'",
-    "draws_in_python": r"draws from random or numpy",
-    "draws_in_numpy": r"draws from random or numpy",
-    "draws_from_its_own": r"draws from random or numpy",
+    "draws_in_python": OUTSIDE,
+    "draws_in_numpy": OUTSIDE,
+    "draws_from_its_own": OUTSIDE,
     "draws_in_torch": r"draws random numbers",
-    "averages": r"edits the buffer 'average', once for all tasks",
-    "ticks": r"edits the buffer 'average', once for all tasks",
+    "averages": f"{BUFFER}, once for all tasks",
+    "ticks": f"{BUFFER}, once for all tasks",
     "keeps": r"keeps values of one task in 'kept'",
     "appends": r"keeps values of one task in a container of 'the model itself'",
     "deletes": r"changes 'again'",
     "branches": r"data-dependent",
     "reads_numpy": r"it fails with \w+: ",
-    "looks_at_memory": r"it fails with KeyError: 'only alone'",
+    "fails_under_vmap": r"it fails with KeyError: 'only alone'",
 }
 
 
-def randomness(learner: Any) -> list[Any]:
-    state = np.random.get_state()
-    numbers: Any = [random.getstate(), state[1].tolist(), state[2], learner.model.rng.bit_generator.state]
-    return [*numbers, torch.get_rng_state().tolist()]
-
-
-def late(**options: Any) -> Any:
-    learner = batched(seeded(Late), **options)
-    learner.meta_step(class_tasks((4,), tasks=3, shots=2))
-    assert learner._batched is not None
+def looked_at() -> Any:
+    """A learner whose first look is over, and found nothing."""
+    learner = batched(seeded(OwnGenerator))
+    learner.meta_step(THREE)
     return learner
 
 
 @pytest.mark.parametrize("way", ["meta_step", "forward"])
 @pytest.mark.parametrize("now", LATE)
 def test_what_begins_after_the_first_look_is_refused_by_name_and_nothing_moves(now: str, way: str) -> None:
-    batch = class_tasks((4,), tasks=3, shots=2)
-    learner, other = late(), late()
+    learner, other = looked_at(), looked_at()
     learner.model.now = now
-    own, state, drawn = fingerprint(learner, ids=False), snapshot(dict(learner.state_dict())), randomness(learner)
-    table = dict(learner.model.table)
-    for _ in range(2):
-        with pytest.raises(UnsupportedModuleError, match=rf'engine="batched".*{LATE[now]}.*engine="functional"'):
-            getattr(learner, way)(batch)
-        assert fingerprint(learner, ids=False) == own
-        assert_same_state(dict(learner.state_dict()), state)
-        assert randomness(learner) == drawn
-        held = (learner.model.calls, learner.model.kept, learner.model.history, learner.model.done)
-        assert held == (0, None, [], [])
-        assert learner.model.table == table
+    assert_refused(learner, getattr(learner, way), THREE, LATE[now])
     learner.model.now = ""
-    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+    assert learner.meta_step(THREE).loss == other.meta_step(THREE).loss
 
 
-def test_a_cache_that_begins_after_the_first_look_is_carried_and_costs_no_more_calls_once_it_is_known() -> None:
-    tasks = unequal()
-    learner = late()
+def test_a_cache_that_begins_after_the_first_look_is_carried_and_costs_no_more_calls_once_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, learner = unequal(), looked_at()
     learner.model.now = "caches"
-    reference = reference_for(copy.deepcopy(learner.model), learner, tasks, weights_of(learner))
-    assert_equals_reference(learner, learner.meta_step(tasks).loss, reference)
-    FORWARDS.clear()
+    assert_step_equals_oracle(learner, copy.deepcopy(learner.model), tasks, weights_of(learner))
+    forwards = spied(monkeypatch, Late, "bend", lambda *_: None)
     learner.meta_step(tasks)
     groups, passes = 3, 2
-    assert len(FORWARDS) == groups * passes * STEPS
+    assert len(forwards) == groups * passes * STEPS
 
 
 def test_a_draw_by_another_thread_during_a_call_is_not_the_models() -> None:
-    batch = class_tasks((4,), tasks=3, shots=2)
-    learner, other = late(), late()
+    learner, other = looked_at(), looked_at()
     draws: Any = iter([random.random, None, np.random.rand, None, partial(torch.rand, 1)])
 
     def elsewhere(module: Any, args: Any) -> None:
@@ -703,12 +562,12 @@ def test_a_draw_by_another_thread_during_a_call_is_not_the_models() -> None:
             draw()
 
     learner.model.first.register_forward_pre_hook(elsewhere)
-    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+    assert learner.meta_step(THREE).loss == other.meta_step(THREE).loss
     assert next(draws, None) is None
 
 
 def test_an_error_of_one_task_is_raised_as_it_is_and_nothing_moves() -> None:
-    class Picky(Body):
+    class Picky(Late):
         limit = 1e9
 
         def bend(self, hidden: Tensor) -> Tensor:
@@ -717,26 +576,23 @@ def test_an_error_of_one_task_is_raised_as_it_is_and_nothing_moves() -> None:
                 raise ValueError("the user's own")
             return hidden
 
-    batch = class_tasks((4,), tasks=2, shots=2)
-    learner = batched(seeded(Body))
-    learner.meta_step(batch)
+    learner = looked_at()
     learner.model.__class__ = Picky
     learner.model.limit = 2
     own, state = fingerprint(learner, ids=False), snapshot(dict(learner.state_dict()))
     for call in (learner.meta_step, learner):
         with pytest.raises(ValueError, match="the user's own"):
-            call(batch)
+            call(VECTORS)
         assert fingerprint(learner, ids=False) == own
         assert_same_state(dict(learner.state_dict()), state)
 
 
 def test_evaluation_may_edit_a_buffer_and_training_goes_on() -> None:
-    batch = class_tasks((4,), tasks=2, shots=2)
-    learner, other = late(), late()
+    learner, other = looked_at(), looked_at()
     learner.model.now = "ticks"
-    learner.evaluate(batch)
+    learner.evaluate(VECTORS)
     learner.model.now = ""
-    assert learner.meta_step(batch).loss == other.meta_step(batch).loss
+    assert learner.meta_step(VECTORS).loss == other.meta_step(VECTORS).loss
 
 
 def test_a_loss_that_draws_later_draws_for_each_task() -> None:
@@ -748,12 +604,12 @@ def test_a_loss_that_draws_later_draws_for_each_task() -> None:
         drawn.append(random.random())
         return F.cross_entropy(prediction, y) * drawn[-1]
 
-    batch, draws = class_tasks((4,), tasks=3, shots=2), False
+    draws = False
     learner = batched(seeded(NormedMlp), loss_fn=loss_fn, inner_steps=1)
-    learner(batch)
+    learner(THREE)
     draws = True
     random.seed(1)
-    learner(batch)
+    learner(THREE)
     expected = random.Random(1)
     # One for each task's support loss, then its target loss; the draw of each try under vmap was taken back.
     support, target = ([expected.random() for _ in range(3)] for _ in range(2))
@@ -762,16 +618,15 @@ def test_a_loss_that_draws_later_draws_for_each_task() -> None:
 
 def test_masks_are_refused_at_construction_but_not_in_evaluation() -> None:
     with pytest.raises(ArgumentError, match=r'mask_unused_outputs.*engine="batched".*functional'):
-        MAMLPlusPlus(Mlp(4, 6, 5), engine="batched", mask_unused_outputs=True)
+        MAMLPlusPlus(Mlp(4, 6, 5), engine="batched", outputs={"mask_unused_outputs": True})
     learner = MAMLPlusPlus(Mlp(4, 6, 5).double(), engine="batched")
     plain = MAMLPlusPlus(Mlp(4, 6, 5).double(), engine="functional")
     plain.load_state_dict(learner.state_dict())
-    batch = class_tasks((4,), tasks=2, shots=2)
-    found, expected = (one.evaluate(batch, mask_unused_outputs=True).loss for one in (learner, plain))
+    found, expected = (one.evaluate(VECTORS, mask_unused_outputs=True).loss for one in (learner, plain))
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-class Caches(Body):
+class Caches(Late):
     """Keeps positions from call to call, anew for each length: it is the same after each call."""
 
     def bend(self, hidden: Tensor) -> Tensor:
@@ -781,17 +636,5 @@ class Caches(Body):
 
 
 def test_a_cache_is_carried() -> None:
-    tasks = unequal()
-    learner = batched(seeded(Caches))
-    reference = reference_for(seeded(Caches), learner, tasks, weights_of(learner))
-    assert_equals_reference(learner, learner.meta_step(tasks).loss, reference)
-
-
-def test_a_first_task_without_a_finite_gradient_shows_nothing_and_the_next_is_looked_at() -> None:
-    batch = class_tasks((4,), tasks=2, shots=2)
-    learner = batched(seeded(NormedMlp))
-    assert learner.meta_step((batch[0] * torch.inf, *batch[1:])).skipped
-    assert learner._batched is None
-    reference = reference_for(seeded(NormedMlp), learner, batch, weights_of(learner))
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
-    assert learner._batched is not None
+    tasks, learner = unequal(), batched(seeded(Caches))
+    assert_step_equals_oracle(learner, seeded(Caches), tasks, weights_of(learner))

@@ -19,10 +19,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from face import assert_equals_reference, assert_same_values, build, fingerprint, gradients_of, reference_for
+from engine_cases import ANNEAL_EPOCHS, CASES, POLICIES, STEPS, case_learner, case_reference
+from face import (
+    assert_equals_reference,
+    assert_same_values,
+    assert_step_equals_oracle,
+    build,
+    fingerprint,
+    gradients_of,
+    in_dtype,
+    tensors,
+    unchanged,
+)
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients, msl_weights
-from test_engines import ANNEAL_EPOCHS, CASES, EPOCH, STEPS, _learner, _reference
+from stateful import EditsInput, Late, Watch, Watched
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -31,6 +43,7 @@ from metawrap.execution.threads import in_threads
 from metawrap.execution.tuning import Speed, fastest, to_channels_last
 from metawrap.learner import pace
 
+FOUR = class_tasks((4,), tasks=4)
 WAYS: dict[str, dict[str, Any]] = {
     "threads": {"workers": 2},
     "more threads than tasks": {"workers": 7},
@@ -54,10 +67,8 @@ WORKERS_IN = ["threads", pytest.param("processes", marks=pytest.mark.skipif(sys.
 )
 @pytest.mark.filterwarnings("ignore:workers=2")
 def test_every_network_in_threads_equals_the_oracle(name: str) -> None:
-    case = CASES[name]
-    learner = _learner(case, seeded(case.make), "functional", workers=2)
-    learner.epoch = EPOCH
-    assert_equals_reference(learner, learner.meta_step(case.batch()).loss, _reference(name))
+    learner = case_learner(CASES[name], workers=2)
+    assert_equals_reference(learner, learner.meta_step(CASES[name].batch()).loss, case_reference(name))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -67,21 +78,18 @@ def test_every_way_equals_the_oracle(way: str, second_order: bool) -> None:
     learner = build(
         model, inner_steps=STEPS, first_order_epochs=0 if second_order else 99, msl_epochs=ANNEAL_EPOCHS, **WAYS[way]
     )
-    reference = reference_for(
-        model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm="batch", second_order=second_order
-    )
     threads = torch.get_num_threads()
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    weights = msl_weights(STEPS, 0, ANNEAL_EPOCHS)
+    assert_step_equals_oracle(learner, model, batch, weights, second_order=second_order)
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("norm", ["batch", "support", "running"])
+@pytest.mark.parametrize("norm", POLICIES)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_every_norm_policy_in_workers_equals_the_oracle(norm: str, workers_in: str) -> None:
     model, batch = seeded(NormedMlp), class_tasks((4,))
     learner = build(model, norm=norm, inner_steps=STEPS, workers=2, workers_in=workers_in, msl_epochs=ANNEAL_EPOCHS)
-    reference = reference_for(model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, model, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm)
 
 
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
@@ -93,35 +101,10 @@ def test_workers_are_bit_for_bit_one_thread(workers_in: str) -> None:
         learners = [build(seeded(Conv4).float(), **way) for way in ways]
         for _ in range(3):
             for learner in learners:
-                learner.meta_step(floats(CASES["conv4"].batch()))
+                learner.meta_step(in_dtype(CASES["conv4"].batch()))
         assert fingerprint(learners[0], ids=False) == fingerprint(learners[1], ids=False)
     finally:
         torch.set_num_threads(threads)
-
-
-def floats(batch: Any) -> Any:
-    return tuple(t.float() if t.is_floating_point() else t for t in batch)
-
-
-class Watch:
-    """How many threads were in a forward pass at the same time."""
-
-    most, inside, lock = 0, 0, threading.Lock()
-
-
-class Watched(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with Watch.lock:
-            Watch.inside += 1
-            Watch.most = max(Watch.most, Watch.inside)
-        time.sleep(0.002)
-        with Watch.lock:
-            Watch.inside -= 1
-        return self.second(torch.tanh(self.first(x)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -166,43 +149,13 @@ def test_graphs_of_no_more_tasks_than_workers_are_alive(workers: int) -> None:
         return loss
 
     learner = build(seeded(Watched), workers=workers, engine="functional", loss_fn=loss_fn, multi_step_loss=False)
-    learner.meta_step(class_tasks((4,), tasks=5))
+    gc.freeze()  # Else each collection goes through all that the other tests keep.
+    try:
+        learner.meta_step(class_tasks((4,), tasks=5))
+    finally:
+        gc.unfreeze()
     # Of one task: a support loss for each step, and a target loss.
     assert Graphs.most <= workers * (learner.settings.inner_steps + 1)
-
-
-class Counting(Watched):
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls = self.calls + 1
-        return super().forward(x)
-
-
-class Collecting(Watched):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(float(x.sum()))
-        return super().forward(x)
-
-
-class Averaging(Watched):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("average", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        result = super().forward(x)
-        self.average.mul_(0.9).add_(0.1 * result.detach().mean(0))
-        return result
-
-
-class Dropping(Watched):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.dropout(x, 0.3, self.training))
 
 
 class Holding(Watched):
@@ -242,10 +195,10 @@ def _array_count(array: Any) -> float:
 
 
 class ByClass(Watched):
-    calls = 0
+    total = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        ByClass.calls += 1
+        ByClass.total += 1
         return super().forward(x)
 
 
@@ -260,6 +213,9 @@ class ByGlobal(Watched):
 
 HELD: dict[str, Callable[[], nn.Module]] = {
     "a numpy generator": lambda: Holding(np.random.default_rng(0), lambda g: g.normal()),
+    "the second of two numpy generators": lambda: Holding(
+        [np.random.default_rng(n) for n in (0, 1)], lambda g: g[1].normal()
+    ),
     "a numpy random state": lambda: Holding(np.random.RandomState(0), lambda g: g.normal()),
     "a python generator": lambda: Holding(random.Random(0), lambda g: g.random()),
     "a torch generator": lambda: Holding(torch.Generator(), lambda g: torch.rand((), generator=g)),
@@ -275,16 +231,20 @@ HELD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("held", HELD)
+# Its reader keeps ids of values that are freed at once, so that the second generator is taken for the first.
+UNSEEN = pytest.param("the second of two numpy generators", marks=pytest.mark.xfail(strict=False))
+
+
+@pytest.mark.parametrize("held", [UNSEEN if "two numpy" in name else name for name in HELD])
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
     alone = build(seeded(HELD[held]), engine="functional")
     asked = build(seeded(HELD[held]), workers=2, workers_in=workers_in, engine="functional")
-    ByClass.calls = Watch.most = 0
-    first = [alone.meta_step(class_tasks((4,), tasks=4)).loss for _ in range(2)]
-    ByClass.calls = 0
+    ByClass.total = Watch.most = 0
+    first = [alone.meta_step(FOUR).loss for _ in range(2)]
+    ByClass.total = 0
     with pytest.warns(MetaWrapWarning, match="one after another"):
-        second = [asked.meta_step(class_tasks((4,), tasks=4)).loss for _ in range(2)]
+        second = [asked.meta_step(FOUR).loss for _ in range(2)]
     assert Watch.most == 1
     if held != "an iterator":  # Nothing can put an iterator back after the first look, with one worker or two.
         assert second == pytest.approx(first, rel=1e-12)
@@ -313,52 +273,30 @@ class Averaged(nn.Module):
 @pytest.mark.parametrize("make", [Anneal, Averaged])
 @pytest.mark.parametrize("way", [{"workers": "auto"}, {"tune": True}], ids=str)
 def test_a_loss_with_state_is_called_in_order(make: Any, way: dict[str, Any]) -> None:
-    plain, fast = (build(seeded(Watched), loss_fn=make(), engine="functional", **w) for w in ({}, way))
+    plain, fast = (build(seeded(Late), loss_fn=make(), engine="functional", **w) for w in ({}, way))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for _ in range(3):
-            batch = class_tasks((4,), tasks=4)
-            assert fast.meta_step(batch).loss == pytest.approx(plain.meta_step(batch).loss, rel=1e-12)
+            assert fast.meta_step(FOUR).loss == pytest.approx(plain.meta_step(FOUR).loss, rel=1e-12)
     finally:
         torch.set_num_threads(threads)
 
 
-class Scheduled(Watched):
-    """Begins to draw, or to count, or to average, when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(0.0)
-        self.counting = False
-        self.calls = 0
-        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.counting:
-            self.calls += 1
-            self.average.mul_(0.9).add_(0.1)
-        return super().forward(self.drop(x)) / (1 + 0.01 * self.calls + self.average)
-
-
-@pytest.mark.parametrize("change", ["dropout", "counting"])
+@pytest.mark.parametrize("change", ["drops", "counts", "averages"])
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_what_begins_after_the_first_step_is_seen(change: str, memory: str, workers_in: str) -> None:
     ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": workers_in}]
-    plain, fast = (build(seeded(Scheduled), engine="functional", memory=memory, **way) for way in ways)
-    batch = class_tasks((4,), tasks=4)
+    plain, fast = (build(seeded(Watched), engine="functional", memory=memory, **way) for way in ways)
     for learner in (plain, fast):
-        learner.meta_step(batch)
-        if change == "dropout":
-            learner.model.drop.p = 0.4
-        else:
-            learner.model.counting = True
+        learner.meta_step(FOUR)
+        learner.model.now = change
     torch.manual_seed(1)
-    first = [plain.meta_step(batch).loss for _ in range(2)]
+    first = [plain.meta_step(FOUR).loss for _ in range(2)]
     torch.manual_seed(1)
     with pytest.warns(MetaWrapWarning, match="one after another"):
-        second = [fast.meta_step(batch).loss for _ in range(2)]
+        second = [fast.meta_step(FOUR).loss for _ in range(2)]
     assert second == pytest.approx(first, rel=1e-12)
     assert_same_values(tensors(fast), tensors(plain))
     assert fast.model.calls == plain.model.calls
@@ -366,20 +304,19 @@ def test_what_begins_after_the_first_step_is_seen(change: str, memory: str, work
 
 def test_what_cannot_be_copied_any_more_is_solved_in_order() -> None:
     plain, fast = (build(seeded(Watched), engine="functional", workers=n) for n in (1, 2))
-    batch = class_tasks((4,), tasks=4)
     for learner in (plain, fast):
-        learner.meta_step(batch)
+        learner.meta_step(FOUR)
     fast.model.guard = threading.Lock()
     with pytest.warns(MetaWrapWarning, match="copied"):
-        fast.meta_step(batch)
-    plain.meta_step(batch)
+        fast.meta_step(FOUR)
+    plain.meta_step(FOUR)
     assert_same_values(tensors(fast), tensors(plain))
 
 
 def test_random_heads_come_in_the_order_of_the_tasks() -> None:
     batch, losses = class_tasks((4,), tasks=6), []
     for workers in (1, "auto"):
-        learner = build(seeded(Watched), head="second", head_init="random", workers=workers, engine="functional")
+        learner = build(seeded(Watched), head="linear", head_init="random", workers=workers, engine="functional")
         torch.manual_seed(5)
         losses.append([learner.meta_step(batch).loss for _ in range(3)])
     assert losses[0] == losses[1]
@@ -403,16 +340,6 @@ def test_workers_see_the_callers_context() -> None:
     finally:
         FACTOR.reset(token)
     assert Watch.most == 2
-
-
-class EditsInput(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x -= 0.3
-        return self.linear(torch.tanh(self.conv(x * 1.5)).mean((2, 3)))
 
 
 def test_an_input_that_forward_edits_is_as_it_was_in_the_other_layout_too() -> None:
@@ -447,10 +374,10 @@ def test_tuning_does_not_ask_for_a_second_derivative_that_training_does_without(
 
 
 HAZARDS: dict[str, tuple[Any, str]] = {
-    "random draws": (Dropping, "random numbers"),
-    "an attribute that changes": (Counting, "changes 'calls'"),
-    "a list that grows": (Collecting, "changes 'seen'"),
-    "an edited buffer": (Averaging, "buffer 'average'"),
+    "random draws": (partial(Watched, "drops"), "random numbers"),
+    "an attribute that changes": (partial(Watched, "counts"), "changes 'calls'"),
+    "a list that grows": (partial(Watched, "lists"), "changes 'history'"),
+    "an edited buffer": (partial(Watched, "averages"), "buffer 'average'"),
     "hooks": (hooked_conv4, "has hooks"),
 }
 
@@ -459,7 +386,7 @@ HAZARDS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str, workers_in: str) -> None:
     make, reason = HAZARDS[hazard]
-    batch = CASES["conv4"].batch() if make is hooked_conv4 else class_tasks((4,), tasks=4)
+    batch = CASES["conv4"].batch() if make is hooked_conv4 else FOUR
     Watch.most = 0
     ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": workers_in}]
     alone, asked = (build(seeded(make), engine="functional", **way) for way in ways)
@@ -473,12 +400,8 @@ def test_a_model_with_state_is_solved_in_order_and_says_so(hazard: str, workers_
     assert_same_values(tensors(asked), tensors(alone))
 
 
-def tensors(learner: Any) -> list[Tensor]:
-    return [*learner.parameters(), *learner.buffers()]
-
-
 def test_auto_takes_one_worker_for_such_a_model_without_a_word() -> None:
-    build(seeded(Dropping), workers="auto").meta_step(class_tasks((4,)))
+    build(seeded(partial(Watched, "drops")), workers="auto").meta_step(class_tasks((4,)))
 
 
 def test_a_hook_that_comes_later_is_seen() -> None:
@@ -514,17 +437,16 @@ def test_a_model_whose_copy_differs_is_solved_in_order() -> None:
 
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_a_failing_task_leaves_all_as_it_was(workers_in: str) -> None:
-    learner, batch = build(seeded(NormedMlp), workers=2, workers_in=workers_in), class_tasks((4,), tasks=4)
-    learner.meta_step(batch)
-    before, threads = fingerprint(learner), torch.get_num_threads()
-    tasks = TaskBatch.stacked(*batch).tasks
+    learner = build(seeded(NormedMlp), workers=2, workers_in=workers_in)
+    learner.meta_step(FOUR)
+    threads, speed = torch.get_num_threads(), learner.describe().speed
+    tasks = TaskBatch.stacked(*FOUR).tasks
     broken = Task(tasks[2].support_x, tasks[2].support_y + 50, tasks[2].target_x, tasks[2].target_y)
-    with pytest.raises(Exception, match="support_y"):
+    with unchanged(learner), pytest.raises(Exception, match="support_y"):
         learner.meta_step([tasks[0], tasks[1], broken, tasks[3]])
-    assert fingerprint(learner) == before
     assert torch.get_num_threads() == threads
     assert not [t for t in threading.enumerate() if t.name.startswith("metawrap-worker")]
-    assert learner._alone() is None, "it was the task's fault, so the next step has workers again"
+    assert learner.describe().speed == speed, "it was the task's fault, so the next step has workers again"
 
 
 def test_results_come_in_order_and_modes_are_the_callers() -> None:
@@ -553,10 +475,8 @@ def images() -> Any:
 
 def test_a_model_that_takes_only_the_usual_layout_is_refused_by_name() -> None:
     learner = build(seeded(Viewing), channels_last=True)
-    before = fingerprint(learner)
-    with pytest.raises(UnsupportedModuleError, match=r"channels_last=True.*view.*reshape"):
+    with unchanged(learner), pytest.raises(UnsupportedModuleError, match=r"channels_last=True.*view.*reshape"):
         learner.meta_step(images())
-    assert fingerprint(learner) == before
 
 
 def test_tuning_passes_over_a_layout_that_the_model_does_not_take() -> None:
@@ -674,9 +594,7 @@ def test_a_layout_is_tried_only_where_it_is_right(
 
     monkeypatch.setattr(pace, "fastest", choose)
     side = 28 if make is Viewing else 16
-    batch = tuple(
-        t.to(dtype) if t.is_floating_point() else t for t in class_tasks((2 if make is ByStrides else 1, side, side))
-    )
+    batch = in_dtype(class_tasks((2 if make is ByStrides else 1, side, side)), dtype)
     learner = build(seeded(make).to(dtype), tune=True)
     learner.meta_step(batch)
     plain = build(seeded(make).to(dtype), engine="functional")
@@ -686,7 +604,7 @@ def test_a_layout_is_tried_only_where_it_is_right(
 
 
 def test_tuning_draws_no_random_numbers_and_changes_nothing() -> None:
-    learners = [build(seeded(Dropping), tune=tune) for tune in (False, True)]
+    learners = [build(seeded(partial(Watched, "drops")), tune=tune) for tune in (False, True)]
     for learner in learners:
         torch.manual_seed(5)
         learner.meta_step(class_tasks((4,)))
@@ -721,18 +639,17 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(NormedMlp), **options)
+        MAMLPlusPlus(seeded(NormedMlp), **grouped(**options))
 
 
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pace, "fastest", lambda *_: Speed(2))
-    plain, tuned = (build(seeded(Scheduled), engine="functional", tune=tune) for tune in (False, True))
-    batch = class_tasks((4,), tasks=4)
+    plain, tuned = (build(seeded(Watched), engine="functional", tune=tune) for tune in (False, True))
     for learner in (plain, tuned):
-        learner.meta_step(batch)
-        learner.model.counting = True
-        learner.meta_step(batch)
+        learner.meta_step(FOUR)
+        learner.model.now = "counts"
+        learner.meta_step(FOUR)
     assert_same_values(tensors(tuned), tensors(plain))
     assert "one task after another: forward changes" in " ".join(str(tuned.describe()).split())

@@ -3,86 +3,67 @@
 from __future__ import annotations
 
 import gc
-import random
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from face import as_tasks, assert_equals_reference, build, gradients_of, last_only, reference_for
+from engine_cases import ALL_ENGINES, ANNEAL_EPOCHS, CASES, ENGINES, POLICIES, STEPS, case_learner, case_reference
+from face import (
+    as_tasks,
+    assert_equals_reference,
+    assert_step_equals_oracle,
+    build,
+    gradients_of,
+    last_only,
+    reference_for,
+    spied,
+)
+from inner_rules import BATCH, RULES, by_hand, learner_of
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients, msl_weights
-from test_engines import ANNEAL_EPOCHS, CASES, ENGINES, EPOCH, STEPS, _learner, _reference
-from test_inner_optimizers import BATCH, RULES, by_hand, learner_of
+from stateful import Late, Noisy, seed_all
 from torch import Tensor, nn
 
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, UnsupportedModuleError
 
+VECTORS = class_tasks((4,), targets=3)
+MEMORIES = ("unrolled", "flat")
 NETWORKS = ["conv4", "vision transformer", "lstm", "tied weights", "user hooks", "norm with activation"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_step_and_forward_equal_the_oracle(name: str, engine: str) -> None:
-    case = CASES[name]
-    for way in ("meta_step", "forward"):
-        learner = _learner(case, seeded(case.make), engine, memory="flat")
-        learner.epoch = EPOCH
-        if way == "meta_step":
-            loss: Any = learner.meta_step(case.batch()).loss
-        else:
-            output = learner(case.batch())
-            output.loss.backward()
-            loss = output.loss.detach()
-        assert_equals_reference(learner, loss, _reference(name))
+    step, whole = (case_learner(CASES[name], engine, memory="flat") for _ in range(2))
+    assert_equals_reference(step, step.meta_step(CASES[name].batch()).loss, case_reference(name))
+    output = whole(CASES[name].batch())
+    output.loss.backward()
+    assert_equals_reference(whole, output.loss.detach(), case_reference(name))
 
 
-@pytest.mark.parametrize("norm", ["batch", "support", "running"])
+@pytest.mark.parametrize("norm", POLICIES)
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
 def test_every_norm_policy_and_order_equals_the_oracle(norm: str, second_order: bool) -> None:
     model, batch = seeded(NormedMlp), class_tasks((4,))
     learner = build(
         model, norm=norm, memory="flat", first_order_epochs=0 if second_order else 99, msl_epochs=ANNEAL_EPOCHS
     )
-    reference = reference_for(
-        model, learner, batch, msl_weights(STEPS, 0, ANNEAL_EPOCHS), norm=norm, second_order=second_order
-    )
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    weights = msl_weights(STEPS, 0, ANNEAL_EPOCHS)
+    assert_step_equals_oracle(learner, model, batch, weights, norm=norm, second_order=second_order)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_update_rule_equals_the_loop_by_hand(rule: str, engine: str) -> None:
     learner = learner_of(rule, engine, memory="flat")
-    loss, expected = by_hand(learner, rule, second_order=True)
+    loss, expected = by_hand(learner, rule)
     assert learner.meta_step(BATCH).loss == pytest.approx(float(loss), rel=1e-12)
     assert_same_gradients(gradients_of(learner), expected)
-
-
-class Noisy(nn.Module):
-    """Draws from every generator, counts its calls, and keeps an average of what it saw: a replay must see the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.drop = nn.Dropout(0.4)
-        self.register_buffer("average", torch.zeros(6))
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        hidden = self.drop(torch.tanh(self.first(x))) * (1 + random.random()) + float(np.random.rand())
-        self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
-        return self.linear(hidden - self.average) / (1 + 0.1 * self.calls)
-
-
-def seed_all() -> None:
-    random.seed(3)
-    np.random.seed(3)
-    torch.manual_seed(3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -111,7 +92,7 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("head_init", ["zeros", "random", "stored"])
 def test_heads_that_start_per_task_have_the_unrolled_gradient(head_init: str) -> None:
     found = []
-    for memory in ("unrolled", "flat"):
+    for memory in MEMORIES:
         learner = build(seeded(NormedMlp), memory=memory, head_init=head_init, head="linear", engine="functional")
         torch.manual_seed(0)
         tasks = [Task(*parts, id=index) for index, parts in enumerate(as_tasks(class_tasks((4,))))]
@@ -121,7 +102,7 @@ def test_heads_that_start_per_task_have_the_unrolled_gradient(head_init: str) ->
     assert_same_gradients(found[1], found[0])
 
 
-@pytest.mark.parametrize("memory", ["unrolled", "flat"])
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("name", ["model.first.weight", "model.norm.weight", "model.linear.weight", "rate"])
 def test_a_hook_on_a_parameter_sees_its_whole_gradient_once(name: str, memory: str) -> None:
     gradients, seen = [], []
@@ -165,7 +146,7 @@ class LiveGraph:
 
 
 def peak_of_graphs(steps: int, sizes: dict[str, int] | None = None, **options: Any) -> int:
-    learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **options)
+    learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **grouped(**options))
     batch = class_tasks((1, 16, 16), tasks=2, **(sizes or {"targets": 2}))
     learner.meta_step(batch)
     gc.collect()
@@ -196,62 +177,46 @@ def test_target_graphs_are_freed_step_by_step() -> None:
 
 
 def test_a_model_that_cannot_be_replayed_is_refused() -> None:
-    learner = MAMLPlusPlus(seeded(Remembers), memory="flat", engine="functional")
+    learner = MAMLPlusPlus(seeded(Remembers), execution={"memory": "flat"}, engine="functional")
     with pytest.raises(UnsupportedModuleError, match=r'memory="unrolled"'):
         learner.meta_step(class_tasks((4,)))
 
 
 def test_an_unknown_memory_is_refused() -> None:
     with pytest.raises(ArgumentError, match="memory"):
-        MAMLPlusPlus(seeded(NormedMlp), memory="little")
+        MAMLPlusPlus(seeded(NormedMlp), execution={"memory": "little"})
 
 
-class SharedNorm(nn.Module):
+class SharedNorm(NormedMlp):
     """Its norm keeps one average for all inner steps, which depends on the order of all passes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.linear = nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=0.4), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(torch.tanh(self.norm(self.first(x))))
+        self.norm.momentum = 0.4
 
 
-def order_of_passes(learner: MAMLPlusPlus, batch: Any) -> str:
+def order_of_passes(learner: MAMLPlusPlus, monkeypatch: pytest.MonkeyPatch) -> str:
     """ "s" for each support pass, replays included, and "t" for each target pass, with its inner step."""
-    support, seen = batch[0].shape[1], []
+    batch = class_tasks((4,), tasks=1, targets=3)
     learner.meta_step(batch)  # The first look is over.
-    forward = type(learner.model).forward
-
-    def noting(module: nn.Module, x: Tensor) -> Tensor:
-        seen.append(f"{'s' if len(x) == support else 't'}{learner.wrapped.clock.step}")
-        return forward(module, x)
-
-    type(learner.model).forward = noting
-    try:
-        learner.meta_step(batch)
-    finally:
-        type(learner.model).forward = forward
+    kinds = {batch[0].shape[1]: "s", batch[2].shape[1]: "t"}
+    note = lambda module, x: f"{kinds[len(x)]}{learner.wrapped.clock.step}"
+    seen = spied(monkeypatch, type(learner.model), "forward", note)
+    learner.meta_step(batch)
     return " ".join(seen)
 
 
 @pytest.mark.parametrize("norm", ["batch", "support"])
 @pytest.mark.parametrize("engine", ["functional", "batched"])
 def test_statistics_of_all_passes_are_averaged_in_their_own_order(engine: str, norm: str) -> None:
-    batch, found = class_tasks((4,), targets=3), []
-    for memory in ("unrolled", "flat"):
-        learner = build(
-            seeded(SharedNorm),
-            engine=engine,
-            inner_steps=4,
-            memory=memory,
-            norm=norm,
-            per_step_norm_statistics=False,
-            per_step_norm_affine=False,
-        )
+    one_row = {"per_step_norm_statistics": False, "per_step_norm_affine": False}
+    found = [
+        build(seeded(SharedNorm), engine=engine, inner_steps=4, memory=memory, norm=norm, **one_row)
+        for memory in MEMORIES
+    ]
+    for learner in found:
         for _ in range(2):
-            learner.meta_step(batch)
-        found.append(learner)
+            learner.meta_step(VECTORS)
     unrolled, flat = (dict(learner.model.named_buffers()) for learner in found)
     assert any(name.endswith("running_mean") for name in unrolled)
     for name, value in unrolled.items():
@@ -291,88 +256,47 @@ class Assigns(NormedMlp):
 def test_what_only_looks_like_a_change_is_none(make: Any, options: dict[str, Any]) -> None:
     if make is Assigns and "engine" in options:
         pytest.skip("the batched engine refuses it")
-    batch, found = class_tasks((4,), targets=3), []
+    found = []
     for more in ({}, {"memory": "flat", **options}):
         learner = build(seeded(make), **{"engine": "functional", **more})
         with warnings.catch_warnings():
             warnings.simplefilter("error", MetaWrapWarning)
-            learner.meta_step(batch)
+            learner.meta_step(VECTORS)
         found.append(gradients_of(learner))
-        assert learner._passes_in_order is None
     assert_same_gradients(found[1], found[0])
-
-
-class HiddenEdits(nn.Module):
-    """Edits its weights where torch does not count it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.first(x))
-        self.linear.weight.data.mul_(0.9)
-        return self.linear(hidden)
 
 
 @pytest.mark.parametrize("options", [{}, {"tune": True}, {"workers": 2}], ids=str)
 def test_hidden_edits_of_the_weights_keep_the_order_of_passes(options: dict[str, Any]) -> None:
-    batch, found = class_tasks((4,), targets=3), []
+    found = []
     for more in ({}, {"memory": "flat", **options}):
-        learner = build(seeded(HiddenEdits), engine="functional", **more)
-        losses = [float(learner.meta_step(batch).loss) for _ in range(2)]
+        learner = build(seeded(partial(Late, "edits_its_weights_unseen")), engine="functional", **more)
+        losses = [float(learner.meta_step(VECTORS).loss) for _ in range(2)]
         found.append((gradients_of(learner), losses))
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-12)
     assert_same_gradients(found[1][0], found[0][0])
 
 
 @pytest.mark.parametrize("make", [NormedMlp, Recurrent, Assigns])
-def test_targets_wait_until_their_gradient_is_used(make: Any) -> None:
+def test_targets_wait_until_their_gradient_is_used(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = build(seeded(make), inner_steps=3, memory="flat", engine="functional")
-    order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
-    assert order == "s0 s1 s2 t2 s2 t1 s1 t0 s0"
+    assert order_of_passes(learner, monkeypatch) == "s0 s1 s2 t2 s2 t1 s1 t0 s0"
 
 
-def test_passes_that_draw_keep_their_order() -> None:
+def test_passes_that_draw_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = build(seeded(Noisy), inner_steps=3, memory="flat", engine="functional")
-    order = order_of_passes(learner, class_tasks((4,), tasks=1, targets=3))
-    assert order == "s0 t0 s1 t1 s2 t2 s2 s1 s0"
+    assert order_of_passes(learner, monkeypatch) == "s0 t0 s1 t1 s2 t2 s2 s1 s0"
 
 
-class Late(nn.Module):
-    """Does nothing that depends on the order of calls, until it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.linear = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.register_buffer("average", torch.zeros(6))
-        self.begun, self.calls = "", 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.first(x))
-        if self.begun == "draws":
-            hidden = nn.functional.dropout(hidden, 0.4)
-        elif self.begun == "counts":
-            self.calls += 1
-            hidden = hidden / self.calls
-        elif self.begun == "edits a buffer":
-            self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
-            hidden = hidden - self.average
-        elif self.begun == "edits its weights":
-            with torch.no_grad():
-                self.linear.weight.mul_(0.9)
-        return self.linear(hidden)
-
-
-@pytest.mark.parametrize("begun", ["draws", "counts", "edits a buffer", "edits its weights"])
+@pytest.mark.parametrize("begun", ["drops", "counts", "averages", "edits_its_weights"])
 def test_what_begins_later_is_seen_and_the_step_is_taken_again_in_order(begun: str) -> None:
-    batch, found = class_tasks((4,), targets=3), []
-    for memory in ("unrolled", "flat"):
+    found = []
+    for memory in MEMORIES:
         learner = build(seeded(Late), memory=memory, engine="functional")
-        learner.meta_step(batch)
-        learner.model.begun = begun
+        learner.meta_step(VECTORS)
+        learner.model.now = begun
         seed_all()
-        losses = [float(learner.meta_step(batch).loss) for _ in range(2)]
+        losses = [float(learner.meta_step(VECTORS).loss) for _ in range(2)]
         found.append((gradients_of(learner), losses, learner.model.average.clone(), learner.model.calls))
     (gradients, losses, average, calls), flat = found
     assert flat[1] == pytest.approx(losses, rel=1e-12)

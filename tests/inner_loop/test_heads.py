@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from face import as_tasks, assert_same_values, build, gradients_of, last_only, rates_of
+from engine_cases import ALL_ENGINES, ENGINES
+from face import as_tasks, assert_same_values, build, gradients_of, in_dtype, last_only, rates_of, statistics_of
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients, meta_gradient
 from torch import Tensor, nn
 
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapError, Task, TaskBatch, TaskError
 
-ENGINES = ("functional", "higher")
 BATCH = class_tasks((4,), tasks=2, shots=2)
 TASKS = [Task(*parts, id=name) for parts, name in zip(as_tasks(BATCH), ("a", "b"), strict=True)]
 HEAD = ("linear.weight", "linear.bias")
@@ -27,6 +29,14 @@ HEAD = ("linear.weight", "linear.bias")
 def learner_of(engine: str = "functional", model: nn.Module | None = None, **options: Any) -> Any:
     options = {"inner_steps": 2, "multi_step_loss": False, "per_step_norm_affine": False} | options
     return build(seeded(NormedMlp) if model is None else model, engine=engine, **options)
+
+
+def stored() -> Any:
+    return learner_of(head_init="stored", head="linear")
+
+
+def in_float32(tasks: list[Task]) -> list[Task]:
+    return [Task(*in_dtype(task.parts()), id=task.id) for task in tasks]
 
 
 def reference(learner: Any, tasks: list[Any], head: dict[str, Tensor], **options: Any) -> Any:
@@ -38,7 +48,7 @@ def reference(learner: Any, tasks: list[Any], head: dict[str, Tensor], **options
         rates=rates_of(learner),
         step_weights=last_only(2),
         values=values,
-        statistics={n: b[None] if b.dim() == 1 else b for n, b in learner.model.named_buffers() if "running" in n},
+        statistics=statistics_of(learner),
         **options,
     )
 
@@ -51,7 +61,7 @@ def zeros(learner: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("head", [None, "linear"])
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_a_zero_head_starts_at_zero_and_is_not_learned(engine: str, head: str | None) -> None:
     learner = learner_of(engine, head_init="zeros", head=head)
     expected = reference(learner, TASKS, zeros(learner))
@@ -92,7 +102,7 @@ def drawn_as_linear(count: int, seed: int) -> list[dict[str, Tensor]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_a_random_head_is_drawn_anew_for_each_task(engine: str) -> None:
     learner = learner_of(engine, head_init="random", head="linear")
     first, second = drawn_as_linear(2, seed=5)
@@ -107,7 +117,7 @@ def test_a_random_head_is_drawn_anew_for_each_task(engine: str) -> None:
     assert_same_gradients(found, mean)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_a_stored_head_goes_on_from_where_its_task_left_it(engine: str) -> None:
     learner = learner_of(engine, head_init="stored", head="linear")
     first = reference(learner, TASKS, {})
@@ -125,7 +135,7 @@ def test_a_stored_head_goes_on_from_where_its_task_left_it(engine: str) -> None:
 
 
 def test_evaluation_reads_stored_heads_and_stores_none() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     learner.meta_step(TASKS[:1])
     before = copy.deepcopy(learner.head_start.stored)
     named = learner.evaluate(TASKS[:1], steps=0).loss
@@ -136,7 +146,7 @@ def test_evaluation_reads_stored_heads_and_stores_none() -> None:
 
 
 def test_a_skipped_step_stores_no_head() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     learner.meta_step(TASKS[:1])
     before = copy.deepcopy(learner.head_start.stored["a"])
     spoilt = Task(TASKS[0].support_x, TASKS[0].support_y, TASKS[0].target_x * torch.nan, TASKS[0].target_y, id="a")
@@ -147,13 +157,13 @@ def test_a_skipped_step_stores_no_head() -> None:
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_stored_heads_are_saved_with_the_learner(how: str) -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     learner.meta_step(TASKS)
     if how == "state_dict":
         file = io.BytesIO()
         torch.save(learner.state_dict(), file)
         file.seek(0)
-        other = learner_of(head_init="stored", head="linear")
+        other = stored()
         other.load_state_dict(torch.load(file, weights_only=True))
     else:
         other = pickle.loads(pickle.dumps(learner)) if how == "pickle" else copy.deepcopy(learner)
@@ -162,15 +172,14 @@ def test_stored_heads_are_saved_with_the_learner(how: str) -> None:
 
 
 def test_stored_heads_follow_to_another_dtype() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     learner.meta_step(TASKS)
     learner.float()
-    batch = [Task(*(p.float() if p.is_floating_point() else p for p in task.parts()), id=task.id) for task in TASKS]
-    assert not learner.meta_step(batch).skipped
+    assert not learner.meta_step(in_float32(TASKS)).skipped
 
 
 def test_tasks_without_an_id_are_refused_before_anything_changes() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     with pytest.raises(TaskError, match=r"id="):
         learner.meta_step([TASKS[0], Task(*TASKS[1].parts())])
     assert learner.iteration == 0
@@ -210,34 +219,29 @@ def test_stored_heads_need_no_id_outside_of_training(engine: str) -> None:
 
 
 def test_a_head_that_is_not_finite_is_not_stored() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     spoilt = Task(TASKS[0].support_x * torch.nan, *TASKS[0].parts()[1:], id="a")
     learner([spoilt, TASKS[1]])
     assert set(learner.head_start.stored) == {"b"}
 
 
 def test_stored_heads_of_another_dtype_are_loaded() -> None:
-    learner = learner_of(head_init="stored", head="linear")
+    learner = stored()
     learner.meta_step(TASKS)
     state = learner.state_dict()
     learner.meta_step(TASKS)
     assert not torch.equal(
         state["head_start._extra_state"]["stored"]["a"]["linear.bias"], learner.head_start.stored["a"]["linear.bias"]
     ), "a saved state does not change"
-    other = learner_of(head_init="stored", head="linear").float()
+    other = stored().float()
     other.load_state_dict(state)
-    batch = [Task(*(p.float() if p.is_floating_point() else p for p in task.parts()), id=task.id) for task in TASKS]
-    assert not other.meta_step(batch).skipped
+    assert not other.meta_step(in_float32(TASKS)).skipped
 
 
-class TiedOutput(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+def tied_output() -> nn.Module:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), squash=nn.Tanh(), second=nn.Linear(4, 4)))
+    model.second.weight = model.first.weight
+    return model
 
 
 class OwnHead(nn.Module):
@@ -268,7 +272,7 @@ def normed_head() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (TiedOutput, {"head": "second", "head_init": "zeros"}, r"'second' shares 'first.weight'"),
+        (tied_output, {"head": "second", "head_init": "zeros"}, r"'second' shares 'first.weight'"),
         (NormedMlp, {"head": "linear", "head_init": "zeros", "adapt": "first.*"}, r"'linear' has no adapted parameter"),
         (OwnHead, {"head": "", "head_init": "random"}, r"OwnHead, which owns 'scale', has no reset_parameters"),
         (deep_head, {"head": "1", "head_init": "zeros"}, r"several layers, with 1.0.weight, 1.0.bias, 1.2.weight"),
@@ -281,11 +285,11 @@ def normed_head() -> nn.Module:
 )
 def test_a_head_that_cannot_start_anew_is_refused_by_name(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(model), **options)
+        MAMLPlusPlus(seeded(model), **grouped(**options))
 
 
 def test_a_head_found_at_the_first_task_is_checked_then_and_nothing_changes() -> None:
-    learner = learner_of(model=seeded(TiedOutput), head_init="zeros")
+    learner = learner_of(model=seeded(tied_output), head_init="zeros")
     before = copy.deepcopy(learner.state_dict())
     with pytest.raises(ArgumentError, match="shares"):
         learner.meta_step(class_tasks((4,), ways=3))

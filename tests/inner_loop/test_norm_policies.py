@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import ALL_ENGINES, ENGINES, POLICIES
 from face import (
     as_tasks,
-    assert_equals_reference,
     assert_same_gradients,
     assert_same_values,
+    assert_step_equals_oracle,
     build,
     gradients_of,
     last_only,
@@ -22,18 +23,20 @@ from face import (
 )
 from models import ActNormNet, BatchNormAct2d, Conv4, NormedMlp, class_tasks, seeded
 from oracle import msl_weights
-from test_engines import ENGINES
 from torch import Tensor, nn
 
 from metawrap import MAML, MAMLPlusPlus, MetaWrapWarning
 
-POLICIES = ("batch", "running", "support")
 STEPS = 3
 MODELS: dict[str, tuple[Any, tuple[int, ...], dict[type, Any]]] = {
     "vectors": (NormedMlp, (4,), {}),
     "images": (Conv4, (1, 16, 16), {}),
     "norm with activation": (ActNormNet, (1, 6, 6), {BatchNormAct2d: torch.relu}),
 }
+
+
+every_policy = pytest.mark.parametrize("norm", POLICIES)
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def wrapped(name: str = "vectors", **options: Any) -> tuple[nn.Module, Any, Any, dict[type, Any]]:
@@ -46,20 +49,19 @@ def wrapped(name: str = "vectors", **options: Any) -> tuple[nn.Module, Any, Any,
 # --- training against the oracle -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+@every_policy
+@every_model
 def test_training_under_each_policy_equals_the_oracle(name: str, norm: str, engine: str) -> None:
     model, learner, batch, after_norm = wrapped(name, norm=norm, engine=engine, multi_step_loss=True, msl_epochs=4)
     weights = msl_weights(STEPS, 0, 4)
-    reference = reference_for(model, learner, batch, weights, norm=norm, after_norm=after_norm)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, model, batch, weights, norm=norm, after_norm=after_norm)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_parts_alone_and_together_equal_the_oracle(norm: str, affine: bool, statistics: bool, engine: str) -> None:
     model, learner, batch, _ = wrapped(
         norm=norm, engine=engine, per_step_norm_affine=affine, per_step_norm_statistics=statistics
@@ -67,8 +69,7 @@ def test_parts_alone_and_together_equal_the_oracle(norm: str, affine: bool, stat
     assert learner.model.norm.weight.shape == ((STEPS, 6) if affine else (6,))
     rows = learner.model.norm.running_mean
     assert rows.shape == (STEPS, 6) if statistics else rows.numel() == 6
-    reference = reference_for(model, learner, batch, last_only(STEPS), norm=norm)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, model, batch, last_only(STEPS), norm=norm)
 
 
 def test_gradients_flow_through_the_support_statistics() -> None:
@@ -103,8 +104,8 @@ def test_each_pass_folds_its_moments_into_its_own_row_once() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, STEPS, STEPS + 4])
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
+@every_policy
+@every_model
 def test_evaluation_and_adapted_module_equal_the_oracle(name: str, norm: str, steps: int) -> None:
     model, learner, batch, after_norm = wrapped(name, norm=norm)
     reference = reference_for(model, learner, batch, last_only(steps), norm=norm, training=False, after_norm=after_norm)
@@ -122,7 +123,7 @@ def test_evaluation_and_adapted_module_equal_the_oracle(name: str, norm: str, st
         assert_same_values(fast.values(), [reference.fast_weights[index][n] for n in fast])
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_forward_in_eval_mode_is_the_evaluation_policy(norm: str) -> None:
     model, learner, batch, _ = wrapped(norm=norm)
     learner.eval()
@@ -132,7 +133,7 @@ def test_forward_in_eval_mode_is_the_evaluation_policy(norm: str) -> None:
     assert_same_values(output.predictions, reference.predictions)
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_evaluating_under_another_policy_than_trained_warns_and_says_which(norm: str) -> None:
     model, learner, batch, _ = wrapped(norm="batch")
     reference = reference_for(model, learner, batch, last_only(STEPS), norm=norm, training=False)
@@ -157,8 +158,8 @@ def test_interval_is_the_95_percent_one_over_tasks() -> None:
 # --- what inductive means --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm", POLICIES)
+@every_model
+@every_policy
 def test_inductive_prediction_is_the_same_alone_and_in_any_company(norm: str, name: str) -> None:
     _, learner, batch, _ = wrapped(name, norm=norm)
     support_x, support_y, target_x, target_y = as_tasks(batch)[0]
@@ -180,7 +181,7 @@ def test_inductive_prediction_is_the_same_alone_and_in_any_company(norm: str, na
             assert_same_values(alone, [each[index : index + 1] for each in together])
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_norm_that_keeps_no_statistics_follows_the_policy_too(norm: str) -> None:
     model = seeded(NormedMlp)
     model.norm = nn.BatchNorm1d(6, track_running_stats=False).double()
@@ -197,7 +198,7 @@ def test_norm_that_keeps_no_statistics_follows_the_policy_too(norm: str) -> None
 
 
 @pytest.mark.parametrize(("steps", "row"), [(0, 0), (1, 0), (2, 1), (None, STEPS - 1), (STEPS + 5, STEPS - 1)])
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_adapted_module_has_the_documented_row(norm: str, steps: int | None, row: int) -> None:
     model, learner, batch, _ = wrapped(norm=norm)
     adapted = learner.adapt(batch[0][0], batch[1][0], steps=steps)
@@ -219,7 +220,7 @@ def test_adapted_module_has_the_documented_row(norm: str, steps: int | None, row
         assert_same_values([adapted.norm.running_var], [hidden.var(0, correction=0)])
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_zero_steps_is_the_initialisation_at_row_zero(norm: str) -> None:
     _, learner, batch, _ = wrapped(norm=norm)
     adapted = learner.adapt(batch[0][0], batch[1][0], steps=0)
@@ -231,7 +232,7 @@ def test_zero_steps_is_the_initialisation_at_row_zero(norm: str) -> None:
     assert_same_values([adapted(batch[2][0])], result.predictions[:1])
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_unwrap_gives_row_zero_and_the_users_class(norm: str) -> None:
     model, learner, batch, _ = wrapped(norm=norm)
     learner.meta_step(batch)
@@ -248,7 +249,7 @@ def test_unwrap_gives_row_zero_and_the_users_class(norm: str) -> None:
     pickle.loads(pickle.dumps(plain))
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_returned_modules_can_be_pickled_and_trained_like_any_other(norm: str) -> None:
     _, learner, batch, _ = wrapped(norm=norm)
     adapted = learner.adapt(batch[0][0], batch[1][0])
@@ -265,7 +266,7 @@ def test_returned_modules_can_be_pickled_and_trained_like_any_other(norm: str) -
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_adapt_and_evaluate_are_the_same_under_no_grad_and_inference_mode(norm: str, mode: Any, engine: str) -> None:
     _, learner, batch, _ = wrapped(norm=norm, engine=engine)
     support_x, support_y, target_x, _ = as_tasks(batch)[0]
@@ -288,7 +289,7 @@ def test_adapt_and_evaluate_are_the_same_under_no_grad_and_inference_mode(norm: 
 # --- rows of statistics ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@every_policy
 def test_statistics_keep_pretrained_values_in_every_row_until_trained(norm: str) -> None:
     model = seeded(NormedMlp)
     with torch.no_grad():

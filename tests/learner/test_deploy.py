@@ -24,9 +24,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from engine_cases import POLICIES, vision_transformer
 from face import assert_same_values, build, fingerprint
+from keywords import grouped
 from models import ActNormNet, Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
-from test_engines import vision_transformer
+from steady import steady
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
@@ -34,7 +36,6 @@ from torch.nn.utils import parametrize, prune
 from metawrap import MAMLPlusPlus
 from metawrap.tasks import map_tensors, tensors_in
 
-POLICIES = ("batch", "running", "support")
 STEPS = 2
 ASKED = (None, 0, 1, STEPS + 3)
 """`steps=` of adapt: as in training, none, fewer, more."""
@@ -76,13 +77,8 @@ class Case:
         return self.options.get("loss_fn", F.cross_entropy)
 
 
-def small_images(make: Callable[..., nn.Module]) -> nn.Module:
-    """A torchvision network for 32 x 32 images; a large eps keeps random weights from being chaotic."""
-    model = make(num_classes=3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.1
-    return model
+def small_images(make: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: steady(make(num_classes=3))
 
 
 FIRST_ORDER = {"first_order_epochs": math.inf}  # torch has no second derivative of an embedding bag
@@ -119,10 +115,8 @@ CASES: dict[str, Case] = {
     "compiled": Case(NormedMlp, wrapper=partial(torch.compile, backend="eager")),
 }
 LARGE: dict[str, Case] = {
-    "resnet18": Case(partial(small_images, torchvision.models.resnet18), (3, 32, 32), {"inner_lr": 0.01}),
-    "mobilenet_v3_small": Case(
-        partial(small_images, torchvision.models.mobilenet_v3_small), (3, 32, 32), {"inner_lr": 0.01}
-    ),
+    "resnet18": Case(small_images(torchvision.models.resnet18), (3, 32, 32), {"inner_lr": 0.01}),
+    "mobilenet_v3_small": Case(small_images(torchvision.models.mobilenet_v3_small), (3, 32, 32), {"inner_lr": 0.01}),
 }
 EVERY = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 ALL = CASES | LARGE
@@ -482,7 +476,7 @@ def test_the_learners_state_in_a_new_learner_adapts_alike(name: str, norm: str) 
     torch.save(learner.state_dict(), file)
     file.seek(0)
     options = {"inner_steps": STEPS, "norm": norm, "engine": "functional", "first_order_epochs": 0} | case.options
-    again = MAMLPlusPlus(seeded(case.make, seed=7), **options)
+    again = MAMLPlusPlus(seeded(case.make, seed=7), **grouped(**options))
     again.load_state_dict(torch.load(file, weights_only=True))
     for plain, expected in (
         (again.adapt(support_x, support_y), learner.adapt(support_x, support_y)),

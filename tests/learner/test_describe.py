@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from keywords import grouped
 from models import Conv4, NormedMlp, TiedNet, class_tasks, seeded
 from rich.console import Console
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Everything(nn.Module):
 
 
 def everything(*, look: bool = True, **options: Any) -> Description:
-    learner = MAMLPlusPlus(seeded(Everything), **{"inner_steps": 3, "keep_norm": "kept", **options})
+    learner = MAMLPlusPlus(seeded(Everything), **grouped(**{"inner_steps": 3, "keep_norm": "kept", **options}))
     if look:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -217,7 +218,7 @@ def test_a_parameter_unused_in_one_mode_only_is_not_called_unused() -> None:
 )
 def test_the_order_of_the_gradient_is_said(options: dict[str, Any], words: str) -> None:
     method = options.pop("method", MAML)
-    assert line_of(str(method(NormedMlp(), **options).describe()), "gradient").split(maxsplit=1)[1] == words
+    assert line_of(str(method(NormedMlp(), **grouped(**options)).describe()), "gradient").split(maxsplit=1)[1] == words
 
 
 def test_a_head_start_that_is_not_learned_stands_beside_the_head() -> None:
@@ -229,7 +230,7 @@ def test_a_head_start_that_is_not_learned_stands_beside_the_head() -> None:
 
 def test_a_model_without_norms_and_one_with_all_kept_say_so() -> None:
     assert "none in this network" in str(MAMLPlusPlus(nn.Linear(4, 3)).describe())
-    assert "all left alone" in str(MAMLPlusPlus(NormedMlp(), keep_norm="norm").describe())
+    assert "all left alone" in str(MAMLPlusPlus(NormedMlp(), wrapping={"keep_norm": "norm"}).describe())
 
 
 def test_describing_changes_nothing() -> None:

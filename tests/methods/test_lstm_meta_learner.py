@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from face import as_tasks, assert_same_values, gradients_of
+from engine_cases import ALL_ENGINES, ENGINES
+from face import as_tasks, assert_same_values, gradients_of, in_dtype
+from inner_rules import ComplexNet
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
-from test_engines import ENGINES
-from test_inner_optimizers import ComplexNet
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, LSTMMetaLearner, Task
 from metawrap.layers.learned_update import preprocessed
 
-ALL = [*ENGINES, "batched"]
 STEPS = 3
 
 
 def learner_of(model: nn.Module, **options: Any) -> Any:
     """A learner whose LSTM is far from its quiet beginning, so that every term of it counts."""
     options = {"inner_steps": STEPS, "max_grad_norm": None, "hidden_size": 4} | options
-    learner = LSTMMetaLearner(model, **options)
+    learner = LSTMMetaLearner(model, **grouped(**options))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in learner.update.parameters():
@@ -115,7 +115,7 @@ def test_preprocessing_by_hand() -> None:
 
 
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_two_parameters_equal_the_loop_in_numpy_and_its_finite_differences(engine: str, memory: str) -> None:
     learner = learner_of(Line(), engine=engine, memory=memory, loss_fn=F.mse_loss)
     tasks, p = lines(), numbers_of(learner)
@@ -197,7 +197,7 @@ def normed_mlp(norm: dict[str, Tensor]) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"engine": engine, "memory": memory} for engine in ALL for memory in ("unrolled", "flat")),
+        *({"engine": engine, "memory": memory} for engine in ALL_ENGINES for memory in ("unrolled", "flat")),
         {"engine": "functional", "workers": 2},
         {"engine": "functional", "multi_step_loss": True, "msl_epochs": 10},
         {"engine": "batched", "multi_step_loss": True, "msl_epochs": 10, "memory": "flat"},
@@ -261,7 +261,7 @@ def test_the_learned_parts_are_the_lstm_and_where_its_cell_starts() -> None:
 def test_it_runs_in_single_precision_on_images() -> None:
     torch.manual_seed(0)
     learner = LSTMMetaLearner(Conv4(), inner_steps=2, engine="batched")
-    batch = tuple(p.float() if p.is_floating_point() else p for p in class_tasks((1, 16, 16)))
+    batch = in_dtype(class_tasks((1, 16, 16)))
     assert not learner.meta_step(batch).skipped
     assert {p.dtype for p in learner.parameters()} == {torch.float32}
 
@@ -276,7 +276,7 @@ def test_it_runs_in_single_precision_on_images() -> None:
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        LSTMMetaLearner(seeded(NormedMlp), **options)
+        LSTMMetaLearner(seeded(NormedMlp), **grouped(**options))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_wrong_value_is_named(options: Any, message: str) -> None:
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        LSTMMetaLearner(seeded(NormedMlp), **{option: None})
+        LSTMMetaLearner(seeded(NormedMlp), **grouped(**{option: None}))
     with pytest.raises(ArgumentError, match="no preset of MAML"):
         MAML(seeded(NormedMlp), preset="lstm")
 

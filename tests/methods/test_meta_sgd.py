@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from face import as_tasks, assert_equals_reference, build, gradients_of, last_only, rates_of, reference_for
+from engine_cases import ALL_ENGINES, ENGINES
+from face import as_tasks, assert_step_equals_oracle, build, gradients_of, last_only, rates_of
+from inner_rules import BATCH, RULES, STEPS, ByHand, ComplexNet, by_hand, network
 from models import Conv4, Mlp, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients, meta_gradient
-from test_engines import ENGINES
-from test_inner_optimizers import BATCH, RULES, STEPS, ByHand, ComplexNet
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, MAMLPlusPlus, MetaSGD, Task
@@ -41,7 +41,7 @@ def test_a_rate_for_each_weight_and_one_inner_step() -> None:
     assert [row.rates for row in told.modules if row.name == "first"] == [30]
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"memory": "flat"}, {"first_order_epochs": 99}], ids=str)
 def test_meta_gradient_with_unlike_rates_equals_the_oracle(options: Any, steps: int, engine: str) -> None:
@@ -49,19 +49,17 @@ def test_meta_gradient_with_unlike_rates_equals_the_oracle(options: Any, steps: 
     learner = learner_of(model, inner_steps=steps, engine=engine, **options)
     assert len(torch.cat([rate.flatten() for _, rate in learner.learning_rates.items()]).unique()) == 51
     second = not options.get("first_order_epochs")
-    reference = reference_for(model, learner, batch, last_only(steps), second_order=second)
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, model, batch, last_only(steps), second_order=second)
 
 
 @pytest.mark.parametrize("options", [{"engine": "functional", "workers": 2}, {"engine": "batched"}], ids=str)
 def test_a_convolutional_network_equals_the_oracle(options: Any) -> None:
     model, batch = seeded(Conv4), class_tasks((1, 16, 16), tasks=2)
     learner = learner_of(model, inner_steps=2, **options)
-    reference = reference_for(model, learner, batch, last_only(2))
-    assert_equals_reference(learner, learner.meta_step(batch).loss, reference)
+    assert_step_equals_oracle(learner, model, batch, last_only(2))
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_equal_rates_give_mamls_gradient_and_their_gradients_add_up_to_its_rates(engine: str) -> None:
     model, batch = seeded(NormedMlp), class_tasks((4,), tasks=2)
     learner = MetaSGD(model, inner_steps=3, inner_lr=0.2, engine=engine)
@@ -74,21 +72,13 @@ def test_equal_rates_give_mamls_gradient_and_their_gradients_add_up_to_its_rates
     assert_same_gradients(summed, expected)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("rule", ["momentum", "adam", "norm clipped"])
 def test_every_update_rule_equals_the_loop_by_hand(rule: str, memory: str, engine: str) -> None:
-    learner = learner_of(seeded(lambda: Mlp(4, 6, 3)), inner_steps=STEPS, engine=engine, memory=memory, **RULES[rule])
-    start = {n: p.detach().clone().requires_grad_() for n, p in learner.model.named_parameters()}
-    rates = {name: rate.requires_grad_() for name, rate in rates_of(learner).items()}
-    # The same row at each step.
-    rows = {name: rate.expand(STEPS, *rate.shape[1:]) for name, rate in rates.items()}
-    loss = torch.stack([
-        ByHand(RULES[rule], True).loss({n: v.clone() for n, v in start.items()}, rows, task) for task in as_tasks(BATCH)
-    ]).mean()  # fmt: skip
-    leaves = start | {f"lr/{name}": rate for name, rate in rates.items()}
-    expected = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    assert learner.meta_step(BATCH).loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    learner = learner_of(network(), inner_steps=STEPS, engine=engine, memory=memory, **RULES[rule])
+    loss, expected = by_hand(learner, rule)
+    assert learner.meta_step(BATCH).loss == pytest.approx(float(loss), rel=1e-12)
     assert_same_gradients(gradients_of(learner), expected)
 
 
@@ -103,7 +93,7 @@ class Weighted(nn.Module):
         return x @ self.weight
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "batched"])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_one_step_equals_numpy(engine: str) -> None:
     # Mean squares are quadratic: g(w) = 2/n X'(Xw - y), H = 2/n X'X, and w1 = w - a * g(w).
     x, y = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 1.5]]), np.array([1.0, -2.0, 0.3])
@@ -150,15 +140,14 @@ def test_a_scalar_parameter_has_one_rate() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.scale * super().forward(x)
 
-    for engine in (*ENGINES, "batched"):
+    for engine in ALL_ENGINES:
         model = seeded(Scaled)
         learner = learner_of(model, inner_steps=2, engine=engine)
-        reference = reference_for(model, learner, BATCH, last_only(2))
-        assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+        assert_step_equals_oracle(learner, model, BATCH, last_only(2))
 
 
 def test_more_steps_than_in_training_take_the_same_rates() -> None:
-    learner = learner_of(seeded(lambda: Mlp(4, 6, 3)), inner_steps=1)
+    learner = learner_of(network(), inner_steps=1)
     x, y, *_ = as_tasks(BATCH)[0]
     rates, values = rates_of(learner), dict(learner.model.named_parameters())
     for _ in range(3):

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_cases import ALL_ENGINES
 from face import as_tasks, assert_same_values, gradients_of, norm_values
+from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
-from test_engines import ENGINES
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, MetaWrapWarning, Reptile, Task, TaskError
 
-ALL = [*ENGINES, "batched"]
 BATCH = class_tasks((4,), tasks=3, shots=2, seed=5)
 LR = 0.2
 
@@ -43,7 +43,7 @@ def moved(model: nn.Module, ends: list[nn.Module], rate: float) -> list[Tensor]:
     return [p + rate * (torch.stack(column).mean(0) - p) for p, column in zip(model.parameters(), columns, strict=True)]
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3], ids=["serial", "batched"])
 def test_the_update_equals_plain_sgd_by_hand(count: int, rate: float, engine: str) -> None:
@@ -66,7 +66,7 @@ def test_one_task_at_rate_one_ends_at_its_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_with_one_step_it_is_joint_training(engine: str) -> None:
     # Nichol et al. 2018, section 3: for k = 1 it is SGD on the expected loss of all tasks.
     model = seeded(NormedMlp)
@@ -82,7 +82,7 @@ def test_with_one_step_it_is_joint_training(engine: str) -> None:
     assert_same_values(learner.model.parameters(), joint.parameters())
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize(
     ("options", "optimizer", "theirs"),
     [
@@ -98,7 +98,7 @@ def test_with_one_step_it_is_joint_training(engine: str) -> None:
 def test_other_inner_optimizers_equal_those_of_torch(options: Any, optimizer: Any, theirs: Any, engine: str) -> None:
     # Without the norm: Adam makes a step of the rounding in a bias before it.
     model = seeded(lambda: Mlp(4, 6, 3))
-    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **options)
+    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **grouped(**options))
     learner.meta_step(BATCH)
     ends = [fitted(model, [whole(task)] * 4, optimizer, lr=0.05, **theirs) for task in as_tasks(BATCH)]
     assert_same_values(learner.model.parameters(), moved(model, ends, 1.0), tolerance=1e-9)
@@ -139,7 +139,7 @@ def fitted_on(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Modu
 
 def test_mini_batches_are_the_same_for_every_engine_and_whenever_the_run_is_repeated() -> None:
     def trained(**options: Any) -> Any:
-        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **options)
+        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **grouped(**options))
         before = torch.random.get_rng_state()
         for seed in range(2):
             learner.meta_step(class_tasks((4,), tasks=4, shots=2, seed=seed))
@@ -192,7 +192,7 @@ def test_in_a_loop_of_ones_own_each_call_draws_other_mini_batches_and_a_resumed_
 
 def test_forwards_do_not_change_what_a_meta_step_draws_and_an_old_state_has_none() -> None:
     def make(**options: Any) -> Any:
-        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **options)
+        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **grouped(**options))
 
     batch = class_tasks((4,), tasks=4, shots=2, seed=0)
     plain = make(engine="functional")
@@ -224,7 +224,7 @@ def test_the_first_forward_is_the_gradient_of_a_meta_step_with_mini_batches() ->
             torch.testing.assert_close(gradients_of(learner)[name], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_forward_leaves_exactly_this_gradient(engine: str) -> None:
     model = seeded(NormedMlp)
     learner = Reptile(model, inner_steps=3, inner_lr=LR, engine=engine)
@@ -312,7 +312,7 @@ def test_the_users_own_optimizer_gets_the_same_gradient() -> None:
 
 def test_a_head_that_starts_at_zero_is_not_learned_and_the_body_is() -> None:
     model = seeded(NormedMlp)
-    learner = Reptile(model, inner_steps=3, inner_lr=LR, head_init="zeros")
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, outputs={"head_init": "zeros"})
     learner.meta_step(BATCH)
     zeroed = copy.deepcopy(model)
     nn.init.zeros_(zeroed.linear.weight), nn.init.zeros_(zeroed.linear.bias)
@@ -343,7 +343,7 @@ def test_frozen_later_it_is_adapted_and_its_start_stays() -> None:
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        Reptile(seeded(NormedMlp), **{option: True})
+        Reptile(seeded(NormedMlp), **grouped(**{option: True}))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_what_does_not_apply_is_not_taken(option: str) -> None:
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        Reptile(seeded(NormedMlp), **options)
+        Reptile(seeded(NormedMlp), **grouped(**options))
 
 
 def test_mamls_learner_has_no_reptile_preset() -> None:

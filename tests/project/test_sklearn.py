@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from face import build, fingerprint
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from sklearn.base import clone
 from sklearn.metrics import accuracy_score
@@ -37,7 +38,7 @@ def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def learner_for(norm: str = "support", method: Any = MAMLPlusPlus, **options: Any) -> Any:
     if method in (MAML, MAMLPlusPlus):
         return build(seeded(NormedMlp), method=method, norm=norm, **options)
-    return method(seeded(NormedMlp), norm=norm, **options)
+    return method(seeded(NormedMlp), norm=norm, **grouped(**options))
 
 
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])

@@ -11,25 +11,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_cases import ENGINES, vision_transformer
 from face import (
     as_tasks,
     assert_equals_reference,
     assert_same_state,
+    assert_step_equals_oracle,
     build,
     gradients_of,
+    in_dtype,
     last_only,
+    rates_of,
     reference_for,
     snapshot,
     statistics_of,
+    values_of,
 )
 from models import Conv4, LSTMClassifier, Mlp, NormedMlp, TwoInputs, class_tasks, seeded
 from oracle import assert_same_gradients, meta_gradient, msl_weights
-from test_engines import ENGINES, vision_transformer
 from torch import Tensor, nn
 
 from metawrap import FOMAML, MAML, MAMLPlusPlus, Task, TaskBatch
 
 BATCH = class_tasks((4,))
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def normed() -> nn.Module:
@@ -48,46 +53,31 @@ def losses_of(learner: Any, batch: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("epoch", "weights"),
+    ("options", "epoch", "weights"),
     [
-        (0, [0.2, 0.2, 0.2, 0.2, 0.2]),
-        (3, [0.14, 0.14, 0.14, 0.14, 0.44]),
-        (9, [0.02, 0.02, 0.02, 0.02, 0.92]),
-        (10, [0.0, 0.0, 0.0, 0.0, 1.0]),
-        (73, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        ({}, 0, [0.2, 0.2, 0.2, 0.2, 0.2]),
+        ({}, 3, [0.14, 0.14, 0.14, 0.14, 0.44]),
+        ({}, 9, [0.02, 0.02, 0.02, 0.02, 0.92]),
+        ({}, 10, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        ({}, 73, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        # 1/3 - 19/60 = 1/60 would be above the floor 0.03/3 = 0.01; 1/3 - 99/300 = 1/300 is below it.
+        ({"inner_steps": 3, "msl_epochs": 100}, 99, [0.01, 0.01, 0.98]),
+        ({"inner_steps": 1}, 0, [1.0]),
+        ({"inner_steps": 2, "multi_step_loss": False, "msl_epochs": None}, 0, [0.0, 1.0]),
     ],
 )
-def test_step_losses_are_weighted_as_in_the_authors_code(epoch: int, weights: list[float]) -> None:
-    learner = small(inner_steps=5, multi_step_loss=True, msl_epochs=10)
+def test_step_losses_are_weighted_as_in_the_authors_code(
+    options: dict[str, Any], epoch: int, weights: list[float]
+) -> None:
+    learner = small(**{"inner_steps": 5, "multi_step_loss": True, "msl_epochs": 10} | options)
     learner.epoch = epoch
     output = learner(BATCH)
     kept = [index for index, weight in enumerate(weights) if weight]
     steps = output.step_losses.double()
-    assert steps.shape == (2, 5)
+    assert steps.shape == (2, len(weights))
     expected = sum(weights[index] * steps[:, index].mean() for index in kept)
     torch.testing.assert_close(output.loss.detach(), expected, rtol=1e-12, atol=0)
     assert torch.isfinite(steps[:, kept]).all()
-
-
-def test_early_step_weights_never_fall_below_the_floor() -> None:
-    # 1/3 - 19/60 = 1/60 would be above the floor 0.03/3 = 0.01; 1/3 - 99/300 = 1/300 is below it.
-    learner = small(inner_steps=3, multi_step_loss=True, msl_epochs=100)
-    learner.epoch = 99
-    output = learner(BATCH)
-    expected = (output.step_losses.mean(0) * torch.tensor([0.01, 0.01, 0.98], dtype=torch.float64)).sum()
-    torch.testing.assert_close(output.loss.detach(), expected, rtol=1e-12, atol=0)
-
-
-def test_one_inner_step_has_the_whole_weight() -> None:
-    learner = small(inner_steps=1, multi_step_loss=True, msl_epochs=10)
-    output = learner(BATCH)
-    torch.testing.assert_close(output.loss.detach(), output.step_losses.mean(), rtol=1e-12, atol=0)
-
-
-def test_multi_step_loss_off_means_the_last_step_at_every_epoch() -> None:
-    learner = small(multi_step_loss=False)
-    output = learner(BATCH)
-    torch.testing.assert_close(output.loss.detach(), output.step_losses[:, -1].mean(), rtol=1e-12, atol=0)
 
 
 def test_loss_in_eval_mode_is_the_last_steps() -> None:
@@ -100,7 +90,7 @@ def test_loss_in_eval_mode_is_the_last_steps() -> None:
 # --- DA --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 @pytest.mark.parametrize(("epoch", "second_order"), [(0, False), (1, False), (2, True), (3, True)])
 def test_derivative_order_switches_at_the_set_epoch(epoch: int, second_order: bool, engine: str) -> None:
     model = normed()
@@ -141,26 +131,24 @@ def test_one_rate_per_adapted_tensor_and_step() -> None:
 def test_learned_rates_move_and_fixed_rates_do_not() -> None:
     for learned in (True, False):
         learner = small(learn_inner_lr=learned)
-        before = {name: rate.detach().clone() for name, rate in learner.learning_rates.items()}
+        before = rates_of(learner)
         learner.meta_step(BATCH)
         moved = {name for name, rate in learner.learning_rates.items() if not torch.equal(before[name], rate)}
         # A bias before a norm has no effect, so its rate has no gradient.
         assert moved - {"first.bias"} == ({"first.weight", "linear.weight", "linear.bias"} if learned else set())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_fixed_rates_leave_the_other_gradients_as_the_oracle_has_them(engine: str) -> None:
     learner = small(learn_inner_lr=False, engine=engine)
-    reference = reference_for(normed(), learner, BATCH, last_only(2))
-    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+    assert_step_equals_oracle(learner, normed(), BATCH, last_only(2))
 
 
 def test_a_negative_rate_is_kept_and_used() -> None:
     learner = small()
     with torch.no_grad():
         learner.learning_rates["linear.weight"].fill_(-0.3)
-    reference = reference_for(normed(), learner, BATCH, last_only(2))
-    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+    assert_step_equals_oracle(learner, normed(), BATCH, last_only(2))
 
 
 # --- CA --------------------------------------------------------------------------------------------------------------
@@ -242,7 +230,7 @@ def test_adam_betas_follow_the_preset_and_an_argument_wins() -> None:
     assert betas(betas=(0.8, 0.95)) == (0.8, 0.95)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_maml_and_fomaml_gradients_equal_the_oracle(engine: str) -> None:
     for method, second_order in ((MAML, True), (FOMAML, False)):
         learner = build(normed(), method=method, engine=engine, inner_lr=0.2)
@@ -259,7 +247,7 @@ def test_maml_has_fixed_rates_and_no_per_step_norms() -> None:
 
 def test_first_order_still_trains_the_rates() -> None:
     learner = small(first_order_epochs=5, inner_steps=3, multi_step_loss=True, msl_epochs=3)
-    before = {name: rate.detach().clone() for name, rate in learner.learning_rates.items()}
+    before = rates_of(learner)
     learner.meta_step(BATCH)
     for name, rate in learner.learning_rates.items():
         assert rate.grad is not None
@@ -280,7 +268,7 @@ def test_users_optimizer_gets_every_learned_parameter_once_and_is_used() -> None
         return torch.optim.SGD(groups, lr=0.25)
 
     learner = small(optimizer=optimizer, cosine_annealing=False)
-    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    before = values_of(learner)
     learner.meta_step(BATCH)
     assert isinstance(learner.optimizer, torch.optim.SGD)
     assert len({id(p) for p in given}) == len(given)
@@ -307,7 +295,7 @@ def test_users_scheduler_is_stepped_once_per_epoch() -> None:
 
 def _raw_gradients(**options: Any) -> dict[str, Tensor]:
     learner = small(optimizer=lambda params: torch.optim.SGD(params, lr=1.0), cosine_annealing=False, **options)
-    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    before = values_of(learner)
     learner.meta_step(BATCH)
     return {name: before[name] - p.detach() for name, p in learner.named_parameters()}
 
@@ -330,7 +318,7 @@ def test_gradient_norm_and_values_are_clipped_before_the_update() -> None:
 # --- what a task may look like ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_regression_with_a_custom_loss_equals_the_oracle(engine: str) -> None:
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(2, 2, 6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -348,7 +336,7 @@ def test_regression_with_a_custom_loss_equals_the_oracle(engine: str) -> None:
     assert math.isfinite(result.loss)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_tuple_and_dict_inputs_reach_the_model_as_arguments(kind: str, engine: str) -> None:
     left, right = class_tasks((2,), seed=1), class_tasks((3,), seed=2)
@@ -367,15 +355,14 @@ def test_tuple_and_dict_inputs_reach_the_model_as_arguments(kind: str, engine: s
     assert (adapted(**target) if isinstance(target, dict) else adapted(*target)).shape == (6, 3)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_tasks_of_different_sizes_equal_the_oracle(engine: str) -> None:
     tasks = [
         as_tasks(class_tasks((4,), tasks=1, shots=shots, targets=targets, seed=shots))[0]
         for shots, targets in ((1, 2), (3, 1), (2, 4))
     ]
     learner = small(engine=engine)
-    reference = reference_for(normed(), learner, tasks, last_only(2))
-    assert_equals_reference(learner, learner.meta_step([Task(*task) for task in tasks]).loss, reference)
+    assert_step_equals_oracle(learner, normed(), tasks, last_only(2))
 
 
 def test_all_forms_of_a_task_batch_mean_the_same() -> None:
@@ -387,22 +374,20 @@ def test_all_forms_of_a_task_batch_mean_the_same() -> None:
 # --- which parameters are adapted ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_adapted_norm_affine_is_one_vector_and_equals_the_oracle(engine: str) -> None:
     learner = small(adapt_norm=True, engine=engine)
     assert learner.model.norm.weight.shape == (6,)
     assert learner.model.norm.running_mean.shape == (2, 6)
     assert {"norm.weight", "norm.bias"} <= set(learner.learning_rates)
-    reference = reference_for(normed(), learner, BATCH, last_only(2))
-    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+    assert_step_equals_oracle(learner, normed(), BATCH, last_only(2))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_only_the_selected_parameters_are_adapted_and_all_are_learned(engine: str) -> None:
     learner = small(adapt=["linear.*"], engine=engine)
     assert set(learner.learning_rates) == {"linear.weight", "linear.bias"}
-    reference = reference_for(normed(), learner, BATCH, last_only(2))
-    assert_equals_reference(learner, learner.meta_step(BATCH).loss, reference)
+    assert_step_equals_oracle(learner, normed(), BATCH, last_only(2))
     support_x, support_y, *_ = as_tasks(BATCH)[0]
     adapted = learner.adapt(support_x, support_y)
     assert torch.equal(adapted.first.weight, learner.model.first.weight)
@@ -444,9 +429,9 @@ def test_state_dict_round_trips_with_counters() -> None:
 def test_learner_can_be_copied_and_goes_on_like_the_original(how: str, engine: str) -> None:
     old = _trained(3, engine=engine)
     new = pickle.loads(pickle.dumps(old)) if how == "pickle" else copy.deepcopy(old)
-    weights = {name: p.detach().clone() for name, p in old.named_parameters()}
+    weights = values_of(old)
     loss = new.meta_step(BATCH).loss
-    assert_same_state({name: p.detach() for name, p in old.named_parameters()}, weights)
+    assert_same_state(values_of(old), weights)
     assert old.meta_step(BATCH).loss == loss
     assert_same_state(dict(new.state_dict()), dict(old.state_dict()))
 
@@ -460,7 +445,7 @@ def test_learner_with_users_lambdas_can_be_deepcopied_before_training(how: str) 
 
 def test_learner_follows_to_another_dtype() -> None:
     learner = small(engine="functional").float()
-    batch = tuple(part.float() if part.is_floating_point() else part for part in BATCH)
+    batch = in_dtype(BATCH)
     loss = learner.meta_step(batch).loss
     assert loss == pytest.approx(small().meta_step(BATCH).loss, rel=1e-4)
     assert all(p.dtype == torch.float32 for p in learner.parameters())
@@ -469,10 +454,10 @@ def test_learner_follows_to_another_dtype() -> None:
 # --- precision and fused kernels -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_bfloat16_autocast_on_the_cpu_runs_and_is_close(engine: str) -> None:
     batch = class_tasks((1, 16, 16))
-    batch32 = tuple(part.float() if part.is_floating_point() else part for part in batch)
+    batch32 = in_dtype(batch)
     learner = build(seeded(Conv4).float(), engine=engine, multi_step_loss=False, first_order_epochs=0)
     exact = losses_of(learner, batch32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -483,11 +468,11 @@ def test_bfloat16_autocast_on_the_cpu_runs_and_is_close(engine: str) -> None:
     assert all(torch.isfinite(p).all() for p in learner.parameters())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 @pytest.mark.parametrize(("make", "shape"), [(LSTMClassifier, (4, 3)), (vision_transformer, (3, 16, 16))])
 def test_float32_second_order_equals_the_float64_oracle(make: Any, shape: tuple[int, ...], engine: str) -> None:
     batch = class_tasks(shape)
-    batch32 = tuple(part.float() if part.is_floating_point() else part for part in batch)
+    batch32 = in_dtype(batch)
     model = seeded(make)
     learner = build(copy.deepcopy(model).float(), engine=engine, multi_step_loss=False, first_order_epochs=0)
     reference = meta_gradient(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from keywords import grouped
 from test_checkpoints import checkpoint_after, saved_run
 
 import metawrap
@@ -288,7 +289,7 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
     def learner():
         torch.manual_seed(1)
         options = {"inner_steps": 2, "engine": engine, "tasks_per_backward": 7}
-        return metawrap.MAMLPlusPlus(Small().double(), **options)
+        return metawrap.MAMLPlusPlus(Small().double(), **grouped(**options))
 
     roomy, tight = learner(), learner()
     sizes = with_room_for(tight, 2, error, monkeypatch)
@@ -313,14 +314,16 @@ def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_c
     learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
     before = {name: str(value) for name, value in learner.state_dict().items()}
     with_room_for(learner, 0, OUT_OF_MEMORY[0], monkeypatch)
-    with pytest.raises(metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use memory="flat".*fewer inner_st'):
+    with pytest.raises(
+        metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'
+    ):
         learner.meta_step(small_tasks(2))
     assert {name: str(value) for name, value in learner.state_dict().items()} == before
     assert learner.iteration == 0
 
 
 def test_another_failure_is_not_taken_for_a_lack_of_memory(monkeypatch):
-    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, tasks_per_backward=2)
+    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, execution={"tasks_per_backward": 2})
     sizes = with_room_for(learner, 0, RuntimeError("shapes do not fit"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         learner.meta_step(small_tasks(2))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from keywords import grouped
 from oracle import Reference, assert_same_gradients, meta_gradient
 from torch import Tensor, nn
 
-from metawrap import MAMLPlusPlus
+from metawrap import MAMLPlusPlus, Task
 
 # What a line of a run's log holds that no two runs share.
 MEASURED = frozenset({"seconds", "step_seconds", "peak_mib"})
@@ -21,7 +23,7 @@ STATISTICS = ("running_mean", "running_var")
 def build(model: nn.Module, *, seed: int = 1, method: Callable[..., Any] = MAMLPlusPlus, **options: Any) -> Any:
     """A learner whose rates, norm rows and statistics rows all differ from each other."""
     options.setdefault("inner_steps", 2)
-    learner = method(model, **options)
+    learner = method(model, **grouped(**options))
     generator = torch.Generator().manual_seed(seed)
 
     def noise(value: Tensor) -> Tensor:
@@ -38,6 +40,13 @@ def build(model: nn.Module, *, seed: int = 1, method: Callable[..., Any] = MAMLP
             if name.endswith(STATISTICS):
                 value.add_(0.2 * noise(value))
     return learner
+
+
+def poisoned(batch: tuple[Tensor, ...], task: int = 1) -> tuple[Tensor, ...]:
+    """The batch with one target value of one task infinite."""
+    target_x = batch[2].clone()
+    target_x[task, 0, 0] = float("inf")
+    return (*batch[:2], target_x, batch[3])
 
 
 def norm_values(learner: Any) -> list[Tensor]:
@@ -59,6 +68,20 @@ def gradients_of(learner: Any) -> dict[str, Tensor | None]:
     found = {name: p.grad for name, p in learner.model.named_parameters() if p.requires_grad}
     rates = {f"lr/{name}": rate.grad for name, rate in learner.learning_rates.items() if rate.requires_grad}
     return {name: None if g is None else g.detach().cpu().clone() for name, g in (found | rates).items()}
+
+
+def tensors(learner: nn.Module) -> list[Tensor]:
+    return [*learner.parameters(), *learner.buffers()]
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def in_dtype(batch: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """The batch with its floating-point parts in another precision."""
+    return tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
 
 
 def as_tasks(batch: Any) -> list[tuple[Any, Any, Any, Any]]:
@@ -91,6 +114,15 @@ def assert_equals_reference(learner: Any, loss: Any, reference: Reference, toler
     return error
 
 
+def assert_step_equals_oracle(
+    learner: Any, model: nn.Module, batch: Any, step_weights: list[float], **options: Any
+) -> None:
+    """A meta-step of the learner has the loss, meta-gradients and statistics of the oracle on the same values."""
+    reference = reference_for(model, learner, batch, step_weights, **options)
+    tasks = [Task(*task) for task in batch] if isinstance(batch, list) else batch
+    assert_equals_reference(learner, learner.meta_step(tasks).loss, reference)
+
+
 def last_only(steps: int) -> list[float]:
     return [0.0] * (steps - 1) + [1.0]
 
@@ -118,6 +150,14 @@ def fingerprint(module: nn.Module, *, ids: bool = True) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def unchanged(*modules: nn.Module) -> Iterator[None]:
+    """What runs inside leaves these modules as they were, down to their objects, hooks and flags."""
+    before = [fingerprint(module) for module in modules]
+    yield
+    assert [fingerprint(module) for module in modules] == before
+
+
 def snapshot(value: Any) -> Any:
     return copy.deepcopy(value)
 
@@ -142,3 +182,15 @@ def assert_same_state(found: Any, expected: Any, where: str = "") -> None:
 def assert_same_values(found: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-9) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.detach(), other.detach(), rtol=tolerance, atol=tolerance)
+
+
+def spied(monkeypatch: Any, owner: type, name: str, note: Callable[..., Any]) -> list[Any]:
+    """What `note` says of the arguments of every call of that method, from now on."""
+    original, seen = getattr(owner, name), []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append(note(*args))
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, spy)
+    return seen

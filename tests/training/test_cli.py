@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_imported_is_explained_in_one_line(capsys, text, w
     assert "folder" not in line
 
 
-@pytest.mark.parametrize("name", ["loss_fn", "optimizer", "scheduler", "swap"])
+@pytest.mark.parametrize("name", ["loss_fn", "optimizer", "scheduler", "wrapping.swap"])
 def test_options_that_take_python_objects_are_not_offered(capsys, name):
     refused, unknown = (refusal(capsys, [*SMALL, "--set", option]) for option in (f"{name}=x", "colour=1"))
     assert refused.startswith(f"options: '{name}' takes Python objects, which a run cannot store.")
@@ -162,10 +162,13 @@ def test_options_that_take_python_objects_are_not_offered(capsys, name):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--set", "head_init=stored"], 'options: head_init="stored" keeps a head for each task'),
+        (["--set", "outputs.head_init=stored"], 'options: outputs.head_init="stored" keeps a head for each task'),
         (["--image-size", "9"], "model: the network fails on inputs of shape (5, 1, 9, 9): RuntimeError: "),
         (["--model", "faulty:three"], "ways: support_y holds labels 0..4, but the model has 3 outputs."),
-        (["--set", "inner_betas=1"], "inner_betas: expected two numbers"),
+        (["--set", "inner_update.betas=1"], "inner_update.betas: expected two numbers"),
+        (["--set", "workers=2"], "options: MAMLPlusPlus has no option 'workers'. Did you mean 'execution.workers'?"),
+        (["--set", "execution.worker=2"], "options: MAMLPlusPlus has no option 'execution.worker'. Did you mean"),
+        (["--set", "execution=2"], "--set execution=2: execution: expected a mapping of its fields"),
     ],
 )
 @pytest.mark.parametrize("seeds", [[], ["--seeds", "0,1"]])
@@ -182,7 +185,7 @@ def test_inspect_hints_at_ways_only_where_the_network_has_fewer_outputs(capsys):
         "def flat(): return nn.Sequential(nn.Linear(4, 5), nn.Flatten(0))\n",
     )
     hint = "--ways sets how many classes a task has, --train-ways in training."
-    masked = ["--set", "mask_unused_outputs=true"]
+    masked = ["--set", "outputs.mask_unused_outputs=true"]
     for options in ([], masked):
         assert refusal(capsys, ["inspect", "--model", "outputs:three", "--input-shape", "4", *options]).endswith(hint)
     told = refusal(capsys, ["inspect", "--model", "outputs:flat", "--input-shape", "4", *masked])
@@ -209,7 +212,7 @@ def test_verbose_shows_the_traceback_too(capsys):
 
 def test_training_that_diverges_ends_with_an_explained_error(capsys):
     flags = [*FLAGS, "--iterations", "9", "--inner-lr", "1e38", "--inner-steps", "4", "--engine", "functional"]
-    flags += ["--set", "max_skipped_steps=3"]
+    flags += ["--set", "outer_update.max_skipped_steps=3"]
     assert main(["train", *flags, "--out", "run"]) == 2
     assert complaint(capsys).startswith("Error: ")
     assert not list(Path("run").glob("checkpoints/*.pt"))

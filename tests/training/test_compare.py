@@ -100,12 +100,12 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
     monkeypatch.setattr(sys, "path", list(sys.path))
     flags = ["compare", "--methods", "protonet,fomaml", "--budget", "2", "--epochs", "2", "--model", "small:build"]
     flags += ["--image-size", "8", "--validation-tasks", "2", "--test-tasks", "2", "--batch", "1", "--device", "cpu"]
-    flags += ["--set", "fomaml.inner_momentum=2", "--out", "out", "--jobs", "2"]
+    flags += ["--set", "fomaml.inner_update.momentum=2", "--out", "out", "--jobs", "2"]
     with torch.random.fork_rng():
         assert main(flags) == 0
         printed = capsys.readouterr().out
         assert "| ProtoNet" in printed
-        assert "First-order MAML failed: Error: inner_momentum: expected a number from 0 up to" in printed
+        assert "First-order MAML failed: Error: inner_update.momentum: expected a number from 0 up to" in printed
         done, failed = json.loads(Path("out/comparison.json").read_text())["rows"]
         result = json.loads(Path("out/protonet/result.json").read_text())
         assert done["accuracy"] == result["test"]["norms"]["running"]["after"]["accuracy"]
@@ -113,12 +113,12 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
         assert done["meta_steps"] == 2
         assert done["peak_mib"] > 50
         assert len(done["validation"]) == 2
-        assert "inner_momentum" in failed["error"]
+        assert "inner_update.momentum" in failed["error"]
         assert Path("out/comparison.png").stat().st_size > 10_000
         assert "| ProtoNet" in Path("out/comparison.md").read_text()
         with pytest.raises(CheckpointError, match=r"image_size: the run was started with 8"):
             compare({"protonet": RunSettings(method="protonet", epochs=3)}, "out")
-        flags[flags.index("fomaml.inner_momentum=2")] = "fomaml.inner_momentum=0.5"
+        flags[flags.index("fomaml.inner_update.momentum=2")] = "fomaml.inner_update.momentum=0.5"
         assert main([*flags, "--set", "fomaml.inner_steps=1"]) == 0
         assert "| First-order MAML" in capsys.readouterr().out
     assert Path("out/protonet/result.json").stat().st_mtime < Path("out/comparison.json").stat().st_mtime

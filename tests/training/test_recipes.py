@@ -16,6 +16,7 @@ from metawrap import ArgumentError
 from metawrap.backbones import Conv4
 from metawrap.cli import main
 from metawrap.recipes import load_recipe, recipe_names, recipe_text
+from metawrap.recipes.yaml_file import Given
 from metawrap.training.experiment import build_learner
 from metawrap.training.plots import draw_study
 from metawrap.training.run_settings import METHODS, RunSettings
@@ -91,8 +92,8 @@ def test_a_recipe_builds_the_learner_that_the_tables_describe(name):
     assert made.first_order_epochs == first_order
     assert (made.inner_steps, made.inner_lr, made.meta_lr) == (5, inner_lr, 0.001)
     assert made.norm == ("running" if text else "batch")
-    assert made.betas == ((0.9, 0.99) if text else (0.9, 0.999))
-    assert made.max_grad_value == (None if text else clamp)
+    assert made.outer_update.betas == ((0.9, 0.99) if text else (0.9, 0.999))
+    assert made.outer_update.max_grad_value == (None if text else clamp)
     if "MSL" in expected:
         assert made.msl_epochs == msl_epochs
     if "CA" in expected:
@@ -158,8 +159,15 @@ def written(folder: Path, text: str | bytes, name: str = "my.yaml") -> str:
         ("epochs: 1.5\n", r"line 1: epochs: expected a valid integer"),
         ("epochs: true\n", r"line 1: epochs: expected a valid integer, but got True"),
         ("rotations: 1\n", r"line 1: rotations: expected a valid boolean, but got 1"),
-        ("multi_step_loss: 'on'\n", r"line 1: multi_step_loss: expected a valid boolean, but got 'on'"),
-        ("betas: [0.9]\n", r"line 1: betas: "),
+        ("multi_step_loss: 'on'\n", r"line 1: multi_step_loss: expected True or False, but got 'on'"),
+        ("outer_update: {betas: [0.9]}\n", r"outer_update\.betas: expected two numbers from 0 .*, but got \[0\.9\]"),
+        ("outer_update.betas: [0.9]\n", r"line 1: outer_update\.betas: expected two numbers"),
+        ("ways: 5\nexecution: {workers: 0}\n", r"line 2: execution\.workers: expected a whole number of at least 1"),
+        ("execution: {worker: 2}\n", r"line 1: execution\.worker: is neither .* Did you mean 'execution\.workers'\?"),
+        ("workers: 2\n", r"line 1: workers: is neither .* Did you mean 'execution\.workers'\?"),
+        ("inner_optimizer: adam\n", r"line 1: inner_optimizer: is neither .* Did you mean 'inner_update\.rule'\?"),
+        ("execution: 5\n", r"line 1: execution: expected a mapping of its fields \(memory, .*\), but got 5"),
+        ("wrapping: {swap: x}\n", r"line 1: wrapping\.swap: takes Python objects"),
         ("ways: 1\n", r"line 1: ways: expected at least 2, but got 1"),
         ("method: mamml\n", r"line 1: method: there is no 'mamml'\. Did you mean 'maml'\?"),
         ("method: protonet\nmsl_epochs: 3\n", r"line 2: msl_epochs: is neither .* ProtoNet"),
@@ -187,6 +195,20 @@ def test_what_a_recipe_may_not_say_is_refused_with_its_line(text, words, tmp_pat
     with pytest.raises(ArgumentError, match=words) as refused:
         load_recipe(written(tmp_path, text))
     assert "\n" not in str(refused.value)
+
+
+def test_a_group_that_is_extended_keeps_the_fields_that_are_not_named(tmp_path):
+    written(tmp_path, "outer_update: {max_grad_value: 10, betas: [0.8, 0.9]}\nexecution: {workers: 2}\n", "base.yaml")
+    recipe = load_recipe(written(tmp_path, "extends: base.yaml\nouter_update: {max_grad_value: null}\n"))
+    changes = {"execution.channels_last": Given(True, "--set")}
+    settings = recipe.settings(changes)
+    assert settings.options == {
+        "outer_update": {"max_grad_value": None, "betas": [0.8, 0.9]},
+        "execution": {"workers": 2, "channels_last": True},
+    }
+    made = learner_of(settings).settings
+    assert made.outer_update.betas == (0.8, 0.9)
+    assert (made.execution.workers, made.execution.channels_last) == (2, True)
 
 
 def test_an_exponent_is_a_number_and_a_date_a_word(tmp_path):
@@ -260,7 +282,8 @@ def test_the_seeds_of_a_recipe_make_a_run_each(tmp_path):
 @pytest.mark.usefixtures("_in_folder")
 def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_path, capsys):
     written(tmp_path, TINY, "plain.yaml")
-    wild = TINY.replace("iterations_per_epoch: 1", "iterations_per_epoch: 3") + "inner_lr: 1e38\nmax_skipped_steps: 2\n"
+    wild = TINY.replace("iterations_per_epoch: 1", "iterations_per_epoch: 3")
+    wild += "inner_lr: 1e38\nouter_update: {max_skipped_steps: 2}\n"
     written(tmp_path, wild, "wild.yaml")
     path = written(tmp_path, "title: Study\nruns: [plain.yaml, wild.yaml]\nseeds: [1]\n", "both.yaml")
     assert main(["train", "--recipe", path, "--out", "both"]) == 0

@@ -243,7 +243,7 @@ PATTERNS = [
         "InstanceNorm2d with statistics",
         make=partial(InstanceStatistics, True),
         tasks=IMAGES,
-        refused=r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*swap=",
+        refused=r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*'swap':",
     ),
     _entry(
         "InstanceNorm2d with statistics, swapped",
