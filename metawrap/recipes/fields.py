@@ -1,7 +1,7 @@
-"""The names that a recipe and `--set` may give, and the type of each, read from RunSettings and from the methods.
+"""The names that a recipe and `--set` accept, with their types from RunSettings and from the methods.
 
 A field of a group of keywords is "group.field", or stands in a mapping under the group. pydantic checks types and
-bounds, strictly: 'true' is no number, and 3 is no switch.
+bounds strictly: 'true' is no number, and 3 is no switch.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from metawrap.settings.validated import expected, field_types
 from metawrap.training.experiment import PYTHON_ONLY
 from metawrap.training.run_settings import METHODS, RunSettings
 
-# `options` is what the keywords of the method become, and `recipe` what is recorded of the file.
+# The keywords of the method become `options`, and the name of the file becomes `recipe`.
 RUN_FIELDS: dict[str, Any] = {
     name: hint for name, hint in get_type_hints(RunSettings).items() if name not in ("options", "recipe")
 }
 
 
 def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the run, and keywords of the method. A name that is both is the run's, which hands it to the method.
+    """Fields of the run, and keywords of the method. A name that is both belongs to the run.
 
     Args:
-        given: by name, as `by_field` makes it. method: its name on the command line. also: names that might have been
-            meant.
+        given: values by name, as from `by_field`. method: its name on the command line. also: further names to suggest
+            for an unknown one.
     Raises:
-        ArgumentError: a name that is neither, with the nearest one, or a wrong type; begins with the place.
+        ArgumentError: an unknown name, with the nearest known one, or a wrong type; begins with the place.
     """
     keywords = method_keywords(method)
     run: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -
 
 
 def by_field(given: Mapping[str, Given]) -> dict[str, Given]:
-    """The fields of a group that is given as a mapping, each by "group.field", so that each can be replaced alone.
+    """Splits each group of keywords into its fields, by "group.field", so that each can be overridden alone.
 
     Raises:
         ArgumentError: a group is no mapping; begins with the place.
@@ -67,31 +67,34 @@ def by_field(given: Mapping[str, Given]) -> dict[str, Given]:
         else:
             raise ArgumentError(
                 f"{each.place}: {name}: expected a mapping of its fields ({', '.join(field_types(GROUPS[name]))}), but "
-                f"got {_shown(each.value)}."
+                f"got {each.value!r:.80}."
             )
     return found
 
 
 def typed(name: str, given: Given, hint: Any) -> Any:
-    """The value, if it is of the type; as JSON has it, so that a list stands for a tuple.
+    """The value, checked against the type as JSON: a list stands for a tuple.
+
+    >>> typed("ways", Given(5, "my.yaml, line 3"), int)
+    5
 
     Raises:
-        ArgumentError: it is not; begins with the place.
+        ArgumentError: the value has another type; begins with the place.
     """
     adapter = _adapter(hint)
-    if adapter is None:  # What takes a function too, such as `adapt`: the method itself checks it.
+    if adapter is None:  # A hint with a function, such as that of `adapt`: the method itself checks the value.
         return given.value
     try:
         adapter.validate_json(json.dumps(given.value))
     except ValidationError as error:
         wanted = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
         words = expected(hint) or " or ".join(wanted)
-        raise ArgumentError(f"{given.place}: {name}: expected {words}, but got {_shown(given.value)}.") from error
+        raise ArgumentError(f"{given.place}: {name}: expected {words}, but got {given.value!r:.80}.") from error
     return given.value
 
 
 def method_keywords(method: str) -> dict[str, Any]:
-    """The keywords of a method that plain values can give, with the type of each; without those that the run sets."""
+    """The keywords of a method that take plain values and are no settings of the run, with their types."""
     kind = getattr(methods, METHODS[method])
     of_run = {each.name for each in fields(RunSettings)}
     return {name: hint for name, hint in plain_keywords(kind).items() if name not in PYTHON_ONLY | of_run}
@@ -112,8 +115,3 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(hint, config=ConfigDict(strict=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

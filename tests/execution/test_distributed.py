@@ -36,8 +36,8 @@ from torch import nn
 
 import metawrap
 from metawrap.training.checkpoints import load_checkpoint
-from metawrap.training.launch import share
 from metawrap.training.run import train
+from metawrap.training.torchrun import share
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
@@ -364,8 +364,8 @@ def test_shares_are_contiguous_complete_and_as_equal_as_can_be(
 ) -> None:
     shares = []
     for rank in range(size):
-        monkeypatch.setattr("metawrap.training.launch.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("metawrap.training.launch.size", lambda: size)
+        monkeypatch.setattr("metawrap.training.torchrun.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("metawrap.training.torchrun.world_size", lambda: size)
         shares.append(list(share(count)))
     assert [number for part in shares for number in part] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

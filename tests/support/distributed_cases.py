@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import metawrap.training.experiment
 from metawrap import Task
-from metawrap.training.launch import seed_dropout
 from metawrap.training.run import train
 from metawrap.training.run_settings import RunSettings
+from metawrap.training.torchrun import seed_dropout
 
 TASKS = [Task(*parts, id=number) for number, parts in enumerate(zip(*class_tasks((4,), tasks=4), strict=True))]
 SHARES = {"equal": (TASKS[:2], TASKS[2:]), "unequal": (TASKS[:1], TASKS[1:])}

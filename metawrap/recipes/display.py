@@ -1,4 +1,4 @@
-"""Recipes for a reader: the list as a table, and one of them with every field and where each is from."""
+"""Recipes as text: the table of all, and one recipe with every field and its origin."""
 
 from __future__ import annotations
 
@@ -19,45 +19,38 @@ from metawrap.training.tables import render_table
 
 
 def recipe_table() -> str:
-    """A line for each packaged recipe."""
-    recipes = list(map(load_recipe, recipe_names()))
-    rows = [[recipe.name, recipe.title or "", published(recipe)] for recipe in recipes]
-    header = ["recipe", "what", "published"]
-    # All to the left: the intervals, where there are any, stand behind the numbers.
-    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(3)]
-    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    """A table with one line per packaged recipe."""
+    recipes = map(load_recipe, recipe_names())
+    rows = [["recipe", "what", "published"], *([each.name, each.title or "", published(each)] for each in recipes)]
+    # Every cell to the left, as the intervals differ in width.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     hint = "Accuracy in percent. With every setting: metawrap recipes NAME. To run it: metawrap train --recipe NAME"
     return f"{render_table(aligned[0], aligned[1:])}\n\n{hint}"
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe with nothing left to look up: YAML that is itself a recipe; behind each value, where it is from."""
-    about = {
-        "title": recipe.title,
-        "published": recipe.published,
-        "deviation": recipe.deviation,
-        "source": recipe.source,
-        "runs": [each.name for each in recipe.runs] or None,
-        "seeds": list(recipe.seeds) if recipe.seeds else None,
-    }
+    """The recipe with every setting: YAML that is itself a recipe, with the origin of each value behind it."""
+    about = {name: getattr(recipe, name) for name in ("title", "published", "deviation", "source")}
+    about |= {"runs": [each.name for each in recipe.runs] or None, "seeds": recipe.seeds and list(recipe.seeds)}
     lines = [f"# metawrap train --recipe {recipe.name}"]
     lines += [f"{name}: {_written(value)}" for name, value in about.items() if value is not None]
     if recipe.runs:
-        return "\n".join(
-            [*lines, "", "# Each of its runs:", *(f"#   metawrap recipes {each.name}" for each in recipe.runs)]
-        )
-    return "\n".join([*lines, "", *_fields(recipe), *_resolved(recipe.settings())])
+        rest = ["# Each of its runs:", *(f"#   metawrap recipes {each.name}" for each in recipe.runs)]
+    else:
+        rest = [*_fields(recipe), *_resolved(recipe.settings())]
+    return "\n".join([*lines, "", *rest])
 
 
 def published(recipe: Recipe) -> str:
-    """'97.65 ± 0.05', or nothing."""
+    """The published accuracy as '97.65 ± 0.05', or an empty text."""
     if recipe.published is None:
         return ""
     return f"{recipe.published:.2f}" + ("" if recipe.deviation is None else f" ± {recipe.deviation:.2f}")
 
 
 def _written(value: Any) -> str:
-    """As YAML, on one line: JSON is, but for the numbers that it lacks."""
+    """A value as YAML on one line: as JSON, which lacks only infinity."""
     if isinstance(value, float) and math.isinf(value):
         return ".inf" if value > 0 else "-.inf"
     return json.dumps(value, ensure_ascii=False)
@@ -76,14 +69,15 @@ def _fields(recipe: Recipe) -> Iterator[str]:
 
 
 def _resolved(settings: RunSettings) -> list[str]:
-    """What the preset and the method's defaults make of what was given, as comments."""
+    """The settings that the preset and the method's defaults add, as comments."""
     try:
-        # A network of any kind does: what is shown does not depend on it.
+        # Any network serves: the settings do not depend on it.
         made: Any = build_learner(settings, torch.nn.Linear(1, settings.ways))
     except MetaWrapError:
         return []
     known = {each.name for each in fields(RunSettings)} | set(flattened(settings.options))
     rest = {name: value for name, value in made.settings.as_dict().items() if name not in known or value is None}
-    rest |= {name: getattr(made.settings, name) for name in ("norm",) if settings.norm is None}
+    if settings.norm is None:
+        rest["norm"] = made.settings.norm
     lines = [f"#   {name}: {value}" for name, value in rest.items() if value is not None]
-    return ["", f"# What {METHODS[settings.method]} makes of it:", *lines]
+    return ["", f"# Added by {METHODS[settings.method]}:", *lines]

@@ -1,4 +1,4 @@
-"""What a command line gives -> settings of a run: a recipe, and what wins over it: `--set` and flags."""
+"""Flags of the command line -> settings of a run: a recipe, overridden by `--set` and by flags."""
 
 from __future__ import annotations
 
@@ -22,44 +22,43 @@ def recipe_in(arguments: Namespace) -> Recipe | None:
 
 
 def settings_in(arguments: Namespace, start: RunSettings | None = None, recipe: Recipe | None = None) -> RunSettings:
-    """The settings that were asked for.
+    """The settings that the user asked for.
 
     Args:
-        start: what holds where nothing else is said: the defaults, or those of the run that is resumed.
-        recipe: its settings come in the place of those.
+        start: settings for all that is not given: the defaults, or those of the resumed run.
+        recipe: a recipe that overrides `start`; flags and `--set` override the recipe.
     Raises:
-        ArgumentError: a name, type or range that is not allowed, or a setting given in two ways.
+        ArgumentError: an unknown name, a wrong type or range, or a setting that is given twice.
     """
-    sets = by_field({name: Given(value, _as_typed(name, value)) for name, value in _sets(arguments)})
     flags = flags_in(arguments)
+    sets = by_field({name: Given(value, f"--set {name}={value}") for name, value in _sets(arguments)})
     if twice := sorted(flags.keys() & sets.keys()):
         raise ArgumentError(
             f"{sets[twice[0]].place}: {twice[0]}: is also given by a flag, as {flags[twice[0]]}. Leave out one of them."
         )
     if recipe is not None:
-        given = sets | {name: Given(value, _flag(name)) for name, value in flags.items()}
-        return recipe.settings(given, start)
+        flagged = {name: Given(value, f"--{name.replace('_', '-')}") for name, value in flags.items()}
+        return recipe.settings(sets | flagged, start)
     run = {name: typed(name, each, RUN_FIELDS[name]) for name, each in sets.items() if name in RUN_FIELDS}
-    # Other names are keywords of the method, which tells those that it does not have.
+    # Other names are keywords of the method, which refuses the unknown ones.
     options = {name: each.value for name, each in sets.items() if name not in RUN_FIELDS}
     start = start or RunSettings()
     return replace(start, **run, **flags, options=nested({**flattened(start.options), **options}))
 
 
 def flags_in(arguments: Namespace) -> dict[str, Any]:
-    """The settings that were given as flags; the parser leaves out the others."""
-    given = vars(arguments)
-    names = [each.name for each in fields(RunSettings) if each.name not in ("options", "recipe")]
-    return {name: given[name] for name in names if name in given}
+    """The settings that were given as flags. The parser leaves out the others."""
+    names = {each.name for each in fields(RunSettings)} - {"options", "recipe"}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def is_given(arguments: Namespace, name: str) -> bool:
-    """Whether a flag or `--set` says what the setting is."""
+    """Whether a flag or `--set` gives the setting."""
     return name in flags_in(arguments) or name in dict(_sets(arguments))
 
 
 def out_in(arguments: Namespace) -> Path:
-    """The folder of the run: --out, or one named by its recipe or by what it does."""
+    """The folder of the run: `--out`, else a folder in `runs` named by the recipe or by task and method."""
     if arguments.out is not None:
         return Path(arguments.out)
     if "recipe" in arguments:
@@ -72,11 +71,3 @@ def out_in(arguments: Namespace) -> Path:
 
 def _sets(arguments: Namespace) -> list[tuple[str, Any]]:
     return list(getattr(arguments, "options", []))
-
-
-def _as_typed(name: str, value: Any) -> str:
-    return f"--set {name}={value}"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
