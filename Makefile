@@ -6,6 +6,7 @@ OUT ?= runs/first
 BENCH_OUT ?= runs/bench
 FUZZ_SECONDS ?= 120
 # Processes that the tests run in, with one thread each: more would wait for each other on the same cores.
+# Each takes a stretch of neighbouring tests, which share references and fixtures, and helps another when it is done.
 TEST_PROCESSES ?= auto
 # Chosen to end within five minutes on two CPU cores.
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
@@ -31,7 +32,7 @@ train: $(VENV)/installed
 	$(BIN)/metawrap train --data glyphs $(TRAIN_FLAGS) --out $(OUT) --resume
 
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from metawrap.data import DataSplits, EpisodeSampler
-from metawrap.data.check_data import DataReport, check_data
+from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
 from metawrap.errors import ArgumentError, DataError

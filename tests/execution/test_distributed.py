@@ -17,18 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from distributed_cases import (
-    RUN,
-    TASKS,
-    Counting,
-    PartlyUsed,
-    TwoPrecisions,
-    as_after,
-    fresh,
-    main,
-    marked,
-    stepped,
-)
+from distributed_cases import RUN, TASKS, Counting, PartlyUsed, TwoPrecisions, as_after, fresh, main, marked, stepped
 from face import MEASURED, assert_same_state, build, reference_for
 from models import NormedMlp, seeded
 from oracle import Reference, assert_same_gradients

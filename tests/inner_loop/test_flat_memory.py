@@ -29,7 +29,7 @@ from oracle import assert_same_gradients, msl_weights
 from stateful import Late, Noisy, seed_all
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, UnsupportedModuleError
+from metawrap import MAMLPlusPlus, MetaWrapWarning, Task, UnsupportedModuleError
 
 VECTORS = class_tasks((4,), targets=3)
 MEMORIES = ("unrolled", "flat")
@@ -180,11 +180,6 @@ def test_a_model_that_cannot_be_replayed_is_refused() -> None:
     learner = MAMLPlusPlus(seeded(Remembers), execution={"memory": "flat"}, engine="functional")
     with pytest.raises(UnsupportedModuleError, match=r'memory="unrolled"'):
         learner.meta_step(class_tasks((4,)))
-
-
-def test_an_unknown_memory_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="memory"):
-        MAMLPlusPlus(seeded(NormedMlp), execution={"memory": "little"})
 
 
 class SharedNorm(NormedMlp):

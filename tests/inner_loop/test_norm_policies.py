@@ -249,18 +249,6 @@ def test_unwrap_gives_row_zero_and_the_users_class(norm: str) -> None:
     pickle.loads(pickle.dumps(plain))
 
 
-@every_policy
-def test_returned_modules_can_be_pickled_and_trained_like_any_other(norm: str) -> None:
-    _, learner, batch, _ = wrapped(norm=norm)
-    adapted = learner.adapt(batch[0][0], batch[1][0])
-    again = pickle.loads(pickle.dumps(adapted))
-    assert torch.equal(again(batch[2][0]), adapted(batch[2][0]))
-    assert all(p.is_leaf and p.requires_grad and p.grad is None for p in adapted.parameters())
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
-    nn.functional.cross_entropy(adapted(batch[2][0]), batch[3][0]).backward()
-    optimizer.step()
-
-
 # --- no_grad and inference_mode --------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,6 @@ from face import (
     unchanged,
     values_of,
 )
-from keywords import grouped
 from models import Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
@@ -289,43 +288,15 @@ def test_6_skipped_steps_are_counted_in_the_state() -> None:
     assert int(learner.skipped_steps[0]) == 3  # total, in a row, longest row
 
 
-# --- 10: errors name the module or argument, the cause, and the fix ---------------------------------------------------
+# --- 10: errors name the module or argument, the cause, and the fix (the rest: checks/test_bad_input.py) --------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"inner_steps": 0}, r"inner_steps"),
-        ({"engine": "fast"}, r"engine.*functional"),
-        ({"norm": "layer"}, r"norm.*batch.*running.*support"),
-        ({"preset": "code"}, r"preset.*(paper|authors_code)"),
-        ({"adapt": ["nothing.*"]}, r"adapt.*nothing"),
-        ({"tasks_per_backward": 0}, r"tasks_per_backward"),
-        ({"epochs": 0}, r"epochs"),
-        ({"iterations_per_epoch": 0}, r"iterations_per_epoch"),
-        ({"max_grad_norm": -1.0}, r"max_grad_norm"),
-        ({"inner_lr": float("nan")}, r"inner_lr"),
-        ({"swap": {nn.Conv3d: lambda module: module}}, r"swap.*Conv3d"),
-        ({"keep_norm": ["no.such.norm"]}, r"keep_norm.*no\.such\.norm"),
-    ],
-)
-def test_10_a_wrong_argument_is_named_with_what_was_expected(options: dict[str, Any], words: str) -> None:
-    model = seeded(NormedMlp)
-    with unchanged(model), pytest.raises(MetaWrapError, match=words):
-        MAMLPlusPlus(model, **grouped(**options))
-
-
-def test_10_a_wrong_task_is_named_with_what_was_expected() -> None:
+def test_10_a_batch_whose_parts_disagree_or_that_holds_no_task_is_refused() -> None:
     learner = small()
-    support_x, support_y, target_x, target_y = BATCH
     with pytest.raises(TaskError, match=r"target_x.*3.*|number of tasks"):
-        learner.meta_step((support_x, support_y, target_x[:3], target_y))
+        learner.meta_step((*BATCH[:2], BATCH[2][:3], BATCH[3]))
     with pytest.raises(TaskError, match=r"support"):
-        learner.meta_step([Task(support_x[0], support_y[0], target_x[0], target_y[0]), "task"])
-    with pytest.raises(TaskError, match=r"support"):
-        learner.adapt(support_x[0], support_y[0][:2])
-    with unchanged(learner), pytest.raises(TaskError, match=r"0\.\.7|label.*7.*3|3 outputs"):
-        learner.meta_step((support_x, support_y + 5, target_x, target_y))
+        learner.meta_step([Task(*as_tasks(BATCH)[0]), "task"])
 
 
 def test_10_a_model_without_anything_to_adapt_is_refused() -> None:

@@ -20,11 +20,7 @@ from metawrap.tasks import as_task_batch
 # The same examples at every run, few enough to be quick.
 quick = settings(deadline=None, derandomize=True, max_examples=25, database=None)
 counts = st.integers(1, 4)
-FORMS = {
-    "tensor": lambda x: x,
-    "tuple": lambda x: (x, x.flip(-1)),
-    "dict": lambda x: {"left": x, "right": x * 2},
-}
+FORMS = {"tensor": lambda x: x, "tuple": lambda x: (x, x.flip(-1)), "dict": lambda x: {"left": x, "right": x * 2}}
 
 
 def numbered(*shape: int) -> Tensor:

@@ -91,12 +91,7 @@ class Float64Net(nn.Module):
     def __init__(self, ways: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(64, 8),
-            nn.Tanh(),
-            nn.BatchNorm1d(8),
-            nn.Dropout(dropout),
-            nn.Linear(8, ways),
+            nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, ways)
         ).double()
 
     def forward(self, x: Tensor) -> Tensor:

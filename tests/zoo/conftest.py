@@ -36,7 +36,7 @@ are compared with a plain loop written by hand ([the oracle](../tests/reference/
 - evaluation: `equal` where `learner.evaluate` and the modules of `learner.adapt` were compared as well.
 
 Inputs are small and weights random: this is about gradients, not about accuracy. Two things are changed in the
-torchvision and transformers networks ([tests/zoo/steady.py](../tests/zoo/steady.py)): parameters that start at zero get
+torchvision and transformers networks ([steady](../tests/support/steady.py)): parameters that start at zero get
 random values, lest they hide the other gradients, and batch norms get an eps of 0.1, or 0.5 in MNASNet, RegNet, ResNet,
 ResNeXt, Inception and the ResNet-50 segmenters. With less, rounding exceeds 1e-9: at 0.1, resnet50 and regnet_x_3_2gf
 missed it by a factor of 5, and the plain loop differed from itself by 2e-9 to 3e-9 when its inputs changed by one

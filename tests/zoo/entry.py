@@ -79,6 +79,10 @@ def check(entry: Entry, engine: str) -> Outcome:
         chosen = _check(entry, "auto")
         if chosen.engine == "higher":  # The very run that a named `higher` would be.
             return chosen
+    if engine == "auto" and entry.refused is None and not entry.higher:
+        learner = _learner(entry, seeded(entry.make), "auto")
+        if learner.describe().engine == "functional":  # Inspection decided: the very run of a named `functional`.
+            return _check(entry, "functional")
     return _check(entry, engine)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from entry import Entry
 from keywords import grouped
-from pieces import SEQUENCES, words
+from pieces import SEQUENCES, Whole, words
 from torch import Tensor, nn
 
 
@@ -42,16 +42,10 @@ class CrossAttention(nn.Module):
         return self.last(self.attention(queries, x, x, need_weights=False)[0].flatten(1))
 
 
-class CausalByHand(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixed = nn.Linear(3, 12)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in self.mixed(x).chunk(3, -1))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1 if self.training else 0.0)
-        return self.last(x.transpose(1, 2).flatten(2)[:, -1])
+def _causal_by_hand(model: Any, x: Tensor) -> Tensor:
+    q, k, v = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in model.mixed(x).chunk(3, -1))
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1 if model.training else 0.0)
+    return model.last(x.transpose(1, 2).flatten(2)[:, -1])
 
 
 def _layer(kind: Any, **options: Any) -> nn.Module:
@@ -102,18 +96,12 @@ class Decoder(nn.Module):
         return self.last(self.decoder(queries, self.into(x)).flatten(1))
 
 
-class Whole(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.into = nn.Linear(3, 4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.transformer = nn.Transformer(4, 2, 1, 1, 8, dropout=0.1, batch_first=True)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        return self.last(self.transformer(x[:, :3], x[:, 3:]).mean(1))
+def transformer() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = nn.Transformer(4, 2, 1, 1, 8, dropout=0.1, batch_first=True)
+    run = lambda m, x: m.last(m.transformer(m.into(x)[:, :3], m.into(x)[:, 3:]).mean(1))
+    return Whole(run, into=nn.Linear(3, 4), transformer=layers, last=nn.Linear(4, 3))
 
 
 class TiedWords(nn.Module):
@@ -148,11 +136,14 @@ PATTERNS = [
         "MultiheadAttention, dropout, zero attention", make=partial(Attention, False, dropout=0.2, add_zero_attn=True)
     ),
     _entry("MultiheadAttention across widths", make=CrossAttention),
-    _entry("scaled_dot_product_attention, causal", make=CausalByHand),
+    _entry(
+        "scaled_dot_product_attention, causal",
+        make=lambda: Whole(_causal_by_hand, mixed=nn.Linear(3, 12), last=nn.Linear(4, 3)),
+    ),
     _entry("TransformerEncoder, padded", make=Encoder, tasks=words()),
     _entry("TransformerEncoder, padded, norm first", make=partial(Encoder, norm_first=True), tasks=words()),
     _entry("TransformerEncoder, causal", make=CausalEncoder),
     _entry("TransformerDecoder", make=Decoder),
-    _entry("Transformer", make=Whole),
+    _entry("Transformer", make=transformer),
     _entry("tied embedding and output", make=TiedWords, tasks=next_words, loss_fn=over_words),
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from entry import Entry
-from pieces import VECTORS, Around, Body
+from pieces import VECTORS, Around, Between, Body, Calls
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -103,17 +102,6 @@ class Once(Function):
         return gradient * x.exp()
 
 
-class Calls(nn.Module):
-    """A module around a function: its name is what an error should say."""
-
-    def __init__(self, call: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Any:
-        return self.call(x)
-
-
 def _sine(x: Tensor) -> Tensor:
     return torch.sin(x)
 
@@ -187,19 +175,13 @@ def _penalised(output: Any, y: Tensor) -> Tensor:
     return F.cross_entropy(output[0], y) + 0.1 * output[1]
 
 
-class Equilibrium(Body):
+def _fixed_point(model: Any, x: Tensor) -> Tensor:
     """A fixed point found without gradients, and one step with: a deep equilibrium model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(6, 6)
-
-    def between(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            z = torch.zeros_like(x)
-            for _ in range(5):
-                z = torch.tanh(0.3 * self.mix(z) + x)
-        return torch.tanh(0.3 * self.mix(z) + x)
+    with torch.no_grad():
+        z = torch.zeros_like(x)
+        for _ in range(5):
+            z = torch.tanh(0.3 * model.mix(z) + x)
+    return torch.tanh(0.3 * model.mix(z) + x)
 
 
 class NoGradPart(Body):
@@ -209,32 +191,12 @@ class NoGradPart(Body):
         return self.last(features)
 
 
-class Detached(Body):
-    """A target network's habit: one path is cut, the other not."""
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) * torch.sigmoid(x).detach()
-
-
-class DataPart(Body):
-    """The old way to detach."""
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x - x.data.mean(0))
-
-
-class ItemPart(Body):
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x / (1.0 + x.abs().max().item()))
-
-
 # --- in-place --------------------------------------------------------------------------------------------------------
-class EditsHidden(Body):
-    def between(self, x: Tensor) -> Tensor:
-        x = x.add_(0.1).mul_(1.1)
-        x[:, 0] = x[:, 1] * 2
-        x[x > 1] *= 0.5
-        return F.leaky_relu_(x, 0.1)
+def _edits_hidden(_: Any, x: Tensor) -> Tensor:
+    x = x.add_(0.1).mul_(1.1)
+    x[:, 0] = x[:, 1] * 2
+    x[x > 1] *= 0.5
+    return F.leaky_relu_(x, 0.1)
 
 
 class EditsView(Body):
@@ -256,41 +218,22 @@ class ClampsWeight(Body):
         return super().forward(x)
 
 
-class Assigns(Body):
-    """Fills a fresh tensor piece by piece."""
-
-    def between(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        for index in range(x.shape[1]):
-            out[:, index] = torch.tanh(x[:, index]) * (index + 1) / 6
-        return out
+def _fills(_: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for index in range(x.shape[1]):
+        out[:, index] = torch.tanh(x[:, index]) * (index + 1) / 6
+    return out
 
 
 # --- checkpointing ---------------------------------------------------------------------------------------------------
-class Checkpointed(Body):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.middle = nn.Linear(6, 6)
-        self.reentrant = reentrant
-
-    def between(self, x: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return checkpoint(lambda y: torch.tanh(self.middle(y)), x, use_reentrant=self.reentrant)
+def _checkpointed(reentrant: bool, model: Any, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return checkpoint(lambda y: torch.tanh(model.middle(y)), x, use_reentrant=reentrant)
 
 
-class CheckpointedInTraining(Checkpointed):
-    def between(self, x: Tensor) -> Tensor:
-        return super().between(x) if self.training else torch.tanh(self.middle(x))
-
-
-class CheckpointedSequence(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.middle = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
-
-    def between(self, x: Tensor) -> Tensor:
-        return checkpoint_sequential(self.middle, 2, x, use_reentrant=False)
+def _checkpointed_in_training(model: Any, x: Tensor) -> Tensor:
+    return _checkpointed(False, model, x) if model.training else torch.tanh(model.middle(x))
 
 
 _entry = partial(Entry, family="autograd", tasks=VECTORS, quick=True)
@@ -319,22 +262,27 @@ PATTERNS = [
     _entry("functional_call under vmap", make=Ensemble, higher=False),
     _entry("gradient steps on the input", make=Energy),
     _entry("gradient penalty", make=Penalised, loss_fn=_penalised),
-    _entry("fixed point", make=Equilibrium),
+    _entry("fixed point", make=lambda: Between(_fixed_point, mix=nn.Linear(6, 6))),
     _entry("part under no_grad", make=NoGradPart),
-    _entry("detached path", make=Detached),
-    _entry(".data", make=DataPart),
-    _entry(".item() in the arithmetic", make=ItemPart),
-    _entry("in place on hidden values", make=EditsHidden),
+    _entry("detached path", make=lambda: Between(lambda _, x: torch.tanh(x) * torch.sigmoid(x).detach())),
+    _entry(".data", make=lambda: Between(lambda _, x: torch.tanh(x - x.data.mean(0)))),
+    _entry(
+        ".item() in the arithmetic", make=lambda: Between(lambda _, x: torch.tanh(x / (1.0 + x.abs().max().item())))
+    ),
+    _entry("in place on hidden values", make=partial(Between, _edits_hidden)),
     _entry("in place on views of weights", make=EditsView),
     _entry("in place on the weights themselves", make=ClampsWeight),
-    _entry("fills a fresh tensor", make=Assigns),
+    _entry("fills a fresh tensor", make=partial(Between, _fills)),
     *(
         _entry(f"checkpointing, {name}", make=make, refused=_checkpointing)
         for name, make in {
-            "reentrant": partial(Checkpointed, True),
-            "not reentrant": partial(Checkpointed, False),
-            "in training only": partial(CheckpointedInTraining, False),
-            "sequential": CheckpointedSequence,
+            "reentrant": lambda: Between(partial(_checkpointed, True), middle=nn.Linear(6, 6)),
+            "not reentrant": lambda: Between(partial(_checkpointed, False), middle=nn.Linear(6, 6)),
+            "in training only": lambda: Between(_checkpointed_in_training, middle=nn.Linear(6, 6)),
+            "sequential": lambda: Between(
+                lambda model, x: checkpoint_sequential(model.middle, 2, x, use_reentrant=False),
+                middle=nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)),
+            ),
         }.items()
     ),
 ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from entry import Entry
 from models import TiedNet
-from pieces import VECTORS, Body, noise
+from pieces import VECTORS, Between, Body, Whole, noise
 from torch import Tensor, nn
 
 
@@ -120,11 +120,6 @@ class ForwardArguments(Body):
         return super().forward(params)
 
 
-class TypeTest(Body):
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) if type(self.first) is nn.Linear else torch.sigmoid(x)
-
-
 class FewerNamed(Body):
     """Names the parameters that it wants trained, and no others."""
 
@@ -148,37 +143,22 @@ class NoneChild(Body):
         self.register_buffer("mask", None)
 
 
-class Lists(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:2]:
+def lists() -> nn.Module:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        for layer in model.layers[:2]:
             x = torch.tanh(layer(x))
-        return self.layers[-1](x)
+        return model.layers[-1](x)
+
+    return Whole(forward, layers=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]))
 
 
-class SequentialSlice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[2:](self.layers[:2](x))
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict(
-            {"a.b".replace(".", "_"): nn.Linear(4, 6), "relu": nn.ReLU(), "out": nn.Linear(6, 3)}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts.values():
+def branches() -> nn.Module:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        for part in model.parts.values():
             x = part(x)
         return x
+
+    return Whole(forward, parts=nn.ModuleDict({"a_b": nn.Linear(4, 6), "relu": nn.ReLU(), "out": nn.Linear(6, 3)}))
 
 
 class Walks(Body):
@@ -251,7 +231,11 @@ PATTERNS = [
     _entry("dataclass", make=AsDataclass),
     _entry("__deepcopy__ of its own", make=OwnDeepcopy),
     _entry("argument named params", make=ForwardArguments, higher=False),
-    _entry("test of an exact type", make=TypeTest, higher=False),
+    _entry(
+        "test of an exact type",
+        make=lambda: Between(lambda m, x: torch.tanh(x) if type(m.first) is nn.Linear else torch.sigmoid(x)),
+        higher=False,
+    ),
     _entry(
         "named_parameters of its own",
         make=FewerNamed,
@@ -259,9 +243,16 @@ PATTERNS = [
     ),
     _entry("parent's forward by name", make=lambda: nn.Sequential(SuperClassCall(4, 6), nn.Tanh(), nn.Linear(6, 3))),
     _entry("children, parameters and buffers that are None", make=NoneChild, higher=False),
-    _entry("slice of a ModuleList", make=Lists, higher=False),
-    _entry("slice of a Sequential", make=SequentialSlice, higher=False),
-    _entry("ModuleDict", make=Branches),
+    _entry("slice of a ModuleList", make=lists, higher=False),
+    _entry(
+        "slice of a Sequential",
+        make=lambda: Whole(
+            lambda m, x: m.layers[2:](m.layers[:2](x)),
+            layers=nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)),
+        ),
+        higher=False,
+    ),
+    _entry("ModuleDict", make=branches),
     _entry("walks its own submodules", make=Walks),
     _entry("reads its own named_parameters", make=ByName, higher=False),
     _entry("60 modules deep", make=deep),

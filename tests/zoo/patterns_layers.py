@@ -9,88 +9,45 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from entry import Entry
-from pieces import IMAGES, SEQUENCES, VECTORS, Around, AroundImage, AroundSequence, words
+from pieces import IMAGES, SEQUENCES, VECTORS, Around, AroundImage, AroundSequence, Calls, Whole, words
 from torch import Tensor, nn
 from torchvision import ops
 
 
-class Calls(nn.Module):
-    """A module around a function: its name is what an error should say."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *x: Tensor) -> Any:
-        return self.call(*x)
+def unpooled() -> nn.Module:
+    parts = {"pool": nn.MaxPool2d(2, return_indices=True), "unpool": nn.MaxUnpool2d(2)}
+    return Whole(lambda m, x: m.unpool(*m.pool(x)), **parts)
 
 
-class WithItself(nn.Module):
-    """A layer of two inputs, fed one and a shifted copy of it."""
-
-    def __init__(self, layer: Callable[..., Any]) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, x.roll(1, -1) * 0.5)
+def bag(mode: str = "mean") -> nn.Module:
+    parts = {"bag": nn.EmbeddingBag(9, 4, mode=mode), "last": nn.Linear(4, 3)}
+    return Whole(lambda m, x: m.last(torch.tanh(m.bag(x))), **parts)
 
 
-class Unpooled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.unpool(*self.pool(x))
+def _sampled(model: Any, x: Tensor) -> Tensor:
+    turn = model.where(x.mean((2, 3))).view(-1, 2, 3) * 0.1 + torch.eye(2, 3, dtype=x.dtype)
+    grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode=model.mode, align_corners=False)
 
 
-class Bag(nn.Module):
-    def __init__(self, mode: str = "mean") -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(9, 4, mode=mode)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.bag(x)))
-
-
-class Transformed(nn.Module):
+def transformed(mode: str = "bilinear") -> nn.Module:
     """A spatial transformer: where the image is sampled is learned."""
-
-    def __init__(self, mode: str = "bilinear") -> None:
-        super().__init__()
-        self.where, self.mode = nn.Linear(4, 6), mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        turn = self.where(x.mean((2, 3))).view(-1, 2, 3) * 0.1 + torch.eye(2, 3, dtype=x.dtype)
-        grid = F.affine_grid(turn, list(x.shape), align_corners=False)
-        return F.grid_sample(x, grid, mode=self.mode, align_corners=False)
+    return Whole(_sampled, where=nn.Linear(4, 6), mode=mode)
 
 
-class Adaptive(nn.Module):
+def adaptive() -> nn.Module:
     """Its loss is part of the layer, so the targets go in as an input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.loss = nn.AdaptiveLogSoftmaxWithLoss(6, 3, [1, 2], div_value=1.5)
-
-    def forward(self, x: Tensor, y: Tensor) -> Any:
-        return self.loss(torch.tanh(self.first(x)), y)
+    parts = {"first": nn.Linear(4, 6), "loss": nn.AdaptiveLogSoftmaxWithLoss(6, 3, [1, 2], div_value=1.5)}
+    return Whole(lambda m, x, y: m.loss(torch.tanh(m.first(x)), y), **parts)
 
 
 def _with_labels() -> list[Any]:
     return [((sx, sy), sy, (tx, ty), ty) for sx, sy, tx, ty in VECTORS()]
 
 
-class DeformableConvolution(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset, self.conv = nn.Conv2d(4, 18, 3, padding=1), ops.DeformConv2d(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, self.offset(x))
+def deformable() -> nn.Module:
+    parts = {"offset": nn.Conv2d(4, 18, 3, padding=1), "conv": ops.DeformConv2d(4, 4, 3, padding=1)}
+    return Whole(lambda m, x: m.conv(x, m.offset(x)), **parts)
 
 
 def _regions(x: Tensor) -> Tensor:
@@ -123,13 +80,9 @@ def _cholesky(x: Tensor) -> Tensor:
     return torch.linalg.cholesky(_square(x)).flatten(1)[:, [0, 3, 4, 6, 7, 8]]
 
 
-class Scaled(nn.Module):
-    def __init__(self, mode: str) -> None:
-        super().__init__()
-        self.options = {"mode": mode} | ({} if mode in ("nearest", "area") else {"align_corners": False})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=1.5, **self.options)
+def _scaled(mode: str) -> Callable[[Tensor], Tensor]:
+    options = {} if mode in ("nearest", "area") else {"align_corners": False}
+    return partial(F.interpolate, scale_factor=1.5, mode=mode, **options)
 
 
 # Functions of (examples, 6) to six features again.
@@ -197,7 +150,7 @@ IMAGE_LAYERS: dict[str, Callable[[], Callable[..., Any]]] = {
     "MaxPool2d, dilated": lambda: nn.MaxPool2d(2, stride=1, dilation=2),
     "LPPool2d": lambda: nn.LPPool2d(2, 2),
     "FractionalMaxPool2d": lambda: nn.FractionalMaxPool2d(2, output_size=3),
-    "MaxUnpool2d": Unpooled,
+    "MaxUnpool2d": unpooled,
     "PixelShuffle": lambda: nn.PixelShuffle(2),
     "PixelUnshuffle": lambda: nn.PixelUnshuffle(2),
     "ChannelShuffle": lambda: nn.ChannelShuffle(2),
@@ -213,9 +166,9 @@ IMAGE_LAYERS: dict[str, Callable[[], Callable[..., Any]]] = {
     "convolution, channels last": lambda: nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last),
     "padding": lambda: nn.Sequential(nn.ReplicationPad2d(1), nn.ZeroPad2d(1), nn.ReflectionPad2d(2)),
     "Upsample, bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
-    **{f"interpolate, {mode}": partial(Scaled, mode) for mode in ("nearest", "area", "bicubic", "bilinear")},
+    **{f"interpolate, {mode}": partial(_scaled, mode) for mode in ("nearest", "area", "bicubic", "bilinear")},
     "interpolate, antialiased": lambda: lambda x: F.interpolate(x, size=4, mode="bilinear", antialias=True),
-    "grid_sample": Transformed,
+    "grid_sample": transformed,
     "squeeze and excitation": lambda: ops.SqueezeExcitation(4, 2),
     "stochastic depth of torchvision": lambda: ops.StochasticDepth(0.4, "row"),
 }
@@ -247,14 +200,6 @@ def _ctc(prediction: Tensor, y: Tensor) -> Tensor:
     return F.ctc_loss(prediction.log_softmax(2).transpose(0, 1), (y[:, None] + 1).clamp(max=2), *lengths)
 
 
-class Steps(AroundSequence):
-    def __init__(self) -> None:
-        super().__init__(nn.Identity())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x)))
-
-
 _entry = partial(Entry, family="layers", tasks=VECTORS, quick=True)
 _once = r"(?s){}.* cannot be differentiated twice.*{}.*(FOMAML|first_order_epochs=math\.inf)"
 
@@ -273,21 +218,23 @@ PATTERNS = [
         for name, layer in IMAGE_LAYERS.items()
     ),
     *(_entry(f"loss: {name}", make=lambda: Around(nn.Identity()), loss_fn=loss) for name, loss in LOSSES.items()),
-    _entry("Bilinear", make=lambda: Around(WithItself(nn.Bilinear(6, 6, 6)))),
+    _entry(
+        "Bilinear", make=lambda: Around(Whole(lambda m, x: m.layer(x, x.roll(1, -1) * 0.5), layer=nn.Bilinear(6, 6, 6)))
+    ),
     _entry("PReLU, one slope per channel", make=lambda: Around(nn.PReLU(6))),
     _entry(
         "Conv1d and pooling",
         make=lambda: AroundSequence(nn.Sequential(nn.Conv1d(5, 5, 2), nn.MaxPool1d(2, 1), nn.ConstantPad1d(1, 0.5))),
         tasks=SEQUENCES,
     ),
-    _entry("adaptive softmax", make=Adaptive, tasks=_with_labels, loss_fn=lambda out, y: out.loss),
-    _entry("EmbeddingBag", make=Bag, tasks=words(), refused=_NO_BAG),
-    _entry("EmbeddingBag, largest", make=partial(Bag, "max"), tasks=words(), refused=_NO_BAG),
-    _entry("EmbeddingBag below the head", make=Bag, tasks=words(), options={"adapt": "last.*"}),
-    _entry("grid_sample, bicubic", make=lambda: AroundImage(Transformed("bicubic")), tasks=IMAGES),
+    _entry("adaptive softmax", make=adaptive, tasks=_with_labels, loss_fn=lambda out, y: out.loss),
+    _entry("EmbeddingBag", make=bag, tasks=words(), refused=_NO_BAG),
+    _entry("EmbeddingBag, largest", make=partial(bag, "max"), tasks=words(), refused=_NO_BAG),
+    _entry("EmbeddingBag below the head", make=bag, tasks=words(), options={"adapt": "last.*"}),
+    _entry("grid_sample, bicubic", make=lambda: AroundImage(transformed("bicubic")), tasks=IMAGES),
     _entry(
         "DeformConv2d",
-        make=lambda: AroundImage(DeformableConvolution()),
+        make=lambda: AroundImage(deformable()),
         tasks=IMAGES,
         refused=_once.format(r"'layer.conv' \(DeformConv2d\)", "deform_conv2d"),
     ),
@@ -299,7 +246,7 @@ PATTERNS = [
     ),
     _entry(
         "loss: ctc",
-        make=Steps,
+        make=lambda: Whole(lambda m, x: m.last(torch.tanh(m.first(x))), first=nn.Linear(3, 4), last=nn.Linear(4, 3)),
         tasks=SEQUENCES,
         loss_fn=_ctc,
         refused=_once.format("The loss function", "_ctc_loss_backward"),

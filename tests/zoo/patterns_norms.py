@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,30 +10,18 @@ import torch
 import torch.nn.functional as F
 from entry import Entry
 from models import BatchNormAct2d, NormedMlp
-from pieces import IMAGES, VECTORS, Around, AroundImage, noise
+from pieces import IMAGES, VECTORS, Around, AroundImage, Whole, noise
 from torch import Tensor, nn
 
 
-class NormedSequence(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.first = nn.Conv1d(3, 4, 2)
-        self.norm = norm
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.norm(self.first(x))).mean(2))
+def normed_sequence(norm: nn.Module) -> nn.Module:
+    run = lambda m, x: m.last(torch.tanh(m.norm(m.first(x))).mean(2))
+    return Whole(run, first=nn.Conv1d(3, 4, 2), norm=norm, last=nn.Linear(4, 3))
 
 
-class NormedVolume(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv3d(1, 3, 2)
-        self.norm = nn.BatchNorm3d(3)
-        self.last = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.norm(self.first(x))).mean((2, 3, 4)))
+def normed_volume() -> nn.Module:
+    run = lambda m, x: m.last(torch.tanh(m.norm(m.first(x))).mean((2, 3, 4)))
+    return Whole(run, first=nn.Conv3d(1, 3, 2), norm=nn.BatchNorm3d(3), last=nn.Linear(3, 3))
 
 
 class Twice(nn.Module):
@@ -112,29 +101,23 @@ class Residual(nn.Module):
         return self.last(F.relu_(x).mean((2, 3)))
 
 
-class InstanceStatistics(nn.Module):
-    def __init__(self, track: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 3, 3)
-        self.inorm = nn.InstanceNorm2d(3, track_running_stats=track)
-        self.last = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.inorm(self.conv(x)).relu().mean((2, 3)))
+def instance_statistics(track: bool) -> nn.Module:
+    run = lambda m, x: m.last(m.inorm(m.conv(x)).relu().mean((2, 3)))
+    inorm = nn.InstanceNorm2d(3, track_running_stats=track)
+    return Whole(run, conv=nn.Conv2d(1, 3, 3), inorm=inorm, last=nn.Linear(3, 3))
 
 
 def _without_statistics(norm: nn.Module) -> nn.Module:
     return nn.InstanceNorm2d(norm.num_features, norm.eps, affine=norm.affine)
 
 
-def with_norm(norm: Any, **options: Any) -> Any:
-    return partial(_with_norm, norm, options)
+def with_norm(norm: Any, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = NormedMlp()
+        model.norm = norm(6, **options)
+        return model
 
-
-def _with_norm(norm: Any, options: dict[str, Any]) -> nn.Module:
-    model = NormedMlp()
-    model.norm = norm(6, **options)
-    return model
+    return make
 
 
 def frozen() -> nn.Module:
@@ -150,49 +133,39 @@ def synchronised() -> nn.Module:
 _entry = partial(Entry, family="norms", tasks=VECTORS, quick=True)
 _policies = ("batch", "support", "running")
 
+_once = {"per_step_norm_affine": False}
+# What follows "BatchNorm1d" in the name, network, options of the learner, fields of the entry.
+VARIANTS: list[tuple[str, Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = [
+    ("", NormedMlp, {}, {}),
+    (" that acts", with_norm(AlsoActs), {}, {"after_norm": {AlsoActs: partial(F.leaky_relu, negative_slope=0.2)}}),
+    (" without affine", with_norm(nn.BatchNorm1d, affine=False), {}, {}),
+    (" without statistics", with_norm(nn.BatchNorm1d, track_running_stats=False), {}, {}),
+    (", cumulative average", with_norm(nn.BatchNorm1d, momentum=None), {}, {}),
+    (", adapted", NormedMlp, {"adapt_norm": True} | _once, {}),
+    (", one row of scales", NormedMlp, _once, {}),
+    (", one row of statistics", NormedMlp, {"per_step_norm_statistics": False}, {}),
+    (", kept, frozen", frozen, {"keep_norm": "norm"}, {}),
+    (", kept, learned", NormedMlp, {"keep_norm": "norm"}, {}),
+    (", kept, adapted", NormedMlp, {"keep_norm": "norm", "adapt_norm": True} | _once, {}),
+]
+
 PATTERNS = [
-    *(_entry(f"BatchNorm1d, norm={p}", make=NormedMlp, options={"norm": p}) for p in _policies),
+    *(
+        _entry(f"BatchNorm1d{name}, norm={p}", make=make, options={"norm": p} | options, **more)
+        for name, make, options, more in VARIANTS
+        for p in _policies
+    ),
     *(
         _entry(f"BatchNorm1d twice in a pass, norm={p}", make=Twice, options={"norm": p}, adapted_alone=p != "support")
         for p in _policies
     ),
-    *(
-        _entry(
-            f"BatchNorm1d that acts, norm={p}",
-            make=with_norm(AlsoActs),
-            options={"norm": p},
-            after_norm={AlsoActs: partial(F.leaky_relu, negative_slope=0.2)},
-        )
-        for p in _policies
-    ),
+    # Without stored statistics, as norm="batch" leaves it, a norm that reads them cannot run.
     *(
         _entry(
             f"BatchNorm1d written by hand, norm={p}",
             make=with_norm(ReadsItself),
             options={"norm": p},
-            adapted_alone=p != "batch",  # Without stored statistics, as norm="batch" leaves it, it cannot run.
-        )
-        for p in _policies
-    ),
-    *(
-        _entry(
-            f"BatchNorm1d without affine, norm={p}", make=with_norm(nn.BatchNorm1d, affine=False), options={"norm": p}
-        )
-        for p in _policies
-    ),
-    *(
-        _entry(
-            f"BatchNorm1d without statistics, norm={p}",
-            make=with_norm(nn.BatchNorm1d, track_running_stats=False),
-            options={"norm": p},
-        )
-        for p in _policies
-    ),
-    *(
-        _entry(
-            f"BatchNorm1d, cumulative average, norm={p}",
-            make=with_norm(nn.BatchNorm1d, momentum=None),
-            options={"norm": p},
+            adapted_alone=p != "batch",
         )
         for p in _policies
     ),
@@ -203,24 +176,12 @@ PATTERNS = [
     ),
     _entry("BatchNorm1d, momentum 1", make=with_norm(nn.BatchNorm1d, momentum=1.0)),
     _entry("BatchNorm1d, momentum 0", make=with_norm(nn.BatchNorm1d, momentum=0.0)),
-    *(
-        _entry(f"BatchNorm1d, {name}, norm={p}", make=make, options={"norm": p} | options)
-        for p in _policies
-        for name, make, options in (
-            ("adapted", NormedMlp, {"adapt_norm": True, "per_step_norm_affine": False}),
-            ("one row of scales", NormedMlp, {"per_step_norm_affine": False}),
-            ("one row of statistics", NormedMlp, {"per_step_norm_statistics": False}),
-            ("kept, frozen", frozen, {"keep_norm": "norm"}),
-            ("kept, learned", NormedMlp, {"keep_norm": "norm"}),
-            ("kept, adapted", NormedMlp, {"keep_norm": "norm", "adapt_norm": True, "per_step_norm_affine": False}),
-        )
-    ),
     _entry("batch norm of one's own", make=lambda: Around(OwnNorm())),
     _entry("train() that leaves norms in eval mode", make=StaysInEval, options={"keep_norm": "norm"}),
     _entry("train() that leaves norms in eval mode, not kept", make=StaysInEval),
     _entry("BatchNorm1d in eval mode but not kept", make=frozen),
-    _entry("BatchNorm1d over sequences", make=lambda: NormedSequence(nn.BatchNorm1d(4)), tasks=noise(3, 5)),
-    _entry("BatchNorm3d", make=NormedVolume, tasks=noise(1, 3, 3, 3)),
+    _entry("BatchNorm1d over sequences", make=lambda: normed_sequence(nn.BatchNorm1d(4)), tasks=noise(3, 5)),
+    _entry("BatchNorm3d", make=normed_volume, tasks=noise(1, 3, 3, 3)),
     _entry("BatchNorm2d in a residual block", make=Residual, tasks=IMAGES),
     _entry(
         "BatchNorm2d, timm's norm with activation",
@@ -237,18 +198,18 @@ PATTERNS = [
     _entry("InstanceNorm2d", make=lambda: AroundImage(nn.InstanceNorm2d(4)), tasks=IMAGES),
     _entry("InstanceNorm2d with affine", make=lambda: AroundImage(nn.InstanceNorm2d(4, affine=True)), tasks=IMAGES),
     _entry(
-        "InstanceNorm1d with affine", make=lambda: NormedSequence(nn.InstanceNorm1d(4, affine=True)), tasks=noise(3, 5)
+        "InstanceNorm1d with affine", make=lambda: normed_sequence(nn.InstanceNorm1d(4, affine=True)), tasks=noise(3, 5)
     ),
     _entry(
         "InstanceNorm2d with statistics",
-        make=partial(InstanceStatistics, True),
+        make=partial(instance_statistics, True),
         tasks=IMAGES,
         refused=r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*'swap':",
     ),
     _entry(
         "InstanceNorm2d with statistics, swapped",
-        make=partial(InstanceStatistics, True),
-        plain=partial(InstanceStatistics, False),
+        make=partial(instance_statistics, True),
+        plain=partial(instance_statistics, False),
         tasks=IMAGES,
         options={"swap": {nn.InstanceNorm2d: _without_statistics}},
     ),

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from entry import Entry
-from pieces import SEQUENCES, VECTORS, AroundSequence, Body, words
+from pieces import SEQUENCES, VECTORS, AroundSequence, Between, Body, Whole, words
 from torch import Tensor, nn
 
 
 # --- kinds of parameters ---------------------------------------------------------------------------------------------
-class Complex(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixed = nn.Parameter(torch.randn(6, 6, dtype=torch.complex128))
-        self.phase = nn.Linear(6, 6, dtype=torch.complex128)
+def _complex(model: Any, x: Tensor) -> Tensor:
+    return model.phase(x.to(torch.complex128) @ model.mixed).abs() ** 2 / 10
 
-    def between(self, x: Tensor) -> Tensor:
-        return self.phase(x.to(torch.complex128) @ self.mixed).abs() ** 2 / 10
+
+def complex_linear() -> nn.Module:
+    mixed, phase = torch.randn(6, 6, dtype=torch.complex128), nn.Linear(6, 6, dtype=torch.complex128)
+    return Between(_complex, mixed=nn.Parameter(mixed), phase=phase)
 
 
 class Spectral(AroundSequence):
@@ -42,18 +41,16 @@ class Spectral(AroundSequence):
         return self.last(torch.tanh(self.spectral(x) + x).mean(1))
 
 
-class Collections(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scales = nn.ParameterList([torch.randn(6), torch.randn(())])
-        self.shifts = nn.ParameterDict(
-            {"one": torch.randn(6), "two": nn.Parameter(torch.randn(6), requires_grad=False)}
-        )
+def _collections(model: Any, x: Tensor) -> Tensor:
+    for scale in model.scales:
+        x = torch.tanh(x * scale)
+    return x + model.shifts["one"] + sum(model.shifts.values())
 
-    def between(self, x: Tensor) -> Tensor:
-        for scale in self.scales:
-            x = torch.tanh(x * scale)
-        return x + self.shifts["one"] + sum(self.shifts.values())
+
+def collections() -> nn.Module:
+    shifts = {"one": torch.randn(6), "two": nn.Parameter(torch.randn(6), requires_grad=False)}
+    scales = nn.ParameterList([torch.randn(6), torch.randn(())])
+    return Between(_collections, scales=scales, shifts=nn.ParameterDict(shifts))
 
 
 class Scalar(Body):
@@ -65,45 +62,25 @@ class Scalar(Body):
         return super().forward(x) * self.temperature.exp()
 
 
-class Empty(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(6, 0))
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x + (x @ self.nothing).sum())
-
-
-class Unused(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.forgotten = nn.Linear(7, 7)
-        self.branch = nn.Linear(6, 6)
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.branch(x) if len(x) > 100 else x)
-
-
-class TargetOnly(Body):
-    """A branch that runs on the larger target set only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Linear(6, 6)
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.branch(x) if len(x) > 3 else x)
-
-
-class BranchPerTask(Body):
-    """Which layer runs depends on the data, so the first task does not use what the second does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.up(x) if float(x.detach().sum()) > 0 else self.down(x))
+# Networks with parameters that not every pass uses: `run` makes the hidden values.
+PARTLY_USED: dict[str, Callable[[], nn.Module]] = {
+    "parameter without entries": lambda: Between(
+        lambda m, x: torch.tanh(x + (x @ m.nothing).sum()), nothing=nn.Parameter(torch.zeros(6, 0))
+    ),
+    "unused parameters": lambda: Between(
+        lambda m, x: torch.tanh(m.branch(x) if len(x) > 100 else x), forgotten=nn.Linear(7, 7), branch=nn.Linear(6, 6)
+    ),
+    # The target set is larger than the support set.
+    "parameters that only the target uses": lambda: Between(
+        lambda m, x: torch.tanh(m.branch(x) if len(x) > 3 else x), branch=nn.Linear(6, 6)
+    ),
+    # Which layer runs depends on the data, so the first task does not use what the second does.
+    "parameters that only some tasks use": lambda: Between(
+        lambda m, x: torch.tanh(m.up(x) if float(x.detach().sum()) > 0 else m.down(x)),
+        up=nn.Linear(6, 6),
+        down=nn.Linear(6, 6),
+    ),
+}
 
 
 def frozen_backbone() -> nn.Module:
@@ -200,27 +177,19 @@ class Hidden(Body):
         return torch.tanh(x * kept * (1 if self.alone else self.scale))
 
 
-class SparseWords(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.words = nn.Embedding(9, 4, **options)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.words(x)).mean(1))
+def embedded(**options: Any) -> nn.Module:
+    parts = {"words": nn.Embedding(9, 4, **options), "last": nn.Linear(4, 3)}
+    return Whole(lambda m, x: m.last(torch.tanh(m.words(x)).mean(1)), **parts)
 
 
 _entry = partial(Entry, family="parameters", tasks=VECTORS, quick=True)
 
 PATTERNS = [
-    _entry("complex linear layer", make=Complex),
+    _entry("complex linear layer", make=complex_linear),
     _entry("spectral convolution", make=Spectral, tasks=SEQUENCES),
-    _entry("ParameterList and ParameterDict", make=Collections),
+    _entry("ParameterList and ParameterDict", make=collections),
     _entry("scalar parameter", make=Scalar),
-    _entry("parameter without entries", make=Empty),
-    _entry("unused parameters", make=Unused),
-    _entry("parameters that only the target uses", make=TargetOnly),
-    _entry("parameters that only some tasks use", make=BranchPerTask),
+    *(_entry(name, make=make) for name, make in PARTLY_USED.items()),
     _entry("frozen backbone", make=frozen_backbone),
     _entry("some parameters frozen", make=partly_frozen),
     _entry("head only", make=Body, options={"adapt": "last.*"}),
@@ -242,20 +211,20 @@ PATTERNS = [
         for name, way in HIDDEN.items()
         for alone in (True, False)
     ),
-    _entry("Embedding", make=SparseWords, tasks=words()),
-    _entry("Embedding, padding", make=partial(SparseWords, padding_idx=0), tasks=words()),
-    _entry("Embedding, max_norm", make=partial(SparseWords, max_norm=0.5), tasks=words()),
-    _entry("Embedding, gradient by frequency", make=partial(SparseWords, scale_grad_by_freq=True), tasks=words()),
-    _entry("Embedding, sparse", make=partial(SparseWords, sparse=True), tasks=words()),
+    _entry("Embedding", make=embedded, tasks=words()),
+    _entry("Embedding, padding", make=partial(embedded, padding_idx=0), tasks=words()),
+    _entry("Embedding, max_norm", make=partial(embedded, max_norm=0.5), tasks=words()),
+    _entry("Embedding, gradient by frequency", make=partial(embedded, scale_grad_by_freq=True), tasks=words()),
+    _entry("Embedding, sparse", make=partial(embedded, sparse=True), tasks=words()),
     _entry(
         "Embedding, sparse, not adapted",
-        make=partial(SparseWords, sparse=True),
+        make=partial(embedded, sparse=True),
         tasks=words(),
         options={"adapt": "last.*"},
     ),
     _entry(
         "Embedding, max_norm, not adapted",
-        make=partial(SparseWords, max_norm=0.5),
+        make=partial(embedded, max_norm=0.5),
         tasks=words(),
         options={"adapt": "last.*"},
     ),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from entry import Entry
-from pieces import VECTORS, Around, Body
+from pieces import VECTORS, Around, Between, Body
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -88,17 +88,6 @@ class LowRank(Body):
         return self.last(torch.tanh(self.first(x) + x @ self.down.T @ self.up.T))
 
 
-class TestsForParameter(Body):
-    """Scales only by what is a parameter: in a twin with plain tensors it would scale by nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((6,), 0.7))
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.scale if isinstance(self.scale, nn.Parameter) else x)
-
-
 class DropsWeights(Body):
     """Puts a dropped-out weight in its own slot before use, as AWD-LSTM does."""
 
@@ -113,39 +102,27 @@ class DropsWeights(Body):
         return super().forward(x)
 
 
-class Graph(Body):
+def _views(model: Any, x: Tensor) -> Tensor:
+    weight, bias = model.flat.split([36, 6])
+    return torch.tanh(F.linear(x, weight.view(6, 6), bias))
+
+
+def tests_for_parameter() -> nn.Module:
+    """Scales only by what is a parameter: in a twin with plain tensors it would scale by nothing."""
+    run = lambda m, x: torch.tanh(x * m.scale if isinstance(m.scale, nn.Parameter) else x)
+    return Between(run, scale=nn.Parameter(torch.full((6,), 0.7)))
+
+
+def graph() -> nn.Module:
     """A graph network: a sparse adjacency matrix is a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("near", (torch.rand(6, 6) > 0.5).double().to_sparse())
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(torch.sparse.mm(self.near, x.T).T)
+    near = (torch.rand(6, 6) > 0.5).double().to_sparse()
+    return Between(lambda m, x: torch.tanh(torch.sparse.mm(m.near, x.T).T), near=near)
 
 
-class HyperNetwork(Body):
+def hypernetwork() -> nn.Module:
     """One layer's weights are another's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.code = nn.Parameter(torch.randn(3))
-        self.maker = nn.Linear(3, 36)
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.tanh(F.linear(x, self.maker(self.code).view(6, 6)))
-
-
-class Views(Body):
-    """One flat parameter, of which the layers are views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flat = nn.Parameter(torch.randn(42) / 3)
-
-    def between(self, x: Tensor) -> Tensor:
-        weight, bias = self.flat.split([36, 6])
-        return torch.tanh(F.linear(x, weight.view(6, 6), bias))
+    run = lambda m, x: torch.tanh(F.linear(x, m.maker(m.code).view(6, 6)))
+    return Between(run, code=nn.Parameter(torch.randn(3)), maker=nn.Linear(3, 36))
 
 
 _entry = partial(Entry, family="parametrized", tasks=VECTORS, quick=True)
@@ -175,9 +152,11 @@ PATTERNS = [
         "pruned twice", make=parametrized(lambda layer: (_masked(layer), prune.l1_unstructured(layer, "weight", 3)))
     ),
     _entry("low-rank adapters", make=LowRank),
-    _entry("isinstance(weight, nn.Parameter)", make=TestsForParameter, higher=False),
+    _entry("isinstance(weight, nn.Parameter)", make=tests_for_parameter, higher=False),
     _entry("weights dropped out in their own slots", make=DropsWeights, adapted_alone=False),
-    _entry("sparse buffer", make=Graph),
-    _entry("hypernetwork", make=HyperNetwork),
-    _entry("layers that are views of one parameter", make=Views),
+    _entry("sparse buffer", make=graph),
+    _entry("hypernetwork", make=hypernetwork),
+    _entry(
+        "layers that are views of one parameter", make=lambda: Between(_views, flat=nn.Parameter(torch.randn(42) / 3))
+    ),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from entry import Entry
-from pieces import VECTORS, Body
+from pieces import VECTORS, Between, Body
 from torch import Tensor, nn
 
 
@@ -36,17 +36,27 @@ class Rescales(Counts):
         return super().between(x * (1 + self.average) * (1 + 0.1 * self.calls))
 
 
-class DividesInPlace(Body):
-    """Divides by a running scale that it edits in place: each backward pass needs the value of its own call."""
+def _scale(buffer: Tensor, value: Tensor) -> None:
+    buffer.mul_(0.9).add_(value, alpha=0.1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(6))
 
-    def between(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.scale.mul_(0.9).add_(x.detach().abs().mean(0), alpha=0.1)
-        return torch.tanh(x / self.scale)
+def _scale_data(buffer: Tensor, value: Tensor) -> None:
+    buffer.data.mul_(0.9).add_(value, alpha=0.1)  # torch does not count an edit of `.data`.
+
+
+def _scale_anew(buffer: Tensor, value: Tensor) -> None:
+    buffer.data = 0.9 * buffer + 0.1 * value
+
+
+def _divides(model: Any, x: Tensor) -> Tensor:
+    if model.training:
+        model.edit(model.scale, x.detach().abs().mean(0))
+    return torch.tanh(x / model.scale)
+
+
+def divides(edit: Callable[[Tensor, Tensor], None]) -> nn.Module:
+    """Divides by a running scale that it edits: each backward pass needs the value of its own call."""
+    return Between(_divides, scale=torch.ones(6), edit=edit)
 
 
 class Replaces(Counts):
@@ -72,21 +82,6 @@ class Shares(Body):
         if self.training:
             self.scale.mul_(1.1)
         return torch.tanh(self.other(x) * self.other.scale)
-
-
-class EditsData(DividesInPlace):
-    """Edits its buffers through `.data`, which torch does not count as an edit, or puts other data into them."""
-
-    def __init__(self, assigns: bool) -> None:
-        super().__init__()
-        self.assigns = assigns
-
-    def between(self, x: Tensor) -> Tensor:
-        if self.training and self.assigns:
-            self.scale.data = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
-        elif self.training:
-            self.scale.data.mul_(0.9).add_(x.data.abs().mean(0), alpha=0.1)
-        return torch.tanh(x / self.scale)
 
 
 class EditsByFunction(Counts):
@@ -116,60 +111,40 @@ class Alias(Body):
         return torch.tanh(x * self.also[0].mean())
 
 
-def _edit(buffer: Tensor, value: Tensor) -> None:
-    buffer.mul_(0.9).add_(value, alpha=0.1)
+def _keeps_graph(model: Any, x: Tensor) -> Tensor:
+    if model.training and model.in_place:
+        model.ema.mul_(0.9).add_(x.mean(0) * 0.1)
+    elif model.training:
+        model.ema = 0.9 * model.ema + 0.1 * x.mean(0)
+    return torch.tanh(x - model.ema)
 
 
-def _edit_data(buffer: Tensor, value: Tensor) -> None:
-    buffer.data.mul_(0.9).add_(value, alpha=0.1)
-
-
-class KeepsGraph(Body):
+def keeps_graph(in_place: bool) -> nn.Module:
     """Averages its hidden layer with its graph, in place or into a new tensor, and reads the average at later calls."""
-
-    def __init__(self, in_place: bool) -> None:
-        super().__init__()
-        self.register_buffer("ema", torch.zeros(6))
-        self.in_place = in_place
-
-    def between(self, x: Tensor) -> Tensor:
-        if self.training and self.in_place:
-            self.ema.mul_(0.9).add_(x.mean(0) * 0.1)
-        elif self.training:
-            self.ema = 0.9 * self.ema + 0.1 * x.mean(0)
-        return torch.tanh(x - self.ema)
+    return Between(_keeps_graph, ema=torch.zeros(6), in_place=in_place)
 
 
-class KeepsLast(Body):
+def _keeps_last(model: Any, x: Tensor) -> Tensor:
+    if model.in_place:
+        model.recent.copy_(x.mean(0))
+    else:
+        model.recent = x.mean(0)
+    return torch.tanh(x * (1 + model.recent))
+
+
+def keeps_last(in_place: bool) -> nn.Module:
     """Keeps its hidden layer's mean with its graph, in place or as a new tensor, and reads it in the same call only."""
-
-    def __init__(self, in_place: bool) -> None:
-        super().__init__()
-        self.register_buffer("recent", torch.zeros(6))
-        self.in_place = in_place
-
-    def between(self, x: Tensor) -> Tensor:
-        if self.in_place:
-            self.recent.copy_(x.mean(0))
-        else:
-            self.recent = x.mean(0)
-        return torch.tanh(x * (1 + self.recent))
+    return Between(_keeps_last, recent=torch.zeros(6), in_place=in_place)
 
 
-class Codebook(Body):
+def _codebook(model: Any, x: Tensor) -> Tensor:
     """Vector quantisation with a codebook that is a moving average, and straight-through gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.randn(5, 6))
-
-    def between(self, x: Tensor) -> Tensor:
-        nearest = (x.detach()[:, None] - self.codes).square().sum(2).argmin(1)
-        chosen = self.codes[nearest]
-        if self.training:
-            with torch.no_grad():
-                self.codes.index_add_(0, nearest, 0.1 * (x - chosen))
-        return torch.tanh(x + (chosen - x).detach() + 0.1 * x * chosen)
+    nearest = (x.detach()[:, None] - model.codes).square().sum(2).argmin(1)
+    chosen = model.codes[nearest]
+    if model.training:
+        with torch.no_grad():
+            model.codes.index_add_(0, nearest, 0.1 * (x - chosen))
+    return torch.tanh(x + (chosen - x).detach() + 0.1 * x * chosen)
 
 
 class Grows(Body):
@@ -188,15 +163,10 @@ class Grows(Body):
         return torch.tanh(x - self.centre + (self.memory.mean(0) if len(self.memory) else 0))
 
 
-class CountsInPython(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.seen = 0, None
-
-    def between(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.seen = x.detach()
-        return torch.tanh(x) if self.calls % 2 else torch.tanh(1.1 * x)
+def _counts_in_python(model: Any, x: Tensor) -> Tensor:
+    model.calls += 1
+    model.seen = x.detach()
+    return torch.tanh(x) if model.calls % 2 else torch.tanh(1.1 * x)
 
 
 class Remembers(Body):
@@ -223,11 +193,7 @@ class Momentum(Body):
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
-def hooked(register: Callable[[Any], Any]) -> Callable[[], nn.Module]:
-    return partial(_hooked, register)
-
-
-def _hooked(register: Callable[[Any], Any]) -> nn.Module:
+def hooked(register: Callable[[Any], Any]) -> nn.Module:
     model = Body()
     register(model)
     return model
@@ -299,12 +265,11 @@ class HooksInForward(Body):
             handle.remove()
 
 
-class TensorHook(Body):
-    def between(self, x: Tensor) -> Tensor:
-        x = torch.tanh(x)
-        if x.requires_grad:
-            x.register_hook(lambda gradient: 0.5 * gradient)
-        return x
+def _hooks_hidden(_: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(x)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: 0.5 * gradient)
+    return x
 
 
 HOOKS: dict[str, Callable[[Any], Any]] = {
@@ -345,12 +310,12 @@ _entry = partial(Entry, family="state", tasks=VECTORS, quick=True)
 PATTERNS = [
     _entry("counts in buffers", make=Counts),
     _entry("multiplies by a buffer that it edits", make=Rescales),
-    _entry("divides by a buffer that it edits", make=DividesInPlace),
+    _entry("divides by a buffer that it edits", make=partial(divides, _scale)),
     _entry("buffers that grow", make=Grows, adapted_alone=False),
     _entry("replaces its buffers", make=Replaces),
     _entry("one edited buffer under two names", make=Shares),
-    _entry("edits a buffer's data", make=partial(EditsData, assigns=False)),
-    _entry("assigns a buffer's data", make=partial(EditsData, assigns=True)),
+    _entry("edits a buffer's data", make=partial(divides, _scale_data)),
+    _entry("assigns a buffer's data", make=partial(divides, _scale_anew)),
     _entry("edits buffers by batch_norm", make=EditsByFunction),
     _entry("a buffer that is held twice", make=Alias),
     _entry("a buffer that is held in part", make=partial(Alias, part=True)),
@@ -361,9 +326,9 @@ PATTERNS = [
             refused=r"buffer 'ema', which forward edits.*'the model itself' \(Alias\).*'also'.*register_buffer",
         )
         for name, part, edits in [
-            ("edited and held twice", False, _edit),
-            ("edited and held in part", True, _edit),
-            ("edited as data and held twice", False, _edit_data),
+            ("edited and held twice", False, _scale),
+            ("edited and held in part", True, _scale),
+            ("edited as data and held twice", False, _scale_data),
         ]
     ),
     *(
@@ -372,17 +337,17 @@ PATTERNS = [
         for entry in [
             _entry(
                 f"writes a graph into a buffer {name}",
-                make=partial(KeepsGraph, in_place),
+                make=partial(keeps_graph, in_place),
                 refused=r"graph into its buffer 'ema'.*Detach",
             ),
             # A copy of a model with a graph in a buffer cannot be made.
             _entry(
-                f"writes a graph {name} for the same call", make=partial(KeepsLast, in_place), adapted_alone=in_place
+                f"writes a graph {name} for the same call", make=partial(keeps_last, in_place), adapted_alone=in_place
             ),
         ]
     ),
-    _entry("codebook", make=Codebook),
-    _entry("counts in Python", make=CountsInPython, adapted_alone=False),
+    _entry("codebook", make=lambda: Between(_codebook, codes=torch.randn(5, 6))),
+    _entry("counts in Python", make=partial(Between, _counts_in_python, calls=0, seen=None), adapted_alone=False),
     _entry(
         "assigns a weight to an attribute",
         make=Remembers,
@@ -390,10 +355,10 @@ PATTERNS = [
     ),
     _entry("slow copy of its own layer", make=Momentum),
     *(
-        _entry(f"hook: {name}", make=hooked(register), higher=name != "forward, over the model")
+        _entry(f"hook: {name}", make=partial(hooked, register), higher=name != "forward, over the model")
         for name, register in HOOKS.items()
     ),
     _entry("hook that keeps features", make=Extracts),
     _entry("hook for the time of a call", make=HooksInForward),
-    _entry("hook on a hidden value", make=TensorHook),
+    _entry("hook on a hidden value", make=partial(Between, _hooks_hidden)),
 ]

@@ -55,6 +55,49 @@ class Body(nn.Module):
         return self.last(self.between(self.first(x)))
 
 
+class Between(Body):
+    """A Body whose `between` is a function of the model and its hidden values; `parts` are its attributes.
+
+    Tensors among the parts become buffers.
+    """
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            if type(part) is Tensor:
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Whole(nn.Module):
+    """A network whose forward is a function of itself and its inputs; `parts` are its attributes."""
+
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *x: Any) -> Any:
+        return self.run(self, *x)
+
+
+class Calls(nn.Module):
+    """A module around a function: its name is what an error should say."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *x: Tensor) -> Any:
+        return self.call(*x)
+
+
 class Around(nn.Module):
     """A layer or function between two linear layers, on (examples, 4); it makes `features` of 6."""
 
