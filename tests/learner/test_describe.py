@@ -223,7 +223,7 @@ def test_the_order_of_the_gradient_is_said(options: dict[str, Any], words: str) 
 
 def test_a_head_start_that_is_not_learned_stands_beside_the_head() -> None:
     found = everything()
-    settings = {**found.settings, "head_init": "zeros"}
+    settings = {**found.settings, "outputs.head_init": "zeros"}
     started = Description(**{**vars(found), "settings": settings})
     assert line_of(str(started), "head").split(maxsplit=1)[1] == 'linear (head_init="zeros")'
 
