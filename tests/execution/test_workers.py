@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, TaskBatch, UnsupportedModuleError
+from metawrap.execution import executor
 from metawrap.execution.threads import in_threads
-from metawrap.execution.tuning import Speed, fastest, to_channels_last
-from metawrap.learner import pace
+from metawrap.execution.tuning import Speed, fastest
+from metawrap.inner_loop.task_layout import to_channels_last
 
 FOUR = class_tasks((4,), tasks=4)
 WAYS: dict[str, dict[str, Any]] = {
@@ -530,7 +531,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
             run(speed)
         return chosen
 
-    monkeypatch.setattr(pace, "fastest", choose)
+    monkeypatch.setattr(executor, "fastest", choose)
     learner = build(seeded(Conv4), tune=True)
     assert "measured in the first meta-step" in str(learner.describe())
     batch = CASES["conv4"].batch()
@@ -592,7 +593,7 @@ def test_a_layout_is_tried_only_where_it_is_right(
         offered.extend(layouts)
         return Speed()
 
-    monkeypatch.setattr(pace, "fastest", choose)
+    monkeypatch.setattr(executor, "fastest", choose)
     side = 28 if make is Viewing else 16
     batch = in_dtype(class_tasks((2 if make is ByStrides else 1, side, side)), dtype)
     learner = build(seeded(make).to(dtype), tune=True)
@@ -641,7 +642,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pace, "fastest", lambda *_: Speed(2))
+    monkeypatch.setattr(executor, "fastest", lambda *_: Speed(2))
     plain, tuned = (build(seeded(Watched), engine="functional", tune=tune) for tune in (False, True))
     for learner in (plain, tuned):
         learner.meta_step(FOUR)

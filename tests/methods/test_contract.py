@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import metawrap
 from metawrap import ArgumentError, MetaWrapError, MetaWrapWarning, Task, TaskError, methods
-from metawrap.training.experiment import keywords_of
+from metawrap.settings.keywords import keyword_types
 from metawrap.training.run_settings import METHODS
 
 NORMS = ("batch", "running", "support")
@@ -171,7 +171,7 @@ def fitted(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_every_method_that_is_exported_can_be_named_on_the_command_line() -> None:
-    classes = {n for n, value in vars(methods).items() if inspect.isclass(value) and issubclass(value, methods.Method)}
+    classes = {n for n, value in vars(methods).items() if inspect.isclass(value) and issubclass(value, methods.Learner)}
     abstract = {n for n in classes if inspect.isabstract(getattr(methods, n))}
     assert classes - abstract == set(METHODS.values())
     assert set(METHODS.values()) <= set(metawrap.__all__)
@@ -183,7 +183,7 @@ def test_it_names_its_source(name: str) -> None:
 
 
 def test_its_keywords_are_known_and_a_wrong_one_is_refused(name: str) -> None:
-    assert {"meta_lr", "norm", "loss_fn", "optimizer"} <= set(keywords_of(getattr(methods, METHODS[name])))
+    assert {"meta_lr", "norm", "loss_fn", "optimizer"} <= set(keyword_types(getattr(methods, METHODS[name])))
     for wrong in ("meta_rl", "parts", *(() if name in INNER_STEPS else ("inner_steps",))):
         with pytest.raises(TypeError, match=wrong):
             make(name, **{wrong: 0.1})
@@ -264,7 +264,7 @@ def test_adapt_predicts_as_evaluate_does(case: str, norm: str) -> None:
         assert not any(p.grad is not None for p in module.parameters())
         module = pickle.loads(pickle.dumps(module))
         assert not module.training
-        assert not any(isinstance(m, methods.Method) for m in module.modules())
+        assert not any(isinstance(m, methods.Learner) for m in module.modules())
         with torch.no_grad():
             found = module(task.target_x)
         expected = result.predictions[0]

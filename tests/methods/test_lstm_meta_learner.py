@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, LSTMMetaLearner, Task
 from metawrap.layers.learned_update import preprocessed
+from metawrap.settings.keywords import nested
 
 STEPS = 3
 
@@ -280,11 +281,19 @@ def test_a_wrong_value_is_named(options: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["preset", "learn_inner_lr", "first_order_epochs", "inner_optimizer", "inner_momentum", "inner_betas"]
+    "option",
+    [
+        "preset",
+        "learn_inner_lr",
+        "first_order_epochs",
+        "inner_update.rule",
+        "inner_update.momentum",
+        "inner_update.betas",
+    ],
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
-    with pytest.raises(TypeError, match=option):
-        LSTMMetaLearner(seeded(NormedMlp), **grouped(**{option: None}))
+    with pytest.raises(TypeError, match=f"argument '{option.rpartition('.')[2]}'"):
+        LSTMMetaLearner(seeded(NormedMlp), **nested({option: None}))
     with pytest.raises(ArgumentError, match="no preset of MAML"):
         MAML(seeded(NormedMlp), preset="lstm")
 

@@ -352,7 +352,7 @@ def test_what_does_not_apply_is_not_taken(option: str) -> None:
         ({"inner_batch_size": 0}, "inner_batch_size: expected a whole number of at least 1"),
         ({"evaluation_steps": 0}, "evaluation_steps: expected a whole number of at least 1"),
         ({"linear_annealing": 3}, "linear_annealing: expected True or False"),
-        ({"inner_betas": (0.0, 0.9)}, 'inner_betas: has no effect with inner_optimizer="sgd"'),
+        ({"inner_betas": (0.0, 0.9)}, 'inner_update.betas: has no effect with rule="sgd"'),
         ({"loss_fn": nn.Sequential(nn.Linear(1, 1))}, "loss_fn: Sequential has parameters"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any, get_args, get_type_hints
 
 import torch
-from keywords import grouped
 
 import metawrap
 from metawrap import MAMLPlusPlus
@@ -142,7 +141,7 @@ class Passage:
 def steady_meta_step(**options: Any) -> Passage:
     """The way of the third `meta_step` of a small Conv4 under MAML++: all that is done once has been done."""
     torch.manual_seed(0)
-    learner = MAMLPlusPlus(Conv4(filters=4), inner_steps=2, **grouped(**options))
+    learner = MAMLPlusPlus(Conv4(filters=4), inner_steps=2, **options)
     images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).expand(2, 5)
     batch = images, labels, images.flip(1), labels.flip(1)
     for _ in range(2):
