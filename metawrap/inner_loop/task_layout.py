@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metawrap.inner_loop.outcome import TaskOutcome
-from metawrap.layers.step_clock import Moments
-from metawrap.results import accuracy_of
+from metawrap.layers.per_step_norm import Moments
+from metawrap.results import TaskOutcome, accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
 
 

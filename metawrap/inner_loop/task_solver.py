@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from metawrap.engines import BatchedEngine, BufferEdits, Engine, differentiable_twice
 from metawrap.inner_loop.flat_memory import unrolled_flat
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Unrolled, unrolled
-from metawrap.inner_loop.masking import ignored_label, used_labels
-from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
-from metawrap.inner_loop.target_gradients import EagerTargetGradients
+from metawrap.inner_loop.inner_loop import EagerTargetGradients, FastWeights, InnerLoop, Unrolled, unrolled
+from metawrap.inner_loop.masking import used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
-from metawrap.inner_loop.update_rules import InnerOptimizer
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
+from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
 from metawrap.snapshot.module_state import restored_buffers

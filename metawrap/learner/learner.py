@@ -24,11 +24,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from metawrap.checks.first_look import FirstLook
 from metawrap.checks.not_finite import find_trouble, naming_operations
 from metawrap.checks.task_batches import checked_batch, explained
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.execution.allocator import keep_memory
-from metawrap.execution.in_order import InOrderExecutor, stateful_modules
+from metawrap.execution.executor import Executor, stateful_modules
 from metawrap.execution.ranks import Ranks
-from metawrap.inner_loop.outcome import TaskOutcome, autograd, mean_loss, meta_output, usable
 from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.calls import Calls, alone, shared
 from metawrap.learner.describing import describe_learner
@@ -36,16 +36,14 @@ from metawrap.learner.description import Description
 from metawrap.learner.evaluation import Metric, evaluated
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.without_inner_loop import shown_settings
-from metawrap.outer_update.outer_update import OuterUpdate
-from metawrap.outer_update.skipped_steps import refuse_divergence, row_of_skipped
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
+from metawrap.outer_update.outer_update import OuterUpdate, refuse_divergence, row_of_skipped
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
-from metawrap.surgery.inspect import device_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Inputs, Task, TaskBatch, describe_value
+from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of, usable
 
 
 class Learner(nn.Module, ABC):
@@ -67,7 +65,7 @@ class Learner(nn.Module, ABC):
         settings: OuterSettings,
         keywords: Mapping[str, Any],
         *,
-        executor: InOrderExecutor,
+        executor: Executor,
         parts: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:

@@ -19,13 +19,12 @@ from typing_extensions import Unpack
 from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import BuiltEngines, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning
-from metawrap.execution.executor import Executor
-from metawrap.execution.in_order import stateful_modules
+from metawrap.execution.executor import stateful_modules
+from metawrap.execution.parallel import ParallelExecutor
 from metawrap.inner_loop.head_starts import HEAD_STARTS, HeadStart
 from metawrap.inner_loop.inner_loop import Point
 from metawrap.inner_loop.task_solver import InnerUpdate, TaskSolver
-from metawrap.inner_loop.update_rules import inner_optimizer
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
 from metawrap.learner.calls import shared
 from metawrap.learner.describing import describe_learner, first_order_warning, norm_warnings, unused_warnings
 from metawrap.learner.description import Description
@@ -34,10 +33,9 @@ from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.learner import Learner
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown, shows
 from metawrap.settings.settings import PRESETS, Settings, check_choice, check_preset, resolve
-from metawrap.surgery.inspect import device_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import wrap
-from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
+from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, device_of
 
 
 class MAML(Learner):
@@ -55,7 +53,7 @@ class MAML(Learner):
     fixed: ClassVar[Mapping[str, Any]] = {}
     settings_class: type[Settings] = Settings
     settings: Settings
-    executor: Executor
+    executor: ParallelExecutor
     learning_rates: LearningRates
 
     @shows(MAMLKeywords)
@@ -93,7 +91,12 @@ class MAML(Learner):
         _check_goes_with(asked, settings)
         parts = self._inner_parts(wrapped.adapted_parameters(), settings)
         super().__init__(
-            wrapped, settings, keywords, executor=Executor(settings.execution), parts=parts, options={"preset": preset}
+            wrapped,
+            settings,
+            keywords,
+            executor=ParallelExecutor(settings.execution),
+            parts=parts,
+            options={"preset": preset},
         )
         self.checks = FirstTaskChecks(wrapped.model, engine)
         self.findings = self.checks.findings
