@@ -202,7 +202,7 @@ class FirstTaskChecks:
                 solver = learner._solver(batched=BatchedEngine(model, self.edits))
                 stack = stacked([task, twin_of(task)])
                 loop = solver.loop(stack, training=False, norm="batch", mask=False, several=True)
-                weights = {n: start_of([p.detach()] * 2, True) for n, p in learner.wrapped.adapted_parameters()}
+                weights = {n: start_of([p.detach()] * 2) for n, p in learner.wrapped.adapted_parameters()}
                 for inputs in (stack.support_x, stack.target_x):
                     refuse_impure(model, partial(loop.predict, weights, inputs, 0, "batch"))
         except (MetaWrapError, torch.OutOfMemoryError):

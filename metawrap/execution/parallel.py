@@ -43,9 +43,8 @@ class ParallelExecutor(Executor):
     that makes tasks depend on each other.
     """
 
-    def __init__(self, options: ExecutionOptions) -> None:
-        super().__init__()
-        self.options = options
+    def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
+        super().__init__(options, several_at_once)
         self.measured: Speed | None = None
         self.recordings = Recordings()
         self.in_order_because: str | None = None
@@ -59,20 +58,15 @@ class ParallelExecutor(Executor):
         asked = Speed(options.workers, options.channels_last, options.workers_in == "processes")
         return self.measured or asked
 
-    def speed_in_words(self, learner: Any) -> str:
-        """The same for `describe()`."""
-        if learner.checks.engine.name == "batched":
-            recorded = ", recorded and replayed" if self.options.cuda_graphs else ""
-            return f"all tasks of one shape at once in meta_step and forward{recorded}"
+    def in_words(self, learner: Any) -> str:
+        """See `Executor.in_words`."""
+        if self.several_at_once:
+            return super().in_words(learner) + (", recorded and replayed" if self.options.cuda_graphs else "")
         if self.options.tune and self.measured is None:
             return "measured in the first meta-step"
         if self.speed.workers != 1 and (reason := self.why_in_order(learner)):
             return f"{replace(self.speed, workers=1)}: {reason}"
         return str(self.speed)
-
-    def tasks_at_once(self, learner: Any, tasks: int) -> int:
-        """How many tasks of a batch are unrolled before a backward pass."""
-        return self.options.tasks_per_backward or (tasks if learner.checks.engine.name == "batched" else 1)
 
     def meta_gradient(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
         """See `Executor.meta_gradient`."""
@@ -165,6 +159,7 @@ class ParallelExecutor(Executor):
         """Restores what was measured, if these options would measure."""
         if self.options.tune and "speed" in state:
             self.measured = Speed(**state["speed"])
+            self.channels_last = self.measured.channels_last
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"recordings": Recordings()}
@@ -204,7 +199,7 @@ class ParallelExecutor(Executor):
         chosen = None
 
         def timed(speed: Speed) -> Gradients:
-            self.measured = speed
+            self.measured, self.channels_last = speed, speed.channels_last
             with model_unchanged(learner):
                 return run(few, parameters)[1]
 
@@ -228,6 +223,7 @@ class ParallelExecutor(Executor):
             chosen = fastest(timed, layouts, workers)
         finally:
             self._probed, self.measured = {}, chosen
+            self.channels_last = self.speed.channels_last
 
     def _chunks_in_order(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
@@ -293,3 +289,9 @@ def _twice(learner: Any) -> AbstractContextManager[None]:
 
 def _edits_weights(model: nn.Module) -> bool:
     return any(getattr(module, "max_norm", None) is not None for module in model.modules())
+
+
+def executor_for(options: ExecutionOptions, several_at_once: bool) -> Executor:
+    """The executor of a gradient-based learner: the plain one where the options ask for tasks in order."""
+    plain = options.workers == 1 and options.memory == "unrolled" and not (options.tune or options.cuda_graphs)
+    return (Executor if plain else ParallelExecutor)(options, several_at_once)

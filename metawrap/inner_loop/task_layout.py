@@ -52,11 +52,9 @@ def stacked(tasks: Sequence[Task]) -> Task:
     return Task(*map_tensors(tasks[0].parts(), lambda _: next(whole)))
 
 
-def start_of(values: Sequence[Tensor], is_stacked: bool) -> Tensor:
-    """A weight as each task starts from it, in memory of its own."""
+def start_of(values: Sequence[Tensor]) -> Tensor:
+    """A weight as each task of a stack starts from it, in memory of its own."""
     first = values[0]
-    if not is_stacked:
-        return first.clone()
     if all(value is first for value in values):
         return first.expand(len(values), *first.shape).clone(memory_format=torch.contiguous_format)
     return torch.stack(list(values))

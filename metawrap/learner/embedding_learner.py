@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
-from metawrap.execution.executor import Executor
+from metawrap.execution.executor import Executor, shared
 from metawrap.heads.embedding import Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead, PlacedHead
 from metawrap.layers.per_step_norm import Moments, Statistics
-from metawrap.learner.calls import shared
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
@@ -77,7 +76,7 @@ class EmbeddingLearner(Learner):
         shown = {**(options or {}), "head": head, "embedding": source}
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=head, own_steps=None)
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=Executor(), parts=moved, options=shown)
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
         leave_out_unsized(self)
         self.embedding = Embedding(type(self).__name__, self.model, self.wrapped.run, head, source, self.flat)
 

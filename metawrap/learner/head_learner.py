@@ -20,10 +20,9 @@ from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.engines.calling import autograd
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
-from metawrap.execution.executor import Executor
+from metawrap.execution.executor import Executor, shared
 from metawrap.heads.own_head import OwnHead
 from metawrap.inner_loop.update_rules import LearningRates
-from metawrap.learner.calls import shared
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -81,7 +80,7 @@ class HeadLearner(Learner):
             type(self), model, keywords, defaults=self.defaults, head=head, own_steps=inner_steps
         )
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=Executor(), parts=moved, options=shown)
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
         leave_out_unsized(self)
         self.own_head = OwnHead(type(self).__name__, self.model, self.wrapped.run, head, flat=False)
         if self.own_head.head is not None:

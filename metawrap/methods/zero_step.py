@@ -8,9 +8,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
-from metawrap.execution.executor import Executor
+from metawrap.execution.executor import Executor, shared
 from metawrap.layers.per_step_norm import Moments, Statistics
-from metawrap.learner.calls import shared
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
@@ -44,7 +43,7 @@ class ZeroStep(Learner):
 
     def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=None, own_steps=None)
-        super().__init__(wrapped, settings, keywords, executor=Executor(), parts={})
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts={})
 
     def _solver(self) -> OneByOne:
         return OneByOne(self._solve)
