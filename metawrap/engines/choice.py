@@ -97,7 +97,7 @@ def choose_engine(name: str, model: nn.Module, threads: bool = False) -> EngineC
     if name in ("functional", "batched"):  # Whether "batched" carries it, the first task shows.
         return EngineChoice(name, name, "asked for")
     if threads and name == "auto":
-        return EngineChoice(name, "functional", "it runs tasks in threads")
+        return EngineChoice(name, "functional", "it can solve several tasks at the same time")
     hazards = find_higher_hazards(model)
     hooked = find_hooks(model) if name == "auto" else None
     if not hazards and hooked is not None:

@@ -224,8 +224,7 @@ class Learner(nn.Module, ABC):
     ) -> EvaluationResult:
         """Adapts to each task and measures on its target set; changes nothing.
 
-        Random numbers in evaluation (of head_init="random", for example) are drawn from torch's global generator: seed
-        it to repeat a figure.
+        Random numbers (of head_init="random", for example) come from torch's global generator: seed it to repeat a figure.
 
         Args:
             tasks: a task batch in any accepted form, or an iterable of them.
@@ -254,8 +253,8 @@ class Learner(nn.Module, ABC):
     def find_trouble(self, task_batch: Any) -> list[Trouble]:
         """The tasks of a batch whose loss or gradient is not finite, each with the inner step and layer where it shows.
 
-        Explains a skipped step. It solves the tasks again, one by one, waits for the device and changes nothing. A model
-        that draws random numbers may succeed the second time.
+        Explains a skipped step. It solves the tasks again, one by one, and changes nothing. A model that draws random
+        numbers may succeed the second time.
         """
         return find_trouble(self, checked_batch(task_batch, self.loss_fn, device_of(self)))
 

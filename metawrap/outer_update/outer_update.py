@@ -94,9 +94,15 @@ class OuterUpdate:
         return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
 
     def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Raises ArgumentError when a parameter that is to be learned is not the optimizer's to move."""
+        """Raises ArgumentError when nothing is to be learned, or a parameter that is is not in the optimizer."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+        learned = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if not learned:
+            raise ArgumentError(
+                "model: expected at least one parameter that requires a gradient, but all are frozen, so meta_step has "
+                "nothing to learn. Unfreeze some with learner.model.requires_grad_(), or call evaluate or adapt."
+            )
+        missing = [name for name, parameter in learned if id(parameter) not in held]
         if missing:
             raise ArgumentError(
                 f"optimizer: it does not hold {', '.join(missing)}, which would never be learned. Freeze them with "
