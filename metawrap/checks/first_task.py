@@ -43,17 +43,17 @@ from metawrap.engines import (
     differentiable_twice,
     first_line,
 )
+from metawrap.engines.calling import autograd, dense
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
 from metawrap.inner_loop.flat_memory import DisturbedError
-from metawrap.inner_loop.outcome import autograd, dense
 from metawrap.inner_loop.task_layout import stacked, start_of
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.settings.groups import InnerOptions, Memory
 from metawrap.settings.schedules import is_second_order
 from metawrap.snapshot.module_state import attributes_put_back, unchanged
 from metawrap.snapshot.reachable_state import difference, state_of
-from metawrap.surgery.inspect import device_of, find_buffer_aliases, find_head
-from metawrap.tasks import Task, tensors_in
+from metawrap.surgery.inspect import find_buffer_aliases, find_head
+from metawrap.tasks import Task, device_of, tensors_in
 
 # Relative differences of gradients that pass for rounding.
 _DOUBLE, _SINGLE = 1e-6, 1e-3
@@ -202,7 +202,7 @@ class FirstTaskChecks:
                 solver = learner._solver(batched=BatchedEngine(model, self.edits))
                 stack = stacked([task, twin_of(task)])
                 loop = solver.loop(stack, training=False, norm="batch", mask=False, several=True)
-                weights = {n: start_of([p.detach()] * 2, True) for n, p in learner.wrapped.adapted_parameters()}
+                weights = {n: start_of([p.detach()] * 2) for n, p in learner.wrapped.adapted_parameters()}
                 for inputs in (stack.support_x, stack.target_x):
                     refuse_impure(model, partial(loop.predict, weights, inputs, 0, "batch"))
         except (MetaWrapError, torch.OutOfMemoryError):

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metawrap.engines.calling import autograd
 from metawrap.errors import DivergedError, MetaWrapError
 from metawrap.inner_loop.inner_loop import Point
-from metawrap.inner_loop.outcome import autograd, usable
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.results import Trouble
 from metawrap.snapshot.module_state import unchanged
-from metawrap.surgery.inspect import device_of
-from metawrap.tasks import Task, TaskBatch, tensors_in
+from metawrap.tasks import Task, TaskBatch, device_of, tensors_in, usable
 
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')

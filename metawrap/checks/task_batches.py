@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapError, TaskError
-from metawrap.inner_loop.masking import ignored_label
+from metawrap.results import ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, same_device, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")

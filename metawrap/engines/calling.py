@@ -113,3 +113,24 @@ class HardGates(TorchFunctionMode):
         """Every call of a torch function passes here."""
         self.seen |= func in _GATES
         return _GATES.get(func, func)(*args, **(kwargs or {}))
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient as an ordinary tensor: some embeddings have sparse gradients."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@contextmanager
+def autograd(enabled: bool = True) -> Iterator[None]:
+    """Gradients on or off, whatever mode the caller is in, inference mode too; autocast runs without its cache.
+
+    That cache keeps casts of leaf tensors until the autocast block ends: one of every fast weight, and stale ones after
+    an optimizer step in the block.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

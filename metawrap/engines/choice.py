@@ -63,20 +63,11 @@ class EngineChoice:
         return "functional" if self.name == "batched" else self.name
 
 
-class BuiltEngines:
+class BuiltEngines(dict[str, Engine]):
     """The engines that one learner has built, by name.
 
     Copies and pickles of it are empty: engines hold classes made at run time.
     """
-
-    def __init__(self) -> None:
-        self._built: dict[str, Engine] = {}
-
-    def of(self, name: str, model: nn.Module, edits: BufferEdits) -> Engine:
-        """The engine of that name, built at the first call."""
-        if name not in self._built:
-            self._built[name] = ENGINES[name](model, edits)
-        return self._built[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BuiltEngines:
         return BuiltEngines()

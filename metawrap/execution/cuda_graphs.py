@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import differ
 from metawrap.errors import ArgumentError, UnsupportedModuleError
-from metawrap.inner_loop.outcome import TaskOutcome
-from metawrap.layers.step_clock import Moments
+from metawrap.layers.per_step_norm import Moments
+from metawrap.results import TaskOutcome
 from metawrap.tasks import Task, TaskBatch, map_tensors, tensors_in
 
 Outcome = tuple[list[TaskOutcome], list[Tensor | None]]

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from metawrap.engines.calling import dense
 from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, UnsupportedModuleError
-from metawrap.inner_loop.outcome import TaskOutcome, dense
-from metawrap.inner_loop.target_gradients import with_gradients
+from metawrap.inner_loop.inner_loop import with_gradients
 from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.results import TaskOutcome
 from metawrap.snapshot.module_state import Slot, slots_of
-from metawrap.surgery.inspect import device_of
-from metawrap.tasks import map_tensors, tensors_in
+from metawrap.tasks import device_of, map_tensors, tensors_in
 
 Gradients = Sequence[Tensor | None]
 _NO_PREDICTION = "predictions stay where they were made"

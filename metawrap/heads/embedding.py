@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metawrap.engines.batched import first_line
 from metawrap.errors import UnsupportedModuleError
-from metawrap.layers.step_clock import Moments, Statistics
+from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.surgery.inspect import find_head
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 

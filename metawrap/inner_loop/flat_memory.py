@@ -17,17 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled, weighted_sum
-from metawrap.inner_loop.target_gradients import (
+from metawrap.inner_loop.inner_loop import (
     EagerTargetGradients,
+    FastWeights,
+    InnerLoop,
+    Point,
+    Unrolled,
     added,
     as_leaf,
     as_leaves,
     hooks_removed,
+    weighted_sum,
     with_gradients,
 )
 from metawrap.inner_loop.update_rules import OptimizerState
-from metawrap.layers.step_clock import Moments
+from metawrap.layers.per_step_norm import Moments
 from metawrap.snapshot.module_state import ForwardState
 
 

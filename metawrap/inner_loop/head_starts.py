@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError
-from metawrap.inner_loop.outcome import TaskOutcome
+from metawrap.results import TaskOutcome
 from metawrap.surgery.copying import duplicate
 from metawrap.surgery.swap import parameter_slots
 from metawrap.tasks import TaskId

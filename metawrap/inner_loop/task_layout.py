@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metawrap.inner_loop.outcome import TaskOutcome
-from metawrap.layers.step_clock import Moments
-from metawrap.results import accuracy_of
+from metawrap.layers.per_step_norm import Moments
+from metawrap.results import TaskOutcome, accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
 
 
@@ -53,11 +52,9 @@ def stacked(tasks: Sequence[Task]) -> Task:
     return Task(*map_tensors(tasks[0].parts(), lambda _: next(whole)))
 
 
-def start_of(values: Sequence[Tensor], is_stacked: bool) -> Tensor:
-    """A weight as each task starts from it, in memory of its own."""
+def start_of(values: Sequence[Tensor]) -> Tensor:
+    """A weight as each task of a stack starts from it, in memory of its own."""
     first = values[0]
-    if not is_stacked:
-        return first.clone()
     if all(value is first for value in values):
         return first.expand(len(values), *first.shape).clone(memory_format=torch.contiguous_format)
     return torch.stack(list(values))

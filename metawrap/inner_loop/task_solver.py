@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from metawrap.engines import BatchedEngine, BufferEdits, Engine, differentiable_twice
 from metawrap.inner_loop.flat_memory import unrolled_flat
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Unrolled, unrolled
-from metawrap.inner_loop.masking import ignored_label, used_labels
-from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
-from metawrap.inner_loop.target_gradients import EagerTargetGradients
+from metawrap.inner_loop.inner_loop import EagerTargetGradients, FastWeights, InnerLoop, Unrolled, unrolled
+from metawrap.inner_loop.masking import used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
-from metawrap.inner_loop.update_rules import InnerOptimizer
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
+from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
 from metawrap.snapshot.module_state import restored_buffers
@@ -134,7 +132,7 @@ class TaskSolver:
         loop = self.loop(task, training=training, norm=norm, mask=mask)
         start_weights = self.initial_weights(loop, None if start is None else [start])
         found = self._run(loop, start_weights, self._step_weights(steps, training), training, whole_graph)
-        head = self.head_start.adapted(found.fast)
+        head = self.head_start.adapted(found.fast) if self.head_start.kind != "learned" else {}
         return outcome_of(
             task,
             found.loss,
@@ -192,13 +190,16 @@ class TaskSolver:
         Args:
             starts: start of the head of each task; drawn for the loop's one task if None.
         """
-        model = self.wrapped.model
         if starts is None:
-            starts = [self.head_start.values(model, loop.task.id)]
+            learned = self.head_start.kind == "learned"
+            starts = [{} if learned else self.head_start.values(self.wrapped.model, loop.task.id)]
+        parameters = dict(self.wrapped.model.named_parameters())
         # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
         copies = {
-            name: start_of([start.get(name, p) for start in starts], loop.stacked)
-            for name, p in self.wrapped.adapted_parameters()
+            name: start_of([start.get(name, parameters[name]) for start in starts])
+            if loop.stacked
+            else starts[0].get(name, parameters[name]).clone()
+            for name in self.wrapped.adapted
         }
         # A parameter that was frozen after wrapping is still adapted, from its present value.
         return {
@@ -212,7 +213,8 @@ class TaskSolver:
 
     def learned_besides(self) -> list[nn.Parameter]:
         """Parameters that a target loss depends on besides the fast weights."""
-        adapted = {id(parameter) for _, parameter in self.wrapped.adapted_parameters()}
+        parameters = dict(self.wrapped.model.named_parameters())
+        adapted = {id(parameters[name]) for name in self.wrapped.adapted}
         inner = {id(parameter) for parameter in self.update.parameters}
         return [p for p in self.learned if p.requires_grad and id(p) not in adapted | inner]
 
@@ -239,7 +241,7 @@ class TaskSolver:
                 loop = replace(loop, eager=EagerTargetGradients(self.learned_besides()))
             return unrolled(loop, start, weights)
 
-    def _step_weights(self, steps: int, training: bool) -> list[float]:
+    def _step_weights(self, steps: int, training: bool) -> Sequence[float]:
         if not steps:
-            return []
+            return ()
         return step_loss_weights(steps, self.epoch, self.settings.step_loss_epochs if training else 0)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
-from metawrap.inner_loop.outcome import autograd, usable
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.engines.calling import autograd
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.description import Description, Fate, ModuleRow
 from metawrap.settings.settings import Settings
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Task
+from metawrap.tasks import Task, usable
 
 _NO_RATES: dict[str, Tensor] = {}
 

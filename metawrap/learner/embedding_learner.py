@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
-from metawrap.execution.in_order import InOrderExecutor
+from metawrap.execution.executor import Executor, shared
 from metawrap.heads.embedding import Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead, PlacedHead
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
-from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.calls import shared
+from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
@@ -33,6 +30,7 @@ from metawrap.learner.without_inner_loop import (
     refuse_inner_loop,
     wrapped_as_it_is,
 )
+from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -78,7 +76,7 @@ class EmbeddingLearner(Learner):
         shown = {**(options or {}), "head": head, "embedding": source}
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=head, own_steps=None)
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts=moved, options=shown)
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
         leave_out_unsized(self)
         self.embedding = Embedding(type(self).__name__, self.model, self.wrapped.run, head, source, self.flat)
 

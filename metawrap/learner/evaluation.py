@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.checks.task_batches import check_labels, checked_batch, explained, refuse_not_finite, refuse_uncounted
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
-from metawrap.inner_loop.outcome import TaskOutcome, autograd, usable
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.results import EvaluationResult
+from metawrap.results import EvaluationResult, TaskOutcome
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.snapshot.module_state import untouched_buffers
-from metawrap.surgery.inspect import device_of
-from metawrap.tasks import Task, describe_value, iterate_task_batches, same_device
+from metawrap.tasks import Task, describe_value, device_of, iterate_task_batches, same_device, usable
 
 Metric = Callable[[Any, Any], Any]
 

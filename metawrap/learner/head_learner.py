@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metawrap.checks.first_look import FirstLook, without_part
+from metawrap.engines.calling import autograd
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
-from metawrap.execution.in_order import InOrderExecutor
+from metawrap.execution.executor import Executor, shared
 from metawrap.heads.own_head import OwnHead
-from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, autograd, usable
-from metawrap.layers.learning_rates import LearningRates
-from metawrap.learner.calls import shared
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -36,10 +35,10 @@ from metawrap.learner.without_inner_loop import (
     shown_settings,
     wrapped_as_it_is,
 )
-from metawrap.results import MetaOutput, StepMetrics
+from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in
+from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in, usable
 
 
 class HeadLearner(Learner):
@@ -81,7 +80,7 @@ class HeadLearner(Learner):
             type(self), model, keywords, defaults=self.defaults, head=head, own_steps=inner_steps
         )
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts=moved, options=shown)
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
         leave_out_unsized(self)
         self.own_head = OwnHead(type(self).__name__, self.model, self.wrapped.run, head, flat=False)
         if self.own_head.head is not None:

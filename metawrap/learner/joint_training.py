@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metawrap.engines.calling import autograd, dense
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import TaskOutcome, autograd, dense, outcome_of, task_loss, usable
-from metawrap.layers.step_clock import Moments
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
+from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.settings import InnerOptimizerName, check_choice, check_positive
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Task, TaskBatch, call_model, describe_value
+from metawrap.tasks import Task, TaskBatch, call_model, describe_value, usable
 
 Tune = Literal["full", "head"]
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}

@@ -17,35 +17,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.checks.not_finite import find_trouble, naming_operations
 from metawrap.checks.task_batches import checked_batch, explained
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.execution.allocator import keep_memory
-from metawrap.execution.in_order import InOrderExecutor, stateful_modules
+from metawrap.execution.executor import Calls, Executor, OneProcess, alone, shared, stateful_modules
 from metawrap.execution.ranks import Ranks
-from metawrap.inner_loop.outcome import TaskOutcome, autograd, mean_loss, meta_output, usable
 from metawrap.layers.per_step_norm import fold_moments
-from metawrap.learner.calls import Calls, alone, shared
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.evaluation import Metric, evaluated
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.without_inner_loop import shown_settings
-from metawrap.outer_update.outer_update import OuterUpdate
-from metawrap.outer_update.skipped_steps import refuse_divergence, row_of_skipped
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
+from metawrap.outer_update.outer_update import OuterUpdate, refuse_divergence, row_of_skipped
+from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
-from metawrap.surgery.inspect import device_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Inputs, Task, TaskBatch, describe_value
+from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of, usable
 
 
 class Learner(nn.Module, ABC):
@@ -67,7 +64,7 @@ class Learner(nn.Module, ABC):
         settings: OuterSettings,
         keywords: Mapping[str, Any],
         *,
-        executor: InOrderExecutor,
+        executor: Executor,
         parts: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -149,7 +146,7 @@ class Learner(nn.Module, ABC):
             OutOfMemoryError: one task alone does not fit into memory.
             RankError: another process failed, is gone, or has another learner.
         """
-        ranks = Ranks.of_meta_step(self)
+        ranks = Ranks.of_meta_step(self) if _distributed() else OneProcess()
         with ranks.together():
             if not self.training:
                 raise MetaWrapError(
@@ -160,8 +157,9 @@ class Learner(nn.Module, ABC):
                 self._check_trainable(batch)
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
             self.outer.check_holds(self.named_parameters())
-            if self.settings.execution.allocator and device_of(self).type == "cpu":
+            if self.settings.execution.allocator and not self.executor.keeps_memory and device_of(self).type == "cpu":
                 keep_memory(one_arena=self.settings.execution.in_threads)
+                self.executor.keeps_memory = True
         with autograd(), restored_buffers(*stateful_modules(self)) as restore:
             with ranks.together(), explained(batch, self.model):
                 meta_lr = self.outer.start(self.epoch)
@@ -169,7 +167,8 @@ class Learner(nn.Module, ABC):
                 with naming_operations(self, batch) if anomalies else nullcontext():
                     outcomes, gradients = self.executor.meta_gradient(self, batch, parameters)
             outcomes, gradients = ranks.shared(outcomes, parameters, gradients)
-            with put_back_on_error(self, self.optimizer, when=self.outer.ends_epoch(self.iteration + 1)):
+            ends = self.outer.ends_epoch(self.iteration + 1)
+            with put_back_on_error(self, self.optimizer) if ends else nullcontext():
                 norm, applied = self.outer.apply(parameters, gradients)
                 skipped = row_of_skipped(self.skipped_steps, applied)
                 refuse_divergence(self, skipped, batch)
@@ -198,7 +197,7 @@ class Learner(nn.Module, ABC):
         if not self.training:
             with self.calls.shared(self) as learner, untouched_buffers(learner.model):
                 return _meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
-        ranks = Ranks.of_forward(self)
+        ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
         with self.calls.alone(), ranks.together():
             batch = checked_batch(task_batch, self.loss_fn, device_of(self))
             with explained(batch, self.model):
@@ -206,7 +205,7 @@ class Learner(nn.Module, ABC):
             output, outcomes = _meta_loss(self, batch)
         everyone, _ = ranks.shared(outcomes)
         _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
-        if ranks.in_ddp:
+        if isinstance(ranks, Ranks) and ranks.in_ddp:
             whole = meta_output(everyone, mean_loss(everyone))
             loss = ranks.averaged(output.loss, len(outcomes), whole.loss, len(everyone))
             output = output._replace(loss=loss, accuracy=whole.accuracy)
@@ -255,8 +254,8 @@ class Learner(nn.Module, ABC):
     def find_trouble(self, task_batch: Any) -> list[Trouble]:
         """The tasks of a batch whose loss or gradient is not finite, each with the inner step and layer where it shows.
 
-        Explains a skipped step, which left the weights as they were. It changes nothing, solves the tasks again, one by
-        one, and waits for the device. A model that draws random numbers may succeed the second time.
+        Explains a skipped step. It solves the tasks again, one by one, waits for the device and changes nothing. A model
+        that draws random numbers may succeed the second time.
         """
         return find_trouble(self, checked_batch(task_batch, self.loss_fn, device_of(self)))
 
@@ -330,6 +329,10 @@ class Learner(nn.Module, ABC):
         self.executor.same_everywhere = False
 
 
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _meta_loss(learner: Learner, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutcome]]:
     differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with autograd(differentiable), explained(batch, learner.model):
@@ -343,6 +346,6 @@ def _meta_loss(learner: Learner, batch: TaskBatch) -> tuple[MetaOutput, list[Tas
 def _keep_outcomes(learner: Learner, outcomes: list[TaskOutcome], applied: Tensor) -> None:
     """Keeps the statistics and heads that the tasks left, if the meta-step was applied."""
     fold_moments(learner.model, outcomes, applied)
-    head_start = getattr(learner, "head_start", None)
-    if head_start is not None:
+    head_start: Any = getattr(learner, "head_start", None)
+    if head_start is not None and head_start.kind != "learned":
         head_start.keep(outcomes, applied)

@@ -45,14 +45,13 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
 
 
 @contextmanager
-def put_back_on_error(learner: nn.Module, optimizer: Optimizer, when: bool) -> Iterator[None]:
+def put_back_on_error(learner: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Restores a learner and its optimizer where the block fails, at the cost of one copy of the learner."""
-    put_back = remembered(learner, optimizer) if when else None
+    put_back = remembered(learner, optimizer)
     try:
         yield
     except BaseException:
-        if put_back is not None:
-            put_back()
+        put_back()
         raise
 
 

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError
-from metawrap.inner_loop.outcome import autograd
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown
 from metawrap.settings.settings import PLAIN_TRAINING, OuterSettings, TunedSettings, resolve
 from metawrap.snapshot.module_state import unchanged
-from metawrap.surgery.inspect import device_of
 from metawrap.surgery.wrap import Wrapped, wrap
-from metawrap.tasks import Task
+from metawrap.tasks import Task, device_of
 
 
 def wrapped_as_it_is(

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.checks.second_derivative import missing_second_derivative
-from metawrap.engines.calling import differentiable_twice
+from metawrap.engines.calling import autograd, dense, differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.outcome import TaskOutcome, autograd, dense, outcome_of, task_loss
-from metawrap.layers.learning_rates import LearningRates
-from metawrap.layers.step_clock import Moments
+from metawrap.inner_loop.update_rules import LearningRates
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
+from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.settings.settings import check_choice
 from metawrap.tasks import Task
 

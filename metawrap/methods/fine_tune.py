@@ -12,15 +12,13 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.heads.embedding import support_and_target
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import TaskOutcome
-from metawrap.layers.step_clock import Moments
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
+from metawrap.results import TaskOutcome, ignored_label
 from metawrap.settings.settings import InnerOptimizerName
-from metawrap.surgery.inspect import device_of
-from metawrap.tasks import Task, TaskBatch, describe_value
+from metawrap.tasks import Task, TaskBatch, describe_value, device_of
 
 
 class FineTune(HeadLearner):

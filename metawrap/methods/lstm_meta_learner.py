@@ -9,8 +9,8 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError
 from metawrap.inner_loop.task_solver import InnerUpdate
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.layers.learned_update import LSTMUpdate
-from metawrap.layers.learning_rates import LearningRates
 from metawrap.learner.description import Description
 from metawrap.learner.keywords import LSTMKeywords
 from metawrap.methods.maml import MAML

@@ -13,20 +13,19 @@ from functools import partial
 from itertools import repeat
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_task import FirstTaskChecks
-from metawrap.engines import BuiltEngines, choose_engine
+from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning
-from metawrap.execution.executor import Executor
-from metawrap.execution.in_order import stateful_modules
+from metawrap.execution.executor import shared, stateful_modules
+from metawrap.execution.parallel import executor_for
 from metawrap.inner_loop.head_starts import HEAD_STARTS, HeadStart
 from metawrap.inner_loop.inner_loop import Point
 from metawrap.inner_loop.task_solver import InnerUpdate, TaskSolver
-from metawrap.inner_loop.update_rules import inner_optimizer
-from metawrap.layers.learning_rates import LearningRates
-from metawrap.learner.calls import shared
+from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
 from metawrap.learner.describing import describe_learner, first_order_warning, norm_warnings, unused_warnings
 from metawrap.learner.description import Description
 from metawrap.learner.evaluation import adapting, check_steps, finished
@@ -34,10 +33,9 @@ from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.learner import Learner
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown, shows
 from metawrap.settings.settings import PRESETS, Settings, check_choice, check_preset, resolve
-from metawrap.surgery.inspect import device_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import wrap
-from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
+from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, device_of
 
 
 class MAML(Learner):
@@ -55,7 +53,6 @@ class MAML(Learner):
     fixed: ClassVar[Mapping[str, Any]] = {}
     settings_class: type[Settings] = Settings
     settings: Settings
-    executor: Executor
     learning_rates: LearningRates
 
     @shows(MAMLKeywords)
@@ -93,7 +90,12 @@ class MAML(Learner):
         _check_goes_with(asked, settings)
         parts = self._inner_parts(wrapped.adapted_parameters(), settings)
         super().__init__(
-            wrapped, settings, keywords, executor=Executor(settings.execution), parts=parts, options={"preset": preset}
+            wrapped,
+            settings,
+            keywords,
+            executor=executor_for(settings.execution, engine.name == "batched"),
+            parts=parts,
+            options={"preset": preset},
         )
         self.checks = FirstTaskChecks(wrapped.model, engine)
         self.findings = self.checks.findings
@@ -131,22 +133,37 @@ class MAML(Learner):
             "device": device_of(self),
             "modules": [module for root in stateful_modules(self) for module in root.modules()],
             "edits": checks.edits,
-            "channels_last": self.executor.speed.channels_last,
+            "channels_last": self.executor.channels_last,
             "clone_inputs": checks.edits_inputs,
             "hard_gates": checks.hard_gates,
         }
         if "engine" not in changes:
-            made["engine"] = self.engines.of(checks.engine.of_one_task, self.model, checks.edits)
+            made["engine"] = self._engine("functional" if checks.engine.name == "batched" else checks.engine.name)
         if "batched" not in changes and checks.batched:
-            made["batched"] = self.engines.of("batched", self.model, checks.edits)
+            made["batched"] = self._engine("batched")
         return TaskSolver(**{**made, **changes})
 
+    def _engine(self, name: str) -> Engine:
+        if name not in self.engines:
+            self.engines[name] = ENGINES[name](self.model, self.checks.edits)
+        return self.engines[name]
+
     def _prepare(self, task: Task) -> None:
-        self.wrapped.hold_kept_norms()
-        self.checks.prepare(self, task)
+        if self.wrapped.kept:
+            self.wrapped.hold_kept_norms()
+        if not self._is_prepared():
+            self.checks.prepare(self, task)
+
+    def _is_prepared(self) -> bool:
+        """Whether the checks have nothing to ask in this mode."""
+        training = self.model.training
+        known = self.findings.get(training)
+        if known is None or (torch.is_grad_enabled() and (not known.differentiable or known.no_second_derivative)):
+            return False
+        return self.checks.engine.name != "batched" or not training or self.checks.batched
 
     def _check_trainable(self, batch: TaskBatch) -> None:
-        for task in batch:
+        for task in batch if self.settings.outputs.head_init != "learned" else ():
             self.head_start.check(task.id)
 
     @shared
@@ -216,7 +233,7 @@ class MAML(Learner):
             title=f'(preset="{self.options["preset"]}")',
             rates=self.learning_rates,
             engine=(self.checks.engine.name, self.checks.engine.why),
-            speed=self.executor.speed_in_words(self),
+            speed=self.executor.in_words(self),
         )
 
     def get_extra_state(self) -> dict[str, Any]:

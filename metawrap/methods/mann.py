@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError
 from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
-from metawrap.inner_loop.outcome import task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import task_loss
 from metawrap.settings.settings import check_number, check_switch, check_whole
 from metawrap.tasks import Task
 

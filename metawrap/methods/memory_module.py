@@ -10,9 +10,8 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
 from metawrap.settings.settings import check_number, check_switch, check_whole
 from metawrap.tasks import Task
 

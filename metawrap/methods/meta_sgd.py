@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.methods.maml import MAML
 from metawrap.settings.settings import Settings
 

@@ -11,17 +11,16 @@ from typing_extensions import Unpack
 
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, TaskError
+from metawrap.execution.executor import shared
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
-from metawrap.inner_loop.outcome import TaskOutcome
-from metawrap.layers.step_clock import Moments
-from metawrap.learner.calls import shared
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
+from metawrap.results import TaskOutcome
 from metawrap.settings.settings import InnerOptimizerName
-from metawrap.surgery.inspect import device_of
-from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
+from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, device_of
 
 
 class MultiTask(HeadLearner):

@@ -13,11 +13,11 @@ from torch.nn.parameter import UninitializedParameter
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import autograd, task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
 from metawrap.settings.settings import check_number, check_whole
 from metawrap.tasks import Inputs, Task, describe_value
 

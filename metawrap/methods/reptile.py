@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
-from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled
-from metawrap.inner_loop.target_gradients import with_gradients
+from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled, with_gradients
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.learner.keywords import ReptileKeywords
 from metawrap.methods.maml import MAML

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.heads.fitted import FittedHead
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import task_loss
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
 from metawrap.tasks import Task
 
 

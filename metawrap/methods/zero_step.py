@@ -8,14 +8,13 @@ from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
-from metawrap.execution.in_order import InOrderExecutor
-from metawrap.inner_loop.outcome import OneByOne, TaskOutcome, outcome_of, task_loss
-from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.calls import shared
+from metawrap.execution.executor import Executor, shared
+from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
+from metawrap.results import OneByOne, TaskOutcome, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 
@@ -44,7 +43,7 @@ class ZeroStep(Learner):
 
     def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=None, own_steps=None)
-        super().__init__(wrapped, settings, keywords, executor=InOrderExecutor(), parts={})
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts={})
 
     def _solver(self) -> OneByOne:
         return OneByOne(self._solve)

@@ -6,6 +6,7 @@ A learner takes each as one of these objects or as a dict of its fields; recipes
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SkipValidation
@@ -67,7 +68,7 @@ class InnerOptions(Options):
                     f'{self.named(name)}: has no effect with rule="{self.rule}". Leave it out, or pass rule="{rule}".'
                 )
 
-    @property
+    @cached_property
     def update_rule(self) -> UpdateRule:
         """The rule and its constants, for an engine."""
         return UpdateRule(self.rule, self.momentum, self.betas, self.eps)
@@ -164,7 +165,7 @@ class ExecutionOptions(Options):
         ),
     )
 
-    @property
+    @cached_property
     def in_threads(self) -> bool:
         """Whether tasks may be solved in several threads."""
         return (self.workers != 1 and self.workers_in == "threads") or self.tune

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -122,7 +123,7 @@ class Settings(OuterSettings):
     inner_update: InnerOptions = Field(default_factory=InnerOptions)
     outputs: OutputOptions = Field(default_factory=OutputOptions)
 
-    @property
+    @cached_property
     def step_loss_epochs(self) -> int:
         """Epochs of the multi-step loss; 0 when it is off."""
         return self.msl_epochs if self.multi_step_loss else 0

@@ -242,8 +242,3 @@ def _reaches_module(value: Any, inside: set[int], depth: int = 3) -> bool:
         items = value.values() if isinstance(value, dict) else value
         return any(_reaches_module(item, inside, depth - 1) for item in items)
     return hasattr(value, "func") and _reaches_module(value.func, inside, depth - 1) if depth else False
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters."""
-    return next(module.parameters()).device

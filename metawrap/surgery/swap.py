@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import ArgumentError
-from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, per_step_class
-from metawrap.layers.step_clock import StepClock
+from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, StepClock, per_step_class
 from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
-from metawrap.layers.step_clock import Moments, Statistics, StepClock
+from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
 from metawrap.surgery.swap import Factory, make_per_step, replace_modules

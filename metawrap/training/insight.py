@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.data import EpisodeSampler
 from metawrap.errors import MetaWrapWarning
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, Task, TaskBatch, UnsupportedModuleError
-from metawrap.execution import executor
+from metawrap.execution import parallel
 from metawrap.execution.threads import in_threads
 from metawrap.execution.tuning import Speed, fastest
 from metawrap.inner_loop.task_layout import to_channels_last
@@ -531,7 +531,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
             run(speed)
         return chosen
 
-    monkeypatch.setattr(executor, "fastest", choose)
+    monkeypatch.setattr(parallel, "fastest", choose)
     learner = build(seeded(Conv4), tune=True)
     assert "measured in the first meta-step" in str(learner.describe())
     batch = CASES["conv4"].batch()
@@ -593,7 +593,7 @@ def test_a_layout_is_tried_only_where_it_is_right(
         offered.extend(layouts)
         return Speed()
 
-    monkeypatch.setattr(executor, "fastest", choose)
+    monkeypatch.setattr(parallel, "fastest", choose)
     side = 28 if make is Viewing else 16
     batch = in_dtype(class_tasks((2 if make is ByStrides else 1, side, side)), dtype)
     learner = build(seeded(make).to(dtype), tune=True)
@@ -642,7 +642,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(executor, "fastest", lambda *_: Speed(2))
+    monkeypatch.setattr(parallel, "fastest", lambda *_: Speed(2))
     plain, tuned = (build(seeded(Watched), engine="functional", tune=tune) for tune in (False, True))
     for learner in (plain, tuned):
         learner.meta_step(FOUR)
