@@ -73,6 +73,8 @@ class RunFolder:
             self.lock.take()
             if self._was_new:  # A run that is here now belongs to another process.
                 refuse_existing_run(self.path)
+        for leftover in self.path.glob(".*.tmp"):  # A start that was killed in the middle of a file.
+            leftover.unlink(missing_ok=True)
         write_run(self.path, self.settings, None)
         write_text(self.path / LOG, "".join(map(_line, history)))
         insight = self.insight(len(history))

@@ -19,6 +19,7 @@ from test_checkpoints import checkpoint_after, saved_run
 import metawrap
 from metawrap.cli import main
 from metawrap.errors import CheckpointError
+from metawrap.execution import executor, in_order
 from metawrap.training import checkpoints
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint, write_atomically
 from metawrap.training.run_lock import RunLock
@@ -267,19 +268,20 @@ OUT_OF_MEMORY = [
 ]
 
 
-def with_room_for(learner, room, error, monkeypatch):
-    """Unrolling more than `room` tasks at once fails, behind the first of them, as it does when memory runs out."""
-    real, sizes = learner._chunk_gradient, []
+def with_room_for(room, error, monkeypatch):
+    """From now on more than `room` tasks at once fail, behind the first of them, as they do when memory runs out."""
+    real, sizes = in_order.chunk_gradient, []
 
-    def chunk_gradient(chunk, parameters, tasks):
+    def chunk_gradient(solver, chunk, *more):
         sizes.append(len(chunk))
         if len(chunk) > room:
             if room:
-                real(chunk[:room], parameters, tasks)  # Draws dropout, and leaves what it leaves.
+                real(solver, chunk[:room], *more)  # Draws dropout, and changes statistics.
             raise error
-        return real(chunk, parameters, tasks)
+        return real(solver, chunk, *more)
 
-    monkeypatch.setattr(learner, "_chunk_gradient", chunk_gradient)
+    for module in (in_order, executor):
+        monkeypatch.setattr(module, "chunk_gradient", chunk_gradient)
     return sizes
 
 
@@ -292,11 +294,11 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
         return metawrap.MAMLPlusPlus(Small().double(), **grouped(**options))
 
     roomy, tight = learner(), learner()
-    sizes = with_room_for(tight, 2, error, monkeypatch)
     torch.manual_seed(2)
     for _ in range(2):
         roomy.meta_step(small_tasks(7))
     torch.manual_seed(2)
+    sizes = with_room_for(2, error, monkeypatch)
     with pytest.warns(metawrap.MetaWrapWarning) as heard:
         tight.meta_step(small_tasks(7))
     tight.meta_step(small_tasks(7))
@@ -313,7 +315,7 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
 def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_changes_nothing(monkeypatch):
     learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
     before = {name: str(value) for name, value in learner.state_dict().items()}
-    with_room_for(learner, 0, OUT_OF_MEMORY[0], monkeypatch)
+    with_room_for(0, OUT_OF_MEMORY[0], monkeypatch)
     with pytest.raises(
         metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'
     ):
@@ -324,7 +326,7 @@ def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_c
 
 def test_another_failure_is_not_taken_for_a_lack_of_memory(monkeypatch):
     learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, execution={"tasks_per_backward": 2})
-    sizes = with_room_for(learner, 0, RuntimeError("shapes do not fit"), monkeypatch)
+    sizes = with_room_for(0, RuntimeError("shapes do not fit"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         learner.meta_step(small_tasks(2))
     assert sizes == [2]
