@@ -102,6 +102,10 @@ class HeadLearner(Learner):
     def _match_parts(self, stored: Mapping[str, Any]) -> None:
         """Makes the same parameters as a state_dict holds, whose keys are those of this learner."""
 
+    def _by_classes(self, task: Task) -> bool:
+        """Whether a task is trained through weights of its classes, and not through the outputs of a head."""
+        return False
+
     def _check_head(self, task: Task) -> None:
         """Further checks of the head with the first task."""
 
@@ -197,7 +201,13 @@ class HeadLearner(Learner):
                 if self.head_runs_alone:
                     own_head.check_runs_alone(task.support_x, len(tensors_in(task.support_y)[0]))
                 self._check_head(task)
+<<<<<<< HEAD
             prediction = self.wrapped.run(task.support_x, "batch", None)
+=======
+            prediction = self._run(task.support_x, "batch", None)
+            if not self._by_classes(task):
+                self._loss(prediction, task.support_y, "support")
+>>>>>>> embedding
             self._make_parts(task)
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 

@@ -224,7 +224,7 @@ class Learner(nn.Module, ABC):
     ) -> EvaluationResult:
         """Adapts to each task and measures on its target set; changes nothing.
 
-        Random numbers (of head_init="random", for example) come from torch's global generator: seed it to repeat a figure.
+        Random numbers (head_init="random") come from torch's global generator: seed it to repeat a figure.
 
         Args:
             tasks: a task batch in any accepted form, or an iterable of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +65,8 @@ def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
     tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
     groups = [dict(group) for group in optimizer.param_groups]
-    moments = {parameter: dict(value) for parameter, value in optimizer.state.items()}
+    # Copies: an optimizer's step edits its tensors in place.
+    moments = {parameter: copy.deepcopy(value) for parameter, value in optimizer.state.items()}
 
     def put_back() -> None:
         state.put_back()

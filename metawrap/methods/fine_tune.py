@@ -69,7 +69,9 @@ class FineTune(HeadLearner):
         if tune not in ("full", "head"):
             raise ArgumentError(f"tune: expected 'full' or 'head', but got {tune!r}.")
         self.head_runs_alone = tune == "head"
-        self.joint = JointTraining(tune, inner_lr, inner_optimizer, ClassTable(classes), names_classes, self._outputs)
+        self.joint = JointTraining(
+            tune, inner_lr, inner_optimizer, ClassTable(classes), self._by_classes, self._outputs
+        )
         options = {"tune": tune, **self.joint.options}
         parts = {"table": self.joint.table}
         super().__init__(model, keywords, inner_steps=inner_steps, options=options, parts=parts)
@@ -109,6 +111,9 @@ class FineTune(HeadLearner):
         self.joint.check(self, batch)
         self.joint.prepare(self, batch)
 
+    def _by_classes(self, task: Task) -> bool:
+        return task.classes is not None
+
     def _make_parts(self, task: Task | None) -> None:
         self.joint.make_table(self, task)
 
@@ -119,8 +124,3 @@ class FineTune(HeadLearner):
         if self.joint.tune == "head":
             return list(super()._tuned_names())
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-
-
-def names_classes(task: Task) -> bool:
-    """Whether a task names the class behind each of its labels."""
-    return task.classes is not None

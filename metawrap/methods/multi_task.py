@@ -63,14 +63,19 @@ class MultiTask(HeadLearner):
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         table = ClassTable(classes)
-        self.joint = JointTraining("head", inner_lr, inner_optimizer, table, is_by_classes, self._outputs)
+        self.joint = JointTraining("head", inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
         parts = {"table": table, "heads": TaskHeads()}
         super().__init__(model, keywords, inner_steps=inner_steps, options=self.joint.options, parts=parts)
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))
+<<<<<<< HEAD
         if is_by_classes(task):
             logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
+=======
+        if self._by_classes(task):
+            logits = self.joint.table(embedded, torch.tensor(task.classes, device=self._device))
+>>>>>>> embedding
         else:
             head = self.heads.of(task.id, self.own_head.names())
             logits = FunctionalEngine(self.own_head.module).call(head, embedded)
@@ -122,14 +127,12 @@ class MultiTask(HeadLearner):
             if task_id is not None and not self.heads.of(task_id, names):
                 self._learn(*self.heads.make(task_id, {name: own[name] for name in names}))
 
+    def _by_classes(self, task: Task) -> bool:
+        return task.id is None and task.classes is not None
+
     def _make_parts(self, task: Task | None) -> None:
         self.joint.make_table(self, task)
 
     def _match_parts(self, stored: Mapping[str, Any]) -> None:
         self.joint.match_table(self, stored)
         self._learn(*self.heads.match(under_prefix("heads.", stored), like_weights(self.model)))
-
-
-def is_by_classes(task: Task) -> bool:
-    """Whether a task is trained through the weight vectors of its classes, and not through a head of its own."""
-    return task.id is None and task.classes is not None

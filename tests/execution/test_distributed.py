@@ -361,7 +361,10 @@ def test_shares_are_contiguous_complete_and_as_equal_as_can_be(
 
 
 def test_torchrun_trains_and_only_one_process_speaks(place: Path) -> None:
-    folders = [str(Path(__file__).parents[1] / "support"), str(Path(metawrap.__file__).parents[1])]
+    folders = [
+        *(str(Path(__file__).parents[1] / room) for room in ("support", "reference")),
+        str(Path(metawrap.__file__).parents[1]),
+    ]
     flags = ["--image-size", "8", "--inner-steps", "2", "--targets", "2", "--epochs", "3", "--iterations", "3"]
     flags += ["--batch", "3", "--validation-tasks", "4", "--test-tasks", "4", "--device", "cpu"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "metawrap", "train"]
