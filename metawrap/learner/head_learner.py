@@ -35,7 +35,7 @@ from metawrap.learner.without_inner_loop import (
     shown_settings,
     wrapped_as_it_is,
 )
-from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome
+from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome, task_loss
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in, usable
@@ -201,13 +201,9 @@ class HeadLearner(Learner):
                 if self.head_runs_alone:
                     own_head.check_runs_alone(task.support_x, len(tensors_in(task.support_y)[0]))
                 self._check_head(task)
-<<<<<<< HEAD
             prediction = self.wrapped.run(task.support_x, "batch", None)
-=======
-            prediction = self._run(task.support_x, "batch", None)
             if not self._by_classes(task):
-                self._loss(prediction, task.support_y, "support")
->>>>>>> embedding
+                task_loss(self.loss_fn, prediction, task.support_y, "support")
             self._make_parts(task)
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 

@@ -69,13 +69,8 @@ class MultiTask(HeadLearner):
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))
-<<<<<<< HEAD
-        if is_by_classes(task):
-            logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
-=======
         if self._by_classes(task):
-            logits = self.joint.table(embedded, torch.tensor(task.classes, device=self._device))
->>>>>>> embedding
+            logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
         else:
             head = self.heads.of(task.id, self.own_head.names())
             logits = FunctionalEngine(self.own_head.module).call(head, embedded)

@@ -63,13 +63,13 @@ class Fails(torch.optim.lr_scheduler.LambdaLR):
         super().step()
 
 
+def with_scheduler() -> MAML:
+    scheduler = lambda optimizer: Fails(optimizer, lambda _: 1.0)
+    return MAML(seeded(NormedMlp), inner_steps=1, iterations_per_epoch=2, scheduler=scheduler)
+
+
 def test_a_scheduler_that_raises_undoes_the_update() -> None:
-    learner = MAML(
-        seeded(NormedMlp),
-        inner_steps=1,
-        iterations_per_epoch=2,
-        scheduler=lambda optimizer: Fails(optimizer, lambda _: 1.0),
-    )
+    learner, twin = (with_scheduler() for _ in range(2))
     learner.meta_step(batch_of())
     before, buffers = state_of(learner), copy.deepcopy(dict(learner.named_buffers()))
     learner.scheduler.broken = True  # type: ignore[union-attr]
@@ -78,12 +78,6 @@ def test_a_scheduler_that_raises_undoes_the_update() -> None:
     assert_same_state(state_of(learner), before)
     assert all(torch.equal(value, buffers[name]) for name, value in learner.named_buffers())
     learner.scheduler.broken = False  # type: ignore[union-attr]
-    twin = MAML(
-        seeded(NormedMlp),
-        inner_steps=1,
-        iterations_per_epoch=2,
-        scheduler=lambda optimizer: Fails(optimizer, lambda _: 1.0),
-    )
     for seed in (0, 1):
         twin.meta_step(batch_of(seed))
     learner.meta_step(batch_of(1))
