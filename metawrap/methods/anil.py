@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -11,18 +13,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.checks.second_derivative import missing_second_derivative
-from metawrap.engines.calling import autograd, dense, differentiable_twice
+from metawrap.engines.calling import differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.update_rules import LearningRates
+from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point
+from metawrap.inner_loop.update_rules import LearningRates, UpdateRule, inner_optimizer
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
 from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.settings.settings import check_choice
 from metawrap.tasks import Task
-
-FastWeights = dict[str, Tensor]
 
 
 class ANIL(HeadLearner):
@@ -93,38 +94,49 @@ class ANIL(HeadLearner):
         head, full, rates = self.own_head.module, self.own_head.names(frozen=True), self.learning_rates.per_step()
         # A parameter that was frozen after wrapping has rates, and is still adapted.
         adapted = {name: p for name, p in head.named_parameters() if full[name] in self.learning_rates}
-        found = head_steps(
-            head,
-            adapted,
+        graph = torch.is_grad_enabled()
+        second_order = graph and not self.first_order
+        embedded = support if second_order else support.detach()
+        loop = InnerLoop(
+            Task(embedded, labels, embedded, labels),
+            FunctionalEngine(head),
+            inner_optimizer("functional", UpdateRule()),
             {name: rates[full[name]] for name in adapted},
-            support,
-            lambda prediction: task_loss(self.loss_fn, prediction, labels, "support"),
-            steps,
-            first_order=self.first_order,
+            partial(task_loss, self.loss_fn),
+            differentiable=graph,
+            second_order=second_order,
         )
-        if found is None:
-            raise UnsupportedModuleError(
-                f"No parameter of the head '{self.head}' gets a gradient from the support loss. It may compute under "
-                "no_grad, or detach its output: make it differentiable, or name another module with head=."
-            )
-        return found
+        # Clones keep in-place edits of fast weights away from the parameters, whose hooks do not see them either.
+        copies = {name: weight.clone() for name, weight in adapted.items()}
+        start = {n: w if graph and w.requires_grad else w.detach().requires_grad_() for n, w in copies.items()}
+        point = Point(start, {})
+        with differentiable_twice(head, hard=True) if second_order else nullcontext():
+            *_, point = point, *loop.inner_steps(point, repeat(loop.task, steps))
+        return point.fast
 
     def _tuned_names(self) -> Iterable[str]:
         return self.learning_rates
 
     def _check_head(self, task: Task) -> None:
-        if self.first_order:
-            return
         head = self.own_head.module
         engine, support = FunctionalEngine(head), self.own_head.of(task.support_x, "batch").detach()
         fast = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
-        with differentiable_twice(head, hard=True):
-            reason = missing_second_derivative(
-                head,
-                fast,
-                lambda weights: task_loss(self.loss_fn, engine.call(weights, support), task.support_y, "support"),
-                fix="Use first_order=True, or put something differentiable in its place.",
+
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+            return task_loss(self.loss_fn, engine.call(weights, support), task.support_y, "support")
+
+        value = loss(fast)
+        found = torch.autograd.grad(value, list(fast.values()), allow_unused=True) if value.requires_grad else ()
+        if all(gradient is None for gradient in found):
+            raise UnsupportedModuleError(
+                f"No parameter of the head '{self.head}' gets a gradient from the support loss. It may compute under "
+                "no_grad, or detach its output: make it differentiable, or name another module with head=."
             )
+        if self.first_order:
+            return
+        with differentiable_twice(head, hard=True):
+            fix = "Use first_order=True, or put something differentiable in its place."
+            reason = missing_second_derivative(head, fast, loss, fix=fix)
         if reason:
             raise UnsupportedModuleError(reason)
 
@@ -150,43 +162,3 @@ class ANIL(HeadLearner):
         steps, learned = self.settings.inner_steps, self.learn_inner_lr
         self.learning_rates = LearningRates(adapted.items(), steps, self.inner_lr, learned)
         self._learn(*self.learning_rates.parameters())
-
-
-def head_steps(
-    head: nn.Module,
-    weights: Mapping[str, Tensor],
-    rates: Mapping[str, tuple[Tensor, ...]],
-    support: Tensor,
-    loss: Callable[[Any], Tensor],
-    steps: int,
-    *,
-    first_order: bool,
-) -> FastWeights | None:
-    """The inner loop on the head: weights in, fast weights out; with their graph where gradients are enabled.
-
-    Args:
-        rates: of each weight, one for each step; a step past the last rate uses the last one.
-        support: embeddings. loss: of a prediction for them.
-    Returns:
-        None where no weight gets a gradient from the loss.
-    """
-    engine, graph = FunctionalEngine(head), torch.is_grad_enabled()
-    second_order = graph and not first_order
-    # Clones keep in-place edits of fast weights away from the parameters, whose hooks do not see them either.
-    copies = {name: weight.clone() for name, weight in weights.items()}
-    fast = {name: w if graph and w.requires_grad else w.detach().requires_grad_() for name, w in copies.items()}
-    for step in range(steps):
-        present = fast if second_order else {name: w.detach().requires_grad_() for name, w in fast.items()}
-        with autograd(True), differentiable_twice(head, hard=True) if second_order else nullcontext():
-            value = loss(engine.call(present, support if second_order else support.detach()))
-            if not value.requires_grad:
-                return None
-            gradients = torch.autograd.grad(value, list(present.values()), create_graph=second_order, allow_unused=True)
-        if all(gradient is None for gradient in gradients):
-            return None
-        for (name, weight), gradient in zip(list(fast.items()), gradients, strict=True):
-            if gradient is not None:
-                fast[name] = weight - rates[name][min(step, len(rates[name]) - 1)] * dense(gradient)
-        if not graph:
-            fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
-    return fast
