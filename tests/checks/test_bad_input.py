@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
-from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -461,7 +460,7 @@ def test_a_bad_keyword_is_named_and_the_model_is_untouched(keyword: str, value: 
     model = seeded(NormedMlp)
     before = fingerprint(model)
     with pytest.raises((ArgumentError, UnsupportedModuleError), match=rf"{keyword}(.|\n)*({words})|{words}"):
-        MAMLPlusPlus(model, **grouped(**nested({keyword: value})))
+        MAMLPlusPlus(model, **nested({keyword: value}))
     assert fingerprint(model) == before
 
 
@@ -479,7 +478,7 @@ def test_every_method_names_a_bad_keyword(method: Any) -> None:
     for keyword in (*flat, "wrapping.swap", "wrapping.keep_norm", "execution.allocator"):
         value, words = OUTER[keyword][0]
         with pytest.raises(ArgumentError, match=rf"{keyword.removeprefix('wrapping.')}: .*{words}"):
-            method(model, **grouped(**nested({keyword: value})))
+            method(model, **nested({keyword: value}))
     for given, words in [
         ({"inner_step": 5}, "'inner_step'"),
         ({"iteration_per_epoch": 5}, "'iteration_per_epoch'. Did you mean 'iterations_per_epoch'?"),
@@ -488,7 +487,7 @@ def test_every_method_names_a_bad_keyword(method: Any) -> None:
     ]:
         called = re.escape(f"{method.__name__}() got an unexpected keyword argument {words}")
         with pytest.raises(TypeError, match=f"^{called}"):
-            method(model, **grouped(**given))
+            method(model, **given)
     with pytest.raises(ArgumentError, match=r"execution: expected ExecutionOptions or a dict of its fields.* int 5"):
         method(model, execution=5)
     assert fingerprint(model) == before
@@ -512,7 +511,7 @@ BAD_EVERYWHERE = ("int32 labels", "labels too high", "half for a float64 model",
 
 def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: Any) -> None:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}, "LSTMMetaLearner": {"hidden_size": 4}}
-    learner = method(seeded(NormedMlp), **grouped(**options.get(method.__name__, {})))
+    learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))
     for seen in (False, True):
         for name in BAD_EVERYWHERE[method is metawrap.RelationNet :]:  # Its loss is not cross-entropy.
             make, _, _ = BATCHES[name]
@@ -651,7 +650,7 @@ def test_every_keyword_of_every_method_is_checked(name: str, keyword: str, hint:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}}.get(name, {})
     for value in bad:
         with pytest.raises(ArgumentError, match=re.escape(keyword.removeprefix("wrapping."))):
-            getattr(metawrap, name)(model, **grouped(**{**options, **nested({keyword: value})}))
+            getattr(metawrap, name)(model, **{**options, **nested({keyword: value})})
     assert fingerprint(model) == before
 
 
@@ -680,7 +679,7 @@ def test_a_group_says_what_is_wrong_with_it_before_a_learner_is_made() -> None:
 )
 def test_a_keyword_of_0_1_is_told_its_place(old: str, now: str) -> None:
     with pytest.raises(TypeError) as caught:
-        MAML(seeded(NormedMlp), **grouped(**{old: 2}))
+        MAML(seeded(NormedMlp), **{old: 2})
     assert str(caught.value) == f"MAML() got an unexpected keyword argument '{old}'. Did you mean {now}?"
 
 
@@ -694,7 +693,7 @@ def test_a_group_is_an_object_or_a_dict_and_leaves_a_preset_what_it_does_not_nam
 def test_a_field_that_a_method_does_not_have_is_refused(given: dict[str, Any]) -> None:
     for kind in (Reptile, ProtoNet):
         with pytest.raises(TypeError, match=rf"^{kind.__name__}\(\) got .* 'memory' in execution=\.$"):
-            kind(seeded(NormedMlp), **grouped(**given))
+            kind(seeded(NormedMlp), **given)
 
 
 def test_settings_can_be_replaced_field_by_field() -> None:
@@ -720,7 +719,7 @@ def test_epochs_of_the_built_in_schedule_are_refused_beside_one_of_the_users_own
         {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)},
     ):
         with pytest.raises(ArgumentError, match=f"epochs: belongs to the built-in .*{next(iter(own))}= was given"):
-            kind(seeded(NormedMlp), epochs=3, **grouped(**own))
+            kind(seeded(NormedMlp), epochs=3, **own)
 
 
 def test_constructors_show_their_keywords_and_have_at_most_28() -> None:

@@ -25,7 +25,7 @@ def faults_of_taking_and_freeing():
         torch.empty(16_000_000).fill_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-learner = MAMLPlusPlus(torch.nn.Linear(2, 2), inner_steps=1, allocator=sys.argv[1] == "True")
+learner = MAMLPlusPlus(torch.nn.Linear(2, 2), inner_steps=1, execution={"allocator": sys.argv[1] == "True"})
 x, y = torch.randn(1, 2, 2), torch.tensor([[0, 1]])
 print(faults_of_taking_and_freeing())
 learner.evaluate((x, y, x, y))
