@@ -1,4 +1,4 @@
-"""A table of bad input: case -> call -> which error, and what it says. After each the learner is what it was.
+"""Bad input is refused by name, and after each refusal the learner is what it was.
 
 Each case of a learner is tried twice: before any task was seen, and on a learner with optimizer state and counters.
 """
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from face import assert_same_state, fingerprint
-from models import Mlp, NormedMlp, class_tasks, seeded
+from bad_input import BATCHES, CALLS, INNER, MODELS, NAN, OUTER, SAMPLERS, SETTINGS, TASKS, WAYS_IN, changed, parts
+from face import assert_same_state, fingerprint, unchanged, values_of
+from models import NormedMlp, seeded
 from torch import Tensor, nn
 
 import metawrap
@@ -31,7 +31,6 @@ from metawrap import (
     MAMLPlusPlus,
     MetaWrapWarning,
     ProtoNet,
-    Task,
     TaskBatch,
     TaskError,
     UnsupportedModuleError,
@@ -40,335 +39,10 @@ from metawrap.data import EpisodeSampler, LabelledImages, load_data
 from metawrap.learner.direct import OuterKeywords
 from metawrap.training.run_settings import METHODS, RunSettings
 
-Case = tuple[Callable[..., Any], type[BaseException], str]
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-NAN, INF = float("nan"), float("inf")
-
-
-def parts() -> Parts:
-    return class_tasks((4,), tasks=2, shots=2)
-
-
-def changed(**changes: Callable[[Tensor], Any]) -> tuple[Any, ...]:
-    """The stacked batch with some of its parts changed: sx, sy, tx, ty; x and y stand for both."""
-    names = ("sx", "sy", "tx", "ty")
-    return tuple(
-        changes.get(name, changes.get(name[1], lambda value: value))(value)
-        for name, value in zip(names, parts(), strict=True)
-    )
-
-
-def first(**changes: Callable[[Tensor], Any]) -> tuple[Any, Any]:
-    """The support set of one task, changed likewise."""
-    sx, sy = parts()[0][0], parts()[1][0]
-    return changes.get("x", lambda v: v)(sx), changes.get("y", lambda v: v)(sy)
-
-
-# What every way of handing tasks to a learner refuses: name -> batch, error, words.
-BATCHES: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
-    "none": (lambda: None, TaskError, "expected .*TaskBatch.*NoneType|expected a task batch"),
-    "number": (lambda: 5, TaskError, "expected .*int 5"),
-    "text": (lambda: "tasks", TaskError, "expected"),
-    "empty list": (list, TaskError, r"expected .*list of 0|expected at least 1 task"),
-    "three parts": (lambda: parts()[:3], TaskError, "expected a TaskBatch"),
-    "five parts": (lambda: (*parts(), 1), TaskError, "expected a TaskBatch"),
-    "numpy arrays": (lambda: tuple(p.numpy() for p in parts()), TaskError, "support_x: expected tensors"),
-    "nested lists": (lambda: tuple(p.tolist() for p in parts()), TaskError, "support_x: expected tensors"),
-    "support_x missing": (lambda: changed(sx=lambda v: None), TaskError, "support_x: expected tensors.*NoneType"),
-    "target_y missing": (lambda: changed(ty=lambda v: None), TaskError, "target_y: expected tensors.*NoneType"),
-    "no task axis": (lambda: tuple(p[0, 0] for p in parts()), TaskError, r"shape \(tasks, examples"),
-    "other number of tasks in the target": (
-        lambda: changed(tx=lambda v: v[:1], ty=lambda v: v[:1]),
-        TaskError,
-        "same number of tasks",
-    ),
-    "no tasks": (lambda: changed(x=lambda v: v[:0], y=lambda v: v[:0]), TaskError, "holds 0 tasks"),
-    "no support examples": (lambda: changed(sx=lambda v: v[:, :0], sy=lambda v: v[:, :0]), TaskError, "at least 1 ex"),
-    "no target examples": (lambda: changed(tx=lambda v: v[:, :0], ty=lambda v: v[:, :0]), TaskError, "at least 1 ex"),
-    "fewer labels than inputs": (lambda: changed(sy=lambda v: v[:, :2]), TaskError, "support_x has 6 .*one label per"),
-    "more labels than inputs": (lambda: changed(tx=lambda v: v[:, :2]), TaskError, "target_x has 2 .*one label per"),
-    "another device": (lambda: changed(x=lambda v: v.to("meta")), TaskError, r"support_x is on 'meta'.*\.to\("),
-    "labels on another device": (lambda: changed(ty=lambda v: v.to("meta")), TaskError, r"target_y is on 'meta'"),
-    "int32 labels": (lambda: changed(y=lambda v: v.int()), TaskError, r"support_y: .*int64.*int32.*support_y\.long"),
-    "int32 target labels": (lambda: changed(ty=lambda v: v.int()), TaskError, r"target_y: .*int64.*target_y\.long"),
-    "int16 labels": (lambda: changed(y=lambda v: v.short()), TaskError, r"support_y: .*int64.*int16"),
-    "float labels": (lambda: changed(y=lambda v: v.double()), TaskError, r"support_y: .*float64.*mse_loss"),
-    "half labels": (lambda: changed(y=lambda v: v.half()), TaskError, r"support_y: .*float16"),
-    "bool labels": (lambda: changed(y=lambda v: v > 0), TaskError, r"support_y: .*torch\.bool"),
-    "complex labels": (lambda: changed(y=lambda v: v.cdouble()), TaskError, r"support_y: .*complex128"),
-    "labels too high": (lambda: changed(y=lambda v: v + 7), TaskError, r"support_y.*(7\.\.9|\[7, 8, 9\]).*[Rr]elabel"),
-    "negative labels": (lambda: changed(y=lambda v: v - 1), TaskError, r"support_y.*-1"),
-    "target labels too high": (lambda: changed(ty=lambda v: v + 7), TaskError, "target_y holds"),
-    "negative target labels": (lambda: changed(ty=lambda v: v - 1), TaskError, "target_y holds"),
-    "labels with an axis too many": (lambda: changed(y=lambda v: v[..., None]), TaskError, r"support_y"),
-    "one-hot whole numbers": (lambda: changed(y=F.one_hot), TaskError, "support_y"),
-    "float32 for a float64 model": (lambda: changed(x=lambda v: v.float()), TaskError, "float32.*parameters are .*64"),
-    "half for a float64 model": (lambda: changed(x=lambda v: v.half()), TaskError, "float16.*parameters are"),
-    "whole numbers": (lambda: changed(x=lambda v: v.long()), TaskError, "support_x int64.*parameters are"),
-    "bool inputs": (lambda: changed(x=lambda v: v > 0), TaskError, "support_x bool.*parameters are"),
-    "complex inputs": (lambda: changed(x=lambda v: v.cdouble()), TaskError, "support_x complex128.*parameters are"),
-    "too few features": (
-        lambda: changed(x=lambda v: v[..., :3]),
-        TaskError,
-        r"cannot take.*support_x float64 \(6, 3\)",
-    ),
-    "no features": (lambda: changed(x=lambda v: v[..., :0]), TaskError, r"cannot take.*\(6, 0\)"),
-    "other features in the target": (lambda: changed(tx=lambda v: v[..., :3]), TaskError, r"target_x float64 \(6, 3\)"),
-    "an axis too many": (lambda: changed(x=lambda v: v[..., None]), TaskError, r"cannot take.*\(6, 4, 1\)"),
-    "a tuple for a model of one input": (lambda: changed(x=lambda v: (v, v)), TaskError, r"positional.*tuple of"),
-    "a dict for a model of one input": (lambda: changed(x=lambda v: {"q": v}), TaskError, "unexpected keyword"),
-    "an empty tuple": (lambda: changed(sx=lambda v: ()), TaskError, "support_x: expected tensors"),
-    "an empty dict": (lambda: changed(sx=lambda v: {}), TaskError, "support_x: expected tensors"),
-    "a tuple that disagrees on the tasks": (lambda: changed(sx=lambda v: (v, v[:1])), TaskError, "disagree"),
-    "a list of numbers": (lambda: [1, 2, 3], TaskError, "expected"),
-    "a good task and a bad one": (lambda: [Task(*(p[0] for p in parts())), 5], TaskError, "expected"),
-}
-# evaluate takes any iterable, so that a string or list of something is read as one of task batches.
-WAYS_IN: dict[str, Callable[[Any, Any], Any]] = {
-    "meta_step": lambda learner, batch: learner.meta_step(batch),
-    "forward": lambda learner, batch: learner(batch),
-    "evaluate": lambda learner, batch: learner.evaluate(batch),
-}
-
-# Of one learner: name -> call(learner), error, words.
-CALLS: dict[str, Case] = {
-    "adapt: no inputs": (lambda it: it.adapt(None, first()[1]), TaskError, "support_x: expected a tensor.*None"),
-    "adapt: no labels": (lambda it: it.adapt(first()[0], None), TaskError, "support_y: expected a tensor.*None"),
-    "adapt: numpy": (lambda it: it.adapt(first()[0].numpy(), first()[1]), TaskError, "support_x: expected a tensor"),
-    "adapt: empty": (lambda it: it.adapt(first()[0][:0], first()[1][:0]), TaskError, "support: .*at least 1"),
-    "adapt: fewer labels": (lambda it: it.adapt(first()[0], first()[1][:2]), TaskError, "one label per example"),
-    "adapt: int32 labels": (lambda it: it.adapt(*first(y=lambda v: v.int())), TaskError, r"support_y.*\.long"),
-    "adapt: float labels": (lambda it: it.adapt(*first(y=lambda v: v.double())), TaskError, "support_y.*mse_loss"),
-    "adapt: labels too high": (lambda it: it.adapt(*first(y=lambda v: v + 9)), TaskError, r"support_y.*9\.\.11"),
-    "adapt: other device": (lambda it: it.adapt(*first(x=lambda v: v.to("meta"))), TaskError, "is on 'meta'"),
-    "adapt: other dtype": (lambda it: it.adapt(*first(x=lambda v: v.float())), TaskError, "float32.*parameters are"),
-    "adapt: too few features": (lambda it: it.adapt(*first(x=lambda v: v[:, :3])), TaskError, r"\(6, 3\)"),
-    "adapt: no label counts": (
-        lambda it: it.adapt(*first(y=lambda v: v.fill_(-100))),
-        TaskError,
-        "support_y: expected at least one label that counts, but all 6 are -100",
-    ),
-    "adapt: NaN": (lambda it: it.adapt(*first(x=lambda v: v * NAN)), TaskError, "support_x.*not finite.*nan_to_num"),
-    "adapt: infinity": (lambda it: it.adapt(*first(x=lambda v: v / 0)), TaskError, "support_x.*not finite"),
-    "adapt: steps negative": (lambda it: it.adapt(*first(), steps=-1), ArgumentError, "steps: .*at least 0.*-1"),
-    "adapt: steps a float": (lambda it: it.adapt(*first(), steps=1.5), ArgumentError, r"steps: .*whole.*1\.5"),
-    "adapt: steps text": (lambda it: it.adapt(*first(), steps="3"), ArgumentError, "steps: .*'3'"),
-    "adapt: steps True": (lambda it: it.adapt(*first(), steps=True), ArgumentError, "steps: .*True"),
-    "adapt: task_id a list": (lambda it: it.adapt(*first(), task_id=[1]), TaskError, "id: expected a string or"),
-    "adapt: mask a number": (lambda it: it.adapt(*first(), mask_unused_outputs=1), ArgumentError, "mask_unused_out"),
-    "adapt: unknown keyword (Python's own)": (lambda it: it.adapt(*first(), step=1), TypeError, "keyword .*'step'"),
-    "evaluate: NaN": (lambda it: it.evaluate(changed(x=lambda v: v * NAN)), TaskError, r"task 0.*support_x.*not fin"),
-    "evaluate: NaN target": (lambda it: it.evaluate(changed(tx=lambda v: v * NAN)), TaskError, "target_x .*not finite"),
-    "evaluate: no tasks": (lambda it: it.evaluate(iter(())), TaskError, "at least 1 task"),
-    "evaluate: norm unknown": (lambda it: it.evaluate(parts(), norm="layer"), ArgumentError, "norm: .*'layer'"),
-    "evaluate: norm a list": (lambda it: it.evaluate(parts(), norm=["batch"]), ArgumentError, "norm: expected"),
-    "evaluate: steps": (lambda it: it.evaluate(parts(), steps=-3), ArgumentError, "steps: .*-3"),
-    "evaluate: metric a number": (
-        lambda it: it.evaluate(parts(), metric=5),
-        ArgumentError,
-        "metric: .*function.*int 5",
-    ),
-    "evaluate: metric of text": (
-        lambda it: it.evaluate(parts(), metric=lambda p, y: "a"),
-        ArgumentError,
-        "metric: .*one",
-    ),
-    "evaluate: metric of a vector": (lambda it: it.evaluate(parts(), metric=lambda p, y: p), ArgumentError, "metric: "),
-    "evaluate: keep_predictions": (
-        lambda it: it.evaluate(parts(), keep_predictions="x"),
-        ArgumentError,
-        "keep_pre.*'x'",
-    ),
-    "evaluate: mask": (lambda it: it.evaluate(parts(), mask_unused_outputs=2), ArgumentError, "mask_unused_outputs"),
-    "evaluate: bare tuples that prove nothing": (
-        lambda it: it.evaluate([tuple([p] for p in parts())]),
-        TaskError,
-        "prove neither",
-    ),
-    "epoch negative": (lambda it: setattr(it, "epoch", -1), ArgumentError, "epoch: .*-1"),
-    "epoch a float": (lambda it: setattr(it, "epoch", 1.0), ArgumentError, "epoch: .*whole"),
-    "optimizer a number": (lambda it: setattr(it, "optimizer", 5), ArgumentError, "optimizer: .*int"),
-    "optimizer of another model": (
-        lambda it: setattr(it, "optimizer", torch.optim.SGD(seeded(Mlp).parameters(), lr=0.1)),
-        ArgumentError,
-        "optimizer: .*not the learner's",
-    ),
-    "scheduler a number": (lambda it: setattr(it, "scheduler", 5), ArgumentError, "scheduler: .*int"),
-    "state_dict a number": (lambda it: it.load_state_dict(5), ArgumentError, "state_dict: .*int 5"),
-    "state_dict empty": (lambda it: it.load_state_dict({}), CheckpointError, "state_dict: .*Nothing was loaded"),
-    "state_dict of another method": (lambda it: it.load_state_dict(other("proto")), CheckpointError, "Nothing was"),
-    "state_dict of a wider model": (lambda it: it.load_state_dict(other("wide")), CheckpointError, "size mismatch"),
-    "state_dict of more inner steps": (lambda it: it.load_state_dict(other("steps")), CheckpointError, "size mismatch"),
-    "state_dict of the user's model": (
-        lambda it: it.load_state_dict(seeded(NormedMlp).state_dict()),
-        CheckpointError,
-        "Missing key",
-    ),
-    "state_dict with a counter of text": (
-        lambda it: it.load_state_dict(it.state_dict() | {"_extra_state": {"iteration": "many"}}),
-        CheckpointError,
-        "Nothing was loaded",
-    ),
-    "state_dict without counters": (
-        lambda it: it.load_state_dict(it.state_dict() | {"_extra_state": {}}),
-        CheckpointError,
-        "iteration",
-    ),
-    "state_dict with a list for a weight": (
-        lambda it: it.load_state_dict(it.state_dict() | {"model.first.weight": [1.0]}),
-        CheckpointError,
-        r"first\.weight",
-    ),
-}
-
-# Constructors of tasks: name -> call, error, words.
-TASKS: dict[str, Case] = {
-    "Task: no parts (Python's own)": (lambda: Task(), TypeError, "missing 4 required"),
-    "Task: None": (lambda: Task(None, None, None, None), TaskError, "support_x: expected a tensor"),
-    "Task: a list": (lambda: Task([1.0], first()[1], *first()), TaskError, "support_x: expected a tensor"),
-    "Task: a scalar": (lambda: Task(torch.ones(()), torch.ones(()), *first()), TaskError, "at least 1 example"),
-    "Task: id a float": (lambda: Task(*first(), *first(), id=1.5), TaskError, r"id: .*1\.5"),
-    "Task: id True": (lambda: Task(*first(), *first(), id=True), TaskError, "id: .*True"),
-    "Task: classes a number": (lambda: Task(*first(), *first(), classes=3), TaskError, "classes: .*int 3"),
-    "Task: classes empty": (lambda: Task(*first(), *first(), classes=()), TaskError, "classes: "),
-    "Task: classes twice": (lambda: Task(*first(), *first(), classes=(1, 1)), TaskError, "classes: .*different"),
-    "Task: classes negative": (lambda: Task(*first(), *first(), classes=(-1, 1)), TaskError, "classes: .*at least 0"),
-    "Task: classes floats": (lambda: Task(*first(), *first(), classes=(0.0, 1.0)), TaskError, "classes: .*whole"),
-    "TaskBatch: a number": (lambda: TaskBatch(5), TaskError, "tasks: expected a tuple of Task.*int 5"),
-    "TaskBatch: None": (lambda: TaskBatch(None), TaskError, "tasks: expected a tuple of Task"),
-    "TaskBatch: numbers": (lambda: TaskBatch((1, 2)), TaskError, "tasks: .*stacked"),
-    "TaskBatch: the four parts": (lambda: TaskBatch(parts()), TaskError, r"TaskBatch\.stacked"),
-    "TaskBatch: nothing": (lambda: TaskBatch(()), TaskError, "0 tasks"),
-    "TaskBatch.stacked: classes a number": (
-        lambda: TaskBatch.stacked(*parts(), classes=5),
-        TaskError,
-        "classes: .*2 ta",
-    ),
-    "TaskBatch.stacked: classes of one": (
-        lambda: TaskBatch.stacked(*parts(), classes=[(0, 1, 2)]),
-        TaskError,
-        "classes",
-    ),
-    "TaskBatch.stacked: classes flat": (lambda: TaskBatch.stacked(*parts(), classes=[1, 2]), TaskError, "classes: "),
-    "TaskBatch.chunks: none": (
-        lambda: next(TaskBatch.stacked(*parts()).chunks(0)),
-        ArgumentError,
-        "size: .*at least 1",
-    ),
-    "TaskBatch.chunks: text": (lambda: next(TaskBatch.stacked(*parts()).chunks("2")), ArgumentError, "size: .*'2'"),
-    "TaskBatch.to: no device (torch's own)": (lambda: TaskBatch.stacked(*parts()).to("moon"), RuntimeError, "moon"),
-}
-
-# Keywords that every method has: keyword -> bad values and what the error says.
-OUTER: dict[str, list[tuple[Any, str]]] = {
-    "meta_lr": [(0, "positive"), (-1.0, "positive"), (NAN, "positive"), (INF, "positive"), ("0.1", "positive")],
-    "epochs": [(0, "at least 1"), (1.5, "whole"), (True, "whole")],
-    "iterations_per_epoch": [(0, "at least 1"), ("5", "whole")],
-    "norm": [("layer", "'batch'"), (5, "'batch'"), (["batch"], "'batch'")],
-    "betas": [(0.9, "two numbers"), ((0.9,), "two numbers"), ((0.9, 1.0), "two numbers"), ("ab", "two numbers")],
-    "max_grad_norm": [(0, "positive"), (NAN, "positive"), ("1", "positive")],
-    "max_grad_value": [(-1, "positive"), (True, "positive")],
-    "tasks_per_backward": [(0, "at least 1"), (2.0, "whole")],
-    "max_skipped_steps": [(0, "at least 1"), ("20", "whole")],
-    "loss_fn": [(5, "function"), ("mse", "function")],
-    "optimizer": [(5, "function"), ("adam", "function")],
-    "scheduler": [(5, "function")],
-    "swap": [(5, "mapping"), ({5: 5}, "mapping"), ({nn.Mish: nn.ReLU}, "no submodule")],
-    "keep_norm": [(5, "names or wildcards"), ("nothing.*", "matches none")],
-    "allocator": [("yes", "True or False"), (1, "True or False")],
-    "cosine_annealing": [("no", "True or False")],
-}
-# Those of gradient-based methods, on MAML++.
-INNER: dict[str, list[tuple[Any, str]]] = {
-    "inner_steps": [(0, "at least 1"), (-1, "at least 1"), (1.5, "whole"), ("5", "whole"), (True, "whole")],
-    "inner_lr": [(NAN, "finite"), ("0.1", "number"), (True, "number"), ([0.1], "number")],
-    "inner_optimizer": [("rmsprop", "'sgd'"), (5, "'sgd'")],
-    "inner_momentum": [(1.0, "up to"), (-0.1, "up to"), ("0.9", "number")],
-    "inner_betas": [((0.9, 1.5), "no effect|two numbers"), (0.9, "two numbers")],
-    "inner_eps": [(0, "positive"), (-1e-8, "positive")],
-    "inner_max_grad_norm": [(0, "positive"), ("1", "positive")],
-    "inner_max_grad_value": [(NAN, "positive")],
-    "preset": [("mine", "one of"), ([], "one of"), (5, "one of")],
-    "multi_step_loss": [(1, "True or False")],
-    "msl_epochs": [(-1, "at least 0"), (1.5, "whole")],
-    "first_order_epochs": [(-1, "at least 0"), (0.5, "whole"), (NAN, "whole")],
-    "per_step_norm_statistics": [("on", "True or False")],
-    "per_step_norm_affine": [(0, "True or False")],
-    "learn_inner_lr": [("yes", "True or False")],
-    "min_meta_lr": [(-1.0, "at least 0"), (1.0, "at most meta_lr")],
-    "adapt": [(5, "names or wildcards"), ("nothing", "matches none"), ([5], "names or wildcards"), ((), "adapt|model")],
-    "adapt_norm": [("x", "True or False")],
-    "engine": [("jax", "'auto'"), ([], "'auto'"), (5, "'auto'")],
-    "memory": [("small", "'unrolled'"), (5, "'unrolled'")],
-    "workers": [(0, "at least 1"), (1.5, "whole"), ("all", "auto")],
-    "workers_in": [("fibres", "'threads'")],
-    "channels_last": [(1, "True or False")],
-    "tune": [("yes", "True or False")],
-    "cuda_graphs": [(1, "True or False")],
-    "head": [(5, "name of a submodule"), ("nowhere", "name of a submodule")],
-    "head_init": [("ones", "'learned'"), (None, "'learned'")],
-    "mask_unused_outputs": [(2, "True or False")],
-}
-MODELS: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
-    "None": (lambda: None, ArgumentError, "model: expected a torch.nn.Module.*NoneType"),
-    "a class": (lambda: NormedMlp, ArgumentError, "model: expected a torch.nn.Module.*type"),
-    "a function": (lambda: F.relu, ArgumentError, "model: expected a torch.nn.Module.*function"),
-    "a state_dict": (lambda: NormedMlp().state_dict(), ArgumentError, "model: expected a torch.nn.Module.*Dict"),
-}
-
-SAMPLERS: dict[str, list[tuple[Any, type[BaseException], str]]] = {
-    "images": [(None, ArgumentError, "images: .*LabelledImages"), (torch.zeros(2, 1, 3, 3), ArgumentError, "images: ")],
-    "ways": [(0, ArgumentError, "ways: "), (2.0, ArgumentError, "ways: "), (99, DataError, "ways=99.*only 4 classes")],
-    "shots": [(0, ArgumentError, "shots: "), ("1", ArgumentError, "shots: "), (9, DataError, "shots \\+ targets")],
-    "targets": [(0, ArgumentError, "targets: "), (True, ArgumentError, "targets: "), (6, DataError, "targets")],
-    "tasks_per_batch": [(0, ArgumentError, "tasks_per_batch: "), (None, ArgumentError, "tasks_per_batch: ")],
-    "seed": [(-1, ArgumentError, "seed: .*at least 0"), (0.5, ArgumentError, "seed: "), ("a", ArgumentError, "seed: ")],
-    "rotations": [("yes", ArgumentError, "rotations: .*True or False"), (1, ArgumentError, "rotations: ")],
-    "device": [("moon", ArgumentError, "device: .*'cpu'"), ([], ArgumentError, "device: ")],
-}
-
-SETTINGS: list[tuple[str, Any, str]] = [
-    ("data", 5, "text"),
-    ("ways", 1, "at least 2"),
-    ("ways", "5", "whole number.*str '5'"),
-    ("ways", 5.0, "whole number"),
-    ("shots", 0, "at least 1"),
-    ("shots", True, "whole number.*bool"),
-    ("targets", None, "whole number.*None"),
-    ("method", "mamlpp", "one of maml"),
-    ("method", [], "text"),
-    ("norm", "layer", "one of batch"),
-    ("backbone", "resnet", "one of conv4"),
-    ("inner_lr", "0.1", "number.*str"),
-    ("inner_lr", NAN, "finite"),
-    ("meta_lr", INF, "finite"),
-    ("inner_steps", 0, "at least 1"),
-    ("epochs", 0, "at least 1"),
-    ("seed", -1, "0 or more"),
-    ("seed", "1", "whole number"),
-    ("options", [], "dict"),
-    ("options", {5: 5}, "names of keyword arguments.*5"),
-    ("rotations", "yes", "True or False"),
-    ("test_norms", "some", "one of all"),
-    ("image_size", "28", "whole number"),
-    ("device", None, "text"),
-]
-
 
 def trained(learner: Any, batch: Any) -> Any:
     learner.meta_step(batch)
     return learner
-
-
-@cache
-def other(what: str) -> dict[str, Any]:
-    wide = lambda: NormedMlp(hidden=7)
-    made = {
-        "proto": lambda: ProtoNet(seeded(NormedMlp)),
-        "wide": lambda: MAMLPlusPlus(seeded(wide), inner_steps=2),
-        "steps": lambda: MAMLPlusPlus(seeded(NormedMlp), inner_steps=3),
-    }
-    return dict(made[what]().state_dict())
 
 
 @cache
@@ -407,10 +81,6 @@ def assert_refused(learner: Any, call: Callable[[], Any], error: type[BaseExcept
     assert_same_state(state_of(learner), before)
 
 
-def ids(value: Any) -> str:
-    return str(value)
-
-
 def test_the_table_is_as_long_as_it_says() -> None:
     keywords = sum(map(len, OUTER.values())) + sum(map(len, INNER.values()))
     own = len(BATCHES) + len(CALLS) + len(TASKS) + len(MODELS) + len(SETTINGS) + sum(map(len, SAMPLERS.values()))
@@ -421,15 +91,15 @@ def test_the_table_is_as_long_as_it_says() -> None:
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_bad_batch_is_named_and_changes_nothing(name: str, way: str, seen: bool) -> None:
-    make, error, words = BATCHES[name]
+    make, words = BATCHES[name]
     learner = maml(seen)
-    assert_refused(learner, lambda: WAYS_IN[way](learner, make()), error, words)
+    assert_refused(learner, lambda: WAYS_IN[way](learner, make()), TaskError, words)
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_method_on_an_embedding_refuses_the_same(name: str) -> None:
-    make, error, words = BATCHES[name]
-    assert_refused(proto(), lambda: proto().meta_step(make()), error, words)
+    make, words = BATCHES[name]
+    assert_refused(proto(), lambda: proto().meta_step(make()), TaskError, words)
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["fresh", "trained"])
@@ -448,14 +118,13 @@ def test_a_bad_task_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keyword", "value", "words"), [(k, v, w) for k, each in {**OUTER, **INNER}.items() for v, w in each], ids=ids
+    ("keyword", "value", "words"), [(k, v, w) for k, each in {**OUTER, **INNER}.items() for v, w in each], ids=str
 )
 def test_a_bad_keyword_is_named_and_the_model_is_untouched(keyword: str, value: Any, words: str) -> None:
     model = seeded(NormedMlp)
-    before = fingerprint(model)
-    with pytest.raises((ArgumentError, UnsupportedModuleError), match=rf"{keyword}(.|\n)*({words})|{words}"):
+    errors = (ArgumentError, UnsupportedModuleError)
+    with unchanged(model), pytest.raises(errors, match=rf"{keyword}(.|\n)*({words})|{words}"):
         MAMLPlusPlus(model, **{keyword: value})
-    assert fingerprint(model) == before
 
 
 @pytest.fixture(params=METHODS)
@@ -467,20 +136,19 @@ def method(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def test_every_method_names_a_bad_keyword(method: Any) -> None:
     model = seeded(NormedMlp)
-    before = fingerprint(model)
-    for keyword in ("meta_lr", "epochs", "norm", "optimizer", "swap", "keep_norm", "allocator"):
-        value, words = OUTER[keyword][0]
-        with pytest.raises(ArgumentError, match=rf"{keyword}: .*{words}"):
-            method(model, **{keyword: value})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'inner_step'"):  # Python's own
-        method(model, inner_step=5)
-    assert fingerprint(model) == before
+    with unchanged(model):
+        for keyword in ("meta_lr", "epochs", "norm", "optimizer", "swap", "keep_norm", "allocator"):
+            value, words = OUTER[keyword][0]
+            with pytest.raises(ArgumentError, match=rf"{keyword}: .*{words}"):
+                method(model, **{keyword: value})
+        with pytest.raises(TypeError, match="unexpected keyword argument 'inner_step'"):  # Python's own
+            method(model, inner_step=5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_names_what_is_no_model(method: Any, name: str) -> None:
-    make, error, words = MODELS[name]
-    with pytest.raises(error, match=words):
+    make, kind = MODELS[name]
+    with pytest.raises(ArgumentError, match=f"model: expected a torch.nn.Module.*{kind}"):
         method(make())
 
 
@@ -498,7 +166,7 @@ def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: A
     learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))
     for seen in (False, True):
         for name in BAD_EVERYWHERE[method is metawrap.RelationNet :]:  # Its loss is not cross-entropy.
-            make, _, _ = BATCHES[name]
+            make, _ = BATCHES[name]
             bad = with_classes(make())
             assert_refused(learner, lambda bad=bad: learner.meta_step(bad), TaskError, "_x|_y")  # type: ignore[misc]
             if name != "labels too high" or method.__name__ != "ZeroStep":  # which never looks at the support labels
@@ -518,20 +186,16 @@ def with_classes(batch: Any) -> TaskBatch:
 
 def test_nan_in_training_is_skipped_and_counted_and_changes_nothing_else() -> None:
     learner = copy.deepcopy(maml(True))
-    weights = {n: p.detach().clone() for n, p in learner.named_parameters()}
+    weights = values_of(learner)
     metrics = learner.meta_step(changed(sx=lambda v: v.masked_fill(v == v.max(), NAN)))
     assert metrics.skipped
     assert int(learner.skipped_steps[0]) == 1
     assert all(torch.equal(p, weights[n]) for n, p in learner.named_parameters())
 
 
-class FillsIn(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = NormedMlp()
-
+class FillsIn(NormedMlp):
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.nan_to_num())
+        return super().forward(x.nan_to_num())
 
 
 def test_a_model_that_takes_nan_for_a_missing_value_may() -> None:
@@ -542,11 +206,7 @@ def test_a_model_that_takes_nan_for_a_missing_value_may() -> None:
     assert all(p.isfinite().all() for p in learner.adapt(batch[0][0], batch[1][0]).parameters())
 
 
-class Broken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = NormedMlp()
-
+class Broken(NormedMlp):
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("the user's own words")
 
@@ -563,7 +223,7 @@ def images() -> LabelledImages:
 
 
 @pytest.mark.parametrize(
-    ("keyword", "value", "error", "words"), [(k, *case) for k, each in SAMPLERS.items() for case in each], ids=ids
+    ("keyword", "value", "error", "words"), [(k, *case) for k, each in SAMPLERS.items() for case in each], ids=str
 )
 def test_a_bad_argument_of_the_sampler_is_named(keyword: str, value: Any, error: Any, words: str) -> None:
     given: dict[str, Any] = {"images": images(), "ways": 2, "shots": 1, "targets": 1} | {keyword: value}
@@ -604,7 +264,7 @@ def test_bad_data_is_named(call: Callable[[], Any], error: type[BaseException], 
         call()
 
 
-@pytest.mark.parametrize(("field", "value", "words"), SETTINGS, ids=ids)
+@pytest.mark.parametrize(("field", "value", "words"), SETTINGS, ids=str)
 def test_a_bad_setting_of_a_run_is_named(field: str, value: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=f"{field}: .*{words}"):
         RunSettings(**{field: value})
