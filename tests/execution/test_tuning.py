@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,18 @@ from engine_cases import CASES
 from face import assert_same_values, build, gradients_of, in_dtype, tensors, unchanged
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
-from stateful import EditsInput, Late, Watched
+from stateful import EditsInput, Late, Once, Watched
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from ways_to_work import FOUR
 
 from metawrap import ArgumentError, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
 from metawrap.execution.tuning import Speed, fastest, to_channels_last
 from metawrap.learner import pace
+
+
+def choose_by(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Speed]) -> None:
+    """Chooses by this function where a learner would measure."""
+    monkeypatch.setattr(pace, "fastest", choose)
 
 
 class Anneal:
@@ -62,17 +67,6 @@ def test_an_input_that_forward_edits_is_as_it_was_in_the_other_layout_too() -> N
     batch = class_tasks((2, 6, 6))
     assert other.meta_step(batch).loss == pytest.approx(plain.meta_step(batch).loss, rel=1e-12)
     assert_same_gradients(gradients_of(other), gradients_of(plain))
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 2
 
 
 class OnceOnly(Watched):
@@ -159,7 +153,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
             run(speed)
         return chosen
 
-    monkeypatch.setattr(pace, "fastest", choose)
+    choose_by(monkeypatch, choose)
     learner = build(seeded(Conv4), tune=True)
     assert "measured in the first meta-step" in str(learner.describe())
     batch = CASES["conv4"].batch()
@@ -221,7 +215,7 @@ def test_a_layout_is_tried_only_where_it_is_right(
         offered.extend(layouts)
         return Speed()
 
-    monkeypatch.setattr(pace, "fastest", choose)
+    choose_by(monkeypatch, choose)
     side = 28 if make is Viewing else 16
     batch = in_dtype(class_tasks((2 if make is ByStrides else 1, side, side)), dtype)
     learner = build(seeded(make).to(dtype), tune=True)
@@ -270,7 +264,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pace, "fastest", lambda *_: Speed(2))
+    choose_by(monkeypatch, lambda *_: Speed(2))
     plain, tuned = (build(seeded(Watched), engine="functional", tune=tune) for tune in (False, True))
     for learner in (plain, tuned):
         learner.meta_step(FOUR)
