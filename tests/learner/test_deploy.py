@@ -16,12 +16,12 @@ from adapted_by_hand import by_hand
 from deployed_cases import (
     ALL,
     ASKED,
-    EVERY,
     STEPS,
     assert_same_output,
     call,
     memory_of,
     outcome,
+    policy_cases,
     reachable,
     returned,
     wrapped,
@@ -35,16 +35,7 @@ from torch.nn.utils import parametrize, prune
 from metawrap import MAMLPlusPlus
 
 
-@pytest.mark.parametrize(
-    ("norm", "engine"),
-    [
-        *[(norm, "functional") for norm in POLICIES],
-        ("support", "higher"),
-        pytest.param("batch", "higher", marks=pytest.mark.slow),
-        pytest.param("running", "higher", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("name", EVERY)
+@policy_cases(ALL, engines=("functional", "higher"))
 def test_output_is_the_learners_own_prediction_and_that_of_plain_pytorch(name: str, norm: str, engine: str) -> None:
     case = ALL[name]
     if engine == "higher" and not case.higher:
@@ -76,8 +67,7 @@ def class_of(module: nn.Module) -> tuple[Any, ...]:
     return (cls.__name__, cls.__bases__) if parametrize.is_parametrized(module) else (cls,)
 
 
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", EVERY)
+@policy_cases(ALL)
 def test_returned_module_is_of_the_users_classes_and_shares_nothing(name: str, norm: str) -> None:
     model, learner = wrapped(name, norm)
     modules = returned(name, norm)

@@ -19,13 +19,13 @@ import torch
 from deployed_cases import (
     ALL,
     CASES,
-    EVERY,
     LARGE,
     STEPS,
     assert_same_output,
     call,
     memory_of,
     outcome,
+    policy_cases,
     returned,
     wrapped,
 )
@@ -106,8 +106,7 @@ def test_pickle_works_exactly_where_the_original_pickles(name: str) -> None:
     assert said in outcome(lambda: pickle.dumps(plain))
 
 
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", [name for name in CASES if "closure" not in name])
+@policy_cases(name for name in CASES if "closure" not in name)
 def test_deepcopy_predicts_the_same_and_stands_alone(name: str, norm: str) -> None:
     target_x = ALL[name].task()[2]
     for plain in returned(name, norm).values():
@@ -126,8 +125,7 @@ def without_statistics(model: nn.Module, kept: Any = None) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", EVERY)
+@policy_cases(ALL)
 def test_state_dict_goes_through_a_file_into_a_fresh_original(name: str, norm: str) -> None:
     case = ALL[name]
     target_x = case.task()[2]
@@ -201,15 +199,13 @@ def assert_exports(name: str, norm: str, chosen: tuple[str, ...]) -> None:
         assert_same_output(call(plain, target_x), expected, 0)
 
 
-@pytest.mark.parametrize("norm", ["batch", "support"])
-@pytest.mark.parametrize("name", EVERY)
+@policy_cases(ALL, ("batch", "support"))
 def test_adapted_module_exports_as_the_original_does(name: str, norm: str) -> None:
     assert_exports(name, norm, ("adapt(None)",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("name", ALL)
+@policy_cases(ALL)
 def test_every_returned_module_exports_as_the_original_does(name: str, norm: str) -> None:
     assert_exports(name, norm, tuple(returned(name, norm)))
 

@@ -6,7 +6,7 @@ import gc
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from engine_cases import vision_transformer
+from engine_cases import POLICIES, vision_transformer
 from face import assert_same_values, build
 from models import ActNormNet, Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from steady import steady
@@ -25,11 +25,7 @@ from torch import Tensor, nn
 from metawrap.tasks import map_tensors, tensors_in
 
 STEPS = 2
-
-
 ASKED = (None, 0, 1, STEPS + 3)
-
-
 """`steps=` of adapt: as in training, none, fewer, more."""
 
 
@@ -74,8 +70,6 @@ def small_images(make: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
 
 
 FIRST_ORDER = {"first_order_epochs": math.inf}  # torch has no second derivative of an embedding bag
-
-
 CASES: dict[str, Case] = {
     "Conv4": Case(partial(Conv4, blocks=2, size=8), (1, 8, 8)),
     "strided Conv4": Case(partial(Conv4, strided=True), (1, 16, 16)),
@@ -108,18 +102,25 @@ CASES: dict[str, Case] = {
     "DataParallel": Case(NormedMlp, wrapper=nn.DataParallel),
     "compiled": Case(NormedMlp, wrapper=partial(torch.compile, backend="eager")),
 }
-
-
 LARGE: dict[str, Case] = {
     "resnet18": Case(small_images(torchvision.models.resnet18), (3, 32, 32), {"inner_lr": 0.01}),
     "mobilenet_v3_small": Case(small_images(torchvision.models.mobilenet_v3_small), (3, 32, 32), {"inner_lr": 0.01}),
 }
-
-
-EVERY = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
-
-
 ALL = CASES | LARGE
+# A norm policy is nothing to a network without a batch norm.
+PLAIN = {"LSTM", "vision transformer", "transformer encoder"}
+
+
+def policy_cases(names: Iterable[str], policies: Sequence[str] = POLICIES, engines: Sequence[str] = ()) -> Any:
+    """Parametrises `name`, `norm` and, if asked, `engine`; `higher` runs by default under norm="support" alone."""
+    cases = []
+    for name in names:
+        for norm in policies[-1:] if name in PLAIN else policies:
+            for engine in engines or [""]:
+                slow = name in LARGE or (engine == "higher" and norm != "support")
+                values = (name, norm, engine) if engines else (name, norm)
+                cases.append(pytest.param(*values, marks=pytest.mark.slow if slow else ()))
+    return pytest.mark.parametrize(("name", "norm", "engine") if engines else ("name", "norm"), cases)
 
 
 @cache
