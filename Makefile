@@ -71,7 +71,7 @@ types: $(VENV)/installed-test
 	$(BIN)/mypy -p metawrap
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python benchmarks/compare.py --out $(BENCH_OUT) $(BENCH_FLAGS)
+	$(BIN)/python benchmarks compare --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,8 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
-from metawrap.learner.description import Description
-from metawrap.learner.module_rows import ModuleRow
+from metawrap.learner.description import Description, ModuleRow
 from metawrap.methods import (
     ANIL,
     FOMAML,
@@ -39,6 +38,7 @@ from metawrap.methods import (
     ZeroStep,
 )
 from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
+from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.tasks import Task, TaskBatch
 
 try:
@@ -58,7 +58,9 @@ __all__ = [
     "Description",
     "DivergedError",
     "EvaluationResult",
+    "ExecutionOptions",
     "FineTune",
+    "InnerOptions",
     "LSTMMetaLearner",
     "MAMLPlusPlus",
     "MatchingNet",
@@ -73,6 +75,8 @@ __all__ = [
     "MultiTask",
     "NeuralStatistician",
     "OutOfMemoryError",
+    "OuterOptions",
+    "OutputOptions",
     "ProtoNet",
     "RankError",
     "RelationNet",
@@ -84,6 +88,7 @@ __all__ = [
     "TaskError",
     "Trouble",
     "UnsupportedModuleError",
+    "WrappingOptions",
     "ZeroStep",
     "__version__",
 ]

@@ -1,4 +1,4 @@
-"""Backbones of the few-shot literature, as ordinary modules that know nothing of meta-learning."""
+"""Backbones of the few-shot literature, as ordinary modules without any meta-learning."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from metawrap.errors import ArgumentError
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution with bias, batch norm, leaky ReLU, then 2x2 max-pool (or stride 2 instead).
+    """3x3 convolution with bias, batch norm, leaky ReLU, then 2x2 max-pool; `strided` has stride 2 and no pool.
 
-    (batch, in_channels, h, w) to (batch, filters, h // 2, w // 2); strided: (h + 1) // 2.
+        >>> import torch
+        >>> ConvBlock(1, 64, strided=False, slope=0.0)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64, 14, 14])
+
+    Input (batch, in_channels, h, w); output (batch, filters, h // 2, w // 2), or (h + 1) // 2 if strided.
     """
 
     def __init__(self, in_channels: int, filters: int, strided: bool, slope: float) -> None:
@@ -28,7 +32,12 @@ class ConvBlock(nn.Module):
 class Conv4(nn.Module):
     """Four conv blocks and a linear head: the backbone of MAML and MAML++.
 
-    (batch, in_channels, image_size, image_size) to (batch, ways) logits. Xavier-uniform weights, zero biases.
+        >>> import torch
+        >>> Conv4(in_channels=3, image_size=84, ways=5)(torch.zeros(2, 3, 84, 84)).shape
+        torch.Size([2, 5])
+
+    Input (batch, in_channels, image_size, image_size); output (batch, ways) logits. Weights are
+    Xavier-uniform, biases zero.
     Sources: Vinyals et al. 2016, arXiv:1606.04080; strided form and initialisation as in Antoniou et al. 2018.
 
     Args:
@@ -37,7 +46,7 @@ class Conv4(nn.Module):
         ways: classes of a task.
         filters: channels of every block: 64 for Omniglot, 48 for mini-ImageNet.
         strided: stride 2 and global average pooling instead of max-pooling.
-        slope: of the leaky ReLU for negative inputs; 0 gives the paper's ReLU.
+        slope: the leaky ReLU's slope for negative inputs; 0 gives the paper's ReLU.
     Raises:
         ArgumentError: the images are too small for four poolings.
     """

@@ -1,7 +1,7 @@
 """A learner as a scikit-learn classifier: fit -> `learner.adapt` on the rows -> a plain module -> predict.
 
-Meta-training stays torch's; this is for what comes after it, where data are numpy arrays, labels are strings, and
-`Pipeline`, `cross_val_score` or `GridSearchCV` want an estimator.
+The learner is meta-trained with torch. The classifier then takes numpy arrays and labels of any type, and works in
+`Pipeline`, `cross_val_score` and `GridSearchCV`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError
-from metawrap.learner.learner import Method
+from metawrap.learner.learner import Learner
 from metawrap.surgery.inspect import batch_norms
 from metawrap.tasks import describe_value
 
@@ -30,33 +30,38 @@ except ImportError as error:
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A meta-trained learner that fits a few labelled rows, as scikit-learn's classifiers do.
 
-    `fit` adapts to the rows, as to one support set, and leaves the learner as it was. Labels are of any type; numpy
-    goes in and out.
+    `fit` adapts to the rows as to one support set and leaves the learner unchanged. Under norm="batch" a prediction
+    depends on the other rows of the same call; norm="support" and norm="running" predict each row alike in any company.
 
-    Where `learner` was built with norm="batch", a prediction depends on the rows that are predicted together, and is
-    another one for the same row elsewhere: use norm="support" or "running" for predictions that do not.
+    >>> import numpy as np
+    >>> from torch import nn
+    >>> from metawrap import ProtoNet
+    >>> X = np.array([[0.0, 0.1], [0.1, 0.0], [5.0, 5.1], [5.1, 5.0]])
+    >>> learner = ProtoNet(nn.Linear(2, 8), embedding="output")
+    >>> model = FewShotClassifier(learner).fit(X, ["near", "near", "far", "far"])
+    >>> model.predict(X).tolist()
+    ['near', 'near', 'far', 'far']
 
     Args:
-        learner: a meta-trained method, `MAMLPlusPlus` or any other. It is not copied here; scikit-learn's `clone`
-            copies it.
-        steps: inner steps, as in `learner.adapt`; as in training if None.
-        input_shape: of one example as the network takes it, for rows that hold it flattened, such as (1, 28, 28) for
-            rows of 784 numbers; the rows' own shape if None.
-        batch_size: rows that are predicted together; all if None. Not with batch norms under norm="batch".
+        learner: a meta-trained method, such as `MAMLPlusPlus`. Only scikit-learn's `clone` copies it.
+        steps: inner steps of `learner.adapt`; None means as in training.
+        input_shape: the shape of one example for the network, such as (1, 28, 28) for flat rows of 784 numbers; None
+            means the shape of the rows.
+        batch_size: rows that are predicted together; None means all. Refused with batch norms under norm="batch".
 
-    Attributes, once it is fitted:
-        classes_: (classes,), the labels in order. module_: what `learner.adapt` returned. n_features_in_: of X, on its
-        second axis. example_shape_: of one row of X.
+    Attributes after `fit`:
+        classes_: (classes,), the labels in order. module_: the adapted module. n_features_in_: the size of the second
+        axis of X. example_shape_: the shape of one row of X.
 
     Raises:
-        ArgumentError: an argument, or the rows, do not fit the learner; more classes than the network has outputs.
+        ArgumentError: an argument or the rows do not fit the learner, or y has more classes than the network outputs.
         UnsupportedModuleError: the network's prediction is no tensor of logits.
         ValueError: scikit-learn's own checks of X and y: rows without a label, missing values, other feature counts.
     """
 
     def __init__(
         self,
-        learner: Method,
+        learner: Learner,
         *,
         steps: int | None = None,
         input_shape: tuple[int, ...] | None = None,
@@ -68,16 +73,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.batch_size = batch_size
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
-        """Adapts to the rows of X, (rows, ...) numbers, labelled y, (rows,) labels of any type.
+        """Adapts to X, (rows, ...) numbers, with the labels y, (rows,) of any type.
 
-        With fewer classes than the network has outputs the inner loop leaves the others out, where the method can
-        (`mask_unused_outputs`); predictions are of the classes of y only.
+        For fewer classes than outputs, the inner loop masks the other outputs if the method can
+        (`mask_unused_outputs`). Predictions are always classes of y.
         """
         self._check_arguments()
         X, y = validate_data(self, X, y, allow_nd=True)  # noqa: N806
         check_classification_targets(y)
         classes, numbers = np.unique(y, return_inverse=True)
-        # Kept as they are until all is checked, so that a failed fit leaves the last one in place.
+        # The attributes change last, so that a failed fit keeps the previous one.
         shape, rows = X.shape[1:], self._as_inputs(X)
         module = self._adapted(rows, torch.as_tensor(numbers, device=rows.device), len(classes))
         self.classes_, self.example_shape_, self.module_ = classes, shape, module
@@ -92,8 +97,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict_proba(self, X: Any) -> np.ndarray[Any, Any]:  # noqa: N803
         """The softmax over the scores of the classes, (rows, classes) in the order of `classes_`.
 
-        A few rows calibrate nothing: read it as a ranking. `RelationNet` and `SiameseNet`, whose scores are those of
-        independent pairs, are ranked rightly, too.
+        The values rank classes and are no calibrated probabilities, also for the pair scores of `RelationNet` and
+        `SiameseNet`.
         """
         check_is_fitted(self, "module_")
         X = validate_data(self, X, allow_nd=True, reset=False)  # noqa: N806
@@ -107,7 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return numbers
 
     def _check_arguments(self) -> None:
-        if not isinstance(self.learner, Method):
+        if not isinstance(self.learner, Learner):
             raise ArgumentError(
                 f"learner: expected a method of metawrap, such as MAMLPlusPlus(model), but got "
                 f"{describe_value(self.learner)}."
@@ -118,12 +123,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             _check_sizes("input_shape", self.input_shape, self.input_shape)
         if self.batch_size is not None and self.learner.settings.norm == "batch" and batch_norms(self.learner.model):
             raise ArgumentError(
-                'batch_size: under norm="batch" a prediction depends on the rows that it is made with, so cutting them '
-                'up would change it. Leave batch_size out, or build the learner with norm="support" or "running".'
+                'batch_size: under norm="batch" a prediction depends on the rows that it is made with, so batches '
+                'would change it. Leave batch_size out, or build the learner with norm="support" or "running".'
             )
 
     def _as_inputs(self, X: np.ndarray[Any, Any]) -> Tensor:  # noqa: N803
-        """The rows as the network takes them."""
+        """The rows as a tensor in the network's shape, dtype and device."""
         if self.input_shape is not None:
             if math.prod(X.shape[1:]) != math.prod(self.input_shape):
                 raise ArgumentError(
@@ -135,23 +140,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return torch.tensor(X, dtype=like.dtype, device=like.device)
 
     def _adapted(self, rows: Tensor, labels: Tensor, classes: int) -> nn.Module:
-        masks = "mask_unused_outputs" in inspect.signature(self.learner.adapt).parameters
         extra: dict[str, Any] = {}
-        if masks and classes < (outputs := self._outputs(self.learner.unwrap().eval(), rows)):
-            extra = {"mask_unused_outputs": True}
-        elif masks and classes > outputs:
-            raise self._too_many(classes, outputs)
+        if "mask_unused_outputs" in inspect.signature(self.learner.adapt).parameters:
+            outputs = self._check_outputs(self.learner.unwrap().eval(), rows, classes)
+            extra = {"mask_unused_outputs": True} if classes < outputs else {}
         try:
             module = self.learner.adapt(rows, labels, self.steps, **extra)
-        except TaskError as error:
-            if classes > (outputs := self._outputs(self.learner.unwrap().eval(), rows)):
-                raise self._too_many(classes, outputs) from error
+        except TaskError:
+            self._check_outputs(self.learner.unwrap().eval(), rows, classes)
             raise
-        if classes > (outputs := self._outputs(module, rows)):
-            raise self._too_many(classes, outputs)
+        self._check_outputs(module, rows, classes)
         return module
 
-    def _outputs(self, module: nn.Module, rows: Tensor) -> int:
+    def _check_outputs(self, module: nn.Module, rows: Tensor, classes: int) -> int:
+        """The number of outputs. Raises ArgumentError if `classes` is larger."""
         with torch.no_grad():
             scores = module(rows)
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(rows):
@@ -160,13 +162,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"The network's prediction is {found} for {len(rows)} rows, but FewShotClassifier "
                 "needs a tensor of logits, (rows, classes). Wrap a network that returns these."
             )
-        return int(scores.shape[1])
-
-    def _too_many(self, classes: int, outputs: int) -> ArgumentError:
-        return ArgumentError(
-            f"y: {classes} classes, but the network that {type(self.learner).__name__} was meta-trained with has "
-            f"{outputs} outputs. Fit at most {outputs} classes, or meta-train a network with more outputs."
-        )
+        if classes > (outputs := int(scores.shape[1])):
+            raise ArgumentError(
+                f"y: {classes} classes, but the network that {type(self.learner).__name__} was meta-trained with has "
+                f"{outputs} outputs. Fit at most {outputs} classes, or meta-train a network with more outputs."
+            )
+        return outputs
 
 
 def _check_sizes(name: str, sizes: Any, given: Any) -> None:

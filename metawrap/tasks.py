@@ -14,7 +14,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, TaskError
 
@@ -209,6 +209,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def call_model(model: Any, inputs: Any) -> Any:
+    """`model(x)`, `model(*x)` for a tuple (or a list: a DataLoader makes one of it), `model(**x)` for a dict."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
 def describe_value(value: Any) -> str:
     """A short account of a value for error messages."""
     if isinstance(value, Tensor):
@@ -302,3 +311,13 @@ def same_device(tasks: Iterable[Task], device: torch.device) -> None:
                         f"{name} is on '{tensor.device}', but the model is on '{device}'. "
                         f"Move the batch with task_batch.to('{device}'), or the learner with learner.to(...)."
                     )
+
+
+def usable(task: Task) -> Task:
+    """The task with its inference-mode tensors cloned, as a backward pass cannot save such tensors."""
+    return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters."""
+    return next(module.parameters()).device

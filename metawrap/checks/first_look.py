@@ -1,25 +1,17 @@
-"""The first look at a task: what inspection cannot see, a gradient shows. Changes nothing, and runs once per mode."""
+"""The first look at a task, once per mode: a gradient shows problems that inspection cannot. Changes nothing."""
 
 from __future__ import annotations
 
 import math
-import random
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metawrap.engines import BufferEdits
-from metawrap.engines.calling import same_value
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
-from metawrap.inner_loop.outcome import untouched_buffers
-from metawrap.surgery.copying import containers_in
-from metawrap.surgery.inspect import registered_buffers
 from metawrap.tasks import tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -28,22 +20,22 @@ _HOOKS_REFUSED = "metawrap: saved-tensor hooks are refused here"
 
 @dataclass
 class FirstLook:
-    """What the first task showed.
+    """Results of the first look at a task.
 
     unused: adapted parameters that the support loss does not depend on.
     differentiable: whether it was looked at with gradients to come.
-    once: why the model cannot be differentiated twice; None if it can, or need not.
-    traces: what a pass leaves behind, so that tasks must be solved one after another; None if nothing.
+    no_second_derivative: why the model cannot be differentiated twice; None if it can, or need not.
+    left_behind: what one task leaves behind for the next, so that tasks must be solved in order; None if nothing.
     """
 
     unused: list[str]
     differentiable: bool = False
-    once: str | None = None
-    traces: str | None = None
+    no_second_derivative: str | None = None
+    left_behind: str | None = None
 
 
 def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
-    """Runs one support pass and its gradient; returns the names that get none.
+    """Runs one support pass and its gradient; returns the names of the adapted parameters that get none.
 
     Raises:
         UnsupportedModuleError: the model checkpoints activations, or no adapted parameter gets a gradient.
@@ -58,8 +50,8 @@ def support_gradient(fast: Mapping[str, Tensor], support_loss: Callable[[Mapping
         if _HOOKS_REFUSED in str(error) or "checkpoint" in str(error).lower():
             raise UnsupportedModuleError(
                 "The model checkpoints activations (torch.utils.checkpoint): the backward pass would run it again, "
-                "with other weights than the fast ones. Switch checkpointing off in the model; tasks_per_backward=1 "
-                "holds memory down."
+                "with other weights than the fast ones. Switch checkpointing off in the model; execution= "
+                'with {"tasks_per_backward": 1} holds memory down.'
             ) from error
         raise
     unused = [name for name, gradient in zip(fast, gradients, strict=True) if gradient is None]
@@ -82,7 +74,7 @@ def refuse_other_layout(prediction: Callable[[], Any]) -> None:
     """Checks that a forward pass takes images in channels_last.
 
     Raises:
-        UnsupportedModuleError: it looks at a tensor in a way that the layout does not allow.
+        UnsupportedModuleError: it calls `.view()` on a tensor, which the layout does not allow.
     """
     try:
         prediction()
@@ -96,10 +88,10 @@ def refuse_other_layout(prediction: Callable[[], Any]) -> None:
 
 
 def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Checks that a prediction with fast weights does not depend on the parameters that these stand for.
+    """Checks that a prediction with fast weights does not depend on the parameters that the fast weights replace.
 
     Raises:
-        UnsupportedModuleError: forward reads one of them past its module.
+        UnsupportedModuleError: forward reads such a parameter from another place than its module.
     """
     outputs = [tensor.abs().sum().float() for tensor in tensors_in(prediction) if tensor.requires_grad]
     read = [(name, parameter) for name, parameter in adapted if parameter.requires_grad]
@@ -116,13 +108,13 @@ def refuse_bypassed(prediction: Any, adapted: Sequence[tuple[str, nn.Parameter]]
 
 
 def refuse_carried_graphs(model: nn.Module, carried: Collection[str], support_loss: Callable[[], Tensor]) -> None:
-    """Checks, after a first pass, that a second one does not differentiate through what the first left in a buffer.
+    """Checks that a second pass does not differentiate through the values that a first pass left in a buffer.
 
     Args:
-        carried: buffers that the first pass edited in place, and that had a graph then.
+        carried: buffers that the first pass edited in place, and left with a graph.
 
     Raises:
-        UnsupportedModuleError: it does: the gradient would go through every earlier call, of other tasks, too.
+        UnsupportedModuleError: it does, so that the gradient would go through every earlier call, of other tasks too.
     """
     names, leaves, stand_ins = [], [], {}
     for path, module in model.named_modules():
@@ -172,7 +164,7 @@ def differ(found: Gradients, reference: Gradients, tolerance: float | None = Non
 
 
 def warn_unused(unused: list[str]) -> None:
-    """Reports adapted parameters that play no part in the support loss."""
+    """Warns of adapted parameters that play no part in the support loss."""
     if unused:
         warnings.warn(
             f"The support loss does not depend on {', '.join(unused)}: they are not adapted. Freeze them before "
@@ -182,8 +174,8 @@ def warn_unused(unused: list[str]) -> None:
         )
 
 
-def warn_once(reason: str, epoch: float) -> None:
-    """Reports that training will stop when second-order gradients begin."""
+def warn_no_second_derivative(reason: str, epoch: float) -> None:
+    """Warns that training will stop when second-order gradients begin."""
     warnings.warn(
         f"From epoch {epoch} on, when second-order gradients begin, this model will be refused. {reason}",
         MetaWrapWarning,
@@ -191,81 +183,23 @@ def warn_once(reason: str, epoch: float) -> None:
     )
 
 
-def warn_alone(workers: int | str, reason: str) -> None:
-    """Reports that tasks are solved one after another although more workers were asked for."""
+def warn_tasks_in_order(workers: int | str, reason: str) -> None:
+    """Warns that tasks are solved one after another although more workers were asked for."""
     warnings.warn(
-        f'workers={workers}: tasks are solved one after another, because {reason}. Pass workers="auto" to silence '
-        "this.",
+        f"workers={workers}: tasks are solved one after another, because {reason}. Pass "
+        'execution={"workers": "auto"} to silence this.',
         MetaWrapWarning,
         stacklevel=5,
     )
 
 
-def warn_fallback(reason: str) -> None:
-    """Reports that `auto` leaves `higher` for `functional`."""
+def warn_functional_instead_of_higher(reason: str) -> None:
+    """Warns that `engine="auto"` uses `functional` instead of `higher`."""
     warnings.warn(
         f"engine='auto' falls back to 'functional': {reason}. Pass engine='functional' to silence this.",
         MetaWrapWarning,
         stacklevel=5,
     )
-
-
-@contextmanager
-def unchanged(model: nn.Module, device: torch.device, edits: BufferEdits | None = None) -> Iterator[None]:
-    """Puts back all that a forward may change, random state, weights and plain attributes too: a look is no call.
-
-    Args:
-        edits: takes note of the buffers that were edited in place, also where torch does not: through `.data`.
-    """
-    index: list[Any] = [device] if device.type == "cuda" else []
-    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    buffers = [(name, b, b._version, b.clone()) for name, b in registered_buffers(model)]
-    edited: set[str] = set()
-    containers = [(live, live.copy()) for live in containers_of(*model.modules())]
-    others = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(index), untouched_buffers(model):
-            yield
-            edited = {name for name, b, version, value in buffers if b._version != version or not same_value(b, value)}
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for live, kept in containers:
-            live.clear()
-            (live.update if hasattr(live, "update") else live.extend)(kept)
-        with torch.no_grad():
-            for parameter, value in weights:
-                if not torch.equal(parameter, value):
-                    parameter.copy_(value)
-        for _, buffer, _, _ in buffers:
-            if buffer.grad_fn is not None:  # Its value is back; the graph that forward wrote into it is not wanted.
-                buffer.detach_()
-    if edits is not None:
-        edits.add(edited)
-
-
-@contextmanager
-def attributes_put_back(own: dict[str, Any]) -> Iterator[None]:
-    """Puts back an object's attributes, and the contents of those that are plain containers."""
-    before = dict(own)
-    containers = [(live, live.copy()) for live in containers_in(before.values())]
-    try:
-        yield
-    finally:
-        own.clear()
-        own.update(before)
-        for live, kept in containers:
-            live.clear()
-            (live.update if hasattr(live, "update") else live.extend)(kept)
-
-
-def containers_of(*modules: nn.Module) -> Iterator[Any]:
-    """Every plain container in the modules' attributes, their tables of hooks included, which a forward may extend."""
-    return containers_in(value for module in modules for value in module.__dict__.values())
 
 
 _NO_GRADIENT = (

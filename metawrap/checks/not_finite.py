@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metawrap.checks.first_look import unchanged
+from metawrap.engines.calling import autograd
 from metawrap.errors import DivergedError, MetaWrapError
-from metawrap.inner_loop.outcome import autograd, usable
+from metawrap.inner_loop.inner_loop import Point
+from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.results import Trouble
-from metawrap.tasks import Task, TaskBatch, tensors_in
+from metawrap.snapshot.module_state import unchanged
+from metawrap.tasks import Task, TaskBatch, device_of, tensors_in, usable
 
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
@@ -36,7 +38,7 @@ def find_trouble(learner: Any, batch: TaskBatch) -> list[Trouble]:
     for index, task in enumerate(batch):
         with autograd(True):
             learner._prepare(usable(task))
-        with autograd(True), unchanged(learner.model, learner._device):
+        with autograd(True), unchanged(learner.model, device_of(learner)):
             step, place = _first_place(learner, usable(task.map(Tensor.clone)), parameters)
         if place is not None:
             found.append(Trouble(index, task.classes, step, place))
@@ -47,11 +49,13 @@ def _first_place(learner: Any, task: Task, parameters: dict[str, nn.Parameter]) 
     for name in ("support_x", "support_y", "target_x", "target_y"):
         if not all(map(_finite, tensors_in(getattr(task, name)))):
             return None, f"{name} holds values"
-    step, place = _in_inner_loop(learner, task)
-    if place is not None:
-        return step, place
+    solver = learner._solver()
+    if isinstance(solver, TaskSolver):
+        step, place = _in_inner_loop(solver, learner, task)
+        if place is not None:
+            return step, place
     with _watched(learner.model) as seen:
-        loss = learner._solve(task, training=True, norm=learner.settings.norm, whole_graph=False).loss
+        loss = solver.solve(task, training=True, norm=learner.settings.norm, whole_graph=False).loss
     if seen:
         return None, f"on the target set, the output of {seen[0]}"
     if not _finite(loss):
@@ -61,19 +65,15 @@ def _first_place(learner: Any, task: Task, parameters: dict[str, nn.Parameter]) 
     return None, f"the meta-gradient of {_listed(bad)}" if bad else None
 
 
-def _in_inner_loop(learner: Any, task: Task) -> tuple[int | None, str | None]:
-    if not hasattr(learner, "_inner_step"):
-        return None, None
-    with autograd(False):
-        unroll = learner._unroll(task, True, learner.settings.norm)
-        rates, fast = learner.learning_rates.per_step(), learner._initial_weights(unroll)
-        state: dict[str, Any] = {}
-        for step in range(learner.settings.inner_steps):
-            with _watched(learner.model) as seen:
-                fast, state = learner._inner_step(fast, state, rates, step, unroll)
+def _in_inner_loop(solver: TaskSolver, learner: Any, task: Task) -> tuple[int | None, str | None]:
+    with autograd(False), _watched(learner.model) as seen:
+        loop = solver.loop(task, training=True, norm=learner.settings.norm)
+        start = Point(solver.initial_weights(loop), {})
+        examples = solver.inner_tasks(loop, learner.settings.inner_steps, training=True)
+        for step, point in enumerate(loop.inner_steps(start, examples)):
             if seen:
                 return step, f"the output of {seen[0]}"
-            if bad := [name for name, weight in fast.items() if not _finite(weight)]:
+            if bad := [name for name, weight in point.fast.items() if not _finite(weight)]:
                 return step, f"the update of {_listed(bad)}"
     return None, None
 

@@ -1,4 +1,4 @@
-"""Whether a model can be run for several tasks at once, found by doing so, with two tasks and nothing drawn."""
+"""Checks by a trial whether a model can run several tasks at once: with two tasks, and without random draws."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from metawrap.checks.first_look import containers_of
 from metawrap.engines import cannot
 from metawrap.engines.batched import DRAWS, ONCE
 from metawrap.engines.task_axis import DROPOUTS
 from metawrap.errors import UnsupportedModuleError
-from metawrap.surgery.copying import containers_in
+from metawrap.snapshot.module_state import ModuleState, slots_of
+from metawrap.surgery.copying import containers_in, enclosed
 from metawrap.tasks import Task, map_tensors
 
 
@@ -39,67 +38,36 @@ def _rolled(tensor: Tensor) -> Tensor:
 
 
 def refuse_impure(model: nn.Module, call: Callable[[], Any]) -> None:
-    """Checks that a call does no more than return its prediction, apart from filling a cache.
+    """Checks that a call has no side effect, apart from filling a cache.
 
-    What each call of the engine checks is refused by the engine; here is what would take too long each time.
+    The engine makes the quick checks at every call; the checks here would take too long each time.
 
     Args:
         call: runs the engine on one batch, without dropout.
     Raises:
-        UnsupportedModuleError: it does: once for all tasks, where it is due for each.
+        UnsupportedModuleError: it has a side effect, which would happen once for all tasks instead of for each.
     """
-    call()  # Fills what is filled at a first call.
-    before = _Traces(model)
+    call()  # Fills the caches that a first call fills.
+    named = list(model.named_modules())
+    before = ModuleState(named, containers="all", device=next(model.parameters()).device)
+    before.keep("a container that a hook writes to", _containers_of_hooks(model))
+    weights = slots_of(named, "_parameters", copies=False)
     call()
-    before.refuse_changes()
-
-
-class _Traces:
-    """What a forward may change besides attributes and buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        hooked = list(_containers_of_hooks(model))
-        self._containers = [(live, _items(live)) for live in [*containers_of(*model.modules()), *hooked]]
-        self._hooked = {id(container) for container in hooked}
-        self._versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
-        self._device = next(model.parameters()).device
-        self._drawn = self._torch_state()
-
-    def refuse_changes(self) -> None:
-        """Raises UnsupportedModuleError where something is not as it was."""
-        for live, kept in self._containers:
-            now = _items(live)
-            if len(now) != len(kept) or any(new is not old for new, old in zip(now, kept, strict=True)):
-                raise UnsupportedModuleError(cannot(f"each call of its forward changes {self._owner(live)}, {ONCE}"))
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{name}', {ONCE}"))
-        if not all(map(torch.equal, self._drawn, self._torch_state())):
-            raise UnsupportedModuleError(cannot(DRAWS))
-
-    def _owner(self, container: Any) -> str:
-        if id(container) in self._hooked:
-            return "a container that a hook writes to"
-        held = (path for path, m in self._model.named_modules() if any(container is c for c in containers_of(m)))
-        return f"a container of '{next(held) or 'the model itself'}'"
-
-    def _torch_state(self) -> list[Tensor]:
-        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
-
-
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
+    if changes := list(before.changes()):
+        raise UnsupportedModuleError(cannot(f"each call of its forward changes {changes[-1].name}, {ONCE}"))
+    if edited := [slot.name for slot in weights if slot.edited_in_place()]:
+        raise UnsupportedModuleError(cannot(f"its forward edits the parameter '{edited[0]}', {ONCE}"))
+    if before.generators.moved():
+        raise UnsupportedModuleError(cannot(DRAWS))
 
 
 def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
-    """Those that hooks enclose, or hold as objects: where features are kept."""
+    """The containers that hooks enclose or hold as objects, where users keep features."""
     found: list[Any] = []
     for module in model.modules():
         for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
             function = getattr(hook, "__func__", hook)
-            found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+            found += enclosed(function)
             holder = getattr(hook, "__self__", hook)
             found += () if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {}).values()
             if isinstance(hook, partial):
@@ -107,16 +75,9 @@ def _containers_of_hooks(model: nn.Module) -> Iterator[Any]:
     return containers_in(found)
 
 
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout of torch's modules and functions leaves everything as it is; for a look, which puts flags back."""
+    """Switches off the dropout of torch's modules and functions, for a check."""
     modules = list(model.modules())
     # Not in eval mode: cuDNN's recurrent networks have no gradient there.
     changes: list[tuple[nn.Module, str, Any]] = [

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapError, TaskError
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.tasks import Task, describe_value, tensors_in
+from metawrap.results import ignored_label
+from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, same_device, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
 
@@ -34,6 +34,18 @@ _MISFIT = re.compile(
     r"|more than 1 spatial element|[Cc]omplex"
 )
 _MISCALL = re.compile(r"positional arguments?\b|unexpected keyword argument")
+
+
+def checked_batch(task_batch: Any, loss_fn: Any, device: torch.device) -> TaskBatch:
+    """A task batch in any accepted form, read and checked.
+
+    Raises:
+        TaskError: it has the wrong form, shapes, labels or device.
+    """
+    batch = as_task_batch(task_batch)
+    same_device(batch, device)
+    check_labels(batch, loss_fn)
+    return batch
 
 
 def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:

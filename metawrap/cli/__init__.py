@@ -1,4 +1,4 @@
-"""The command line: flags to calls."""
+"""The command line. From top to bottom: commands -> data_check, arguments, flags_to_settings."""
 
 from metawrap.cli.commands import main
 

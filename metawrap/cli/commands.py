@@ -1,7 +1,7 @@
 """The command line: flags -> RunSettings -> training, and errors -> one line with the fix.
 
-Exit codes: 0 done, 1 an error that nobody foresaw, 2 one that metawrap explains, 130 stopped by Ctrl-C or SIGTERM,
-141 nobody reads the output any more, as in `metawrap inspect ... | head`.
+Exit codes: 0 done, 1 an unexpected error, 2 an error that metawrap explains, 130 stopped by Ctrl-C or SIGTERM, 141 the
+reader of the output is gone, as in `metawrap inspect ... | head`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
-from metawrap.cli.given import flags_in, is_given, out_in, recipe_in, settings_in
-from metawrap.cli.report import write_report
+from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in
 from metawrap.errors import ArgumentError, MetaWrapError, RankError
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
+from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
-from metawrap.training.comparison import compare, settings_of
+from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.inspection import inspect_model
-from metawrap.training.launch import by_first, process_group, rank, size
 from metawrap.training.machine import command_line, program
 from metawrap.training.progress import quiet, say
 from metawrap.training.run import evaluate_run, train, train_seeds
@@ -39,27 +38,36 @@ from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import NORMS
 from metawrap.training.study import run_study, study_table
 from metawrap.training.tables import comparison_table, result_text
+from metawrap.training.torchrun import on_rank_zero, process_group, rank, world_size
 
-INTERRUPTED = 130
-UNREAD = 141
-UNEXPECTED = 1
-FAILED = 2
+UNEXPECTED, FAILED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="color-scheme" content="light dark"><title>metawrap inspect</title></head>
+<body style="margin: 2em; font-family: system-ui, sans-serif">{table}</body></html>
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; `argv` defaults to the process's own arguments."""
+    """Runs one command and returns the exit code; `argv` defaults to the arguments of the process.
+
+    >>> main(["train", "--ways", "1"])
+    2
+    """
     arguments = build_parser().parse_args(argv)
-    if os.getcwd() not in sys.path:  # so that --model finds a file in the current folder, as `python -m` does
+    if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
         sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line(), quiet(arguments.quiet):
         try:
-            _check_processes(arguments.command)
+            if world_size() > 1 and arguments.command != "train":
+                raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
             with process_group():
                 command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python's own last flush complains.
+            # The last flush of Python would print an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments), error=True)
@@ -72,11 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_processes(command: str) -> None:
-    if size() > 1 and command != "train":
-        raise ArgumentError(f"metawrap {command} runs in one process: start it without torchrun.")
-
-
 def _say_error(error: Exception) -> None:
     text = str(error)
     if not isinstance(error, MetaWrapError):
@@ -84,22 +87,19 @@ def _say_error(error: Exception) -> None:
         text += ". This is a bug in metawrap or in a library: run again with -v for the traceback, and report it."
     if rank() == 0:
         say(f"Error: {text}", error=True)
-    elif not isinstance(error, RankError):  # Whoever failed first has said why.
+    elif not isinstance(error, RankError):  # Rank 0 has printed the cause.
         print(f"Error on rank {rank()}: {text}", file=sys.stderr, flush=True)
 
 
 def _train(arguments: Namespace) -> None:
     out, recipe = out_in(arguments), recipe_in(arguments)
     if recipe is not None and recipe.runs:
-        _study(arguments, recipe, out)
-        return
-    start, stored_seeds = None, None
-    if stored := by_first(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None):
-        start, stored_seeds = stored
-    settings = settings_in(arguments, start, recipe)
-    seeds = arguments.seeds or stored_seeds
-    if seeds is None and stored is None and recipe is not None and not is_given(arguments, "seed"):
-        seeds = recipe.seeds
+        return _study(arguments, recipe, out)
+    stored = on_rank_zero(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None)
+    start, seeds = stored or (None, None)
+    if stored is None and recipe is not None and not is_given(arguments, "seed"):
+        seeds = None if recipe.seeds is None else list(recipe.seeds)
+    settings, seeds = settings_in(arguments, start, recipe), arguments.seeds or seeds
     if seeds is None:
         result = train(settings, out, arguments.resume, arguments.tensorboard)
     else:
@@ -109,7 +109,7 @@ def _train(arguments: Namespace) -> None:
 
 
 def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
-    if size() > 1:
+    if world_size() > 1:
         raise ArgumentError("metawrap train on a study starts processes of its own: start it without torchrun.")
     if is_given(arguments, "method"):
         raise ArgumentError("method: is what a study compares. Leave it out, or train one of its runs.")
@@ -126,9 +126,9 @@ def _recipes(arguments: Namespace) -> None:
 
 def _compare(arguments: Namespace) -> None:
     overrides: dict[str, dict[str, Any]] = {}
-    for method, name, value in arguments.overrides:
+    for method, name, value in getattr(arguments, "overrides", []):
         overrides.setdefault(method, {})[name] = value
-    runs = settings_of(arguments.methods, settings_in(arguments), arguments.budget, overrides)
+    runs = settings_by_method(arguments.methods, settings_in(arguments), arguments.budget, overrides)
     result = compare(runs, arguments.out, arguments.jobs)
     print(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {Path(arguments.out) / 'comparison.md'}")
 
@@ -144,24 +144,30 @@ def _inspect(arguments: Namespace) -> None:
     description = inspect_model(settings_in(arguments), arguments.input_shape)
     if arguments.html is not None:
         _write_page(Path(arguments.html), description)
-    console = Console()
     if arguments.json:
         print(json.dumps(description.to_dict(), indent=2))
-    elif console.is_terminal:
-        console.print(description)
     else:
-        print(description)
+        console = Console()
+        (console.print if console.is_terminal else print)(description)
 
 
 def _write_page(path: Path, description: Description) -> None:
-    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>metawrap inspect</title>'
-    body = f'<body style="margin: 2em; font-family: system-ui, sans-serif">{description._repr_html_()}</body>'
+    page = _PAGE.format(table=description._repr_html_())
     try:
-        path.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
             f"html: cannot write '{path}' ({error.strerror}). Name a file in a folder of yours."
         ) from error
+
+
+def _report(arguments: Namespace) -> None:
+    groups = gather([Path(run) for run in arguments.runs])
+    page = Path(arguments.out) if arguments.out is not None else Path(arguments.runs[0]) / "report.html"
+    write_report_page(groups, page)
+    print(f"Report: {page}")
+    for path in draw_report_pictures(groups, Path(arguments.png)) if arguments.png is not None else ():
+        print(f"Picture: {path}")
 
 
 _COMMANDS = {
@@ -169,7 +175,7 @@ _COMMANDS = {
     "compare": _compare,
     "evaluate": _evaluate,
     "inspect": _inspect,
-    "report": write_report,
+    "report": _report,
     "data": run_data_check,
     "recipes": _recipes,
 }
@@ -181,9 +187,9 @@ def _stopped(arguments: Namespace) -> str:
     if arguments.command != "train":
         return "Stopped."
     out = out_in(arguments)
-    if any(out.glob("*/run.json")) and not (out / "run.json").exists():
-        return f"Stopped. Finished epochs are saved; continue with the same command and --resume: {command_line()}"
     if not (out / "run.json").exists():
+        if any(out.glob("*/run.json")):  # A study.
+            return f"Stopped. Finished epochs are saved; continue with the same command and --resume: {command_line()}"
         return "Stopped before the first meta-step; nothing was written."
     settings, seeds = read_run(out)
     finished = max(CheckpointFolder(out / "checkpoints", 1, 1).epochs(), default=0)
@@ -193,21 +199,21 @@ def _stopped(arguments: Namespace) -> str:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM, which job schedulers send before they kill, stop a run as Ctrl-C does.
+    """Lets SIGTERM, which job schedulers send before SIGKILL, stop a run as Ctrl-C does.
 
-    Only the first interrupt counts: torchrun sends SIGTERM to processes that a Ctrl-C has reached already.
+    Only the first interrupt counts: torchrun sends SIGTERM after a Ctrl-C that has reached the processes already.
     """
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # A shell's background job ignores Ctrl-C, and goes on doing so.
+    # A background job of a shell ignores Ctrl-C and keeps ignoring it.
     numbers = [signal.SIGTERM]
     numbers += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     try:
         before = {number: signal.signal(number, interrupt) for number in numbers}
-    except ValueError:  # only the main thread may set handlers
+    except ValueError:  # Only the main thread may set handlers.
         yield
         return
     try:
@@ -219,7 +225,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """A warning as a plain line, without the place in metawrap's source that it came from."""
+    """Prints a warning as one plain line, without its place in the source of metawrap."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
         yield

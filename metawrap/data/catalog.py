@@ -1,4 +1,4 @@
-"""load_data: one word, or a path, to a data set."""
+"""load_data: a name or a path -> the loader of that data set -> DataSplits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from metawrap.data.cifar import load_cifar_fs, load_fc100
 from metawrap.data.cub import load_cub
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
+from metawrap.data.image_sets import DataSplits
 from metawrap.data.mini_imagenet import load_mini_imagenet
 from metawrap.data.omniglot import load_omniglot
-from metawrap.data.splits import DataSplits
 from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.errors import ArgumentError, DataError
 
@@ -27,22 +27,26 @@ DATASETS: dict[str, Callable[..., DataSplits]] = {
     "omniglot": load_omniglot,
     "tieredimagenet": load_tiered_imagenet,
 }
-# What can be downloaded, with download=True.
+# The data sets that download=True fetches.
 DOWNLOADED = frozenset({"cifar-fs", "fc100", "omniglot"})
-# What the published experiments with photographs do; characters, and your own images, stay in [0, 1].
+# The normalisation of published experiments with photographs; other images stay in [0, 1].
 _NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub": "imagenet"}
 
 
 def load_data(name_or_path: str | Path, root: str | Path | None = None, **options: Any) -> DataSplits:
     """A named data set, or a folder of class folders.
 
+        >>> splits = load_data("glyphs", classes=(6, 2, 3))
+        >>> [part.num_classes for part in splits]
+        [6, 2, 3]
+
     Args:
         name_or_path: a name in `DATASETS`, or the path of a folder for `load_image_folder`. A name wins over a folder
             of the same name; write "./omniglot" for the folder.
-        root: where the files of a named data set lie; "glyphs" has none.
+        root: the place of a named data set's files; "glyphs" has none.
         options: passed on to load_omniglot, load_mini_imagenet, load_image_folder, ...
     Raises:
-        ArgumentError: an option or a root that the data set does not take, or one that it needs.
+        ArgumentError: an option or a root that the data set does not take, or a missing root.
         DataError: no data set and no folder has this name, or loading it failed.
     """
     name = str(name_or_path)
@@ -61,12 +65,16 @@ def load_data(name_or_path: str | Path, root: str | Path | None = None, **option
 
 
 def normalisation_of(name: str) -> str | None:
-    """How published experiments normalise this data set, for `EpisodeSampler(normalise=...)`; None: not at all."""
+    """The normalisation of this data set in published experiments, for `EpisodeSampler(normalise=...)`.
+
+    >>> normalisation_of("cub"), normalisation_of("omniglot")
+    ('imagenet', None)
+    """
     return _NORMALISED.get(name)
 
 
 def advice(name: str) -> str:
-    """What to do about a name that is no data set: the nearest one, if there is any."""
+    """Advice about a name that is no data set: the nearest known name, if there is one."""
     near = difflib.get_close_matches(name.lower().replace("_", "-"), list(DATASETS), n=1, cutoff=0.5)
     if near:
         return f"Did you mean '{near[0]}'?"

@@ -1,8 +1,8 @@
 """CIFAR-FS and FC100: the 100 classes of CIFAR-100, 600 images each, 32 x 32, in two published splits by class.
 
-Sources. CIFAR-100: Krizhevsky 2009, read from torchvision's files (cifar-100-python: train, test, meta; the pickles are
-not run). CIFAR-FS: Bertinetto et al. 2019, arXiv:1805.08136, 64 / 16 / 20 classes drawn at random. FC100: Oreshkin et
-al. 2018, arXiv:1805.10123, whole superclasses: 12 / 4 / 4 of them, so 60 / 20 / 20 classes.
+Sources. CIFAR-100: Krizhevsky 2009, in torchvision's files (cifar-100-python: train, test, meta). CIFAR-FS: Bertinetto
+et al. 2019, arXiv:1805.08136, 64 / 16 / 20 classes drawn at random. FC100: Oreshkin et al. 2018, arXiv:1805.10123,
+whole superclasses: 12 / 4 / 4 of them, so 60 / 20 / 20 classes.
 
 The lists below were compared with two public copies each. CIFAR-FS: the split files of torchmeta, and for the training
 classes a second list; with these, the three parts hold each of the 100 classes once. FC100: torchmeta's lists of
@@ -12,9 +12,8 @@ The authors' own files were not at hand.
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +21,42 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metawrap.data.arrays import ArrayPixels
-from metawrap.data.checks import check_int
-from metawrap.data.mini_imagenet import numbered_labels, texts
-from metawrap.data.omniglot import cache_folder
-from metawrap.data.pickled_array import PickledArray
+from metawrap.data.cached_labels import texts, whole_numbers, with_text_keys
+from metawrap.data.downloads import locate
+from metawrap.data.image_sets import DataSplits, StreamedImages
 from metawrap.data.pickles import read_pickle
-from metawrap.data.splits import DataSplits
-from metawrap.data.streamed import StreamedImages
-from metawrap.data.tarred import read_members
+from metawrap.data.pixel_sources import ArrayPixels
+from metawrap.data.problems import check_int
+from metawrap.data.stored_arrays import StoredArray
+from metawrap.data.tar_members import read_members
 from metawrap.errors import DataError
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _lists(**parts: str) -> dict[str, tuple[str, ...]]:
+    return {part: tuple(names.split()) for part, names in parts.items()}
 
 
-CIFAR_FS = {
-    "train": _names("""
+CIFAR_FS = _lists(
+    train="""
         apple aquarium_fish bear bee bottle bowl boy bridge bus can castle caterpillar chair clock cloud cockroach couch
         cup dinosaur dolphin elephant forest girl hamster house kangaroo keyboard lawn_mower lion lizard lobster
         mountain mouse mushroom oak_tree orange orchid palm_tree pear pine_tree plate porcupine possum rabbit raccoon
         ray road seal shrew skunk skyscraper snake spider squirrel streetcar sunflower tank tiger train trout tulip
-        turtle willow_tree wolf"""),
-    "validation": _names("""
+        turtle willow_tree wolf""",
+    validation="""
         beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark
-        television tractor"""),
-    "test": _names("""
+        television tractor""",
+    test="""
         baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper table
-        telephone wardrobe whale woman worm"""),
-}
-FC100 = {  # superclasses
-    "train": _names("""
+        telephone wardrobe whale woman worm""",
+)
+FC100 = _lists(  # superclasses
+    train="""
         fish flowers food_containers fruit_and_vegetables household_electrical_devices household_furniture
-        large_man-made_outdoor_things large_natural_outdoor_scenes reptiles trees vehicles_1 vehicles_2"""),
-    "validation": _names("large_carnivores large_omnivores_and_herbivores non-insect_invertebrates small_mammals"),
-    "test": _names("aquatic_mammals insects medium_mammals people"),
-}
+        large_man-made_outdoor_things large_natural_outdoor_scenes reptiles trees vehicles_1 vehicles_2""",
+    validation="large_carnivores large_omnivores_and_herbivores non-insect_invertebrates small_mammals",
+    test="aquatic_mammals insects medium_mammals people",
+)
 SIDE = 32
 MAX_FILE_BYTES = 2**28  # the real `train` has 155 MB
 _FOLDER, _ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
@@ -66,8 +64,21 @@ _FILES = ("meta", "train", "test")
 _HOW_TO_GET = f"Pass root=<{_ARCHIVE}, the folder {_FOLDER}, or the folder that holds one of them>, or download=True."
 
 
+@dataclass
+class _Cifar100:
+    """All images of train and then test: their pixels, and the numbers of their classes and superclasses."""
+
+    class_names: tuple[str, ...]
+    superclass_names: tuple[str, ...]
+    classes: NDArray[np.int64]
+    superclasses: NDArray[np.int64]
+    pixels: ArrayPixels
+
+
 def load_cifar_fs(root: str | Path | None = None, *, image_size: int = SIDE, download: bool = False) -> DataSplits:
     """CIFAR-FS: 64 classes to train on, 16 to validate, 20 to test, 600 images each, in memory (180 MB).
+
+        >>> train, validation, test = load_cifar_fs("path/to/cifar-100-python.tar.gz")  # doctest: +SKIP
 
     Args:
         root: cifar-100-python.tar.gz, the folder cifar-100-python, or the folder that holds one of them.
@@ -77,83 +88,73 @@ def load_cifar_fs(root: str | Path | None = None, *, image_size: int = SIDE, dow
         ArgumentError: image_size is no integer of at least 1.
         DataError: the files are missing, unsafe or broken, or a class of the split is not in them.
     """
-    fine, _, labels, _, pixels = _read(root, image_size, download)
-    return _splits(CIFAR_FS, fine, labels, pixels, "CIFAR-100, split of CIFAR-FS")
+    return _splits(_read(root, image_size, download), CIFAR_FS, "CIFAR-100, split of CIFAR-FS")
 
 
 def load_fc100(root: str | Path | None = None, *, image_size: int = SIDE, download: bool = False) -> DataSplits:
     """FC100: 60 classes to train on, 20 to validate, 20 to test, of different superclasses, in memory (180 MB).
 
-    Args, Raises: as `load_cifar_fs`.
+        >>> train, validation, test = load_fc100("path/to/cifar-100-python.tar.gz")  # doctest: +SKIP
+
+    Args, Raises: as for `load_cifar_fs`.
     """
-    fine, coarse, labels, superclasses, pixels = _read(root, image_size, download)
-    known = dict(enumerate(fine))
+    cifar = _read(root, image_size, download)
     groups: dict[str, list[str]] = {}
     for part, names in FC100.items():
-        if absent := [name for name in names if name not in coarse]:
+        if absent := [name for name in names if name not in cifar.superclass_names]:
             raise DataError(f"CIFAR-100's meta has no superclass '{absent[0]}', which FC100 needs. {_HOW_TO_GET}")
-        numbers = [coarse.index(name) for name in names]
-        groups[part] = [known[int(label)] for label in np.unique(labels[np.isin(superclasses, numbers)])]
-    return _splits(groups, fine, labels, pixels, "CIFAR-100, split of FC100")
+        numbers = [cifar.superclass_names.index(name) for name in names]
+        chosen = np.unique(cifar.classes[np.isin(cifar.superclasses, numbers)])
+        groups[part] = [cifar.class_names[number] for number in chosen]
+    return _splits(cifar, groups, "CIFAR-100, split of FC100")
 
 
-def _splits(
-    groups: Mapping[str, Sequence[str]],
-    fine: Sequence[str],
-    labels: NDArray[np.int64],
-    pixels: ArrayPixels,
-    origin: str,
-) -> DataSplits:
+def _splits(cifar: _Cifar100, groups: Mapping[str, Sequence[str]], origin: str) -> DataSplits:
     parts = []
     for names in groups.values():
-        if absent := [name for name in names if name not in fine or not (labels == fine.index(name)).any()]:
+        known = [cifar.class_names.index(name) if name in cifar.class_names else -1 for name in names]
+        places = [np.flatnonzero(cifar.classes == number) for number in known]
+        if absent := [name for name, own in zip(names, places, strict=True) if not len(own)]:
             raise DataError(f"CIFAR-100's files hold no image of '{absent[0]}', which the split needs. {_HOW_TO_GET}")
-        places = [np.flatnonzero(labels == fine.index(name)) for name in names]
-        own = torch.arange(len(names)).repeat_interleave(torch.tensor([len(each) for each in places]))
-        part = StreamedImages(pixels, own, tuple(names), pixels.shape, origin, np.concatenate(places))
+        labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in places]))
+        pixels = cifar.pixels
+        part = StreamedImages(pixels, labels, tuple(names), pixels.shape, origin, np.concatenate(places))
         parts.append(part.in_memory())
     return DataSplits(*parts)
 
 
-def _read(
-    root: str | Path | None, image_size: int, download: bool
-) -> tuple[tuple[str, ...], tuple[str, ...], NDArray[np.int64], NDArray[np.int64], ArrayPixels]:
-    """Names of classes and superclasses; of each image of train and then test its class and superclass; the pixels."""
+def _read(root: str | Path | None, image_size: int, download: bool) -> _Cifar100:
     check_int("image_size", image_size, 1)
     contents = _contents(_locate(root, download))
     meta = _dict_of(contents["meta"], "meta", ("fine_label_names", "coarse_label_names"))
-    names = []
-    for key in ("fine_label_names", "coarse_label_names"):
-        if not isinstance(meta[key], list) or len(set(texts(meta[key]))) != len(meta[key]):
+    for key, value in meta.items():
+        if not isinstance(value, list) or len(set(texts(value))) != len(value):
             raise DataError(f"CIFAR-100's meta: expected {key} to be a list of different names. {_HOW_TO_GET}")
-        names.append(texts(meta[key]))
-    arrays: list[NDArray[np.uint8]] = []
-    fine: list[NDArray[np.int64]] = []
-    coarse: list[NDArray[np.int64]] = []
+    names = {"fine_labels": texts(meta["fine_label_names"]), "coarse_labels": texts(meta["coarse_label_names"])}
+    images: list[NDArray[np.uint8]] = []
+    labels: dict[str, list[NDArray[np.int64]]] = {key: [] for key in names}
     for file in ("train", "test"):
-        batch = _dict_of(contents[file], file, ("data", "fine_labels", "coarse_labels"))
-        arrays.append(_images(batch["data"], file))
-        for labels, key, known in ((fine, "fine_labels", names[0]), (coarse, "coarse_labels", names[1])):
-            labels.append(numbered_labels(batch[key], len(arrays[-1]), Path(file)))
-            if labels[-1].max() >= len(known):
-                raise DataError(
-                    f"CIFAR-100's {file}: {key} has {labels[-1].max()}, but meta names {len(known)} classes."
-                )
-    pixels = ArrayPixels(np.concatenate(arrays), image_size, _FOLDER)
-    return names[0], names[1], np.concatenate(fine), np.concatenate(coarse), pixels
+        batch = _dict_of(contents[file], file, ("data", *names))
+        images.append(_images(batch["data"], file))
+        for key, known in names.items():
+            labels[key].append(whole_numbers(batch[key], len(images[-1]), f"{_FOLDER}/{file}"))
+            if (largest := labels[key][-1].max()) >= len(known):
+                raise DataError(f"CIFAR-100's {file}: {key} has {largest}, but meta names {len(known)} classes.")
+    pixels = ArrayPixels(np.concatenate(images), image_size, _FOLDER)
+    fine, coarse = (np.concatenate(labels[key]) for key in names)
+    return _Cifar100(names["fine_labels"], names["coarse_labels"], fine, coarse, pixels)
 
 
 def _dict_of(content: bytes | Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
-    found = read_pickle(content, f"{_FOLDER}/{name}")
-    # Written by Python 2, so the keys are text in latin-1; written anew by Python 3, they may be bytes.
-    given = {texts([key])[0]: value for key, value in found.items()} if isinstance(found, dict) else {}
+    # Python 2 wrote these files, so the keys are text in latin-1; files rewritten by Python 3 may have bytes.
+    given = with_text_keys(read_pickle(content, f"{_FOLDER}/{name}"))
     if missing := [key for key in keys if key not in given]:
         raise DataError(f"'{_FOLDER}/{name}': expected a dict with '{missing[0]}', but it has none. {_HOW_TO_GET}")
-    return given
+    return {key: given[key] for key in keys}
 
 
 def _images(array: Any, file: str) -> NDArray[np.uint8]:
-    rows = array.read() if isinstance(array, PickledArray) else None
+    rows = array.read() if isinstance(array, StoredArray) else None
     if rows is None or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3 * SIDE * SIDE:
         raise DataError(f"'{_FOLDER}/{file}': expected data as uint8 of shape (images, 3072). {_HOW_TO_GET}")
     return rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
@@ -162,24 +163,15 @@ def _images(array: Any, file: str) -> NDArray[np.uint8]:
 def _contents(place: Path) -> dict[str, bytes | Path]:
     if place.is_dir():
         return {name: place / name for name in _FILES}
-    try:
-        found = read_members(place, [f"{_FOLDER}/{name}" for name in _FILES], MAX_FILE_BYTES)
-    except (gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"'{place}' cannot be read: {error}. Get a fresh copy of it.") from error
+    found = read_members(place, [f"{_FOLDER}/{name}" for name in _FILES], MAX_FILE_BYTES)
     return {name: found[f"{_FOLDER}/{name}"] for name in _FILES}
 
 
 def _locate(root: str | Path | None, download: bool) -> Path:
-    base = cache_folder() if root is None else Path(root).expanduser()
-    for candidate in (base / _FOLDER, base, base / _ARCHIVE):
-        if candidate.is_file() or all((candidate / name).is_file() for name in _FILES):
-            return candidate
-    if not download or base.suffix in (".gz", ".tgz", ".tar"):
-        raise DataError(f"CIFAR-100 was not found at '{base}'. {_HOW_TO_GET}")
-    from torchvision.datasets import CIFAR100  # slow to import, and needed only here
+    def fetch(folder: str) -> None:
+        from torchvision.datasets import CIFAR100  # slow to import, and needed only here
 
-    try:
-        CIFAR100(str(base), download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"CIFAR-100 could not be downloaded into '{base}': {error}. {_HOW_TO_GET}") from error
-    return base / _FOLDER
+        CIFAR100(folder, download=True)
+
+    complete = lambda folder: all((folder / name).is_file() for name in _FILES)  # noqa: E731
+    return locate(root, "CIFAR-100", _FOLDER, _ARCHIVE, complete, fetch if download else None, _HOW_TO_GET)

@@ -1,8 +1,6 @@
-"""One episode as a picture: a row for each class, its support images left, its target images right."""
+"""One episode as a picture: a row for each class, support images on the left, target images on the right."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,10 +13,14 @@ _INK, _FAINT, _PAPER = (25, 30, 36), (120, 128, 138), (255, 255, 255)
 
 
 def contact_sheet(sampler: EpisodeSampler, index: int = 0) -> Image.Image:
-    """The first task of the sampler's batch with this number; images are shown as drawn, so leave `normalise` out.
+    """The first task of the sampler's batch `index`; the sampler must not normalise.
+
+        >>> from metawrap.data import load_glyphs
+        >>> contact_sheet(EpisodeSampler(load_glyphs((6, 2, 3)).train, ways=3)).size
+        (388, 306)
 
     Raises:
-        DataError: an image of it cannot be read.
+        DataError: an image of the task cannot be read.
     """
     task = sampler.batch(index)[0]
     names = [sampler.images.class_names[number % sampler.images.num_classes] for number in task.classes or ()]
@@ -40,7 +42,7 @@ def contact_sheet(sampler: EpisodeSampler, index: int = 0) -> Image.Image:
     return sheet
 
 
-def _paste(sheet: Image.Image, images: Sequence[Tensor] | Tensor, left: int, top: int) -> None:
+def _paste(sheet: Image.Image, images: Tensor, left: int, top: int) -> None:
     for place, image in enumerate(images):
         pixels = np.asarray((image * 255).round().byte().cpu().permute(1, 2, 0))
         pixels = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]

@@ -1,24 +1,21 @@
 """CUB: 200 species of birds, 11,788 images; images.txt and classes.txt -> classes -> split -> pixels.
 
 Source: Wah et al. 2011, Caltech-UCSD Birds-200-2011. The split is that of Chen et al. 2019 (A Closer Look at Few-shot
-Classification, arXiv:1904.04232), which their code makes by a rule, and torchmeta's lists agree with it: with classes
-numbered from 0 in the order of their names, even ones train (100), those of remainder 1 by 4 validate (50), those of
-remainder 3 test (50). Other papers have other splits: name one with `split`.
+Classification, arXiv:1904.04232). Their code makes it by a rule, and torchmeta's lists agree with the rule: classes are
+numbered from 0 in the order of their names; even numbers train (100), those of remainder 1 by 4 validate (50), those of
+remainder 3 test (50). Other papers have other splits; pass these as `split`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from metawrap.data.checks import check_int
-from metawrap.data.class_split import MAX_TEXT_BYTES, GivenSplit, decoded, split_as_given
-from metawrap.data.decode import Decoding, file_classes
-from metawrap.data.folder import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
-from metawrap.data.sources import ImageSource, check_name, source_at
-from metawrap.data.splits import DataSplits, as_splits
+from metawrap.data.class_split import GivenSplit, split_as_given
+from metawrap.data.image_files import ImageFiles, check_name, files_at
+from metawrap.data.image_sets import DataSplits, as_splits
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
+from metawrap.data.problems import check_int
+from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 
 _FOLDER = "CUB_200_2011"
@@ -34,54 +31,53 @@ def load_cub(
 ) -> DataSplits:
     """CUB-200-2011, whole images; bounding boxes and the data set's own split by image are not used.
 
+        >>> train, validation, test = load_cub("path/to/CUB_200_2011")  # doctest: +SKIP
+
     Args:
-        root: the folder CUB_200_2011, the one that holds it, or a zip of it.
+        root: the folder CUB_200_2011, its parent, or a zip of it.
         split: "closer-look", the rule of Chen et al. above; or the names of the classes, as for `load_image_folder`.
-        image_size: images are squeezed to this many pixels on either side (Lanczos).
-        stream: read images when they are drawn (True), all now (False), or, by default, whichever suits the memory.
+        image_size, stream: as for `load_image_folder`.
     Raises:
-        ArgumentError: image_size or split is not of these.
-        DataError: the files are missing, unsafe or broken, or too few classes; names the file.
+        ArgumentError, DataError: as `load_image_folder`; or an unsafe or broken file.
     """
     check_int("image_size", image_size, 1)
     base = Path(root).expanduser()
     base = base / _FOLDER if (base / _FOLDER).is_dir() else base
     if not base.exists():
         raise DataError(f"CUB was not found at '{base}'. {_HOW_TO_GET}")
-    source = source_at(base, MAX_IMAGE_BYTES)
-    classes = _classes(source, f"{_FOLDER}/" if base.is_file() else "")
+    files = files_at(base, MAX_IMAGE_BYTES)
+    classes = _classes(files, f"{_FOLDER}/" if base.is_file() else "")
     names = list(classes)
-    rule = [names[0::2], names[1::4], names[3::4]]
-    parts = rule if split == "closer-look" else split_as_given(names, split)
+    rule = split == "closer-look"
+    parts = [names[0::2], names[1::4], names[3::4]] if rule else split_as_given(names, split)
     if not all(parts):
         raise DataError(f"CUB: {len(names)} classes are too few for the split of Chen et al.; 4 are needed.")
-    decoding = Decoding(image_size, False, Image.Resampling.LANCZOS, MAX_IMAGE_PIXELS)
-    origin = f"CUB-200-2011, split {'of Chen et al. 2019' if split == 'closer-look' else 'by name'}"
-    streamed = [file_classes(source, {name: classes[name] for name in part}, decoding, origin) for part in parts]
-    return as_splits(streamed, stream)
+    origin = f"CUB-200-2011, split {'of Chen et al. 2019' if rule else 'by name'}"
+    chosen = ({name: classes[name] for name in part} for part in parts)
+    return as_splits([file_classes(files, part, Decoding(image_size), origin) for part in chosen], stream)
 
 
-def _classes(source: ImageSource, prefix: str) -> dict[str, list[str]]:
+def _classes(files: ImageFiles, prefix: str) -> dict[str, list[str]]:
     """Class name -> its files, classes in the order of their names."""
-    images, labels, classes = (dict(_table(source, prefix + name)) for name in _TABLES)
-    files: dict[str, list[str]] = {name: [] for name in sorted(classes.values())}
+    images, labels, classes = (_table(files, prefix + name) for name in _TABLES)
+    found: dict[str, list[str]] = {name: [] for name in sorted(classes.values())}
     for number, image in images.items():
         check_name(image, "'images.txt'")
         if labels.get(number) not in classes:
             raise DataError(f"image_class_labels.txt has no known class for image {number}, '{image}'. {_HOW_TO_GET}")
-        files[classes[labels[number]]].append(f"{prefix}images/{image}")
-    if empty := [name for name, own in files.items() if not own]:
+        found[classes[labels[number]]].append(f"{prefix}images/{image}")
+    if empty := [name for name, own in found.items() if not own]:
         raise DataError(f"images.txt has no image of '{empty[0]}'. {_HOW_TO_GET}")
-    return {name: sorted(own) for name, own in files.items()}
+    return {name: sorted(own) for name, own in found.items()}
 
 
-def _table(source: ImageSource, name: str) -> Sequence[tuple[str, str]]:
-    """Lines of a number and a value."""
-    text = decoded(source.read(name)[: MAX_TEXT_BYTES + 1], name)
-    rows = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    for number, row in enumerate(rows, start=1):
+def _table(files: ImageFiles, name: str) -> dict[str, str]:
+    """The lines of a table, each a number and a value."""
+    rows = [line.split(maxsplit=1) for line in decoded(files.read(name), name).splitlines() if line.strip()]
+    for place, row in enumerate(rows, start=1):
         if len(row) != 2:
-            raise DataError(f"'{name}' line {number}: expected a number and a value, but got '{row[0][:60]}'.")
-    if len({row[0] for row in rows}) != len(rows):
+            raise DataError(f"'{name}' line {place}: expected a number and a value, but got '{row[0][:60]}'.")
+    table = {number: value.strip() for number, value in rows}
+    if len(table) != len(rows):
         raise DataError(f"'{name}' has a number twice. {_HOW_TO_GET}")
-    return [(row[0], row[1].strip()) for row in rows]
+    return table

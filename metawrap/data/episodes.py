@@ -1,4 +1,4 @@
-"""EpisodeSampler: (seed, index) -> classes -> images -> one gather -> rotation -> TaskBatch.
+"""EpisodeSampler: (seed, index) -> classes -> places of images -> one gather -> rotation -> TaskBatch.
 
 A batch is a pure function of the seed and its index: a run resumes from an index alone, and no global random number
 generator is read or moved.
@@ -8,50 +8,59 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metawrap.data.checks import check_int, check_switch
-from metawrap.data.drawing import ROTATIONS, Drawn, EpisodeDraws
-from metawrap.data.images import LabelledImages
+from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
-from metawrap.data.splits import ImageSet
-from metawrap.data.streamed import Pixels, StreamedImages
-from metawrap.errors import ArgumentError, DataError
-from metawrap.tasks import TaskBatch, describe_value
+from metawrap.data.problems import check_int, wrong_argument
+from metawrap.data.random_stream import Ints, RandomStream
+from metawrap.errors import DataError
+from metawrap.settings.settings import check_switch
+from metawrap.tasks import TaskBatch
+
+ROTATIONS = 4
 
 
 class EpisodeSampler:
     """Draws balanced few-shot tasks of `ways` classes, with `shots` support and `targets` target images of each.
 
-    No class and no image is repeated inside a task, and which class gets which label is random. `rotations=True` turns
-    each class into four, one per quarter turn; two turns of one character may meet in a task (the protocol of Antoniou
-    et al. 2018, arXiv:1810.09502, after Santoro et al. 2016, arXiv:1605.06065).
+        >>> from metawrap.data import load_glyphs
+        >>> sampler = EpisodeSampler(load_glyphs((6, 2, 3)).train, ways=5, shots=1, targets=3, tasks_per_batch=4)
+        >>> sampler.batch(0)[0].support_x.shape
+        torch.Size([5, 1, 28, 28])
+        >>> len(list(sampler.batches(10)))
+        10
+
+    No class and no image is repeated inside a task, and the label of each class is random. `rotations=True` turns each
+    class into four, one per quarter turn; two turns of one character may meet in a task (the protocol of Antoniou et
+    al. 2018, arXiv:1810.09502, after Santoro et al. 2016, arXiv:1605.06065).
 
     Each task: support_x float32, in [0, 1] unless normalised, of shape (ways * shots, channels, height, width);
     support_y int64 of shape (ways * shots,), grouped by label; target_x and target_y likewise with `targets`; classes:
-    the number of each label's class in 0..num_classes - 1, where each quarter turn of a class has one of its own.
+    the number of each label's class in 0..num_classes - 1, where each quarter turn of a class has its own number.
 
     Args:
-        images: where to draw from. `LabelledImages` are kept on `device` if they fit there, else on the CPU;
+        images: the images to draw from. `LabelledImages` are kept on `device` if they fit there, else on the CPU;
             `StreamedImages` are read when they are drawn, and give the same episodes.
         ways: classes per task.
         shots: support images per class.
         targets: target images per class.
         tasks_per_batch: tasks in each TaskBatch.
         seed: a non-negative integer; the same seed gives the same episodes on every platform.
-        rotations: add the three quarter turns of every class as classes of their own; needs square images.
-        device: where the batches end up; default the CPU.
+        rotations: add the three quarter turns of every class as separate classes; needs square images.
+        device: the device of the batches; default the CPU.
         normalise: "imagenet", or (mean, deviation) with a number for each channel: x becomes (x - mean) / deviation.
-        workers: processes in which `batches` and iteration read streamed images ahead; 0 reads them in this one, as
-            `batch` always does. What is drawn does not depend on it.
+        workers: processes in which `batches` and iteration read streamed images ahead; with 0 the calling process
+            reads them, as `batch` always does. The episodes do not depend on it.
     Raises:
         ArgumentError: a count is not an integer of at least 1, the seed is negative, the device does not exist,
-            `normalise` does not fit the images, or workers are asked for images in memory, which have nothing to read.
+            `normalise` does not fit the images, or workers are asked for with images in memory.
         DataError: too few classes, a class with too few images, or rotations of images that are not square.
     """
 
@@ -69,28 +78,23 @@ class EpisodeSampler:
         workers: int = 0,
     ) -> None:
         if not isinstance(images, LabelledImages | StreamedImages):
-            raise ArgumentError(
-                f"images: expected LabelledImages or StreamedImages, but got {describe_value(images)}. "
-                "splits_from makes them from arrays and data sets."
-            )
-        for name, value in (("ways", ways), ("shots", shots), ("targets", targets)):
+            fix = "splits_from makes both from arrays and data sets."
+            raise wrong_argument("images", "LabelledImages or StreamedImages", images, fix)
+        counts = {"ways": ways, "shots": shots, "targets": targets, "tasks_per_batch": tasks_per_batch}
+        for name, value in counts.items():
             check_int(name, value, 1)
-        check_int("tasks_per_batch", tasks_per_batch, 1)
         check_int("seed", seed, 0)
         check_switch("rotations", rotations)
         check_int("workers", workers, 0)
         if workers and isinstance(images, LabelledImages):
-            raise ArgumentError(
-                f"workers: expected 0 for images in memory, but got {workers}. Leave it out, or stream the images."
-            )
-        place = _device(device)
+            raise wrong_argument("workers", "0 for images in memory", workers, "Leave it out, or stream the images.")
+        self.device = _device(device)
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
-        self.device = place
         self.workers = workers
         self._pixels = _store(images.images, self.device) if isinstance(images, LabelledImages) else None
-        self._draws = EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
+        self._draws = _EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
         home = self.device if self._pixels is None else self._pixels.device
         self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations else None
         statistics = statistics_of(normalise, images.image_shape[0])
@@ -100,11 +104,11 @@ class EpisodeSampler:
 
     @property
     def num_classes(self) -> int:
-        """Classes to draw from, the rotated ones included."""
+        """The number of classes to draw from, rotated ones included."""
         return self._draws.num_classes
 
     def batch(self, index: int) -> TaskBatch:
-        """The batch with this number, always the same one.
+        """The batch with this number; the same number gives the same batch.
 
         Raises:
             ArgumentError: index is not an integer of at least 0.
@@ -112,9 +116,9 @@ class EpisodeSampler:
         """
         check_int("index", index, 0)
         if self._pixels is None:
-            return self._read(*_StreamedDraws(self._draws, self.images)(index))
+            return self._read(*_DrawAndRead(self._draws, self.images)(index))
         drawn = self._draws.draw(index)
-        # On the device in one copy: (2, tasks, ways, shots + targets).
+        # One copy to the device: (2, tasks, ways, shots + targets).
         chosen = torch.from_numpy(np.stack([drawn.examples, drawn.quarter_turns])).to(self._pixels.device)
         return self._assemble(drawn, self._pixels[chosen[0].flatten()], chosen[1].flatten())
 
@@ -135,19 +139,19 @@ class EpisodeSampler:
     def _each(self, indices: Iterable[int]) -> Iterator[TaskBatch]:
         if not self.workers:
             return (self.batch(index) for index in indices)
-        ahead = made_ahead(_StreamedDraws(self._draws, self.images), indices, self.workers)
+        ahead = made_ahead(_DrawAndRead(self._draws, self.images), indices, self.workers)
         return (self._read(drawn, pixels) for drawn, pixels in ahead)
 
-    def _read(self, drawn: Drawn, pixels: Pixels) -> TaskBatch:
+    def _read(self, drawn: _Drawn, pixels: Pixels) -> TaskBatch:
         turns = torch.from_numpy(drawn.quarter_turns.flatten()).to(self.device)
         return self._assemble(drawn, torch.from_numpy(pixels).to(self.device), turns)
 
-    def _assemble(self, drawn: Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
-        """pixels: uint8, (tasks * ways * (shots + targets), channels, height, width); a turn for each."""
+    def _assemble(self, drawn: _Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
+        """The batch of these pixels, uint8, (tasks * ways * (shots + targets), channels, height, width)."""
         if self._turned is not None:
             source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
             pixels = pixels.flatten(2).gather(2, source).view_as(pixels)
-        # A product, because CUDA turns a division by a number into one anyway and CPUs would differ in the last bit.
+        # A product: CUDA turns a division by a number into a product, and the CPU's last bit would differ from it.
         pixels = pixels.to(self.device).to(torch.float32).mul_(1 / 255)
         if self._statistics is not None:
             mean, deviation = self._statistics
@@ -161,13 +165,50 @@ class EpisodeSampler:
         return TaskBatch.stacked(support, labels[0], target, labels[1], classes=drawn.classes.tolist())
 
 
-class _StreamedDraws:
-    """What a worker does for a batch: draw it, and read its images. Holds nothing that lives on a device."""
+@dataclass(frozen=True)
+class _Drawn:
+    """The images of a batch of tasks.
 
-    def __init__(self, draws: EpisodeDraws, images: ImageSet) -> None:
+    classes: (tasks, ways), each quarter turn of a class with its own number. examples, quarter_turns: places of images
+    and the number of turns of each, both (tasks, ways, shots + targets).
+    """
+
+    classes: Ints
+    examples: Ints
+    quarter_turns: Ints
+
+
+class _EpisodeDraws:
+    """The draws of a sampler, numbers only: the same for images in memory and streamed images of the same labels."""
+
+    def __init__(self, images: ImageSet, ways: int, examples: int, tasks: int, seed: int, rotations: bool) -> None:
+        self._ways, self._examples, self._tasks, self._seed = ways, examples, tasks, seed
+        self._distinct = images.num_classes
+        self.num_classes = images.num_classes * (ROTATIONS if rotations else 1)
+        labels = images.labels.cpu().numpy()
+        self._by_class: Ints = np.argsort(labels, kind="stable").astype(np.int64)
+        self._counts: Ints = np.bincount(labels, minlength=images.num_classes).astype(np.int64)
+        self._starts: Ints = np.cumsum(self._counts) - self._counts
+
+    def draw(self, index: int) -> _Drawn:
+        """The draws of the batch with this number."""
+        random = RandomStream(self._seed, index)
+        drawn = random.distinct(np.full(self._tasks, self.num_classes, dtype=np.int64), self._ways).reshape(-1)
+        classes, quarter_turns = drawn % self._distinct, drawn // self._distinct
+        within = random.distinct(self._counts[classes], self._examples)
+        chosen = self._by_class[self._starts[classes, None] + within]
+        shape = (self._tasks, self._ways, self._examples)
+        turns = np.broadcast_to(quarter_turns[:, None], within.shape).reshape(shape)
+        return _Drawn(drawn.reshape(self._tasks, self._ways), chosen.reshape(shape), turns)
+
+
+class _DrawAndRead:
+    """The work of a worker for one batch: draws it and reads its images. Holds nothing that is on a device."""
+
+    def __init__(self, draws: _EpisodeDraws, images: ImageSet) -> None:
         self._draws, self._images = draws, images
 
-    def __call__(self, index: int) -> tuple[Drawn, Pixels]:
+    def __call__(self, index: int) -> tuple[_Drawn, Pixels]:
         drawn = self._draws.draw(index)
         return drawn, self._images.gather(drawn.examples.reshape(-1)).numpy()
 
@@ -195,21 +236,19 @@ def _device(device: Any) -> torch.device:
     try:
         return torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(
-            f"device: expected 'cpu', 'cuda', 'cuda:1', ... or a torch.device, but got {describe_value(device)}."
-        ) from error
+        raise wrong_argument("device", "'cpu', 'cuda', 'cuda:1', ... or a torch.device", device) from error
 
 
 def _store(images: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and images.device != device:
         free, _ = torch.cuda.mem_get_info(device)
-        # Half of what is free: the model and its unrolled graph need room too.
+        # Half of the free memory: the model and its unrolled graph need room too.
         if images.numel() > free // 2:
             return images.cpu()
     return images.to(device)
 
 
 def _turned_pixels(side: int) -> Tensor:
-    """For each quarter turn and pixel, which pixel of the original belongs there; shape (4, side * side)."""
+    """The place in the original of each pixel after each quarter turn; shape (4, side * side)."""
     places = torch.arange(side * side).view(side, side)
     return torch.stack([torch.rot90(places, turns).flatten() for turns in range(ROTATIONS)])

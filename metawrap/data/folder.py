@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias
 
-from PIL import Image
-
-from metawrap.data.checks import check_int
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
-from metawrap.data.decode import Decoding, file_classes
-from metawrap.data.sources import FolderSource
-from metawrap.data.splits import DataSplits, as_splits
+from metawrap.data.image_files import FolderFiles
+from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
+from metawrap.data.problems import check_int, check_seed
 from metawrap.errors import ArgumentError, DataError
 
+# Class name -> the names of its image files.
 ClassFiles: TypeAlias = dict[str, list[str]]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 2**26
 _SPLIT_NAMES = (("train",), ("val", "validation"), ("test",))
 
 
@@ -33,45 +31,50 @@ def load_image_folder(
     grayscale: bool = False,
     stream: bool | None = None,
 ) -> DataSplits:
-    """A folder of class folders, split by class; other files than images are left out.
+    """A folder of class folders, split by class; files that are no images are left out.
+
+        >>> train, validation, test = load_image_folder("path/to/birds", image_size=28)  # doctest: +SKIP
 
     Args:
-        root: holds one folder of images per class; or folders train, val (or validation) and test, each of which does.
-        image_size: images are squeezed to this many pixels on either side (Lanczos).
-        splits: shares of the classes for train, validation and test; not used where the folders exist.
-        split: the classes of each by name instead: {"train": [...], "validation": [...], "test": [...]}, or the path
-            of a JSON, YAML or CSV file with them (see `class_split.split_as_given`).
+        root: holds one folder of images per class; or folders train, val (or validation) and test of such folders.
+        image_size: images are squeezed or stretched to this many pixels on either side (Lanczos).
+        splits: shares of the classes for train, validation and test; not used where split folders exist.
+        split: the classes of each part by name: {"train": [...], "validation": [...], "test": [...]}, or the path of
+            a JSON or YAML file with such a mapping, or of a CSV file with the columns class and split.
         seed: names the shuffle of the classes; the same seed gives the same split on every platform.
         grayscale: one channel instead of three.
-        stream: read images when they are drawn (True), all of them now (False), or, by default, whichever suits the
-            memory. A broken image is then an error when it is drawn; `metawrap data check` finds it before.
+        stream: True reads images when they are drawn, False reads all of them now; by default, sets that would fill
+            half of the free memory are streamed. A broken image of a streamed set is an error when it is drawn;
+            `metawrap data check` finds it earlier.
     Raises:
         ArgumentError: image_size, seed, splits or split is out of range.
         DataError: no folder, too few classes, a class without an image or in two splits, or an unreadable image.
     """
     check_int("image_size", image_size, 1)
-    if not isinstance(seed, str):
-        check_int("seed", seed, 0)
+    check_seed(seed)
     shares = check_shares(splits)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"There is no folder at '{folder}'. Pass one that holds a folder of images per class.")
-    parts = split_folders(folder)
-    origin = "train, validation and test folders of class folders"
+    decoding = Decoding(image_size, grayscale)
+    parts = split_folder_sets(folder, decoding)
     if parts is None:
         classes = _class_files(folder, folder)
         named = split_by_seed(list(classes), shares, seed) if split is None else split_as_given(list(classes), split)
-        parts = [{name: classes[name] for name in part} for part in named]
         origin = f"class folders, split by {'seed' if split is None else 'name'}"
+        files = FolderFiles(folder, MAX_IMAGE_BYTES)
+        parts = [file_classes(files, {name: classes[name] for name in part}, decoding, origin) for part in named]
     elif split is not None:
         raise ArgumentError(f"split: '{folder}' has train, validation and test folders already. Leave split out.")
-    decoding = Decoding(image_size, grayscale, Image.Resampling.LANCZOS, MAX_IMAGE_PIXELS)
-    source = FolderSource(folder, MAX_IMAGE_BYTES)
-    return as_splits([file_classes(source, part, decoding, origin) for part in parts], stream)
+    return as_splits(parts, stream)
 
 
-def split_folders(root: Path) -> list[ClassFiles] | None:
-    """The splits that the folders themselves make, or None where there are none."""
+def split_folder_sets(root: Path, decoding: Decoding) -> list[StreamedImages] | None:
+    """The sets of the folders train, val (or validation) and test; None if none of these folders exists.
+
+    Raises:
+        DataError: some of the folders are missing, or a class is in two of them.
+    """
     found = [next((root / name for name in names if _folders(root / name)), None) for names in _SPLIT_NAMES]
     if not any(found):
         return None
@@ -81,15 +84,15 @@ def split_folders(root: Path) -> list[ClassFiles] | None:
             f"'{root}' has some split folders, but {', '.join(missing)} with class folders inside is missing. "
             "Add it, or move all class folders directly into one folder."
         )
-    parts = [_class_files(folder, root) for folder in found if folder is not None]
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        shared = sorted(parts[first].keys() & parts[second].keys())
-        if shared:
+    parts = {names[0]: _class_files(folder, root) for names, folder in zip(_SPLIT_NAMES, found, strict=True) if folder}
+    for first, second in combinations(parts, 2):
+        if shared := sorted(parts[first].keys() & parts[second].keys()):
             raise DataError(
-                f"Class '{shared[0]}' lies in both {_SPLIT_NAMES[first][0]} and {_SPLIT_NAMES[second][0]} of '{root}'; "
-                "expected different classes in each. Few-shot splits are by class: move it to one of them."
+                f"Class '{shared[0]}' lies in both {first} and {second} of '{root}'; expected different classes in "
+                "each. Few-shot splits are by class: move it to one of them."
             )
-    return parts
+    files, origin = FolderFiles(root, MAX_IMAGE_BYTES), "train, validation and test folders of class folders"
+    return [file_classes(files, part, decoding, origin) for part in parts.values()]
 
 
 def _class_files(folder: Path, root: Path) -> ClassFiles:

@@ -1,4 +1,4 @@
-"""Batches made ahead in worker processes, in order: indices -> torch's DataLoader -> what each index stands for."""
+"""Worker processes that make batches ahead: indices -> torch's DataLoader -> `make(index)`, in order."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ AHEAD = 2  # batches that each worker makes before they are asked for
 
 
 def made_ahead(make: Callable[[int], Made], indices: Iterable[int], workers: int) -> Iterator[Made]:
-    """`make(index)` for each index, in order, in so many processes; `indices` may be endless.
+    """`make(index)` for each index, in order, computed in `workers` processes; `indices` may be endless.
 
-    What `make` returns travels through a pipe, so it should be plain values and NumPy arrays: shared memory, which
-    tensors would take, is short in containers.
+    Results travel through a pipe, so they should be plain values and NumPy arrays. Tensors would need shared memory, of
+    which containers have little.
 
     Raises:
-        DataError: a worker died; and whatever error of metawrap's `make` raises.
+        DataError: a worker died.
+        MetaWrapError: `make` raised it.
     """
     with warnings.catch_warnings():
-        # Of more workers than cores, which the user chose, and of forking beside threads, which the workers do not use.
+        # The user chose the number of workers, and the workers use no threads.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
         loader = DataLoader(
-            _Made(make),
+            _ByIndex(make),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
             prefetch_factor=AHEAD,
             collate_fn=_unchanged,
             worker_init_fn=_leave_interrupts_to_the_main_process,
-            generator=torch.Generator(),  # Or it would draw from the global one.
+            generator=torch.Generator(),  # instead of the global generator
         )
         ahead = iter(loader)
     try:
         with naming_dead_workers():
             for made in ahead:
-                # An exception that crosses processes by itself arrives wrapped in the worker's traceback.
+                # Workers return errors as values; raised there, they would arrive wrapped in a traceback's text.
                 if isinstance(made, MetaWrapError):
                     raise made
                 yield made
     finally:
-        # An error's traceback would keep the iterator, and so the workers, alive.
+        # An error's traceback would keep the iterator alive, and with it the workers.
         del ahead, loader
 
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turns torch's error about a dead worker, which may come up at any line of the main thread, into a DataError."""
+    """Turns torch's error about a dead worker, which any line of the main thread may raise, into a DataError."""
     try:
         yield
     except RuntimeError as error:
@@ -68,7 +69,7 @@ def naming_dead_workers() -> Iterator[None]:
         ) from error
 
 
-class _Made(Dataset[Made], Generic[Made]):
+class _ByIndex(Dataset[Made], Generic[Made]):
     def __init__(self, make: Callable[[int], Made]) -> None:
         self._make = make
 
@@ -84,5 +85,5 @@ def _unchanged(made: Made) -> Made:
 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one stops the workers.
+    # Ctrl-C reaches every process of the terminal; the main process stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

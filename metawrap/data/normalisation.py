@@ -1,4 +1,4 @@
-"""Normalising images by a mean and a standard deviation per channel, as the published experiments do."""
+"""Normalising images by a mean and a standard deviation per channel, as published experiments do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from metawrap.errors import ArgumentError
-from metawrap.tasks import describe_value
+from metawrap.data.problems import wrong_argument
 
 Normalise: TypeAlias = str | tuple[Sequence[float], Sequence[float]] | None
 
-# Mean and standard deviation of ImageNet's training images in [0, 1], red, green, blue: the numbers that torchvision's
-# pretrained models document, and that MAML++ (arXiv:1810.09502) normalises mini-ImageNet with.
+# Mean and standard deviation of ImageNet's training images in [0, 1]: red, green, blue. Torchvision's pretrained models
+# document these numbers, and MAML++ (arXiv:1810.09502) normalises mini-ImageNet with them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATIONS = {"imagenet": IMAGENET}
 
@@ -29,20 +28,17 @@ def statistics_of(normalise: Normalise, channels: int) -> tuple[Tensor, Tensor] 
         return None
     if isinstance(normalise, str):
         if normalise not in NORMALISATIONS:
-            raise ArgumentError(
-                f"normalise: expected None, {', '.join(map(repr, NORMALISATIONS))}, or (mean, deviation) with a number "
-                f"for each channel, but got {normalise!r}."
-            )
+            names = ", ".join(map(repr, NORMALISATIONS))
+            kinds = f"None, {names}, or (mean, deviation) with a number for each channel"
+            raise wrong_argument("normalise", kinds, normalise)
         normalise = NORMALISATIONS[normalise]
     numbers = [_numbers(part) for part in normalise] if isinstance(normalise, tuple | list) else []
     if len(numbers) != 2 or any(part is None or len(part) != channels for part in numbers):
-        raise ArgumentError(
-            f"normalise: expected a mean and a deviation for each of {channels} channels, but got "
-            f"{normalise if numbers else describe_value(normalise)}. Pass None, or (mean, deviation) of that length."
-        )
+        fix = "Pass None, or (mean, deviation) of that length."
+        raise wrong_argument("normalise", f"a mean and a deviation for each of {channels} channels", normalise, fix)
     mean, deviation = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 1) for part in numbers)
     if not bool((deviation > 0).all()) or not bool(torch.isfinite(torch.cat([mean, deviation])).all()):
-        raise ArgumentError(f"normalise: expected finite numbers and deviations above 0, but got {normalise}.")
+        raise wrong_argument("normalise", "finite numbers and deviations above 0", normalise)
     return mean, deviation
 
 

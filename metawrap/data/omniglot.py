@@ -6,28 +6,24 @@ arXiv:1810.09502; the `alphabet` split keeps whole alphabets apart, as Lake et a
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias
 
 from PIL import Image
 
-from metawrap.data.checks import check_counts, check_int
-from metawrap.data.decode import Decoding, file_classes
-from metawrap.data.draws import Draws
-from metawrap.data.sources import open_source
-from metawrap.data.splits import DataSplits
-from metawrap.errors import ArgumentError, DataError
-from metawrap.tasks import describe_value
-
-# "<alphabet>/<character>" -> the names of its image files.
-ClassFiles: TypeAlias = dict[str, list[str]]
+from metawrap.data.downloads import locate
+from metawrap.data.folder import ClassFiles
+from metawrap.data.image_files import files_at
+from metawrap.data.image_sets import DataSplits
+from metawrap.data.pixel_sources import Decoding, file_classes
+from metawrap.data.problems import check_counts, check_int, check_seed, wrong_argument
+from metawrap.data.random_stream import RandomStream
+from metawrap.errors import DataError
 
 MAX_IMAGE_BYTES = 2**20  # the largest real image has under 600 bytes
 MAX_IMAGE_PIXELS = 2**20  # the real images have 105 x 105
-ORIGIN = "Omniglot in torchvision's layout"
 _FILE = re.compile(r"(?:omniglot-py/)?(images_background|images_evaluation)/([^/]+/[^/]+)/([^/.][^/]*\.png)")
 _HOW_TO_GET = (
     "Pass root=<omniglot-py.zip, or the folder that holds omniglot-py/>, or download=True, "
@@ -48,15 +44,17 @@ def load_omniglot(
 ) -> DataSplits:
     """Omniglot as bytes, 255 for paper and 0 for ink; nearest-neighbour resize, as in the authors' code.
 
+        >>> train, validation, test = load_omniglot("path/to/omniglot-py.zip")  # doctest: +SKIP
+
     Args:
         root: a zip file or a folder in torchvision's layout, `omniglot-py/images_background/<alphabet>/<character>/`
-            and `images_evaluation/`; the folder may be `omniglot-py` itself or the one that holds it.
+            and `images_evaluation/`; the folder may be `omniglot-py` itself or its parent.
         split: "paper" sorts all classes by name, shuffles them once and cuts them by `counts`. "alphabet" tests on
             images_evaluation, validates on some whole alphabets of images_background and trains on the others.
         image_size: side of the square images, in pixels.
         seed: names the shuffle; the same seed gives the same split on every platform.
         counts: classes in train, validation and test; only for the paper split.
-        validation_alphabets: how many alphabets to validate on; only for the alphabet split.
+        validation_alphabets: the number of alphabets to validate on; only for the alphabet split.
         download: fetch the data set with torchvision into `root` (default: a cache folder) if it is not there.
     Returns:
         Images of shape (images, 1, image_size, image_size); class names are "<alphabet>/<character>".
@@ -67,17 +65,17 @@ def load_omniglot(
     check_int("image_size", image_size, 1)
     check_int("validation_alphabets", validation_alphabets, 1)
     if split not in ("paper", "alphabet"):
-        raise ArgumentError(f"split: expected 'paper' or 'alphabet', but got {describe_value(split)}.")
-    if not isinstance(seed, str):
-        check_int("seed", seed, 0)
-    with open_source(_locate(root, download), MAX_IMAGE_BYTES) as source:
-        background, evaluation = _class_files(source.names())
+        raise wrong_argument("split", "'paper' or 'alphabet'", split)
+    check_seed(seed)
+    with closing(files_at(_locate(root, download), MAX_IMAGE_BYTES)) as files:
+        background, evaluation = _class_files(files.names())
         if split == "paper":
             parts = _split_by_count(background | evaluation, counts, seed)
         else:
             parts = _split_by_alphabet(background, evaluation, validation_alphabets, seed)
         decoding = Decoding(image_size, True, Image.Resampling.NEAREST, MAX_IMAGE_PIXELS)
-        return DataSplits(*(file_classes(source, part, decoding, ORIGIN).in_memory() for part in parts))
+        origin = "Omniglot in torchvision's layout"
+        return DataSplits(*(file_classes(files, part, decoding, origin).in_memory() for part in parts))
 
 
 def _split_by_count(classes: ClassFiles, counts: Sequence[int], seed: int | str) -> list[ClassFiles]:
@@ -88,7 +86,7 @@ def _split_by_count(classes: ClassFiles, counts: Sequence[int], seed: int | str)
             "Pass smaller counts, or get the full data set (1623 classes)."
         )
     names = sorted(classes)
-    shuffled = [names[index] for index in Draws(seed).permutation(len(names))]
+    shuffled = [names[index] for index in RandomStream(seed).permutation(len(names))]
     parts = (shuffled[:train], shuffled[train : train + validation], shuffled[train + validation :][:test])
     return [{name: classes[name] for name in part} for part in parts]
 
@@ -96,43 +94,37 @@ def _split_by_count(classes: ClassFiles, counts: Sequence[int], seed: int | str)
 def _split_by_alphabet(
     background: ClassFiles, evaluation: ClassFiles, held_out: int, seed: int | str
 ) -> list[ClassFiles]:
-    alphabets = sorted({_alphabet(name) for name in background})
+    alphabets = sorted({name.split("/")[0] for name in background})
     if len(alphabets) <= held_out or not evaluation:
         raise DataError(
             f"split='alphabet' needs images_evaluation (found {len(evaluation)} classes) and more than {held_out} "
             f"alphabets in images_background (found {len(alphabets)}). Get the full data set, or lower "
             "validation_alphabets."
         )
-    chosen = {alphabets[index] for index in Draws(seed).permutation(len(alphabets))[:held_out]}
-    train = {name: files for name, files in background.items() if _alphabet(name) not in chosen}
-    validation = {name: files for name, files in background.items() if _alphabet(name) in chosen}
+    chosen = {alphabets[index] for index in RandomStream(seed).permutation(len(alphabets))[:held_out]}
+    train, validation = (
+        {name: files for name, files in background.items() if (name.split("/")[0] in chosen) is validates}
+        for validates in (False, True)
+    )
     return [train, validation, evaluation]
-
-
-def _alphabet(name: str) -> str:
-    return name.split("/")[0]
 
 
 def _class_files(names: list[str]) -> tuple[ClassFiles, ClassFiles]:
     """The classes of images_background and of images_evaluation, sorted by name."""
     parts: dict[str, ClassFiles] = {"images_background": {}, "images_evaluation": {}}
     for name in sorted(names):
-        match = _FILE.fullmatch(name)
-        if match:
+        if match := _FILE.fullmatch(name):
             parts[match[1]].setdefault(match[2], []).append(name)
     background, evaluation = parts.values()
     if not background and not evaluation:
         raise DataError(f"No image at images_background/<alphabet>/<character>/*.png was found. {_HOW_TO_GET}")
-    shared = sorted(background.keys() & evaluation.keys())
-    if shared:
+    if shared := sorted(background.keys() & evaluation.keys()):
         raise DataError(f"Class '{shared[0]}' lies in both images_background and images_evaluation. {_FRESH_COPY}")
-    _check_complete(background | evaluation)
-    return background, evaluation
-
-
-def _check_complete(classes: ClassFiles) -> None:
-    """Every character was drawn by the same number of people: file names end in _<drawer>.png."""
-    drawers = {name: {_drawer(file) for file in files} for name, files in classes.items()}
+    # The same people drew every character: file names end in _<drawer>.png.
+    drawers = {
+        name: {file.removesuffix(".png").rpartition("_")[2] for file in files}
+        for name, files in (background | evaluation).items()
+    }
     everyone = set().union(*drawers.values())
     for name, present in drawers.items():
         if present != everyone:
@@ -140,37 +132,24 @@ def _check_complete(classes: ClassFiles) -> None:
                 f"Class '{name}' has {len(present)} of {len(everyone)} images; "
                 f"*_{min(everyone - present)}.png is missing. {_FRESH_COPY}"
             )
-
-
-def _drawer(file: str) -> str:
-    return file.removesuffix(".png").rpartition("_")[2]
+    return background, evaluation
 
 
 def _locate(root: str | Path | None, download: bool) -> Path:
-    """The zip, or the folder whose children are images_background and images_evaluation."""
-    base = cache_folder() if root is None else Path(root).expanduser()
-    # A download that was cut short leaves one of the two; without download=True one is enough for smaller counts.
-    needed = ("images_background", "images_evaluation") if download else ("images_background",)
-    for candidate in (base / "omniglot-py", base, base / "omniglot-py.zip"):
-        if candidate.is_file() or all((candidate / part).is_dir() for part in needed):
-            return candidate
-    if not download or base.suffix == ".zip":
-        raise DataError(f"Omniglot was not found at '{base}'. {_HOW_TO_GET}")
-    _download(base)
-    return base / "omniglot-py"
+    def fetch(folder: str) -> None:
+        from torchvision.datasets import Omniglot  # slow to import, and needed only here
 
-
-def cache_folder() -> Path:
-    """Where downloads go when no root is given: $METAWRAP_DATA, else a folder in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metawrap"
-    return Path(os.environ.get("METAWRAP_DATA") or default)
-
-
-def _download(folder: Path) -> None:
-    from torchvision.datasets import Omniglot  # slow to import, and needed only here
-
-    try:
         for background in (True, False):
-            Omniglot(str(folder), background=background, download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"Omniglot could not be downloaded into '{folder}': {error}. {_HOW_TO_GET}") from error
+            Omniglot(folder, background=background, download=True)
+
+    # A download that was cut short leaves one of the two; one is enough for smaller counts.
+    needed = ("images_background", "images_evaluation") if download else ("images_background",)
+    return locate(
+        root,
+        "Omniglot",
+        "omniglot-py",
+        "omniglot-py.zip",
+        lambda folder: all((folder / part).is_dir() for part in needed),
+        fetch if download else None,
+        _HOW_TO_GET,
+    )

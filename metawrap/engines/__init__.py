@@ -1,25 +1,20 @@
 """Engines: how a user's module is run with fast weights in place of its parameters."""
 
-from metawrap.engines.batched import BatchedEngine, cannot
-from metawrap.engines.calling import BufferEdits, HardGates, call_model, differentiable_twice
-from metawrap.engines.choice import ENGINES, choose_engine
-from metawrap.engines.engine import Engine
-from metawrap.engines.quick import QuickForms
-from metawrap.inner_loop.update_rules import InnerOptimizer, State, UpdateRule, clipped
+from metawrap.engines.batched import BatchedEngine, cannot, first_line
+from metawrap.engines.calling import HardGates, differentiable_twice
+from metawrap.engines.choice import ENGINES, BuiltEngines, Engine, EngineChoice, choose_engine
+from metawrap.snapshot.module_state import BufferEdits
 
 __all__ = [
     "ENGINES",
     "BatchedEngine",
     "BufferEdits",
+    "BuiltEngines",
     "Engine",
+    "EngineChoice",
     "HardGates",
-    "InnerOptimizer",
-    "QuickForms",
-    "State",
-    "UpdateRule",
-    "call_model",
     "cannot",
     "choose_engine",
-    "clipped",
     "differentiable_twice",
+    "first_line",
 ]

@@ -1,7 +1,7 @@
-"""All tasks of a batch at once: the user's module under `torch.func.vmap`, with fast weights of one task each.
+"""All tasks of a batch at once: the user's module under `torch.func.vmap`, with its own fast weights for each task.
 
-Only a forward pass runs under vmap. Gradients are taken outside of it, of the sum of the tasks' losses: tasks share no
-fast weight, so this gives each task its own. What forward leaves behind (statistics of norms) leaves vmap as values.
+Only the forward pass runs under vmap. Gradients are those of the sum of the tasks' losses, taken outside of vmap: tasks
+share no fast weight, so each gets its own gradient. Statistics of norms leave vmap as values.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metawrap.engines.calling import BufferEdits, same_value
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.engines.task_axis import Convolution, TaskAxis, is_batched
+from metawrap.engines.task_axis import TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
-from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
-from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.layers.step_clock import Moments, StepClock
-from metawrap.snapshot.left_behind import Before
+from metawrap.layers.per_step_norm import Moments, PerStepNorm, StepClock
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import BufferEdits, ModuleState, slots_of
 from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import map_tensors, tensors_in
 
@@ -32,20 +30,15 @@ class BatchedEngine:
 
     name = "batched"
 
-    def __init__(
-        self, model: nn.Module, edits: BufferEdits | None = None, convolution: Convolution = "grouped"
-    ) -> None:
-        """Args: convolution: with weights of one task each, 2-D ones run as one "grouped" convolution, or "unfolded",
-        as one batch of matrix products. The values are the same; which is faster, the device decides."""
+    def __init__(self, model: nn.Module, edits: BufferEdits | None = None) -> None:
         self.model = model
-        # Its own: what evaluation does to a buffer, task by task, is nothing to it.
+        # Its own: an edit that evaluation makes, task by task, does not count here.
         self._edits = BufferEdits(edits.aliased if edits else {})
         self._functional = FunctionalEngine(model, self._edits)
-        # What has been shown to be a cache.
+        # Keys of the changes that were seen to be a cache's.
         self._settled: set[Hashable] = set()
-        self._convolution: Convolution = convolution
         self._one_by_one = False
-        self._axis = TaskAxis(convolution)
+        self._axis = TaskAxis()
         self._modules = list(model.named_modules())
         norms = [module for module in model.modules() if isinstance(module, PerStepNorm)]
         self._clock = norms[0].per_step.clock if norms else StepClock()
@@ -54,8 +47,8 @@ class BatchedEngine:
         """See `Engine.call`; every tensor has a leading task axis.
 
         Raises:
-            UnsupportedModuleError: forward does what cannot be done for several tasks at once, or fails for several
-                where it does not for one. What one task raises by itself is raised as it is.
+            UnsupportedModuleError: forward has a side effect that would serve all tasks at once, or fails for several
+                tasks but not for one. An error that one task raises by itself is raised as it is.
         """
         clock, recorder, captured = self._clock, self._clock.recorder, self._clock.captured
         passes: list[Moments] = []
@@ -69,7 +62,7 @@ class BatchedEngine:
             return output, [(seen.mean, seen.variance) for seen in passes], left
 
         args = (dict(weights), inputs, captured)
-        before = Before(self._modules)
+        before = self._state()
         try:
             output, moments, captured = self._mapped(run, *args)
             self._refuse_changes(before, inputs, lambda: self._mapped(run, *args))
@@ -88,16 +81,16 @@ class BatchedEngine:
         return output
 
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function`, which keeps nothing, gives for each task: every tensor has a task axis, in and out.
+        """The result of a function without side effects for each task; every tensor has a task axis, in and out.
 
-        Task by task where vmap cannot run it, where it draws from random or numpy, or where it raises: the error is
-        then that of one task.
+        Runs task by task where vmap cannot run the function, where the function draws from random or numpy, or where it
+        raises: the error is then that of one task.
         """
         if not self._one_by_one:
-            before = Before([])
+            before = Generators()
             try:
                 output = self._mapped(function, *args)
-                if not before.has_drawn():
+                if not before.moved() & _SHARED_DRAWS:
                     return output
                 failed = False
             except Exception as error:
@@ -113,14 +106,14 @@ class BatchedEngine:
         shells: list[Any] = []
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            # Fused attention has no rule of its own.
-            with TaskAxis(self._convolution) as self._axis, sdpa_kernel(SDPBackend.MATH):
+            # Fused attention has no rule under vmap.
+            with TaskAxis() as self._axis, sdpa_kernel(SDPBackend.MATH):
                 output = function(*_refilled(args, tensors))
             shells.append(output)
             return tensors_in(output)
 
         try:
-            # Different: each task draws its own dropout mask.
+            # "different": each task draws its own dropout mask.
             found = torch.func.vmap(run, randomness="different")(tensors_in(args))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_VMAP):
@@ -128,12 +121,8 @@ class BatchedEngine:
             raise UnsupportedModuleError(cannot(f"torch.func.vmap cannot run it: {first_line(error)}")) from error
         return _refilled(shells[-1], found)
 
-    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
-        """See `Engine.inner_optimizer`; every rule goes entry by entry, so the task axis is one more axis to it."""
-        return OwnInnerOptimizer(rule)
-
-    def _refuse_changes(self, before: Before, inputs: Any, again: Callable[[], Any]) -> None:
-        """Refuses what a call has done once for all tasks; a cache is what a second call leaves as it is."""
+    def _refuse_changes(self, before: ModuleState, inputs: Any, again: Callable[[], Any]) -> None:
+        """Refuses side effects of a call, which happen once for all tasks, except a cache: a second call keeps it."""
         changes = list(before.changes())
         for change in changes:
             if any(is_batched(tensor) for tensor in held_tensors(change.value)):
@@ -143,47 +132,44 @@ class BatchedEngine:
         self._refuse_edits()
         form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(inputs))
         keys = {None if change.key is None else (change.key, form) for change in changes}
-        moved = before.has_drawn() or (before.torch_has_drawn() and not self._axis.may_drop)
-        if keys <= self._settled and not moved:
+        if keys <= self._settled and not self._draws(before):
             return
-        # Again: a cache stays as it is, and a generator that another thread draws from does, too.
-        between = Before(self._modules)
+        # A second call leaves a cache as it is, and a generator that only another thread draws from.
+        between = self._state()
         device = tensors_in(inputs)[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             again()
-            if between.has_drawn():
-                raise UnsupportedModuleError(
-                    cannot(
-                        "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's "
-                        "dropout"
-                    )
-                )
-            if between.torch_has_drawn() and not self._axis.may_drop:
-                raise UnsupportedModuleError(cannot(DRAWS))
+            if drawn := self._draws(between):
+                raise UnsupportedModuleError(cannot(drawn))
         if changed := [change.name for change in between.changes()]:
             raise UnsupportedModuleError(cannot(f"each call of its forward changes {changed[0]}, {ONCE}"))
         self._settled |= keys - {None}
+
+    def _state(self) -> ModuleState:
+        return ModuleState(self._modules, buffers=True, containers="own")
+
+    def _draws(self, before: ModuleState) -> str | None:
+        """Which random draws since then are refused, or None."""
+        moved = before.generators.moved()
+        if moved & _SHARED_DRAWS:
+            return "its forward draws from random or numpy: one draw would serve all tasks. Draw with torch's dropout"
+        return DRAWS if moved and not self._axis.may_drop else None
 
     def _refuse_edits(self) -> None:
         if self._edits.edited:
             raise UnsupportedModuleError(cannot(f"its forward edits the buffer '{min(self._edits.edited)}', {ONCE}"))
 
     def _run_alone(self, run: Callable[..., Any], args: Any) -> None:
-        """Raises what a task raises by itself, or names what it edits; leaves nothing behind."""
-        before = Before(self._modules)
-        buffers = [(b, b.clone()) for _, module in self._modules for b in module._buffers.values() if b is not None]
+        """Runs each task alone to raise its own error or to name the buffer that it edits; changes nothing."""
+        before, buffers = self._state(), slots_of(self._modules)
         try:
             for own in _each_alone(args):
                 run(*own)
             self._refuse_edits()
         finally:
             before.put_back()
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not same_value(buffer, value):
-                        buffer.copy_(value)
-                    if buffer.grad_fn is not None:
-                        buffer.detach_()
+            for slot in buffers:
+                slot.put_back()
 
 
 def cannot(reason: str) -> str:
@@ -209,6 +195,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else type(error).__name__
 
 
+_SHARED_DRAWS = {"python", "numpy"}
 _OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor")
 ONCE = "once for all tasks, not for each"
 DRAWS = "its forward draws random numbers, not through torch's dropout, so that it cannot be checked"

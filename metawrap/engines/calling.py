@@ -1,10 +1,9 @@
-"""How inputs reach a model, and what stands in for operations that have no second derivative."""
+"""Calls of a model: its inputs, the buffers that it edits, and operations without a second derivative."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,46 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from metawrap.errors import UnsupportedModuleError
-
-
-def call_model(model: Any, inputs: Any) -> Any:
-    """`model(x)`, `model(*x)` for a tuple (or a list: a DataLoader makes one of it), `model(**x)` for a dict."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
-
-
-@dataclass
-class BufferEdits:
-    """What forward was seen to do to buffers, by name; a learner keeps it, its engines and first looks add to it.
-
-    aliased: buffers that stand somewhere else, too, and the error that is due if forward edits one. edited: buffers
-    that forward edits in place. carried: those of them that it left with a graph.
-    """
-
-    aliased: dict[str, str] = field(default_factory=dict)
-    edited: set[str] = field(default_factory=set)
-    carried: set[str] = field(default_factory=set)
-
-    def add(self, edited: set[str]) -> None:
-        """Takes note of buffers that were edited.
-
-        Raises:
-            UnsupportedModuleError: one is aliased: a copy in its place would leave the alias behind.
-        """
-        if refused := edited & self.aliased.keys():
-            raise UnsupportedModuleError(self.aliased[min(refused)])
-        self.edited |= edited
+from metawrap.snapshot.module_state import BufferEdits, same_value
 
 
 class EditedBuffers:
-    """Lends each call a copy of the buffers that forward edits in place, and keeps what the call left in them.
+    """Lends each call a copy of the buffers that forward edits in place, and keeps the call's values.
 
-    A backward pass through several calls needs the values that each of them saw. A buffer is known from the first
-    look at a task or else from the first call that edits it; the graph of that call keeps the buffer itself, and the
+    A backward pass through several calls needs the values that each call saw. A buffer is known to be edited from the
+    first look at a task or from the first call that edits it; the graph of that call keeps the buffer itself, and the
     module goes on with a copy.
     """
 
@@ -95,16 +62,9 @@ class EditedBuffers:
             self._edits.carried.add(name)
 
 
-def same_value(tensor: Tensor, value: Tensor) -> bool:
-    """Whether two tensors are equal in all respects; sparse ones, which torch cannot compare, count as equal."""
-    if tensor.layout != torch.strided or value.layout != torch.strided:
-        return tensor.layout == value.layout
-    return tensor.dtype == value.dtype and tensor.device == value.device and torch.equal(tensor, value)
-
-
 @contextmanager
 def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
-    """Makes what runs inside differentiable twice: fused attention, recurrent networks, and, if `hard`, hard gates.
+    """Makes fused attention, recurrent networks, and, if `hard`, hard gates differentiable twice.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
     whose derivative torch cannot differentiate, as relu6(x + 3) / 6.
@@ -143,7 +103,7 @@ _GATES: dict[Any, Callable[..., Tensor]] = {
 
 
 class HardGates(TorchFunctionMode):
-    """Computes hard gates by `relu6`; `seen` tells whether there was one. The mode slows every operation a little."""
+    """Computes hard gates by `relu6`; `seen` is true once one ran. The mode slows every operation a little."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,8 +111,26 @@ class HardGates(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
-        gate = _GATES.get(func)
-        if gate is None:
-            return func(*args, **(kwargs or {}))
-        self.seen = True
-        return gate(*args, **(kwargs or {}))
+        self.seen |= func in _GATES
+        return _GATES.get(func, func)(*args, **(kwargs or {}))
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient as an ordinary tensor: some embeddings have sparse gradients."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@contextmanager
+def autograd(enabled: bool = True) -> Iterator[None]:
+    """Gradients on or off, whatever mode the caller is in, inference mode too; autocast runs without its cache.
+
+    That cache keeps casts of leaf tensors until the autocast block ends: one of every fast weight, and stale ones after
+    an optimizer step in the block.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -1,4 +1,4 @@
-"""Fast tensors in the module's own parameter slots: right for every module that reads its parameters from itself."""
+"""Fast tensors in the module's own parameter slots: right for every module that reads its own parameters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import BufferEdits, EditedBuffers, call_model
-from metawrap.engines.quick import QuickForms
+from metawrap.engines.calling import EditedBuffers
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.update_rules import InnerOptimizer, OwnInnerOptimizer, UpdateRule
+from metawrap.layers.quick_forms import QuickForms
+from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
+from metawrap.tasks import call_model
 
 
 class FunctionalEngine:
@@ -34,7 +35,7 @@ class FunctionalEngine:
         originals = [module._parameters[local] for module, local, _ in slots]
         try:
             for module, local, tensor in slots:
-                # What torch's own tensors in the place of parameters are marked by: `isinstance(_, nn.Parameter)` asks.
+                # torch's mark of a tensor that counts as a parameter: isinstance(_, nn.Parameter) is then true.
                 tensor._is_param = True
                 module._parameters[local] = tensor  # type: ignore[assignment]
             with self._buffers.lent(), self._forms.lent(twice):
@@ -45,8 +46,7 @@ class FunctionalEngine:
             for (module, local, _), original in zip(slots, originals, strict=True):
                 module._parameters[local] = original
             for module in self._recurrent:
-                # A recurrent module caches its weights, and looks for new ones by identity; left alone, the cache would
-                # hold on to this call's graph.
+                # A recurrent module caches its weights; the cache would keep this call's graph alive.
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
                 module._flat_weight_refs = [weakref.ref(w) for w in module._flat_weights if w is not None]
 
@@ -64,7 +64,3 @@ class FunctionalEngine:
     def each(self, function: Callable[..., Any], *args: Any) -> Any:
         """See `Engine.each`."""
         return function(*args)
-
-    def inner_optimizer(self, rule: UpdateRule) -> InnerOptimizer:
-        """See `Engine.inner_optimizer`."""
-        return OwnInnerOptimizer(rule)

@@ -1,14 +1,15 @@
-"""What runs under `torch.func.vmap` in another form than torch's rules give it: where these are wrong, slow or lacking.
+"""Operations under `torch.func.vmap` whose rules in torch are wrong, slow or missing, in forms of their own.
 
-The rule for `embedding` with a `padding_idx` loses that the padding's gradient is zero. Batch norm with a scale per
-task is one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks have no rule.
+torch's rule for `embedding` with a `padding_idx` loses that the padding's gradient is zero. Batch norm with a scale per
+task becomes one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks have no
+rule in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +17,25 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-from metawrap.layers.batch_norm import batch_norm
-from metawrap.layers.convolution import convolution
+from metawrap.layers.quick_forms import batch_norm, convolution, for_each
 
-Convolution = Literal["grouped", "unfolded"]
 _PLANE = 4  # Axes of a batch of images.
 
 
 class TaskAxis(TorchFunctionMode):
-    """For the time of a call under vmap.
+    """Runs operations in their own forms for the time of a call under vmap.
 
-    convolution: how weights of one task each are convolved; see BatchedEngine. may_drop: whether something was called
-    that may have drawn a mask of dropout.
+    may_drop: whether an operation was called that may have drawn a dropout mask.
     """
 
-    def __init__(self, convolution: Convolution = "grouped") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.may_drop = False
-        self._forms = _FORMS | {torch.conv2d: _grouped if convolution == "grouped" else _unfolded}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
         self.may_drop |= func in _MAY_DROP
-        return self._forms.get(func, func)(*args, **(kwargs or {}))
+        return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def is_batched(value: Any) -> bool:
@@ -47,7 +44,7 @@ def is_batched(value: Any) -> bool:
 
 
 class _InSight(torch.autograd.Function):
-    """The rule of a custom function sees whole tensors, task axis and all, and autograd sees what the rule does."""
+    """Runs a function on whole tensors, with their task axis, and lets autograd record it."""
 
     @staticmethod
     def forward(*_: Any) -> Any:
@@ -169,7 +166,7 @@ def _torch_embedding(
 
 
 def _beside_channels(tasks: int, dim: int | None, x: Tensor) -> Tensor:
-    """(images, tasks * channels, ...): where a grouped convolution leaves the tasks, so that nothing is moved."""
+    """(images, tasks * channels, ...), the layout in which a grouped convolution leaves the tasks."""
     x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
     return x.flatten(1, 2)
 
@@ -187,9 +184,10 @@ def _grouped(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    if not is_batched(weight) or input.ndim != _PLANE or padding == "same" or torch.is_autocast_enabled(_device(input)):
+    cast = torch.is_autocast_enabled(input.device.type)
+    if not is_batched(weight) or input.ndim != _PLANE or padding == "same" or cast:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    sizes = [list(_pair(size)) for size in (stride, 0 if padding == "valid" else padding, dilation)]
+    sizes = [for_each(size, 2) for size in (stride, 0 if padding == "valid" else padding, dilation)]
     output: Tensor = _InSight.apply(_grouped_each, input, weight, sizes, groups)
     return output if bias is None else output + bias.view(1, -1, 1, 1)
 
@@ -206,12 +204,8 @@ def _grouped_each(
     return _apart(tasks, output), 1
 
 
-def _device(tensor: Tensor) -> str:
-    return tensor.device.type
-
-
 def _pooled(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of each channel alone, and so with the tasks beside the channels."""
+    """A pooling with the tasks beside the channels: it treats each channel alone."""
 
     def pool(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_batched(input) or input.ndim != _PLANE:
@@ -226,34 +220,6 @@ def _pooled_each(tasks: int, dims: Sequence[int | None], x: Tensor, func: Callab
     return _apart(tasks, func(_beside_channels(tasks, dims[0], x), *args)), 1
 
 
-def _unfolded(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    if not is_batched(weight) or groups != 1 or input.ndim != _PLANE or padding == "same":
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    strides, spread, edges = _pair(stride), _pair(dilation), _pair(0 if padding == "valid" else padding)
-    filters, channels, *kernel = weight.shape
-    sizes = [
-        (size + 2 * edge - far * (side - 1) - 1) // step + 1
-        for size, edge, far, side, step in zip(input.shape[2:], edges, spread, kernel, strides, strict=True)
-    ]
-    patches = F.unfold(input, tuple(kernel), spread, edges, strides)
-    # One product of two matrices per task: (filters, patch) times (patch, images * places).
-    columns = patches.movedim(1, 0).reshape(channels * kernel[0] * kernel[1], -1)
-    output = (weight.reshape(filters, -1) @ columns).view(filters, input.shape[0], *sizes).movedim(0, 1)
-    return output if bias is None else output + bias.view(1, -1, 1, 1)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[-1])
-
-
 def _recurrent(name: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.aten, name)
 
@@ -266,6 +232,7 @@ def _recurrent(name: str) -> Callable[..., Any]:
 
 
 _FORMS: dict[Any, Callable[..., Any]] = {
+    torch.conv2d: _grouped,
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
     F.instance_norm: _instance_norm,
@@ -275,21 +242,11 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     **{func: _pooled(func) for func in (torch.max_pool2d, F.avg_pool2d)},
     **{getattr(torch, name): _recurrent(name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")},
 }
+_CHANNELS = ("dropout1d", "dropout2d", "dropout3d")
+_KINDS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 DROPOUTS = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.dropout_,
-    torch.feature_dropout,
-    torch.feature_dropout_,
-    torch.alpha_dropout,
-    torch.alpha_dropout_,
-    torch.feature_alpha_dropout,
-    torch.feature_alpha_dropout_,
+    *(getattr(F, name) for name in (*_CHANNELS, "dropout", "alpha_dropout", "feature_alpha_dropout")),
+    *(getattr(torch, f"{name}{place}") for name in _KINDS for place in ("", "_")),
 }
 _RECURRENT = [getattr(torch, name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")]
 _MAY_DROP = {*DROPOUTS, *_RECURRENT, F.scaled_dot_product_attention, F.multi_head_attention_forward}

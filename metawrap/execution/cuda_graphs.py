@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import differ
 from metawrap.errors import ArgumentError, UnsupportedModuleError
-from metawrap.inner_loop.outcome import Solved
-from metawrap.layers.step_clock import Moments
+from metawrap.layers.per_step_norm import Moments
+from metawrap.results import TaskOutcome
 from metawrap.tasks import Task, TaskBatch, map_tensors, tensors_in
 
-Outcome = tuple[list[Solved], list[Tensor | None]]
+Outcome = tuple[list[TaskOutcome], list[Tensor | None]]
 Run = Callable[[TaskBatch], Outcome]
 # Recordings hold memory; training comes to few forms at a time: the last batch of an epoch, the weights of its steps.
 _KEPT = 4
@@ -119,7 +119,7 @@ def _copied(outcome: Outcome) -> Outcome:
     return [_copy_of(each) for each in solved], [None if g is None else g.clone() for g in gradients]
 
 
-def _copy_of(solved: Solved) -> Solved:
+def _copy_of(solved: TaskOutcome) -> TaskOutcome:
     return replace(
         solved,
         loss=solved.loss.clone(),

@@ -29,7 +29,7 @@ def warn_split(size: int) -> None:
     """Says that from now on so many tasks are unrolled at once."""
     warnings.warn(
         f"Out of memory: from now on {size} task{'s' if size > 1 else ''} at a time. The gradient is the same. "
-        f"Pass tasks_per_backward={size} to begin with that.",
+        f'Pass execution={{"tasks_per_backward": {size}}} to begin with that.',
         MetaWrapWarning,
         stacklevel=4,
     )
@@ -38,11 +38,11 @@ def warn_split(size: int) -> None:
 def too_little_memory(error: BaseException, settings: OuterSettings) -> str:
     """The text of the error where one task does not fit."""
     fixes = []
-    if getattr(settings, "memory", None) == "unrolled":
-        fixes.append('memory="flat", which holds the graph of one inner step at a time')
-    if getattr(settings, "workers", 1) != 1:
-        fixes.append("workers=1")
-    if getattr(settings, "inner_steps", None) and getattr(settings, "memory", None) != "flat":
+    if settings.execution.memory == "unrolled":
+        fixes.append('execution={"memory": "flat"}, which holds the graph of one inner step at a time')
+    if settings.execution.workers != 1:
+        fixes.append('execution={"workers": 1}')
+    if getattr(settings, "inner_steps", None) and settings.execution.memory != "flat":
         fixes.append("fewer inner_steps")
     fixes += ["fewer or smaller images in a task", "a smaller network"]
     cause = " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
 """Processes that share a meta-step: each solves its own tasks, and all make the same outer update.
 
-Solved or failed -> one exchange of plain values (who failed, what there is) -> one sum of tensors for each dtype: the
-gradients, and, every value in a place of its own, what each task left behind, so that the sum gathers it in task order.
-Without a process group, or alone in it, nothing here does anything.
+Outcomes or an error -> one exchange of plain values (errors, shapes) -> one sum of tensors for each dtype. It holds the
+gradients and the outcomes of all tasks; each outcome has a place of its own, so that the sum gathers them in task
+order. A process without a group, or alone in one, exchanges nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from metawrap.engines.calling import dense
 from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, UnsupportedModuleError
-from metawrap.inner_loop.outcome import Solved, attached, dense
+from metawrap.inner_loop.inner_loop import with_gradients
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.tasks import map_tensors, tensors_in
+from metawrap.results import TaskOutcome
+from metawrap.snapshot.module_state import Slot, slots_of
+from metawrap.tasks import device_of, map_tensors, tensors_in
 
 Gradients = Sequence[Tensor | None]
 _NO_PREDICTION = "predictions stay where they were made"
@@ -43,21 +46,8 @@ class _Word:
     checked: bool = True
     frozen: list[str] = field(default_factory=list)
     present: list[bool] = field(default_factory=list)
-    solved: list[Solved] = field(default_factory=list)
+    solved: list[TaskOutcome] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
-
-
-class _Slot(NamedTuple):
-    """Where a buffer or a parameter of the model stands, and as what it stood there before the call."""
-
-    name: str
-    table: dict[str, Any]
-    local: str
-    tensor: Tensor
-    version: int
-
-    def edited(self) -> bool:
-        return self.table[self.local] is not self.tensor or self.tensor._version != self.version
 
 
 class Ranks:
@@ -70,7 +60,7 @@ class Ranks:
     def __init__(self, learner: Any, call: str, group: Any, in_ddp: bool = False) -> None:
         self.learner, self.call, self.group, self.in_ddp = learner, call, group, in_ddp
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self._before = list(_state_slots(learner.model)) if self.size > 1 else []
+        self._before = _state_slots(learner.model) if self.size > 1 else []
 
     @classmethod
     def of_meta_step(cls, learner: Any) -> Ranks:
@@ -78,9 +68,9 @@ class Ranks:
         return cls(learner, "meta_step", dist.group.WORLD if learner.distributed and several() else None)
 
     @classmethod
-    def of_forward(cls, learner: Any, when: bool) -> Ranks:
+    def of_forward(cls, learner: Any) -> Ranks:
         """Those of the `DistributedDataParallel` whose forward is running around the learner's, if there is one."""
-        if not when or not learner.distributed:
+        if not learner.distributed:
             return cls(learner, "forward", None)
         # The marker that torch's own compiler goes by: it is set for the time of the wrapped module's forward.
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -105,8 +95,8 @@ class Ranks:
             raise
 
     def shared(
-        self, solved: Sequence[Solved], parameters: Sequence[Tensor] = (), gradients: Gradients = ()
-    ) -> tuple[list[Solved], list[Tensor | None]]:
+        self, solved: Sequence[TaskOutcome], parameters: Sequence[Tensor] = (), gradients: Gradients = ()
+    ) -> tuple[list[TaskOutcome], list[Tensor | None]]:
         """The outcomes of all processes' tasks, rank 0's first, and the gradient of the mean over them.
 
         A parameter without a gradient on any process has none; what is given is returned where there is one process.
@@ -123,7 +113,7 @@ class Ranks:
         words = self._gathered(
             _Word(
                 call=(self.call, self.learner.iteration),
-                checked=self.learner._same_everywhere,
+                checked=self.learner.executor.same_everywhere,
                 frozen=_frozen(self.learner),
                 present=[gradient is not None for gradient in gradients],
                 solved=map_tensors(own, lambda tensor: tensor.to("meta")),
@@ -162,7 +152,7 @@ class Ranks:
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
         weight = torch.tensor(own * self.size / tasks, dtype=loss.dtype, device=loss.device)
         nothing = [(p, p.detach().new_zeros(()).expand_as(p)) for p in parameters]
-        return attached(whole, [(loss, weight), *nothing])
+        return with_gradients(whole, [(loss, weight), *nothing])
 
     def _refuse(self) -> None:
         """Raises what cannot be shared, by name."""
@@ -234,7 +224,7 @@ class Ranks:
                     "same seed on all processes (torch.manual_seed), or load the same state; for learners that have "
                     "nothing to do with each other set learner.distributed = False."
                 )
-        self.learner._same_everywhere = True
+        self.learner.executor.same_everywhere = True
 
     def _take_edited(self, edited: Sequence[str]) -> None:
         """Gives every process rank 0's value of what forward edited on one of them: there is no order to do it in."""
@@ -289,17 +279,15 @@ def exchanging() -> Iterator[None]:
         ) from error
 
 
-def _state_slots(model: nn.Module) -> Iterator[_Slot]:
-    for path, module in model.named_modules():
-        # Per-step norms fold their statistics from what was gathered.
-        for table in (module._parameters, {} if isinstance(module, PerStepNorm) else module._buffers):
-            for local, tensor in table.items():
-                if tensor is not None:
-                    yield _Slot(f"{path}.{local}" if path else local, table, local, tensor, tensor._version)
+def _state_slots(model: nn.Module) -> list[Slot]:
+    named = list(model.named_modules())
+    # Per-step norms fold their statistics from the gathered moments.
+    slots = slots_of(named, "_parameters", copies=False) + slots_of(named, copies=False, norms=False)
+    return [slot for slot in slots if slot.tensor is not None]
 
 
 def _zeros(place: Tensor, learner: Any) -> Tensor:
-    return torch.zeros_like(place, device=learner._device)
+    return torch.zeros_like(place, device=device_of(learner))
 
 
 def _frozen(learner: Any) -> list[str]:

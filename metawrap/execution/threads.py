@@ -25,16 +25,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def replica(learner: Learner, shared: Iterable[Any] = ()) -> Learner:
-    """A copy of the learner that shares its parameters, its buffers and what else is named.
+def replica(learner: Learner, shared: Iterable[Any] = (), buffers: bool = True) -> Learner:
+    """A copy of the learner that shares its parameters, its buffers and the objects in `shared`.
 
+    Args:
+        buffers: False copies the buffers.
     Raises:
-        UnsupportedModuleError: a module has a `__deepcopy__` of its own that copies those.
+        UnsupportedModuleError: a module has a `__deepcopy__` of its own that copies its parameters.
     """
-    tensors: list[Any] = [*learner.parameters(), *learner.buffers()]
-    made = copy.deepcopy(learner, {id(value): value for value in [*tensors, *shared]})
-    if list(map(id, [*made.parameters(), *made.buffers()])) != list(map(id, tensors)):
-        raise UnsupportedModuleError("a copy of the model does not share its parameters, so it needs workers=1")
+    kept: list[Any] = [*learner.parameters(), *(learner.buffers() if buffers else ())]
+    made = copy.deepcopy(learner, {id(value): value for value in [*kept, *shared]})
+    if list(map(id, [*made.parameters(), *(made.buffers() if buffers else ())])) != list(map(id, kept)):
+        raise UnsupportedModuleError("a copy of the model does not share its parameters, so it needs one worker")
     return made
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # What has to be gained before the plain way is left: less would be noise.
 _GAIN = 0.97
@@ -38,18 +37,6 @@ class Speed:
         workers = "one task after another" if self.workers == 1 else f"{many}, a task in each"
         layout = ", images in channels_last" if self.channels_last else ""
         return workers + layout + (f" ({self.why})" if self.why else "")
-
-
-def to_channels_last(tensor: Tensor) -> Tensor:
-    """Images (batch, channels, height, width), or volumes, with the channels of a pixel side by side in memory."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor.ndim not in formats or not tensor.is_floating_point() or tensor.layout != torch.strided:
-        return tensor
-    # Not .contiguous(): with one channel a tensor is already so by torch's rule, and convolutions do not take it so.
-    wanted = torch.empty_like(tensor, memory_format=formats[tensor.ndim], device="meta").stride()
-    if tensor.stride() == wanted:
-        return tensor
-    return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
 
 
 def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Iterable[tuple[int, bool]]) -> Speed:

@@ -1,4 +1,4 @@
-"""What a support set makes of a head, and the arithmetic that several such heads share."""
+"""Heads that are fitted to a support set, and the arithmetic that several of them share."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from torch import Tensor, nn
 class FittedHead(nn.Module):
     """A head fitted to one support set: target embeddings (targets, ...) to logits (targets, ways).
 
-    In training its tensors carry the graph back to the support set. It is also what stands in the place of the user's
-    own head in the module that `adapt` returns.
+    In training its tensors carry the graph back to the support set. `adapt` puts it in the place of the user's
+    own head. Its tensors are buffers, by the names that the constructor gets.
     """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
 
     @abstractmethod
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, ...) to (targets, ways)."""
 
     def plain(self) -> nn.Module:
-        """A copy that shares nothing with the learner, in eval mode; asked for only where gradients are off."""
+        """A copy that shares nothing with the learner, in eval mode; gradients must be off."""
         return copy.deepcopy(self).eval()
 
 
 class PlacedHead(nn.Module):
-    """A fitted head in the place of the user's own: takes one argument, whatever it is called there.
+    """A fitted head in the place of the user's own: takes one argument, under any name.
 
     flat: whether an embedding of any shape is taken as a vector.
     """
@@ -87,11 +92,6 @@ class LinearHead(FittedHead):
 
     weight: Tensor
     bias: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError
-from metawrap.inner_loop.outcome import Solved
+from metawrap.results import TaskOutcome
 from metawrap.surgery.copying import duplicate
 from metawrap.surgery.swap import parameter_slots
 from metawrap.tasks import TaskId
@@ -49,7 +49,7 @@ class HeadStart(nn.Module):
         """What of a task's last fast weights is kept for it."""
         return {}
 
-    def keep(self, solved: Iterable[Solved], applied: Tensor) -> None:
+    def keep(self, solved: Iterable[TaskOutcome], applied: Tensor) -> None:
         """Keeps it, where the meta-step was applied."""
 
 
@@ -82,7 +82,7 @@ class _OwnStart(HeadStart):
             if shared := [f"{type(m).__name__}.{local}" for m, local in slots[name] if id(m) not in inside]:
                 raise ArgumentError(
                     f"{asked}: the head '{head}' shares '{name}' with {', '.join(shared)}, which must not start anew "
-                    'with it. Give the head its own parameter, or use head_init="learned".'
+                    'with it. Give the head its own parameter, or use outputs={"head_init": "learned"}.'
                 )
         local = {id(parameter): name for name, parameter in owner.named_parameters()}
         parameters = dict(model.named_parameters())
@@ -98,7 +98,7 @@ class _OwnStart(HeadStart):
                 raise ArgumentError(
                     f"head_init={self.kind!r}: {type(owner).__name__}, which owns '{name}', computes a weight from its "
                     "parameters (weight_norm, spectral_norm, a pre-hook): they cannot start anew by themselves. Use "
-                    'head_init="learned" or "stored", or a plain head.'
+                    'outputs={"head_init": "learned"} or "stored", or a plain head.'
                 )
 
 
@@ -116,13 +116,13 @@ class ZeroHead(_OwnStart):
             raise ArgumentError(
                 f'head_init="zeros": the head holds several layers, with {", ".join(owners)}. Products of zeros have '
                 "no gradient: it would stay zero for ever. Name its last layer with head=, or use "
-                'head_init="random".'
+                'outputs={"head_init": "random"}.'
             )
         for owner in owners.values():
             if left := [name for name, _ in owner.named_parameters(recurse=False) if not _ends(owners, name)]:
                 raise ArgumentError(
                     f'head_init="zeros": {", ".join(left)} of the head is not adapted, and would keep its value. Adapt '
-                    'all of the head, or use head_init="learned".'
+                    'all of the head, or use outputs={"head_init": "learned"}.'
                 )
 
     def values(self, model: nn.Module, task_id: TaskId | None) -> Mapping[str, Tensor]:
@@ -169,7 +169,7 @@ class RandomHead(_OwnStart):
             if not callable(getattr(owner, "reset_parameters", None)):
                 raise ArgumentError(
                     f"head_init=\"random\": {type(owner).__name__}, which owns '{name}', has no reset_parameters() to "
-                    'draw fresh values with. Give it one, or use head_init="zeros".'
+                    'draw fresh values with. Give it one, or use outputs={"head_init": "zeros"}.'
                 )
 
 
@@ -203,7 +203,7 @@ class StoredHead(_OwnStart):
         """The head's fast weights."""
         return {name: fast[name].detach().clone() for name in self.names}
 
-    def keep(self, solved: Iterable[Solved], applied: Tensor) -> None:
+    def keep(self, solved: Iterable[TaskOutcome], applied: Tensor) -> None:
         """Stores each task's head. Waits for the device: what was skipped or is not finite must leave the old ones."""
         for one in solved if bool(applied) else ():
             if one.task_id is not None and all(bool(value.isfinite().all()) for value in one.head.values()):

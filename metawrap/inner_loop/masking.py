@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +10,6 @@ from torch import Tensor
 from metawrap.errors import TaskError
 from metawrap.results import IGNORED, are_logits
 from metawrap.tasks import Task, describe_value
-
-
-def ignored_label(loss_fn: Any) -> int:
-    """The label that a loss ignores: its own `ignore_index`, or torch's."""
-    keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
-    return int(keywords.get("ignore_index", getattr(loss_fn, "ignore_index", IGNORED)))
 
 
 def used_labels(task: Task, ignored: int = IGNORED) -> Tensor:

@@ -7,16 +7,22 @@ with its graph. The learning rates come from outside, one scalar per tensor and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from higher.optim import DifferentiableOptimizer, get_diff_optim
 
 Gradients = Mapping[str, Tensor | None]
 # By parameter name: what the rule remembers of it, tensors and counts; nothing before the first step.
-State = Mapping[str, Mapping[str, Any]]
+OptimizerState = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class InnerOptimizer(Protocol):
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """The next fast weights and state; a tensor without a gradient stays as it is, and so does its state.
 
         Args:
@@ -64,8 +70,8 @@ class OwnInnerOptimizer:
         gradients: Gradients,
         rates: Mapping[str, Tensor],
         losses: Tensor,
-        state: State,
-    ) -> tuple[dict[str, Tensor], State]:
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
         updated, after = dict(fast), dict(state)
         for name, gradient in gradients.items():
@@ -94,6 +100,58 @@ class OwnInnerOptimizer:
         return direction, {"step": step, "mean": mean, "square": square}
 
 
+class HigherInnerOptimizer:
+    """A rule through `higher.optim`, which is handed gradients rather than the loss.
+
+    From a loss `higher` differentiates with respect to every parameter, which for parameters that are not adapted walks
+    back through all earlier inner steps; and its first order does not train the initial weights.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule
+        self._optimizer: DifferentiableOptimizer | None = None
+
+    def step(
+        self,
+        fast: Mapping[str, Tensor],
+        gradients: Gradients,
+        rates: Mapping[str, Tensor],
+        losses: Tensor,
+        state: OptimizerState,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """See `InnerOptimizer.step`."""
+        if self._optimizer is None or len(self._optimizer.state) != len(fast):
+            self._optimizer = _differentiable(self.rule, len(fast))
+        # One group for each weight, so a group's state is that of its only weight.
+        self._optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
+        nothing = torch.zeros((), requires_grad=True)
+        updated = self._optimizer.step(
+            nothing,
+            params=list(fast.values()),
+            override={"lr": [rates[name] for name in fast]},
+            grad_callback=lambda _: [gradients[name] for name in fast],
+        )
+        after = {name: group[0] for name, group in zip(fast, self._optimizer.state, strict=True)}
+        return dict(zip(fast, updated, strict=True)), after
+
+
+def _differentiable(rule: UpdateRule, count: int) -> DifferentiableOptimizer:
+    # It copies its parameters, and asks them for no more than their number: empty ones cost nothing.
+    places = [torch.empty(0, requires_grad=True) for _ in range(count)]
+    groups = [{"params": [place]} for place in places]
+    plain: torch.optim.Optimizer = (
+        torch.optim.Adam(groups, betas=rule.betas, eps=rule.eps)
+        if rule.name == "adam"
+        else torch.optim.SGD(groups, lr=1.0, momentum=rule.momentum)
+    )
+    return get_diff_optim(plain, places)
+
+
+def inner_optimizer(engine: str, rule: UpdateRule) -> InnerOptimizer:
+    """The update of fast weights by `rule`, through `higher.optim` under the engine "higher"."""
+    return HigherInnerOptimizer(rule) if engine == "higher" else OwnInnerOptimizer(rule)
+
+
 def clipped(
     gradients: Gradients, max_norm: float | None, max_value: float | None, stacked: bool = False
 ) -> dict[str, Tensor | None]:
@@ -119,3 +177,57 @@ def clipped(
 def _norm(values: Tensor, over: int | None = None) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, dim=over)
     return norm
+
+
+class LearningRates(nn.Module):
+    """`rates[name]` holds a row for each step of the user's parameter `name`; the sign is free.
+
+    A row is a scalar, or with `per_weight` as large as the parameter: (rows, *shape), and (rows, *shape, 2) for a
+    complex one, whose entries are two numbers each. A step past the last row uses the last row, so that one row serves
+    all steps. Source: Antoniou et al. 2018, arXiv:1810.09502, LSLR; the authors' code keeps one rate per parameter
+    tensor (weight and bias apart), as this does.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        rows: int,
+        initial: float,
+        learned: bool,
+        per_weight: bool = False,
+    ) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for name, like in parameters:
+            real = torch.view_as_real(like) if like.is_complex() else like
+            shape = (rows, *real.shape) if per_weight else (rows,)
+            rate = torch.full(shape, initial, dtype=real.dtype, device=like.device)
+            self.names.append(name)
+            self.register_parameter(_key(name), nn.Parameter(rate, requires_grad=learned))
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        if name not in self.names:
+            raise KeyError(f"'{name}' has no learning rate; adapted parameters: {', '.join(self.names)}")
+        return self._parameters[_key(name)]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Pairs of parameter name and its rates, row by row."""
+        return ((name, self[name]) for name in self.names)
+
+    def per_step(self) -> dict[str, tuple[Tensor, ...]]:
+        """Each name's rows, one after another."""
+        return {name: rates.unbind() for name, rates in self.items()}
+
+
+def _key(name: str) -> str:
+    # torch refuses dots in a parameter's own name, and names that are already an attribute, such as "items".
+    return name.replace(".", "/") if "." in name else f"/{name}"

@@ -1,4 +1,4 @@
-"""The update rule that is itself a network: a two-layer LSTM, the same for each weight, whose cell is the weight."""
+"""A learned update rule: a two-layer LSTM, the same for every weight, whose cell is the weight."""
 
 from __future__ import annotations
 

@@ -1,33 +1,104 @@
 """Batch norm with its own scale, shift and statistics per inner step, as a subclass of the user's own norm class.
 
-The user's forward runs unchanged. For the time of one call it sees ordinary (channels,) tensors: this step's rows are
-lent to the slots it reads. So a norm that also runs an activation, or any other code, keeps doing so.
+The user's forward runs unchanged. During a call its parameters and statistics are this step's rows, ordinary
+(channels,) tensors. So a norm that also runs an activation, or other code, keeps doing so.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
-from metawrap.layers.batch_norm import batch_norm
-from metawrap.layers.step_clock import Moments, StepClock
+from metawrap.layers.quick_forms import batch_norm
 from metawrap.tasks import describe_value
 
 _PRECISE = (torch.float32, torch.float64)
 
 
+Statistics = Literal["batch", "running", "capture", "captured"]
+"""batch: the batch's own. running: the stored row. capture: the batch's own, kept for a later pass with gradients.
+captured: those of the last capturing pass (conditional batch norm)."""
+
+
+class Moments(NamedTuple):
+    """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient."""
+
+    norm: str
+    row: int
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass
+class StepClock:
+    """Shared by every per-step layer of one learner; only the inner loop sets it.
+
+    A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
+    With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
+    twice: whether the pass will be differentiated twice; batch norm then takes its quick form.
+
+    >>> clock = StepClock()
+    >>> with clock.at(2, "batch"):
+    ...     clock.step
+    2
+    """
+
+    step: int = 0
+    statistics: Statistics | None = None
+    recorder: list[Moments] | None = None
+    twice: bool = False
+    captured: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    @contextmanager
+    def at(
+        self, step: int, statistics: Statistics, recorder: list[Moments] | None = None, twice: bool = False
+    ) -> Iterator[None]:
+        """Sets the clock for one pass, and restores it afterwards."""
+        before = self.step, self.statistics, self.recorder, self.twice
+        if statistics == "capture":
+            self.captured = {}
+        self.step, self.statistics, self.recorder, self.twice = step, statistics, recorder, twice
+        try:
+            yield
+        except BaseException:
+            self.captured = {}
+            raise
+        finally:
+            self.step, self.statistics, self.recorder, self.twice = before
+            if statistics == "captured":
+                self.captured = {}
+
+    def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns and forgets the statistics of the last capturing pass, by norm, for a plain batch norm to hold.
+
+        Raises:
+            UnsupportedModuleError: a norm ran more than once in it.
+        """
+        captured, self.captured = self.captured, {}
+        for name, passes in captured.items():
+            if len(passes) != 1:
+                raise UnsupportedModuleError(
+                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain batch norm holds one set of "
+                    'statistics. Use norm="batch" or norm="running", or evaluate with the learner itself.'
+                )
+        return {name: passes[0] for name, passes in captured.items()}
+
+
 @dataclass
 class PerStepState:
-    """All that a norm gains when it becomes per-step, under one name so that it cannot collide with the user's own."""
+    """The attributes of a per-step norm, under one name that cannot collide with the user's own.
+
+    affine, statistics: whether weight and bias, and the running statistics, have a row per step.
+    """
 
     clock: StepClock
     name: str
@@ -58,7 +129,7 @@ class PerStepNorm(_BatchNorm):
         if use == "captured":
             with self._lent(self._neutral_statistics(input), training=False):
                 return super().forward(self._normalised(input), *args, **kwargs)
-        # Without stored statistics the batch's own are all there is, in evaluation too: so do the user's own norms.
+        # Without stored statistics the batch's own are used in evaluation too, as in torch's norms.
         if use == "running" and tracks:
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
@@ -66,7 +137,7 @@ class PerStepNorm(_BatchNorm):
         if self._is_plain(input):
             return self._quick(input, tracks)
         seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
-        # A momentum of 1 on empty statistics makes whatever code the user's forward has yield this batch's moments.
+        # With a momentum of 1 on empty statistics, any forward leaves this batch's moments in them.
         with self._lent(seen, training=True, momentum=1.0):
             output = super().forward(input, *args, **kwargs)
             # Read from the slots: the user's forward may have replaced the statistics rather than edited them.
@@ -77,9 +148,9 @@ class PerStepNorm(_BatchNorm):
 
     @torch.no_grad()
     def fold(self, passes: Sequence[Moments], keep: Tensor) -> None:
-        """One momentum fold of each pass, in order, into its row; unchanged where `keep`, a bool scalar, is false.
+        """Folds each pass into its row with the norm's momentum, in order; not where `keep`, a bool scalar, is false.
 
-        n folds at once: r <- (1 - m)^n r + sum of m (1 - m)^(n - 1 - j) x_j, so that they cost what one does.
+        n folds at once: r <- (1 - m)^n r + sum of m (1 - m)^(n - 1 - j) x_j, at the cost of one.
         """
         mean, variance, count = (self._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
         assert mean is not None
@@ -96,7 +167,7 @@ class PerStepNorm(_BatchNorm):
                 count[row] += keep * len(seen)
 
     def _shares(self, passes: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """How much of the stored value is left after so many folds, and the share of each of them."""
+        """The share of the stored value that is left after so many folds, and the share of each fold."""
         order = torch.arange(passes, device=like.device)
         if self.momentum is None:
             # A cumulative average. In the statistics' own precision: a quotient of whole numbers would be float32.
@@ -117,7 +188,7 @@ class PerStepNorm(_BatchNorm):
         return (_new_per_step, (type(self).original_class,), *parts[2:])  # type: ignore[attr-defined]
 
     def _is_plain(self, input: Tensor) -> bool:
-        """Whether the norm is torch's own, on numbers that the quicker form of it takes; measured on the CPU only."""
+        """Whether the norm is torch's own, on plain CPU tensors: the quick form was measured on the CPU only."""
         if (
             type(self).original_class.forward is not _BatchNorm.forward  # type: ignore[attr-defined]
             or not input.is_cpu
@@ -129,7 +200,7 @@ class PerStepNorm(_BatchNorm):
         return dtype in _PRECISE and all(tensor is None or tensor.dtype == dtype for tensor in tensors)
 
     def _quick(self, input: Tensor, tracks: bool) -> Tensor:
-        """What the forward of torch's own batch norm comes to, on this step's rows."""
+        """The forward of torch's own batch norm on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         weight: Any = self.weight
         bias: Any = self.bias
@@ -157,20 +228,16 @@ class PerStepNorm(_BatchNorm):
         if self.per_step.affine:
             row = self.per_step.row()
             parameters = {name: p[row] for name in ("weight", "bias") if (p := self._parameters.get(name)) is not None}
-        own = [(slots, {name: slots[name] for name in lent}) for slots, lent in self._slots(parameters, buffers)]
-        flags = {name: getattr(self, name) for name in attributes}
+        lent: list[tuple[Any, dict[str, Any]]] = [(self._parameters, parameters), (self._buffers, buffers)]
+        before = [(table, {name: table[name] for name in values}) for table, values in lent]
+        before.append((self.__dict__, {name: getattr(self, name) for name in attributes}))
         try:
-            for slots, lent in self._slots(parameters, buffers):
-                slots.update(lent)
-            self.__dict__.update(attributes)
+            for table, values in [*lent, (self.__dict__, attributes)]:
+                table.update(values)
             yield
         finally:
-            for slots, before in own:
-                slots.update(before)
-            self.__dict__.update(flags)
-
-    def _slots(self, parameters: dict[str, Any], buffers: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-        return [(self._parameters, parameters), (self._buffers, buffers)]
+            for table, values in before:
+                table.update(values)
 
     def _check_size(self, input: Tensor) -> None:
         if input.ndim > 1 and input.numel() == input.shape[1]:
@@ -213,6 +280,21 @@ class PerStepNorm(_BatchNorm):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         wide = _wide(input)
         return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
+
+
+def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:
+    """Folds what the norms of a model saw in each task's passes; unchanged where `keep`, a bool scalar, is false.
+
+    Args:
+        outcomes: in task order; each has `moments`, a list of `Moments` in the order of passes.
+    """
+    passes: dict[str, list[Moments]] = {}
+    for outcome in outcomes:
+        for moments in outcome.moments:
+            passes.setdefault(moments.norm, []).append(moments)
+    norms = {m.per_step.name: m for m in model.modules() if isinstance(m, PerStepNorm)}
+    for name, seen in passes.items():
+        norms[name].fold(seen, keep)
 
 
 class _LocalForward(_BatchNorm):

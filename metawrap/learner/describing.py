@@ -1,4 +1,4 @@
-"""A gradient-based learner -> what it says of itself: every module, what was done to it, and what to beware of."""
+"""A learner -> its description: every module of its network, what was done to the module, and warnings."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
-from metawrap.inner_loop.outcome import autograd, usable
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.engines.calling import autograd
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.learner.description import Description
-from metawrap.learner.learner import Method
-from metawrap.learner.module_rows import Fate, ModuleRow
+from metawrap.learner.description import Description, Fate, ModuleRow
 from metawrap.settings.settings import Settings
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Task
+from metawrap.tasks import Task, usable
 
-_ELSEWHERE = ("model", "learning_rates")
 _NO_RATES: dict[str, Tensor] = {}
 
 
 def describe_learner(
-    learner: Method,
+    learner: Any,
     *,
     wrapped: Wrapped,
     head: str | None,
@@ -41,20 +38,23 @@ def describe_learner(
     """What wrapping found and did.
 
     Args:
-        looks: what the first task showed, in training mode (True) and in eval mode.
-        title: what stands behind the method's name.
-        rates: of the inner loop. engine: its name, and why it was chosen. speed: how tasks are run.
+        looks: what the first task showed, in training mode (True) and in eval mode (False).
+        title: text behind the name of the method.
+        rates: the inner learning rates, by parameter.
+        engine: its name, and why it was chosen.
+        speed: how tasks are run.
     """
-    unused = [set(look.unused) for look in looks.values()]
-    never = set.intersection(*unused) if unused else set()
-    fates = {name: _fate(name, p, wrapped.adapted, never) for name, p in wrapped.model.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
-    adapted = {name: shape for name, shape in shapes.items() if name in wrapped.adapted}
+    unused = set.intersection(*(set(look.unused) for look in looks.values())) if looks else set()
+    parameters = dict(wrapped.model.named_parameters())
+    fates = {name: _fate(name, parameter, wrapped.adapted, unused) for name, parameter in parameters.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    values = [each.detach().double().cpu().flatten() for _, each in rates.items()]
+    every_rate = torch.cat(values) if values else None
     return Description(
         method=f"{type(learner).__name__}{title}",
         model=type(wrapped.model).__name__,
         settings=dict(settings),
-        adapted=adapted,
+        adapted={name: shape for name, shape in shapes.items() if name in wrapped.adapted},
         learned_only={name: shape for name, shape in shapes.items() if fates[name] == "learned only"},
         frozen={name: shape for name, shape in shapes.items() if fates[name] == "frozen"},
         swapped=wrapped.swapped,
@@ -62,24 +62,28 @@ def describe_learner(
         head=head,
         engine=engine[0],
         engine_reason=engine[1],
-        rates=sum(values.numel() for _, values in rates.items()),
-        notes=[*wrapped.notes, *_besides(learner)],
+        rates=0 if every_rate is None else every_rate.numel(),
+        notes=[*wrapped.notes, *_learned_besides(learner)],
         warnings=list(warnings),
-        modules=list(_rows(wrapped, fates, rates)),
-        rate_range=_range(rates),
+        modules=_rows(wrapped, fates, rates),
+        rate_range=None if every_rate is None else (float(every_rate.min()), float(every_rate.max())),
         seen=bool(looks),
         speed=speed,
     )
 
 
-def look_at(learner: Method, task: Task) -> None:
-    """Shows a learner one task as its first meta-step would, so that `describe` knows all; changes nothing else."""
+def look_at(learner: Any, task: Task) -> None:
+    """Shows the learner one task, as its first meta-step would, so that `describe` knows all. Changes nothing else.
+
+    >>> look_at(learner, task)  # doctest: +SKIP
+    >>> print(learner.describe())  # doctest: +SKIP
+    """
     with autograd():
         learner._prepare(usable(task))
 
 
 def first_order_warning(settings: Settings) -> str:
-    """Which rows of the per-step norms get no gradient while it is first-order."""
+    """Which rows of the per-step norms get no gradient while the gradient is first-order."""
     until = "the end" if math.isinf(settings.first_order_epochs) else f"epoch {settings.first_order_epochs}"
     return (
         f"from epoch {settings.step_loss_epochs} to {until} the gradient is first-order and only the last step "
@@ -87,16 +91,40 @@ def first_order_warning(settings: Settings) -> str:
     )
 
 
-def _besides(learner: Method) -> Iterator[str]:
-    """What is learned that is neither the network nor its inner rates."""
-    own = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n.split(".")[0] not in _ELSEWHERE]
-    if own:
-        sizes = [None if is_lazy(p) else p.numel() for _, p in own]
-        numbers = (
-            "as many numbers as the first task asks for" if None in sizes else f"{sum(filter(None, sizes)):,} numbers"
+def unused_warnings(looks: Mapping[bool, FirstLook]) -> Iterator[str]:
+    """Which adapted parameters the support loss does not depend on, and in which mode."""
+    for name in dict.fromkeys(name for look in looks.values() for name in look.unused):
+        modes = [mode for mode, look in looks.items() if name in look.unused]
+        where = "" if len(modes) == len(looks) else f" in {'training' if modes[0] else 'eval'} mode"
+        yield f"the support loss does not depend on '{name}'{where}"
+
+
+def norm_warnings(settings: Settings, wrapped: Wrapped) -> Iterator[str]:
+    """Known harm of a batch-norm policy to the inner loop."""
+    if not wrapped.swapped:
+        return
+    has_rows = settings.per_step_norm_affine and settings.inner_steps > 1
+    if has_rows and settings.first_order_epochs > settings.step_loss_epochs:
+        yield first_order_warning(settings)
+    if settings.norm == "running":
+        yield (
+            'norm="running" trains under batch statistics and adapts under stored ones in evaluation, where the inner '
+            'loop often diverges; norm="support" is inductive and the same in both'
         )
-        places = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in own))
-        yield f"besides the network, {numbers} are learned in {places}"
+
+
+def _learned_besides(learner: Any) -> Iterator[str]:
+    """A note on learned parameters that belong neither to the network nor to the inner learning rates."""
+    own = [
+        (name.split(".")[0], parameter)
+        for name, parameter in learner.named_parameters()
+        if parameter.requires_grad and name.split(".")[0] not in ("model", "learning_rates")
+    ]
+    if own:
+        is_open = any(is_lazy(parameter) for _, parameter in own)
+        total = "as many" if is_open else f"{sum(parameter.numel() for _, parameter in own):,}"
+        places = ", ".join(dict.fromkeys(place for place, _ in own))
+        yield f"besides the network, {total} numbers{' as the first task asks for' * is_open} are learned in {places}"
 
 
 def _fate(name: str, parameter: nn.Parameter, adapted: tuple[str, ...], unused: set[str]) -> Fate:
@@ -107,77 +135,46 @@ def _fate(name: str, parameter: nn.Parameter, adapted: tuple[str, ...], unused: 
     return "learned only" if parameter.requires_grad else "frozen"
 
 
-def _rows(
-    wrapped: Wrapped, fates: Mapping[str, Fate], rates: Mapping[str, Tensor] | LearningRates
-) -> Iterator[ModuleRow]:
-    first_names = {id(parameter): name for name, parameter in wrapped.model.named_parameters()}
-    seen: dict[int, str] = {}
-    for name, module in _tree(wrapped.model, "", seen):
+def _rows(wrapped: Wrapped, fates: Mapping[str, Fate], rates: Mapping[str, Tensor] | LearningRates) -> list[ModuleRow]:
+    """A row for every registration of every module, in order. The parts of a module come below its first name only."""
+    names_of_parameters = {id(parameter): name for name, parameter in wrapped.model.named_parameters()}
+    names_of_modules: dict[int, str] = {}
+    rows = []
+
+    def visit(module: nn.Module, name: str) -> None:
         kind = type(module).original_class if isinstance(module, PerStepNorm) else type(module)  # type: ignore[attr-defined]
-        if seen[id(module)] != name:
-            yield ModuleRow(name, kind.__name__, same_as=seen[id(module)])
-            continue
-        own = {local: p for local, p in module._parameters.items() if p is not None}
-        full = {local: first_names[id(p)] for local, p in own.items()}
-        shared = {local: first for local, first in full.items() if first != (f"{name}.{local}" if name else local)}
-        yield ModuleRow(
+        if id(module) in names_of_modules:
+            rows.append(ModuleRow(name, kind.__name__, same_as=names_of_modules[id(module)]))
+            return
+        names_of_modules[id(module)], prefix = name, f"{name}." if name else ""
+        own = {local: parameter for local, parameter in module._parameters.items() if parameter is not None}
+        full = {local: names_of_parameters[id(parameter)] for local, parameter in own.items()}
+        shared = {local: first for local, first in full.items() if first != prefix + local}
+        row = ModuleRow(
             name=name,
             kind=kind.__name__,
-            parameters={local: tuple(p.shape) for local, p in own.items()},
-            buffers={local: tuple(b.shape) for local, b in module._buffers.items() if b is not None},
+            parameters={local: tuple(parameter.shape) for local, parameter in own.items()},
+            buffers={local: tuple(buffer.shape) for local, buffer in module._buffers.items() if buffer is not None},
             fates={local: "shared" if local in shared else fates[first] for local, first in full.items()},
             shared=shared,
             rates=sum(rates[first].numel() for local, first in full.items() if first in rates and local not in shared),
             left_alone=name in wrapped.kept,
             **_per_step(module),
         )
-
-
-def _tree(module: nn.Module, name: str, seen: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
-    """Every registration of every module, in order; the parts of one that is registered again come once."""
-    known = id(module) in seen
-    seen.setdefault(id(module), name)
-    yield name, module
-    if not known:
+        rows.append(row)
         for local, child in module._modules.items():
             if child is not None:
-                yield from _tree(child, f"{name}.{local}" if name else local, seen)
+                visit(child, prefix + local)
+
+    visit(wrapped.model, "")
+    return rows
 
 
 def _per_step(module: nn.Module) -> dict[str, Any]:
     if not isinstance(module, PerStepNorm):
         return {}
     state = module.per_step
-    affine = state.affine and any(parameter is not None for parameter in module._parameters.values())
-    statistics = state.statistics and module._buffers.get("running_mean") is not None
-    parts = {"affine": affine, "statistics": statistics}
+    has_affine = state.affine and any(parameter is not None for parameter in module._parameters.values())
+    has_statistics = state.statistics and module._buffers.get("running_mean") is not None
+    parts = {"affine": has_affine, "statistics": has_statistics}
     return {"steps": state.steps, "per_step": tuple(part for part, present in parts.items() if present)}
-
-
-def _range(rates: Mapping[str, Tensor] | LearningRates) -> tuple[float, float] | None:
-    if not len(rates):
-        return None
-    values = torch.cat([values.detach().double().cpu().flatten() for _, values in rates.items()])
-    return float(values.min()), float(values.max())
-
-
-def unused_warnings(looks: Mapping[bool, FirstLook]) -> Iterator[str]:
-    """Which adapted parameters play no part, and in which mode."""
-    for name in dict.fromkeys(name for look in looks.values() for name in look.unused):
-        modes = [mode for mode, look in looks.items() if name in look.unused]
-        where = "" if len(modes) == len(looks) else f" in {'training' if modes[0] else 'eval'} mode"
-        yield f"the support loss does not depend on '{name}'{where}"
-
-
-def norm_warnings(settings: Settings, wrapped: Wrapped) -> Iterator[str]:
-    """What a batch-norm policy is known to do to an inner loop."""
-    if not wrapped.swapped:
-        return
-    rows = settings.per_step_norm_affine and settings.inner_steps > 1
-    if rows and settings.first_order_epochs > settings.step_loss_epochs:
-        yield first_order_warning(settings)
-    if settings.norm == "running":
-        yield (
-            'norm="running" trains under batch statistics and adapts under stored ones in evaluation, where the inner '
-            'loop often diverges; norm="support" is inductive and the same in both'
-        )

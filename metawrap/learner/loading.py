@@ -1,10 +1,10 @@
-"""Loading a state_dict wholly or not at all: torch copies what fits before it complains of what does not."""
+"""Loading a state_dict wholly or not at all: torch copies the entries that fit before it complains of the others."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,29 +13,30 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
+from metawrap.snapshot.module_state import ModuleState
 from metawrap.tasks import describe_value
 
 
 @contextmanager
 def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: Any) -> Iterator[None]:
-    """Runs what loads a state_dict; on an error everything is put back, at the cost of one copy of the learner.
+    """Restores learner and optimizer if the block, which loads a state_dict, fails. Costs one copy of the learner.
 
     Raises:
         ArgumentError: `state_dict` is no mapping.
-        CheckpointError: it is that of another model or method, or damaged.
+        CheckpointError: the state_dict is that of another model or method, or damaged.
     """
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(
             f"state_dict: expected what learner.state_dict() returned, but got {describe_value(state_dict)}. A file of "
             "it is read with torch.load(path, weights_only=True)."
         )
-    put_back = _remembered(learner, optimizer)
+    put_back = remembered(learner, optimizer)
     try:
         yield
-    except MetaWrapError:  # Which says what is wrong already.
+    except MetaWrapError:  # Its message names the cause already.
         put_back()
         raise
-    except Exception as error:  # A state that is damaged can make torch raise anything.
+    except Exception as error:  # A damaged state can make torch raise any error.
         put_back()
         cause = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
@@ -44,25 +45,31 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
         ) from error
 
 
-def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
-    modules = list(learner.modules())
-    attributes = [(module, dict(module.__dict__)) for module in modules]
-    tables: list[tuple[Any, Any]] = [
-        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
-    ]
-    found = {id(t): t for t in chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules)}
-    tensors = [t for t in found.values() if t is not None]
+@contextmanager
+def put_back_on_error(learner: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Restores a learner and its optimizer where the block fails, at the cost of one copy of the learner."""
+    put_back = remembered(learner, optimizer)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+    """Copies a learner and its optimizer; returns the function that puts the copy back."""
+    named = list(learner.named_modules())
+    state = ModuleState(named)
+    state.keep("tables", (table for _, m in named for table in (m._parameters, m._buffers, m._modules)))
+    places = [tensor for _, m in named for tensor in (*m._parameters.values(), *m._buffers.values())]
+    tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
     groups = [dict(group) for group in optimizer.param_groups]
-    state = {parameter: dict(value) for parameter, value in optimizer.state.items()}
+    # Copies: an optimizer's step edits its tensors in place.
+    moments = {parameter: copy.deepcopy(value) for parameter, value in optimizer.state.items()}
 
     def put_back() -> None:
-        for module, own in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(own)
-        for table, own in tables:
-            table.clear()
-            table.update(own)
+        state.put_back()
         with torch.no_grad():
             for tensor, kind, data, gradient, value in values:
                 tensor.__class__ = kind  # A parameter that had no size yet was of another class.
@@ -74,6 +81,6 @@ def _remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
         for group, known in zip(optimizer.param_groups, groups, strict=True):
             group.update(known)
         optimizer.state.clear()
-        optimizer.state.update(state)
+        optimizer.state.update(moments)
 
     return put_back

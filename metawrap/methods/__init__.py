@@ -1,6 +1,6 @@
-"""Meta-learning methods, all with the face of `Method`."""
+"""Meta-learning methods, all with the face of `Learner`."""
 
-from metawrap.learner.learner import Method
+from metawrap.learner.learner import Learner
 from metawrap.methods.anil import ANIL
 from metawrap.methods.fine_tune import FineTune
 from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
@@ -28,13 +28,13 @@ __all__ = [
     "R2D2",
     "FineTune",
     "LSTMMetaLearner",
+    "Learner",
     "MAMLPlusPlus",
     "MatchingNet",
     "MemoryModule",
     "MetaNet",
     "MetaOptNet",
     "MetaSGD",
-    "Method",
     "MultiTask",
     "NeuralStatistician",
     "ProtoNet",

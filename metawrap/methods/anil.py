@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -14,40 +16,36 @@ from metawrap.checks.second_derivative import missing_second_derivative
 from metawrap.engines.calling import differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, autograd, dense, solved_from
-from metawrap.layers.learning_rates import LearningRates
-from metawrap.layers.step_clock import Moments
-from metawrap.learner.embedding_learner import EmbeddedKeywords
-from metawrap.learner.own_head import OwnHead
+from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point
+from metawrap.inner_loop.update_rules import LearningRates, UpdateRule, inner_optimizer
+from metawrap.layers.per_step_norm import Moments
+from metawrap.learner.embedding_learner import EmbeddingKeywords
+from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
+from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.settings.settings import check_choice
 from metawrap.tasks import Task
 
-FastWeights = dict[str, Tensor]
 
-
-class ANIL(OwnHead):
+class ANIL(HeadLearner):
     """Almost No Inner Loop: MAML whose inner loop adapts the head only; the body is shared by all tasks.
 
     With f the body, h the head with weights w, alpha the rate and K the number of steps:
     w_0 = w;  w_k = w_(k-1) - alpha * grad_w L(h(f(support); w_(k-1)), support_y);  meta-loss = L(h(f(target); w_K),
     target_y). Its gradient flows through every step to w and, through the embeddings of support and target, to f.
 
-    As in the paper: second order, and the same norm policy as MAML ("batch": each set by its own statistics, so that
-    accuracy is transductive), because the paper compares the two on MAML's code; pass norm="running" for figures that
-    are inductive. What differs: the network is run once per task, not once per step, which gives the same gradient;
-    rates can be learned. Any label that `loss_fn` takes, regression too.
+    As in the paper: second order, and MAML's norm policy ("batch": accuracy is transductive), because the paper
+    compares the two; norm="running" gives inductive figures. Differs: the network runs once per task, not once per
+    step, which gives the same gradient; rates can be learned. Any label that `loss_fn` takes, regression too.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed.
         inner_steps: gradient steps on the head.
         inner_lr: their rate; the first one, where rates are learned.
         learn_inner_lr: learn one rate for each of the head's parameter tensors and each step.
         first_order: leave second derivatives out; the body then learns from the target embeddings alone.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; embedding="output" makes no sense here.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = ANIL(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=3)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Raghu, Raghu, Bengio, Vinyals 2020, arXiv:1909.09157, section 4; the equations are those of Finn et al.
     2017, arXiv:1703.03400, with the body's inner rates at zero.
@@ -64,7 +62,7 @@ class ANIL(OwnHead):
         inner_lr: float = 0.1,
         learn_inner_lr: bool = False,
         first_order: bool = False,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         own = {"inner_lr": inner_lr, "learn_inner_lr": learn_inner_lr, "first_order": first_order}
         for name, value in own.items():
@@ -74,116 +72,93 @@ class ANIL(OwnHead):
         super().__init__(model, keywords, inner_steps=inner_steps, options=own, parts=rates)
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
-    ) -> Solved:
-        self._refuse_mask(mask)
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
+    ) -> TaskOutcome:
+        refuse_mask(self, mask)
         steps = self.settings.inner_steps if steps is None else steps
         moments: list[Moments] | None = [] if training else None
-        support, target = self._embeddings(task, training, norm, moments)
-        engine = FunctionalEngine(self._own_head())
-        fast = self._fast(engine, support, task.support_y, steps)
-        prediction = engine.call(fast, target)
-        loss = self._loss(prediction, task.target_y, "target")
+        support, target = self.own_head.of_task(task, training, norm, moments)
+        fast = self._fast_weights(support, task.support_y, steps)
+        prediction = FunctionalEngine(self.own_head.module).call(fast, target)
+        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
         step_losses = [None] * (steps - 1) + [loss] if steps else []
-        return solved_from(loss, step_losses, prediction, task, moments or [], {}, ignored_label(self.loss_fn))
-
-    def _fast(self, engine: FunctionalEngine, support: Tensor, labels: Any, steps: int) -> FastWeights:
-        """The head's weights after so many steps, by name; with their graph where gradients are enabled."""
-        graph = torch.is_grad_enabled()
-        full, rates = self._adapted_names(), self.learning_rates.per_step()
-        start = dict(engine.model.named_parameters())
-        # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
-        copies = {name: start[name].clone() for name in full}
-        # One that was frozen after wrapping is still adapted, from where it is.
-        fast = {name: w if graph and w.requires_grad else w.detach().requires_grad_() for name, w in copies.items()}
-        for step in range(steps):
-            row = min(step, self.settings.inner_steps - 1)
-            gradients = self._inner_gradient(engine, fast, support, labels, graph and not self.first_order)
-            fast = {
-                name: w if g is None else w - rates[full[name]][row] * g
-                for (name, w), g in zip(fast.items(), gradients, strict=True)
-            }
-            if not graph:
-                fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
-        return fast
-
-    def _inner_gradient(
-        self, engine: FunctionalEngine, fast: FastWeights, support: Tensor, labels: Any, second_order: bool
-    ) -> list[Tensor | None]:
-        with autograd(True), self._twice() if second_order else nullcontext():
-            weights = fast if second_order else {name: w.detach().requires_grad_() for name, w in fast.items()}
-            loss = self._loss(engine.call(weights, support if second_order else support.detach()), labels, "support")
-            found = (
-                torch.autograd.grad(loss, list(weights.values()), create_graph=second_order, allow_unused=True)
-                if loss.requires_grad
-                else [None] * len(weights)
-            )
-        if all(gradient is None for gradient in found):
-            raise UnsupportedModuleError(
-                f"No parameter of the head '{self._head}' gets a gradient from the support loss. It may compute under "
-                "no_grad, or detach its output: make it differentiable, or name another module with head=."
-            )
-        return [None if gradient is None else dense(gradient) for gradient in found]
-
-    def _twice(self) -> Any:
-        return differentiable_twice(self._own_head(), hard=True)
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, step_losses=step_losses, moments=moments)
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
-        support = self._embedded(task.support_x, "running" if norm == "running" else "batch")
-        fast = self._fast(FunctionalEngine(self._own_head()), support, task.support_y, steps)
-        full = self._adapted_names()
-        return self._plain({full[name]: weight for name, weight in fast.items()}, task.support_x, norm)
+        support = self.own_head.of(task.support_x, "running" if norm == "running" else "batch")
+        fast, full = self._fast_weights(support, task.support_y, steps), self.own_head.names(frozen=True)
+        return plain_module(self, {full[name]: weight for name, weight in fast.items()}, task.support_x, norm)
 
-    def _adapted_names(self) -> dict[str, str]:
-        return {local: full for local, full in self._full_names(all=True).items() if full in self.learning_rates}
+    def _fast_weights(self, support: Tensor, labels: Any, steps: int) -> FastWeights:
+        """The head's weights after so many steps, by name in the head; with their graph where gradients are enabled."""
+        head, full, rates = self.own_head.module, self.own_head.names(frozen=True), self.learning_rates.per_step()
+        # A parameter that was frozen after wrapping has rates, and is still adapted.
+        adapted = {name: p for name, p in head.named_parameters() if full[name] in self.learning_rates}
+        graph = torch.is_grad_enabled()
+        second_order = graph and not self.first_order
+        embedded = support if second_order else support.detach()
+        loop = InnerLoop(
+            Task(embedded, labels, embedded, labels),
+            FunctionalEngine(head),
+            inner_optimizer("functional", UpdateRule()),
+            {name: rates[full[name]] for name in adapted},
+            partial(task_loss, self.loss_fn),
+            differentiable=graph,
+            second_order=second_order,
+        )
+        # Clones keep in-place edits of fast weights away from the parameters, whose hooks do not see them either.
+        copies = {name: weight.clone() for name, weight in adapted.items()}
+        start = {n: w if graph and w.requires_grad else w.detach().requires_grad_() for n, w in copies.items()}
+        point = Point(start, {})
+        with differentiable_twice(head, hard=True) if second_order else nullcontext():
+            *_, point = point, *loop.inner_steps(point, repeat(loop.task, steps))
+        return point.fast
 
     def _tuned_names(self) -> Iterable[str]:
         return self.learning_rates
 
-    def _refuse_unfit(self, head: str, task: Task) -> None:
-        super()._refuse_unfit(head, task)
+    def _check_head(self, task: Task) -> None:
+        head = self.own_head.module
+        engine, support = FunctionalEngine(head), self.own_head.of(task.support_x, "batch").detach()
+        fast = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
+
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+            return task_loss(self.loss_fn, engine.call(weights, support), task.support_y, "support")
+
+        value = loss(fast)
+        found = torch.autograd.grad(value, list(fast.values()), allow_unused=True) if value.requires_grad else ()
+        if all(gradient is None for gradient in found):
+            raise UnsupportedModuleError(
+                f"No parameter of the head '{self.head}' gets a gradient from the support loss. It may compute under "
+                "no_grad, or detach its output: make it differentiable, or name another module with head=."
+            )
         if self.first_order:
             return
-        engine, support = FunctionalEngine(self._own_head()), self._embedded(task.support_x, "batch").detach()
-        fast = {name: p.detach().clone().requires_grad_() for name, p in engine.model.named_parameters()}
-        with self._twice():
-            reason = missing_second_derivative(
-                engine.model,
-                fast,
-                lambda weights: self._loss(engine.call(weights, support), task.support_y, "support"),
-                fix="Use first_order=True, or put something differentiable in its place.",
-            )
+        with differentiable_twice(head, hard=True):
+            fix = "Use first_order=True, or put something differentiable in its place."
+            reason = missing_second_derivative(head, fast, loss, fix=fix)
         if reason:
             raise UnsupportedModuleError(reason)
 
     def _make_parts(self, task: Task | None) -> None:
         if not len(self.learning_rates):
             if self.learn_inner_lr:
-                self._refuse_late()
+                refuse_late_parts(self)
             parameters = dict(self.model.named_parameters())
-            self.learning_rates = LearningRates(
-                [(name, parameters[name]) for name in self._full_names().values()],
-                self.settings.inner_steps,
-                self.inner_lr,
-                self.learn_inner_lr,
-            )
-            self._learn(*self.learning_rates.parameters())
+            self._set_rates({name: parameters[name] for name in self.own_head.names().values()})
 
-    def _make_room(self, stored: Mapping[str, Any]) -> None:
+    def _match_parts(self, stored: Mapping[str, Any]) -> None:
         state = stored.get("_extra_state")
         if any(key.startswith("learning_rates.") for key in stored):
-            if self._head is not None:
+            if self.head is not None:
                 self._make_parts(None)
         elif state is not None and state.get("head") is None:
-            # It was saved before any task: this one begins anew, too, and makes its rates with the next.
-            self._head = self.options["head"]
-            self._looks.clear()
-            self.learning_rates = LearningRates([], self.settings.inner_steps, self.inner_lr, self.learn_inner_lr)
-            self._learn()
+            # The state was saved before any task: the head is found, and the rates are made, with the next one.
+            self.own_head.head = self.options["head"]
+            self.findings.clear()
+            self._set_rates({})
+
+    def _set_rates(self, adapted: Mapping[str, nn.Parameter]) -> None:
+        steps, learned = self.settings.inner_steps, self.learn_inner_lr
+        self.learning_rates = LearningRates(adapted.items(), steps, self.inner_lr, learned)
+        self._learn(*self.learning_rates.parameters())

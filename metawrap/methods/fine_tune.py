@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.layers.step_clock import Moments
-from metawrap.learner.embedding_learner import EmbeddedKeywords
-from metawrap.learner.joint_training import Joint, Tune
+from metawrap.heads.class_table import ClassTable
+from metawrap.heads.embedding import support_and_target
+from metawrap.layers.per_step_norm import Moments
+from metawrap.learner.embedding_learner import EmbeddingKeywords
+from metawrap.learner.head_learner import HeadLearner
+from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
+from metawrap.results import TaskOutcome, ignored_label
 from metawrap.settings.settings import InnerOptimizerName
-from metawrap.tasks import Task, describe_value
+from metawrap.tasks import Task, TaskBatch, describe_value, device_of
 
 
-class FineTune(Joint):
+class FineTune(HeadLearner):
     """Train on the union of all tasks, then fine-tune on each new one: the baseline without meta-learning.
 
-    Pre-training is ordinary supervised training on support and target examples alike. A label means something else in
-    each task, so it is the class behind it that is learned: with f the body, W one weight vector for each class of all
-    tasks, L(softmax(W f(x) + b), class of x), averaged over the examples of a task and over tasks. For this, tasks name
-    their classes (`Task.classes`; `EpisodeSampler` does). Tasks that name none are trained on with their labels as they
-    are, through the network's own head, which is right where a label means the same in every task, and for regression.
+    Pre-training is supervised training on support and target examples. With f the body and W one weight vector for each
+    class of all tasks, the loss is L(softmax(W f(x) + b), class of x), averaged over the examples of a task and over
+    tasks, which name their classes (`Task.classes`; `EpisodeSampler` does). Tasks without classes train the network's
+    own head with their labels as they are: where a label means the same in every task, and for regression.
 
-    A new task: gradient steps on its support set, from the network's own head, which in pre-training by classes stays
-    as it was given, and otherwise is trained with the rest.
+    A new task: gradient steps on its support set, from the network's own head. Pre-training by classes leaves this head
+    as it was given; pre-training without classes trains it.
 
     As in the paper (its "Baseline"): a linear classifier over all training classes, the body frozen at test time and a
-    new classifier fitted by SGD (tune="head"). What differs: the whole support set in each step, not batches of 4, and
-    no momentum and weight decay; the new head starts from the values that the network came with, so that a task is
-    fitted the same way each time; images are not augmented. tune="full" moves the body, too: "train on the union of all
-    tasks, then fine-tune". Batches are the episodes themselves, so that a batch norm sees one task at a time.
+    new classifier fitted by SGD (tune="head"). Differs: each step takes the whole support set, not batches of 4; no
+    momentum and weight decay; the new head starts from the network's own; images are not augmented; batches are the
+    episodes, so that a batch norm sees one task at a time. tune="full" moves the body, too.
 
-    In training the accuracy is that among the task's own classes. In `eval()` mode `learner(batch).loss` has no graph,
-    and its backward fails: a fitted network is nothing to learn from.
+    In training the accuracy is that among the task's own classes. In `eval()` mode the loss of `learner(batch)` has no
+    graph.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed.
         tune: "head" fits the head alone to a new task (a linear probe, where it is linear), "full" the whole network.
         inner_steps: gradient steps on a new task's support set.
         inner_lr: their rate.
         inner_optimizer: "sgd" or "adam", torch's own.
-        classes: how many classes the training tasks are drawn from; None lets the table grow with the numbers that
-            tasks bring. Needed where several processes train together.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; embedding="output" makes no sense here.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        classes: how many classes the training tasks are drawn from; with None the table grows with the class numbers of
+            the tasks. Needed where several processes train together.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = FineTune(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=20, classes=64)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Chen, Liu, Kira, Wang, Huang 2019, arXiv:1904.04232, section 3.2.
     """
@@ -61,32 +64,29 @@ class FineTune(Joint):
         inner_lr: float = 0.1,
         inner_optimizer: InnerOptimizerName = "sgd",
         classes: int | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         if tune not in ("full", "head"):
             raise ArgumentError(f"tune: expected 'full' or 'head', but got {tune!r}.")
-        super().__init__(
-            model,
-            keywords,
-            tune=tune,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            inner_optimizer=inner_optimizer,
-            classes=classes,
-            options={"tune": tune},
+        self.head_runs_alone = tune == "head"
+        self.joint = JointTraining(
+            tune, inner_lr, inner_optimizer, ClassTable(classes), self._by_classes, self._outputs
         )
+        options = {"tune": tune, **self.joint.options}
+        parts = {"table": self.joint.table}
+        super().__init__(model, keywords, inner_steps=inner_steps, options=options, parts=parts)
 
-    def _joint(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._by_classes(task):
-            both = torch.cat(self._of_both(self._predicted, task, True, norm, moments))
-            return both, labels, both
-        rows = self._class_rows(task)
-        logits = self.table(torch.cat(self._embeddings(task, True, norm, moments)))
+    def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
+        if task.classes is None:
+            both = torch.cat(support_and_target(self._predicted, task, True, norm, moments))
+            return TrainingOutputs(both, labels, both)
+        rows = torch.tensor(task.classes, device=device_of(self))
+        logits = self.joint.table(torch.cat(self.own_head.of_task(task, True, norm, moments)))
         counted = labels != ignored_label(self.loss_fn)
-        return logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows]
+        return TrainingOutputs(logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows])
 
-    def _predicted(self, *arguments: object) -> Tensor:
-        found = self._run(*arguments)  # type: ignore[arg-type]
+    def _predicted(self, *arguments: Any) -> Tensor:
+        found = self.wrapped.run(*arguments)
         if not isinstance(found, Tensor):
             raise UnsupportedModuleError(
                 f"FineTune trains on the network's prediction as one tensor, but it is {describe_value(found)}. "
@@ -94,22 +94,33 @@ class FineTune(Joint):
             )
         return found
 
-    def _check_joint(self, task: Task) -> None:
-        if task.classes is None and (self.table.classes or self.classes is not None):
-            raise TaskError(
-                "classes: a task without them, after tasks that named theirs, or where classes= says how many there "
-                "are: its labels are not known to mean the same. Pass Task(..., classes=...) for all tasks, or for "
-                "none, and then no classes=."
-            )
-        super()._check_joint(task)
+    def _solve(self, task: Task, **how: Any) -> TaskOutcome:
+        return self.joint.solve(self, task, **how)
 
-    def _solves_by_head(self) -> bool:
-        return self.tune == "head"
+    def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
+        return self.joint.module(self, task, norm, steps, {})
 
-    def _needed_head(self, task: Task) -> str | None:
-        return None if self.tune == "full" and task.classes is None else self._found_head(task)
+    def _check_trainable(self, batch: TaskBatch) -> None:
+        for task in batch:
+            if task.classes is None and (self.joint.table.classes or self.joint.table.limit is not None):
+                raise TaskError(
+                    "classes: a task without them, after tasks that named theirs, or where classes= says how many "
+                    "there are: its labels are not known to mean the same. Pass Task(..., classes=...) for all tasks, "
+                    "or for none, and then no classes=."
+                )
+        self.joint.check(self, batch)
+        self.joint.prepare(self, batch)
+
+    def _by_classes(self, task: Task) -> bool:
+        return task.classes is not None
+
+    def _make_parts(self, task: Task | None) -> None:
+        self.joint.make_table(self, task)
+
+    def _match_parts(self, stored: Mapping[str, Any]) -> None:
+        self.joint.match_table(self, stored)
 
     def _tuned_names(self) -> list[str]:
-        named = self.model.named_parameters()
-        everything = [name for name, parameter in named if parameter.requires_grad]
-        return everything if self.tune == "full" else list(self._full_names().values())
+        if self.joint.tune == "head":
+            return list(super()._tuned_names())
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import nn
+from typing_extensions import Unpack
 
-from metawrap.engines import Engine, InnerOptimizer
 from metawrap.errors import ArgumentError
+from metawrap.inner_loop.task_solver import InnerUpdate
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.layers.learned_update import LSTMUpdate
-from metawrap.layers.learning_rates import LearningRates
-from metawrap.learner.learner import LossFunction
-from metawrap.methods.maml import MAML, Unroll
-from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
-from metawrap.settings.settings import HeadInit, Memory, NormPolicy, Settings, WorkersIn
-from metawrap.surgery.swap import Factory
-from metawrap.surgery.wrap import Selection
+from metawrap.learner.description import Description
+from metawrap.learner.keywords import LSTMKeywords
+from metawrap.methods.maml import MAML
+from metawrap.settings.keywords import shows
+from metawrap.settings.settings import Settings
+from metawrap.settings.validated import Count, validated
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LSTMSettings(Settings):
     """Those of MAML, some of which stand at one value, and the LSTM's own."""
 
-    hidden_size: int
+    hidden_size: Count = 20
 
 
 class LSTMMetaLearner(MAML):
@@ -39,14 +37,14 @@ class LSTMMetaLearner(MAML):
     model for few-shot learning".
 
     Args:
-        hidden_size: of the first layer.
-        inner_steps: inner updates per task; 5 if None.
-        inner_lr: where the input gate, which is the rate of each weight and step, starts: between 0 and 1; 0.01 if
-            None.
-        memory: "flat" keeps the graph of one inner step at a time: that of the LSTM is many times that of the weights.
-        max_grad_norm: of the meta-gradient; the paper's 0.25.
-        The others are as in `MAMLPlusPlus`; what that has besides (other update rules and rates, second order) is not
-        taken.
+        hidden_size: of the first layer; 20.
+        inner_steps: inner updates per task; 5.
+        inner_lr: where the input gate, which is the rate of each weight and step, starts: between 0 and 1; 0.01.
+        execution: its memory="flat" keeps the graph of one inner step at a time: that of the LSTM is many times that
+            of the weights.
+        outer_update: its max_grad_norm is the paper's, 0.25.
+        The others are as in `MAMLPlusPlus`. Other update rules and rates, and second order, are not taken: see
+            `LSTMKeywords`.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.
@@ -55,68 +53,30 @@ class LSTMMetaLearner(MAML):
     default_preset = "lstm"
     settings_class = LSTMSettings
     settings: LSTMSettings
+    update: LSTMUpdate
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        hidden_size: int = 20,
-        inner_steps: int | None = None,
-        inner_lr: float | None = None,
-        inner_max_grad_norm: float | None = None,
-        inner_max_grad_value: float | None = None,
-        multi_step_loss: bool | None = None,
-        msl_epochs: int | None = None,
-        per_step_norm_statistics: bool | None = None,
-        per_step_norm_affine: bool | None = None,
-        cosine_annealing: bool | None = None,
-        meta_lr: float | None = None,
-        min_meta_lr: float | None = None,
-        epochs: int | None = None,
-        iterations_per_epoch: int | None = None,
-        norm: NormPolicy | None = None,
-        betas: tuple[float, float] | None = None,
-        adapt: Selection = None,
-        adapt_norm: bool = False,
-        loss_fn: LossFunction = F.cross_entropy,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        max_grad_norm: float | None = 0.25,
-        max_grad_value: float | None = None,
-        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
-        memory: Memory = "unrolled",
-        workers: int | Literal["auto"] = 1,
-        workers_in: WorkersIn | None = None,
-        channels_last: bool = False,
-        tune: bool = False,
-        allocator: bool = True,
-        cuda_graphs: bool = False,
-        tasks_per_backward: int | None = None,
-        swap: Mapping[type[nn.Module], Factory] | None = None,
-        head: str | None = None,
-        head_init: HeadInit = "learned",
-        mask_unused_outputs: bool = False,
-        keep_norm: str | Iterable[str] = (),
-        max_skipped_steps: int = 20,
-        detect_anomaly: bool = False,
-    ) -> None:
-        self._build(dict(locals()))
+    @shows(LSTMKeywords)
+    def __init__(self, model: nn.Module, **keywords: Unpack[LSTMKeywords]) -> None:
+        self._build(model, keywords, LSTMKeywords)
 
-    def _make_inner(self) -> None:
-        s, (_, first) = self.settings, self.wrapped.adapted_parameters()[0]
-        if not 0 < s.inner_lr < 1:
-            raise ArgumentError(f"inner_lr: expected a number between 0 and 1, for a gate, but got {s.inner_lr}.")
-        # None: the input gate takes their part.
-        self.learning_rates = LearningRates([], s.inner_steps, s.inner_lr, learned=False)
-        self.update = LSTMUpdate(s.hidden_size, s.inner_lr, first.real.dtype, first.device)
+    def _inner_parts(self, adapted: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> dict[str, nn.Module]:
+        assert isinstance(settings, LSTMSettings)
+        if not 0 < settings.inner_lr < 1:
+            raise ArgumentError(
+                f"inner_lr: expected a number between 0 and 1, for a gate, but got {settings.inner_lr}."
+            )
+        _, first = adapted[0]
+        # No rates: the input gate takes their part.
+        rates = LearningRates([], settings.inner_steps, settings.inner_lr, learned=False)
+        update = LSTMUpdate(settings.hidden_size, settings.inner_lr, first.real.dtype, first.device)
+        return {"learning_rates": rates, "update": update}
+
+    def _inner_update(self) -> InnerUpdate:
+        return InnerUpdate(self.learning_rates, lambda _: self.update, list(self.update.parameters()), keeps_graph=True)
+
+    def describe(self) -> Description:
+        """What wrapping found and did."""
+        described = super().describe()
         count = sum(parameter.numel() for parameter in self.update.parameters())
-        self.wrapped.notes.append(f"the update rule is an LSTM with {count:,} numbers, learned in the outer loop")
-
-    def _inner_optimizer(self, engine: Engine) -> InnerOptimizer:
-        return self.update
-
-    def _has_graph(self, unroll: Unroll) -> bool:
-        return True
-
-    def _of_inner_update(self) -> list[nn.Parameter]:
-        return list(self.update.parameters())
+        described.notes.insert(0, f"the update rule is an LSTM with {count:,} numbers, learned in the outer loop")
+        return described

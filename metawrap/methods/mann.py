@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError
+from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
-from metawrap.learner.class_rows import PerClass, slot_cosines
-from metawrap.learner.embedding_learner import EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import task_loss
 from metawrap.settings.settings import check_number, check_switch, check_whole
+from metawrap.tasks import Task
 
 Order = Literal["sorted", "given", "shuffled"]
 
 
-class MANN(PerClass):
+class MANN(EmbeddingLearner):
     """Memory-augmented neural network: an LSTM controller, and a memory written where it was least recently used.
 
     A task is a sequence, in which a label comes one step late: the input at step t is the embedding of x_t with the
@@ -30,18 +32,16 @@ class MANN(PerClass):
     - usage: w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t; w^lu_t is 1 at the n least used rows, one for each head, else 0.
 
     (h_t, r_t) gives the logits, and r_t is an input of the LSTM at t + 1. The support set goes first; then each target
-    is the next input, after the same support set and with the label of its last example: targets know nothing of each
-    other. The loss is on the targets.
+    is the next input, after the same support set and its last label: targets know nothing of each other. The loss is
+    on the targets.
 
-    As in the paper: controller, addressing, labels, sizes and n = 4. Not settled there, or different: the embedding is
-    the user's network's, not the pixels; a step reads before it writes, so that it does not find its own key; alpha is
-    one learned number for each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1
-    spreads it evenly over the rows (cosines differ by 2 at most), and needs about a hundred thousand episodes; and the
-    support set goes sorted by class, so that the outcome does not depend on the order of the classes; the examples of
-    a class keep theirs.
+    As in the paper: controller, addressing, labels, sizes and n = 4. Different, or open in the paper: embeddings enter,
+    not pixels; a step reads before it writes, so that it does not find its own key; alpha is one learned number for
+    each head; beta, as in the neural Turing machine, makes reading sharp, where the paper's 1 spreads it evenly over
+    the rows and needs about a hundred thousand episodes; the support set is sorted by class, so that the result does
+    not depend on the order of the classes.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         ways: the most classes that a task may have; None is the number in the first task.
         hidden: units of the LSTM.
         slots, width: rows of the memory, at least as many as `reads`, and numbers in each.
@@ -50,18 +50,18 @@ class MANN(PerClass):
         key_strength: beta.
         order: of the support set: "sorted" by class, as "given", or "shuffled" in training (from torch's global
             generator, as in the paper) and as given elsewhere.
-        support_loss: whether the loss has another term, that of the predictions for the support examples, each before
-            its label is told, as in the paper.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        support_loss: add the loss of the predictions for support examples before their labels, as in the paper.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = MANN(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ways=3, hidden=32)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Santoro, Bartunov, Botvinick, Wierstra, Lillicrap 2016, arXiv:1605.06065, Section 3 and Eq. 2 to 8; beta is
     from Graves, Wayne, Danihelka 2014, arXiv:1410.5401, Eq. 5.
     """
 
     controller: Controller
+    rows: ClassRows
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class MANN(PerClass):
         key_strength: float = 10.0,
         order: Order = "sorted",
         support_loss: bool = False,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         sizes = {"hidden": hidden, "slots": slots, "width": width, "reads": reads}
         for name, size in sizes.items():
@@ -88,28 +88,27 @@ class MANN(PerClass):
         if order not in ("sorted", "given", "shuffled"):
             raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {order!r}.")
         check_switch("support_loss", support_loss)
-        options: dict[str, Any] = {**sizes, "decay": decay, "key_strength": key_strength}
+        options: dict[str, Any] = {"ways": ways, **sizes, "decay": decay, "key_strength": key_strength}
         options |= {"order": order, "support_loss": support_loss}
-        parts = {"controller": Controller(hidden, slots, width, reads, decay, key_strength)}
-        super().__init__(model, keywords, ways, options=options, parts=parts)
+        controller = Controller(hidden, slots, width, reads, decay, key_strength)
+        super().__init__(model, keywords, options=options, parts={"controller": controller, "rows": ClassRows(ways)})
         self.order: Order = order
         self.support_loss = support_loss
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> AfterSupport:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> AfterSupport:
         return self._presented(support, labels, ways)[0]
 
-    def _judged(
-        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
         head, guesses, order = self._presented(support, labels, ways)
         prediction = head(target)
-        loss = self._loss(prediction, target_y, "target")
+        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
         if self.support_loss:
-            loss = loss + self._loss(guesses, labels[order], "support")
+            loss = loss + task_loss(self.loss_fn, guesses, labels[order], "support")
         return prediction, loss
 
     def _presented(self, support: Tensor, labels: Tensor, ways: int) -> tuple[AfterSupport, Tensor, Tensor]:
-        """What follows the support set, the logits for each of its examples before its label, and their order."""
+        """The head after the support set, the logits for each support example before its label, and their order."""
+        self.rows.check_ways(ways, type(self).__name__)
         controller, order = self.controller, self._order_of(labels)
         rows = self.rows(ways, controller.outputs)
         assert self.rows.most is not None
@@ -130,10 +129,10 @@ class MANN(PerClass):
         return torch.arange(len(labels), device=labels.device)
 
 
-class State(NamedTuple):
-    """What is carried from step to step; the batch is one sequence, or one for each target.
+class ControllerState(NamedTuple):
+    """The state between two steps; the batch is one sequence, or one for each target.
 
-    hidden, cell: (batch, hidden). memory: (batch, slots, width). read: (batch, reads, width), what was read.
+    hidden, cell: (batch, hidden). memory: (batch, slots, width). read: (batch, reads, width), r.
     read_weights: (batch, reads, slots), w^r; last_weights: those of the step before. usage: (batch, slots).
     """
 
@@ -158,13 +157,13 @@ class Controller(nn.Module):
         self.label = nn.LazyLinear(4 * hidden, bias=False)
         self.state = nn.Linear(self.outputs, 4 * hidden, bias=False)
         self.key = nn.Linear(hidden, reads * width)
-        # At first nearly all is written to unused rows; at 0, half of it would go over what was read.
+        # At first nearly all is written to unused rows; at 0, half of each write would go to the rows that were read.
         self.alpha = nn.Parameter(torch.full((reads, 1), -3.0))
 
-    def start(self, like: Tensor) -> State:
+    def start(self, like: Tensor) -> ControllerState:
         """An empty memory and a controller at rest."""
         weights = like.new_zeros(1, self.reads, self.slots)
-        return State(
+        return ControllerState(
             hidden=like.new_zeros(1, self.hidden),
             cell=like.new_zeros(1, self.hidden),
             memory=like.new_zeros(1, self.slots, self.width),
@@ -174,7 +173,9 @@ class Controller(nn.Module):
             usage=like.new_zeros(1, self.slots),
         )
 
-    def forward(self, embeddings: Tensor, label: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def forward(
+        self, embeddings: Tensor, label: Tensor, state: ControllerState
+    ) -> tuple[Tensor, Tensor, ControllerState]:
         """One step without its write: output (batch, outputs), keys (batch, reads, width), and the state.
 
         embeddings: (batch, numbers). label: (1, ways). state: of one sequence.
@@ -182,7 +183,7 @@ class Controller(nn.Module):
         before = torch.cat([state.hidden, state.read.flatten(1)], dim=1)
         gates = self.embedding(embeddings) + self.label(label) + self.state(before)
         take, forget, give, new = gates.chunk(4, dim=1)
-        # A forget gate that starts open: what came first has to last.
+        # The forget gate starts open, so that the first examples are remembered.
         cell = torch.sigmoid(forget + 1) * state.cell + torch.sigmoid(take) * torch.tanh(new)
         hidden = torch.sigmoid(give) * torch.tanh(cell)
         keys = torch.tanh(self.key(hidden)).view(-1, self.reads, self.width)
@@ -192,7 +193,7 @@ class Controller(nn.Module):
         )
         return torch.cat([hidden, state.read.flatten(1)], dim=1), keys, state
 
-    def written(self, state: State, keys: Tensor) -> State:
+    def written(self, state: ControllerState, keys: Tensor) -> ControllerState:
         """The state after the step's write."""
         gate, unused = torch.sigmoid(self.alpha), least_used(state.usage, self.reads)
         write = gate * state.last_weights + (1 - gate) * unused
@@ -211,23 +212,28 @@ def least_used(usage: Tensor, heads: int) -> Tensor:
     return nn.functional.one_hot(chosen, usage.shape[1]).to(usage.dtype)
 
 
-class AfterSupport(FittedHead):
-    """The network as the support set left it: its memory, what it had read, its usage, the controller, the last label.
+def slot_cosines(keys: Tensor, memory: Tensor) -> Tensor:
+    """Cosines of (..., keys, numbers) with (..., slots, numbers), shape (..., keys, slots); 0 for an empty slot."""
+    # The floor bounds the gradient of a slot that is nearly empty.
+    one, other = (nn.functional.normalize(each, dim=-1, eps=1e-6) for each in (keys, memory))
+    return one @ other.mT
 
-    rows: (ways, outputs), of the output layer. label: (1, most ways). state: of one sequence.
+
+class AfterSupport(FittedHead):
+    """The controller and its state after the support set.
+
+    rows: (ways, outputs), of the output layer. label: (1, most ways), of the last example. state: of one sequence.
     """
 
     rows: Tensor
     label: Tensor
 
-    def __init__(self, controller: Controller, rows: Tensor, label: Tensor, state: State) -> None:
-        super().__init__()
+    def __init__(self, controller: Controller, rows: Tensor, label: Tensor, state: ControllerState) -> None:
+        super().__init__(rows=rows, label=label, **state._asdict())
         self.controller = controller
-        for name, value in {"rows": rows, "label": label, **state._asdict()}.items():
-            self.register_buffer(name, value)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""
-        state = State(**{name: self.get_buffer(name) for name in State._fields})
+        state = ControllerState(**{name: self.get_buffer(name) for name in ControllerState._fields})
         output, _, _ = self.controller(embeddings, self.label, state)
         return output @ self.rows.T  # type: ignore[no-any-return]

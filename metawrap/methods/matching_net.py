@@ -14,38 +14,35 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, cosine_similarities
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_positive, check_switch, check_whole
 
 _STEPS = 5
 
 
-class MatchingNet(Embedded):
+class MatchingNet(EmbeddingLearner):
     """Matching networks: the probability of a class is the attention that a target pays to its support examples.
 
     P(y | x) = sum over i of a(x, x_i) [y_i = y],  a = softmax over i of scale * cosine(f(x), g(x_i)).
 
-    Predictions are log-probabilities, (targets, ways), so that cross-entropy, which leaves those as they are, is the
-    negative log-likelihood. Without full context f and g are the user's network. With it (the paper's fully conditional
-    embedding), f' and g' being the user's network:
+    Predictions are log-probabilities, (targets, ways), so that cross-entropy is the negative log-likelihood. Without
+    full context f and g are the user's network. With it (the paper's fully conditional embedding), f' and g' being the
+    user's network, and results depending on the order of the support set:
 
     - g: the support set, in its order, through a bidirectional LSTM: g(x_i) = forward_i + backward_i + g'(x_i).
     - f: h_k = LSTM(f'(x), [h_{k-1}, r_{k-1}], c_{k-1}) + f'(x), with the read-out r_k = sum over i of
-      softmax_i(h_k . g(x_i)) g(x_i), from h_0 = c_0 = 0; f(x) = h_K after K = processing_steps.
-
-    The result then depends on the order of the support set, as any bidirectional LSTM's does. The paper leaves K open.
+      softmax_i(h_k . g(x_i)) g(x_i), from h_0 = c_0 = 0; f(x) = h_K after K = processing_steps, open in the paper.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         full_context: whether f and g see the whole support set.
         processing_steps: K of the full context; 5 if None.
-        scale: of the cosines, 1 in the paper. Cosines are at most 1 apart from 0, so that a paper's probabilities stay
-            below e^2 to 1; a greater scale learns faster.
-        learn_scale: whether the scale is learned from there on, through its logarithm; the paper has none.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        scale: of the cosines, 1 in the paper. Cosines lie in -1..1, so that at a scale of 1 two probabilities differ by
+            a factor of e^2 at most; a greater scale learns faster.
+        learn_scale: whether the scale is learned, through its logarithm; in the paper it is not.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = MatchingNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), scale=10.0)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra 2016, arXiv:1606.04080, Eq. 1 and 2, Appendix A.
     """
@@ -63,7 +60,7 @@ class MatchingNet(Embedded):
         processing_steps: int | None = None,
         scale: float = 1.0,
         learn_scale: bool = False,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         for name, value in {"full_context": full_context, "learn_scale": learn_scale}.items():
             check_switch(name, value)
@@ -83,7 +80,7 @@ class MatchingNet(Embedded):
         self.full_context, self.processing_steps = full_context, steps
         self.scale, self.learn_scale = float(scale), learn_scale
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         scale = self.log_scale.exp() if self.learn_scale else support.new_tensor(self.scale)
         if not self.full_context:
             return Attention(support, labels, ways, scale)
@@ -95,7 +92,7 @@ class Attention(FittedHead):
     """Log-probabilities: the log of the attention that goes to each class.
 
     support: (examples, numbers); labels: (examples,); scale: of the cosines. reader: reads the support set
-    `processing_steps` times for each target before it is compared; None for no such thing.
+    `processing_steps` times for each target before the comparison; None compares the target as it is.
     """
 
     support: Tensor
@@ -111,11 +108,8 @@ class Attention(FittedHead):
         reader: nn.LSTMCell | None = None,
         processing_steps: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(support=support, labels=labels, scale=scale)
         self.ways, self.processing_steps, self.reader = ways, processing_steps, reader
-        self.register_buffer("support", support)
-        self.register_buffer("labels", labels)
-        self.register_buffer("scale", scale)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""
@@ -136,7 +130,7 @@ class Attention(FittedHead):
 
 
 def _scanned(cell: nn.LSTMCell, rows: Tensor) -> Tensor:
-    """What an LSTM puts out for each row of a sequence: (rows, numbers) to (rows, numbers)."""
+    """The outputs of an LSTM for a sequence: (rows, numbers) to (rows, numbers)."""
     state = (rows.new_zeros(1, rows.shape[1]), rows.new_zeros(1, rows.shape[1]))
     outputs = []
     for row in rows[:, None]:
@@ -157,7 +151,7 @@ class _LazyLSTMCell(LazyModuleMixin, nn.LSTMCell):
             setattr(self, name, UninitializedParameter())
 
     def initialize_parameters(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> None:
-        """Makes the parameters, unless a state_dict has."""
+        """Makes the parameters, unless loading a state_dict has made them."""
         self.input_size, self.hidden_size = inputs.shape[1], inputs.shape[1] // self.times
         if self.has_uninitialized_params():
             gates = 4 * self.hidden_size
@@ -167,6 +161,6 @@ class _LazyLSTMCell(LazyModuleMixin, nn.LSTMCell):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in torch, once there are parameters."""
+        """As in torch, once the parameters have a size."""
         if self.hidden_size:
             super().reset_parameters()

@@ -10,14 +10,15 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
 from metawrap.settings.settings import check_number, check_switch, check_whole
+from metawrap.tasks import Task
 
 _FREE = -1
 
 
-class MemoryModule(Embedded):
+class MemoryModule(EmbeddingLearner):
     """A memory of normalised keys, their classes and their ages.
 
     Each support example, in order, queries the memory with its normalised embedding q. If the nearest key n has its
@@ -30,15 +31,12 @@ class MemoryModule(Embedded):
     `task_loss * loss_fn(logits, target_y)` is added.
 
     As in the paper: the update, the ages and the memory loss. As in the authors' code: the memory is empty at the start
-    of each episode. Different: gradients flow into the keys (there they do not, because keys outlive their step; here
-    all are of the task's own graph), `loss_fn` is added to the memory loss, free slots are filled before any is written
-    over, positive and negative keys are sought in the whole memory (the same wherever the k nearest hold both), the
-    noise on ages, which keeps parallel writers apart there, is drawn in training only, keys are the embeddings
-    themselves, without one more projection, and targets alone are trained on. key_gradients=False and task_loss=0
-    bring back the first two.
+    of each episode. Differs: gradients flow into the keys (not with key_gradients=False, as in the paper); `loss_fn` is
+    added (not with task_loss=0); free slots are filled before any is written over; positive and negative keys are
+    sought in the whole memory; the noise on ages is drawn in training only; keys are the embeddings, without a further
+    projection; targets alone are trained on.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         slots: of the memory; at least one for each class.
         neighbours: k, how many nearest keys a logit may come from.
         margin: alpha, of the memory loss.
@@ -46,10 +44,10 @@ class MemoryModule(Embedded):
         age_noise: half the range of the uniform noise on ages when the oldest is sought, in presentations.
         task_loss: weight of `loss_fn` on the logits; 0 for the memory loss alone, as in the paper on Omniglot.
         key_gradients: whether gradients flow into the keys, too.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = MemoryModule(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), slots=64)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Kaiser, Nachum, Roy, Bengio 2017, arXiv:1703.03129, Section 2.
     """
@@ -65,7 +63,7 @@ class MemoryModule(Embedded):
         age_noise: float = 8.0,
         task_loss: float = 1.0,
         key_gradients: bool = True,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         for name, count in {"slots": slots, "neighbours": neighbours}.items():
             check_whole(name, count, 1)
@@ -83,45 +81,44 @@ class MemoryModule(Embedded):
         self.inverse_temperature, self.age_noise = inverse_temperature, age_noise
         self.task_loss, self.key_gradients = task_loss, key_gradients
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> Memory:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> KeyMemory:
         if ways > self.slots:
             raise TaskError(f"support_y has {ways} classes, but the memory has {self.slots} slots. Raise slots=.")
         queries = support if self.key_gradients else support.detach()
-        # More slots than examples would stay free.
-        memory = Memory(queries, min(self.slots, len(queries)), ways, self.neighbours, self.inverse_temperature)
+        # Slots beyond the number of examples would stay free.
+        memory = KeyMemory(queries, min(self.slots, len(queries)), ways, self.neighbours, self.inverse_temperature)
         noise = self.age_noise if self.training else 0.0
         for query, label in zip(queries, labels.tolist(), strict=True):
             memory.write(query, label, noise)
         return memory
 
-    def _judged(
-        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Any
-    ) -> tuple[Tensor, Tensor]:
-        memory = self._fitted(support, labels, ways)
+    def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self._fit_head(support, labels, ways)
         prediction = memory(target)
-        counted = target_y != ignored_label(self.loss_fn)
-        loss = memory.loss(target[counted], target_y[counted], self.margin)
+        counted = task.target_y != ignored_label(self.loss_fn)
+        loss = memory.loss(target[counted], task.target_y[counted], self.margin)
         if self.task_loss:
-            loss = loss + self.task_loss * self._loss(prediction, target_y, "target")
+            loss = loss + self.task_loss * task_loss(self.loss_fn, prediction, task.target_y, "target")
         return prediction, loss
 
 
-class Memory(FittedHead):
-    """keys: (slots, numbers), of length 1, or 0 while free. values: (slots,) classes, -1 while free. ages: (slots,)."""
+class KeyMemory(FittedHead):
+    """The memory after a support set.
+
+    keys: (slots, numbers), of length 1, or 0 while free. values: (slots,) classes, -1 while free. ages: (slots,).
+    """
 
     keys: Tensor
     values: Tensor
     ages: Tensor
 
     def __init__(self, like: Tensor, slots: int, ways: int, neighbours: int, inverse_temperature: float) -> None:
-        super().__init__()
+        free, zeros = torch.full((slots,), _FREE, device=like.device), torch.zeros(slots, device=like.device)
+        super().__init__(keys=like.new_zeros(slots, like.shape[1]), values=free, ages=zeros)
         self.ways, self.neighbours, self.inverse_temperature = ways, neighbours, inverse_temperature
-        self.register_buffer("keys", like.new_zeros(slots, like.shape[1]))
-        self.register_buffer("values", torch.full((slots,), _FREE, device=like.device))
-        self.register_buffer("ages", torch.zeros(slots, device=like.device))
 
     def write(self, query: Tensor, value: int, noise: float) -> None:
-        """Remembers that an embedding (numbers,) is of a class; `noise` on the ages says which slot is the oldest."""
+        """Stores an embedding (numbers,) of a class; `noise` is half the range of the noise on ages."""
         query = nn.functional.normalize(query, dim=0)
         used = int((self.values != _FREE).sum())
         nearest = int((self.keys[:used] @ query).argmax()) if used else None
@@ -134,7 +131,7 @@ class Memory(FittedHead):
         else:
             slot = int((self.ages + (noise * (2 * torch.rand_like(self.ages) - 1) if noise else 0)).argmax())
         here = torch.arange(len(self.values), device=query.device) == slot
-        # New tensors, not edited ones: earlier ones are part of the graph.
+        # New tensors: the earlier ones are part of the graph.
         self.keys = torch.where(here[:, None], key, self.keys)
         self.values = torch.where(here, value, self.values)
         self.ages = torch.where(here, 0, self.ages + 1)
@@ -154,7 +151,7 @@ class Memory(FittedHead):
         return torch.relu(negative - positive + margin).sum() / max(len(labels), 1)
 
     def _cosines(self, embeddings: Tensor) -> Tensor:
-        # A free slot is as far away as can be.
+        # A free slot has the smallest cosine that there is.
         cosines = nn.functional.normalize(embeddings, dim=1) @ self.keys.T
         return torch.where(self.values == _FREE, -1.0, cosines)
 

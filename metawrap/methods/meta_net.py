@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, cosine_similarities, one_hot
 from metawrap.layers.learned_update import preprocessed
-from metawrap.learner.class_rows import ClassRows, PerClass
-from metawrap.learner.embedding_learner import EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_whole
 
 # How small a gradient may be, exp(-p), before its logarithm says nothing.
 _P = 7.0
 
 
-class MetaNet(PerClass):
+class MetaNet(EmbeddingLearner):
     """Meta networks: fast weights made from loss gradients, attended to by each target, add to slow ones.
 
     With e the embedding, a_+ = max(a, 0), Q, O, W slow weights, one row of O and W for each class, and p = 7:
@@ -31,25 +31,24 @@ class MetaNet(PerClass):
 
     As in the paper: the two kinds of fast weights, their memories, attention and layer augmentation (slow and fast
     outputs are added). As in the authors' code: d and m, sizes included; gradients enter as (log, sign) pairs, as
-    values through which nothing is differentiated; cross-entropy is the representation loss for any number of shots;
-    parts of the support set are taken in order, so that a task has one outcome. Restricted, so that any network works:
-    u and the base learner share the user's embedding instead of having a network each, and fast weights are made for
-    the layers behind it, not for its own. `loss_fn` judges the targets.
+    constants; cross-entropy is the representation loss for any number of shots; parts of the support set are taken in
+    order. Restricted, so that any network works: u and the base learner share the user's embedding, and fast weights
+    are made for the layers behind it only. `loss_fn` compares targets and logits.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         ways: the most classes that a task may have; None is the number in the first task.
         representation: numbers in u(x).
         representation_steps: gradients that d reads, at most.
         hidden: units of d and m.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = MetaNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ways=3)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Munkhdalai, Yu 2017, arXiv:1703.00837, Algorithm 1; the authors' code.
     """
 
+    rows: ClassRows
     representation: nn.LazyLinear
     representation_rows: ClassRows
     task_fast: nn.LSTM
@@ -64,7 +63,7 @@ class MetaNet(PerClass):
         representation: int = 64,
         representation_steps: int = 5,
         hidden: int = 20,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         options = {"representation": representation, "representation_steps": representation_steps, "hidden": hidden}
         for name, value in options.items():
@@ -77,16 +76,18 @@ class MetaNet(PerClass):
             "example_fast": nn.Sequential(
                 nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
             ),
+            "rows": ClassRows(ways),
         }
-        super().__init__(model, keywords, ways, options=options, parts=parts)
+        super().__init__(model, keywords, options={"ways": ways, **options}, parts=parts)
         self.representation_steps = representation_steps
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FastWeights:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FastWeights:
+        self.rows.check_ways(ways, type(self).__name__)
         truth, slow = one_hot(labels, ways, support), self.rows(ways, support.shape[1])
         layer = self._task_weights(support, truth)
         gradients = linear_gradients(support, torch.softmax(support @ slow.T, dim=1) - truth)
         fast = self.example_fast(preprocessed(gradients.detach(), _P)).squeeze(-1)
-        return FastWeights(layer, support @ layer.T, slow, fast)
+        return FastWeights(representation=layer, index=support @ layer.T, slow=slow, fast=fast)
 
     def _task_weights(self, support: Tensor, truth: Tensor) -> Tensor:
         """Q + Q*, from the one-hot labels (examples, ways): (representation, numbers)."""
@@ -120,11 +121,6 @@ class FastWeights(FittedHead):
     index: Tensor
     slow: Tensor
     fast: Tensor
-
-    def __init__(self, representation: Tensor, index: Tensor, slow: Tensor, fast: Tensor) -> None:
-        super().__init__()
-        for name, value in {"representation": representation, "index": index, "slow": slow, "fast": fast}.items():
-            self.register_buffer(name, value)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

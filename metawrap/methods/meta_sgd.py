@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from metawrap.errors import ArgumentError
-from metawrap.layers.learning_rates import LearningRates
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.methods.maml import MAML
+from metawrap.settings.settings import Settings
 
 
 class MetaSGD(MAML):
@@ -19,9 +24,7 @@ class MetaSGD(MAML):
     """
 
     default_preset = "meta_sgd"
+    fixed: ClassVar[Mapping[str, Any]] = {"learn_inner_lr": True}
 
-    def _make_inner(self) -> None:
-        if not self.settings.learn_inner_lr:
-            raise ArgumentError("learn_inner_lr: cannot be False in MetaSGD, which learns its rates. Use MAML.")
-        parameters = self.wrapped.adapted_parameters()
-        self.learning_rates = LearningRates(parameters, 1, self.settings.inner_lr, learned=True, per_weight=True)
+    def _inner_parts(self, adapted: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> dict[str, nn.Module]:
+        return {"learning_rates": LearningRates(adapted, 1, settings.inner_lr, learned=True, per_weight=True)}

@@ -11,14 +11,14 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, LinearHead, one_hot, ridge_weights
 from metawrap.heads.multiclass_svm import check_solver, multiclass_svm
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_positive
 
 Solver = Literal["svm", "ridge"]
 _REGULARIZERS = {"svm": 0.1, "ridge": 50.0}
 
 
-class MetaOptNet(Embedded):
+class MetaOptNet(EmbeddingLearner):
     """MetaOptNet: the head is a linear classifier without bias that solves a convex problem on the support set.
 
     "svm": the multi-class SVM of Crammer and Singer; with the one-hot labels Y of the n support examples X,
@@ -27,19 +27,20 @@ class MetaOptNet(Embedded):
     "ridge": W = 2 X^T (X X^T + lambda I)^-1 Y, or the same by its smaller system.
     Logits are scale * x W. The scale is learned; C and lambda are not.
 
-    As in the paper and the authors' code, but for where the scale starts, and that the SVM of later versions of that
-    code adds 1 to the diagonal of X X^T for their solver's sake: another problem than the one above, left out here.
+    As in the paper and the authors' code, except for the first value of the scale. Later versions of that code add 1 to
+    the diagonal of X X^T in the SVM, for their solver; this is another problem than the one above, and left out here.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         solver: "svm" or "ridge". "svm" needs the extra `metawrap[metaoptnet]`.
         regularizer: C of the SVM, 0.1 if None, where a smaller one regularises more; lambda of the ridge, 50 if None.
-        scale: where the scale starts. The authors start at 1, with SGD at a rate of 0.1; under Adam, 300 steps of 4
+        scale: its first value. The authors start at 1, with SGD at a rate of 0.1; under Adam, 300 steps of 4
             tasks of Omniglot 5-way 1-shot gave 84.6 % from 1, and 91.8 % from 10.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
     Raises:
-        ArgumentError: an argument has the wrong type, range or combination, or the solver's library is missing.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        ArgumentError: the solver's library is missing.
+
+    >>> learner = MetaOptNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), solver="ridge")
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Lee, Maji, Ravichandran, Soatto 2019, arXiv:1904.03758, Eq. 5 to 8 and 12.
     """
@@ -53,7 +54,7 @@ class MetaOptNet(Embedded):
         solver: Solver = "svm",
         regularizer: float | None = None,
         scale: float = 10.0,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         if solver not in ("svm", "ridge"):
             raise ArgumentError(f"solver: expected 'svm' or 'ridge', but got {solver!r}.")
@@ -71,11 +72,11 @@ class MetaOptNet(Embedded):
         self.solver: Solver = solver
         self.regularizer = float(regularizer)
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         if self.solver == "svm":
             weights = multiclass_svm(support, one_hot(labels, ways, support), self.regularizer)
         else:
             # LAPACK knows no half precision.
             exact = support.to(torch.promote_types(support.dtype, torch.float32))
             weights = 2 * ridge_weights(exact, one_hot(labels, ways, exact), self.regularizer).to(support.dtype)
-        return LinearHead(self.scale * weights.T, support.new_zeros(ways))
+        return LinearHead(weight=self.scale * weights.T, bias=support.new_zeros(ways))

@@ -10,44 +10,42 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.errors import TaskError
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.execution.executor import shared
 from metawrap.execution.ranks import several
-from metawrap.heads.class_table import TaskHeads
-from metawrap.layers.step_clock import Moments
-from metawrap.learner.embedding_learner import EmbeddedKeywords
-from metawrap.learner.joint_training import Joint, below
+from metawrap.heads.class_table import ClassTable, TaskHeads
+from metawrap.layers.per_step_norm import Moments
+from metawrap.learner.embedding_learner import EmbeddingKeywords
+from metawrap.learner.head_learner import HeadLearner, under_prefix
+from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
+from metawrap.results import TaskOutcome
 from metawrap.settings.settings import InnerOptimizerName
-from metawrap.tasks import Inputs, Task, TaskBatch, TaskId
+from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, device_of
 
 
-class MultiTask(Joint):
+class MultiTask(HeadLearner):
     """Joint training of a shared body with a head for each task; a new task gets a fresh head on the frozen body.
 
     With f the body and h_t the head of task t, the mean over the tasks of a batch of L(h_t(f(x)), y) over the examples
-    of t, support and target alike, is minimised in f and all h_t together. A task is known by its `Task.id`: each id
-    has a head like the network's own, made from that one's values when the id is first seen. Episodes that have no id
-    but name their classes (`Task.classes`; `EpisodeSampler` does) share what they have in common: a head of theirs is
-    made of one weight vector for each class, softmax over the task's own classes only. Tasks with neither are refused.
+    of t, support and target alike, is minimised in f and all h_t together. Each `Task.id` has a head like the network's
+    own, made from that one's values when the id is first seen. Tasks without id that name their classes
+    (`Task.classes`; `EpisodeSampler` does) share one weight vector for each class, softmax over the task's own classes
+    only.
 
-    A new task: the network's own head, which stays as it was given, fitted by gradient steps on the support set with
-    the body frozen; from the task's own head where its id has been trained on.
+    A new task: gradient steps fit the network's own head, which training leaves as it was given, to the support set,
+    with the body frozen; a task whose id was trained on starts from its own head.
 
-    As in the sources: hard parameter sharing, equal weights of the tasks. What differs: the test-time head is fitted
-    by gradient steps on the support set alone, as in `FineTune`, because the sources know no new tasks.
-
-    In `eval()` mode `learner(batch).loss` has no graph, and its backward fails: a fitted head is nothing to learn from.
+    As in the sources: hard parameter sharing, equal weights of the tasks. The fit at test time is that of `FineTune`,
+    because the sources know no new tasks. In `eval()` mode the loss of `learner(batch)` has no graph.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed.
-        inner_steps: gradient steps on a new task's support set.
-        inner_lr: their rate.
-        inner_optimizer: "sgd" or "adam", torch's own.
-        classes: how many classes the training tasks are drawn from; None lets the table grow with the numbers that
-            tasks bring. Needed where several processes train together.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; embedding="output" makes no sense here.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        inner_steps, inner_lr, inner_optimizer, classes: as in `FineTune`.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> learner = MultiTask(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=20)
+    >>> x, y = torch.randn(6, 4), torch.arange(6) % 3
+    >>> _ = learner.meta_step([Task(x, y, x, y, id="blue"), Task(-x, y, -x, y, id="red")])
+    >>> adapted = learner.adapt(x, y, task_id="blue")
 
     Sources: Caruana 1997, Machine Learning 28, 41-75; Ruder 2017, arXiv:1706.05098, section 2.
     """
@@ -62,71 +60,74 @@ class MultiTask(Joint):
         inner_lr: float = 0.1,
         inner_optimizer: InnerOptimizerName = "sgd",
         classes: int | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        super().__init__(
-            model,
-            keywords,
-            tune="head",
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            inner_optimizer=inner_optimizer,
-            classes=classes,
-            options={},
-            parts={"heads": TaskHeads()},
-        )
+        table = ClassTable(classes)
+        self.joint = JointTraining("head", inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
+        parts = {"table": table, "heads": TaskHeads()}
+        super().__init__(model, keywords, inner_steps=inner_steps, options=self.joint.options, parts=parts)
 
-    def _joint(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedded = torch.cat(self._embeddings(task, True, norm, moments))
+    def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
+        embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))
         if self._by_classes(task):
-            logits = self.table(embedded, self._class_rows(task))
+            logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
         else:
-            head = self.heads.of(task.id, self._full_names())
-            logits = FunctionalEngine(self._own_head()).call(head, embedded)
-        return logits, labels, logits
+            head = self.heads.of(task.id, self.own_head.names())
+            logits = FunctionalEngine(self.own_head.module).call(head, embedded)
+        return TrainingOutputs(logits, labels, logits)
 
-    def _by_classes(self, task: Task) -> bool:
-        return task.id is None and task.classes is not None
+    def _solve(self, task: Task, **how: Any) -> TaskOutcome:
+        return self.joint.solve(self, task, **how)
 
-    def _start(self, task: Task) -> Mapping[str, Tensor]:
-        full = self._full_names()
-        return {full[name]: value for name, value in self.heads.of(task.id, full).items()}
+    def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
+        full = self.own_head.names()
+        start = {full[name]: value for name, value in self.heads.of(task.id, full).items()}
+        return self.joint.module(self, task, norm, steps, start)
 
+    @shared
     def adapt(
         self, support_x: Inputs, support_y: Any, steps: int | None = None, *, task_id: TaskId | None = None
     ) -> nn.Module:
-        """A plain module of the user's own class, in eval mode, with a head fitted to one support set; changes nothing.
+        """A plain module of the user's own class, in eval mode, with a head fitted to one support set.
 
-        Its norms are ordinary ones: under norm="running" with the stored statistics, under "batch" without any (they
-        use each batch's own), under "support" with the support set's.
+        As `adapt` of every method that fits the user's own head, with one argument more.
 
         Args:
-            support_x, support_y: one task's support set, (examples, ...).
-            steps: inner steps; `inner_steps` if None; 0 for before adaptation.
-            task_id: whose head to start from; the network's own if None or not seen yet.
+            task_id: the task whose head to start from; the network's own head if None or a new task.
+        Raises:
+            ArgumentError: `task_id` has no effect, because no task with an id was trained on.
         """
+        if task_id is not None and not list(self.heads.parameters()):
+            raise ArgumentError(
+                f"task_id: no task with an id was trained on, so {task_id!r} names no head to start from. Leave it out."
+            )
         return self._adapted_to(Task(support_x, support_y, support_x, support_y, id=task_id), steps)
 
-    def _check_joint(self, task: Task) -> None:
-        if task.id is None and task.classes is None:
-            raise TaskError(
-                "MultiTask trains one head per task, but a task has neither an id nor classes. Pass a list of "
-                "Task(support_x, support_y, target_x, target_y, id=...), or with classes=..."
-            )
-        if task.id is not None and several() and self.distributed:
-            raise TaskError(
-                f"id: the task {task.id!r} has a head of its own, which other processes would not have. Train on one "
-                "process, or name the tasks' classes in place of ids."
-            )
-        super()._check_joint(task)
-
     def _check_trainable(self, batch: TaskBatch) -> None:
-        super()._check_trainable(batch)
-        names, own = self._full_names(), dict(self._own_head().named_parameters())
+        for task in batch:
+            if task.id is None and task.classes is None:
+                raise TaskError(
+                    "MultiTask trains one head per task, but a task has neither an id nor classes. Pass a list of "
+                    "Task(support_x, support_y, target_x, target_y, id=...), or with classes=..."
+                )
+            if task.id is not None and several() and self.distributed:
+                raise TaskError(
+                    f"id: the task {task.id!r} has a head of its own, which other processes would not have. Train on "
+                    "one process, or name the tasks' classes in place of ids."
+                )
+        self.joint.check(self, batch)
+        self.joint.prepare(self, batch)
+        names, own = self.own_head.names(), dict(self.own_head.module.named_parameters())
         for task_id in dict.fromkeys(task.id for task in batch):
             if task_id is not None and not self.heads.of(task_id, names):
                 self._learn(*self.heads.make(task_id, {name: own[name] for name in names}))
 
-    def _make_room(self, stored: Mapping[str, Any]) -> None:
-        super()._make_room(stored)
-        self._learn(*self.heads.follow(below("heads.", stored), self._like()))
+    def _by_classes(self, task: Task) -> bool:
+        return task.id is None and task.classes is not None
+
+    def _make_parts(self, task: Task | None) -> None:
+        self.joint.make_table(self, task)
+
+    def _match_parts(self, stored: Mapping[str, Any]) -> None:
+        self.joint.match_table(self, stored)
+        self._learn(*self.heads.match(under_prefix("heads.", stored), like_weights(self.model)))

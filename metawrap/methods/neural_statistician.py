@@ -1,4 +1,4 @@
-"""Neural statistician: a set of examples -> a Gaussian over what they share -> a generative model of the set."""
+"""Neural statistician: a set of examples -> a Gaussian over its context -> a generative model of the set."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn.parameter import UninitializedParameter
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import autograd
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
 from metawrap.settings.settings import check_number, check_whole
 from metawrap.tasks import Inputs, Task, describe_value
 
 Likelihood = Literal["bernoulli", "gaussian"]
 
-# Of a log-variance, either way.
+# Bound of a log-variance, on both sides.
 LARGEST = 5.0
 
 
@@ -45,7 +45,7 @@ def divergence(one: Gaussian, other: Gaussian) -> Tensor:
     return (gap + ratio.exp() - ratio - 1).sum(-1) / 2
 
 
-class NeuralStatistician(Embedded):
+class NeuralStatistician(EmbeddingLearner):
     """The neural statistician: a class is a set of examples, and its statistic a Gaussian q(c|D) over a context c.
 
     A set's generative model: c ~ N(0, 1); for each example a latent z ~ p(z|c), and the example itself ~ p(x|z, c).
@@ -55,24 +55,22 @@ class NeuralStatistician(Embedded):
 
     with one draw of c and z; the loss is minus the sum over the classes, per example. q(c|D) takes the mean over the
     set of a layer on the embeddings, and q(z|x,c) the embedding of x. A target x is of the class i with the smallest
-    KL(q(c|D_i) || q(c|x)), D_i its support set: the prediction is minus that. Labels say only which examples form a
-    set. In evaluation nothing is drawn: the loss is taken at the means.
+    KL(q(c|D_i) || q(c|x)), D_i its support set: the prediction is minus that. Labels only group the examples into sets.
+    In evaluation nothing is drawn: the loss is taken at the means.
 
-    Differs from the paper: one stochastic layer z, as in its Omniglot experiment; the decoder is an MLP on whatever
-    numbers an input has, not a network of upsampling convolutions; there are no norms between its layers, so that no
-    target leans on the others, and log-variances are 5 tanh(./5) of what a network makes, so that none explodes.
+    Differs from the paper: one stochastic layer z, as in its Omniglot experiment; the decoder is an MLP without norms,
+    so that no target depends on the others; log-variances are 5 tanh(v / 5) of a network's output v.
 
     Args:
-        model: any `torch.nn.Module` on one floating-point tensor; it is copied, never changed. What enters its head is
-            the embedding.
+        model: takes one floating-point tensor.
         context, latent, hidden: sizes of c, of z, and of the hidden layers.
         likelihood: p(x|z,c) of each number of an input: "bernoulli", for inputs in 0..1; "gaussian", whose variance is
             learned for each number; "auto" is bernoulli if the first task's support inputs are all in 0..1.
         discriminative: weight of loss_fn on the prediction, added to the loss; the paper has none.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; loss_fn only with a `discriminative` weight.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`; loss_fn only with a `discriminative` weight.
+
+    >>> learner = NeuralStatistician(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), context=8, hidden=32)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Edwards, Storkey 2017, arXiv:1606.02185, Eq. 5 to 8 (one layer), section 4.3 and its few-shot algorithm.
     """
@@ -88,7 +86,7 @@ class NeuralStatistician(Embedded):
         hidden: int = 256,
         likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
         discriminative: float = 0.0,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         sizes = {"context": context, "latent": latent, "hidden": hidden}
         for name, size in sizes.items():
@@ -106,12 +104,10 @@ class NeuralStatistician(Embedded):
         self.discriminative = discriminative
         self._likelihood: Likelihood | None = None if likelihood == "auto" else likelihood
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return NearestContext(self.statistician.statistic(support, labels, ways), self.statistician.statistic)
 
-    def _judged_on(
-        self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
         shown = task.target_y != ignored_label(self.loss_fn)
         inputs = torch.cat([self._numbers(task.support_x), self._numbers(task.target_x)[shown]])
         members = torch.cat([labels, task.target_y[shown].long()])
@@ -120,13 +116,13 @@ class NeuralStatistician(Embedded):
         bound = self.statistician(inputs, embeddings, members, ways, binary, random=self.training)
         loss = -bound.sum() / len(members)
         with autograd(torch.is_grad_enabled() and self.discriminative > 0):
-            prediction = self._fitted(support, labels, ways)(target)
+            prediction = self._fit_head(support, labels, ways)(target)
         if self.discriminative:
-            loss = loss + self.discriminative * self._loss(prediction, task.target_y, "target")
+            loss = loss + self.discriminative * task_loss(self.loss_fn, prediction, task.target_y, "target")
         return prediction, loss
 
     def _numbers(self, inputs: Inputs) -> Tensor:
-        """The inputs as vectors; raises TaskError where they are none that a decoder could make."""
+        """The inputs as vectors; raises TaskError where they are not one floating-point tensor."""
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
             raise TaskError(
                 "NeuralStatistician models the network's input, which must be one floating-point tensor, but got "
@@ -139,13 +135,13 @@ class NeuralStatistician(Embedded):
             )
         return inputs.flatten(1)
 
-    def _look(self, task: Task) -> FirstLook:
+    def _inspect(self, task: Task) -> FirstLook:
         before = self._likelihood
         try:
             if before is None:
                 inputs = self._numbers(task.support_x)
                 self._likelihood = "bernoulli" if _in_unit_range(inputs) else "gaussian"
-            return super()._look(task)
+            return super()._inspect(task)
         except BaseException:
             self._likelihood = before
             raise
@@ -177,10 +173,8 @@ class NearestContext(FittedHead):
     log_variance: Tensor
 
     def __init__(self, contexts: Gaussian, statistic: Statistic) -> None:
-        super().__init__()
+        super().__init__(**contexts._asdict())
         self.statistic = statistic
-        self.register_buffer("mean", contexts.mean)
-        self.register_buffer("log_variance", contexts.log_variance)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""
@@ -282,7 +276,7 @@ def _gaussian(numbers: Tensor) -> Gaussian:
 
 
 def _bounded(log_variance: Tensor) -> Tensor:
-    # Two Gaussians that are far apart and narrow would have a divergence beyond all bounds.
+    # Without bounds, the divergence of two narrow Gaussians that are far apart overflows.
     return LARGEST * (log_variance / LARGEST).tanh()
 
 

@@ -9,34 +9,34 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 
 Distance = Literal["euclidean", "cosine"]
 
 
-class ProtoNet(Embedded):
+class ProtoNet(EmbeddingLearner):
     """Prototypical networks: a target belongs to the class whose mean support embedding is nearest.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
         distance: "euclidean" (squared, as in the paper) or "cosine" (one minus the cosine).
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`.
+
+    >>> import torch
+    >>> learner = ProtoNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), distance="cosine")
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1 and 2.
     """
 
     def __init__(
-        self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddedKeywords]
+        self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddingKeywords]
     ) -> None:
         if distance not in ("euclidean", "cosine"):
             raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {distance!r}.")
         super().__init__(model, keywords, options={"distance": distance})
         self.distance: Distance = distance
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Prototypes(class_means(support, labels, ways), self.distance)
 
 
@@ -46,9 +46,8 @@ class Prototypes(FittedHead):
     prototypes: Tensor
 
     def __init__(self, prototypes: Tensor, distance: Distance) -> None:
-        super().__init__()
+        super().__init__(prototypes=prototypes)
         self.distance = distance
-        self.register_buffer("prototypes", prototypes)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.heads.fitted import FittedHead, class_sums, one_hot
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import IGNORED
 from metawrap.settings.settings import check_whole
 from metawrap.tasks import describe_value
@@ -34,32 +34,28 @@ def relation_loss(prediction: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(prediction.sigmoid(), one_hot(y, prediction.shape[1], prediction))
 
 
-class RelationNet(Embedded):
+class RelationNet(EmbeddingLearner):
     """Relation networks: a learned module scores how well a target goes with each class.
 
-    The embeddings of a class's support examples are added up; beside the embedding of a target (channels of both, one
-    after the other) they enter the relation module, whose sigmoid is the score r in 0..1. Trained to r = 1 for the
-    target's class and 0 for the others by mean squared error: see `relation_loss`. The prediction is the score before
-    its sigmoid, which ranks as the score does, and which a `loss_fn` of yours gets: `loss_fn=F.cross_entropy` makes it
-    a softmax over the classes.
+    The summed support embeddings of a class and the embedding of a target, channels one after the other, enter the
+    relation module, whose sigmoid is the score r in 0..1; trained by mean squared error to r = 1 for the target's class
+    and 0 for the others. The prediction is the score before its sigmoid, for a `loss_fn` of your own too.
 
-    As in the paper, the relation module has two blocks (3x3 convolution, ReLU, 2x2 max-pool) and two linear
-    layers, of 8 units and of 1; and the sum grows with the number of shots, so train with as many as you test with.
-    Differs from the paper: the blocks have no batch norm, which would mix the pairs of a task, and with them its
-    targets (a norm of each pair by itself takes away how far apart the two are, and learned more slowly); the first
-    block starts as one on the difference of the two embeddings, for the same reason; and a side of 1 is neither
-    convolved nor pooled, so that for embeddings that are vectors, taken as maps of 1x1, the module is an MLP.
+    As in the paper, the relation module has two blocks (3x3 convolution, ReLU, 2x2 max-pool) and two linear layers, of
+    8 units and of 1, and the sum grows with the number of shots: train with as many as you test with. Differs: the
+    blocks have no batch norm, which would mix the targets of a task; the first block starts on the difference of the
+    two embeddings, because without norms learning was slower otherwise; a side of 1 is neither convolved nor pooled, so
+    that for vectors, taken as maps of 1x1, the module is an MLP.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding: a map
-            (examples, channels, height, width), or anything else, which is taken as a vector.
+        model: its embedding is a map (examples, channels, height, width), or anything else, taken as a vector.
         hidden: channels of the relation module's blocks; 64 if None, as in the paper.
         relation: a module of your own in its place; it is copied. From pairs (targets * ways, 2 * channels, ...) to
             one number each, the score before the sigmoid. No batch norm: use `nn.GroupNorm`.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`; loss_fn defaults to `relation_loss`.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`; loss_fn defaults to `relation_loss`.
+
+    >>> learner = RelationNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), hidden=16)
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Sung et al. 2018, arXiv:1711.06025, Eq. 1 to 3 and Fig. 2.
     """
@@ -73,7 +69,7 @@ class RelationNet(Embedded):
         *,
         hidden: int | None = None,
         relation: nn.Module | None = None,
-        **keywords: Unpack[EmbeddedKeywords],
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         if hidden is not None:
             check_whole("hidden", hidden, 1)
@@ -90,10 +86,7 @@ class RelationNet(Embedded):
         options = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
         super().__init__(model, keywords, options=options, parts={"relation": part})
 
-    def _stateful(self) -> list[nn.Module]:
-        return [*super()._stateful(), self.relation]
-
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Relations(class_sums(support, labels, ways), self.relation)
 
 
@@ -103,9 +96,8 @@ class Relations(FittedHead):
     sums: Tensor
 
     def __init__(self, sums: Tensor, relation: nn.Module) -> None:
-        super().__init__()
+        super().__init__(sums=sums)
         self.relation = relation
-        self.register_buffer("sums", sums)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, channels, ...) to (targets, ways)."""
@@ -137,8 +129,8 @@ class RelationBlock(LazyModuleMixin, nn.Module):
     """3x3 convolution with bias, ReLU, 2x2 max-pool; a side of 1 is neither convolved nor pooled.
 
     (pairs, channels, h, w) to (pairs, hidden, max(h // 2, 1), max(w // 2, 1)); anything else enters as
-    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input. One that `compares`
-    starts with the weights of a pair's second half minus those of its first: it begins with their difference.
+    (pairs, numbers, 1, 1). weight: (hidden, channels, 3 or 1, 3 or 1), sized by the first input. compares: start with
+    the weights of a pair's second half minus those of its first.
     """
 
     weight: UninitializedParameter

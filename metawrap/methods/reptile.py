@@ -6,32 +6,36 @@ the outer gradient.   The inner step is that of `MAML`, without derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from metawrap.errors import ArgumentError, TaskError
-from metawrap.inner_loop.outcome import attached
-from metawrap.learner.learner import LossFunction
-from metawrap.methods.maml import MAML, NO_STATE, Unroll, Unrolled
-from metawrap.outer_update.outer_update import OptimizerFactory, PlainOuterUpdate, SchedulerFactory
+from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled, with_gradients
+from metawrap.inner_loop.task_solver import TaskSolver
+from metawrap.learner.keywords import ReptileKeywords
+from metawrap.methods.maml import MAML
+from metawrap.outer_update.outer_update import PlainOuterUpdate
 from metawrap.results import MetaOutput
-from metawrap.settings.settings import HeadInit, InnerOptimizerName, NormPolicy, Settings, WorkersIn
-from metawrap.surgery.swap import Factory
+from metawrap.settings.keywords import shows
+from metawrap.settings.settings import Settings
+from metawrap.settings.validated import Count, CountOrNone, Switch, validated
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ReptileSettings(Settings):
     """Those of MAML, most of which stand at one value, and Reptile's own."""
 
-    inner_batch_size: int | None
-    evaluation_steps: int
-    linear_annealing: bool
+    inner_batch_size: CountOrNone = None
+    evaluation_steps: Count = 50
+    linear_annealing: Switch = True
 
     @property
     def default_steps(self) -> int:
@@ -47,21 +51,22 @@ class Reptile(MAML):
     the outer update is plain SGD, from rate 1 to 0. As in the authors' code: more inner steps in evaluation. Different:
     mini-batches come in an order that the meta-step alone decides, so that a run can be repeated and resumed, and the
     outer rate goes down by epochs; in a loop of your own, each `learner(batch)` in training mode draws anew, by a count
-    that state_dict holds. With inner_optimizer="adam" (theirs has inner_betas=(0.0, 0.999) and
+    that state_dict holds. With inner_update={"rule": "adam"} (theirs has betas=(0.0, 0.999) and
     inner_lr=0.001) each task begins with a state of its own; theirs goes from task to task. In `evaluate` and
     `adapt` each step is on the whole support set. `loss` and `accuracy` of a meta-step are those of the target part at
     the adapted weights, which have seen it. Source: Nichol, Achiam, Schulman 2018, arXiv:1803.02999.
 
     Args:
-        inner_steps, inner_lr: of training; 5 and 0.1 if None.
+        inner_steps, inner_lr: of training; 5 and 0.1.
         inner_batch_size: examples of one inner step in training, drawn without replacement until all have been seen;
             all at once if None.
-        evaluation_steps: inner steps of `evaluate` and `adapt`.
-        meta_lr: outer rate of the first epoch; 1 if None, which for one task goes all the way to its weights.
+        evaluation_steps: inner steps of `evaluate` and `adapt`; 50.
+        meta_lr: outer rate of the first epoch; 1, which for one task goes all the way to its weights.
         linear_annealing, epochs: the outer rate goes to zero over so many epochs; False keeps it.
         optimizer: function from parameters to an optimizer, in place of SGD; brings its own learning rate.
         loss_fn: `loss_fn(prediction, y)` to a scalar; a module with parameters is refused, as nothing would learn them.
-        The others are as in `MAMLPlusPlus`; what that has besides makes no difference here, and is not taken.
+        The others are as in `MAMLPlusPlus`. Keywords and fields of it that make no difference here are not taken:
+            see `ReptileKeywords`.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.
@@ -72,56 +77,20 @@ class Reptile(MAML):
     outer_update = PlainOuterUpdate
     settings: ReptileSettings
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        inner_steps: int | None = None,
-        inner_lr: float | None = None,
-        inner_batch_size: int | None = None,
-        evaluation_steps: int = 50,
-        inner_optimizer: InnerOptimizerName = "sgd",
-        inner_momentum: float | None = None,
-        inner_betas: tuple[float, float] | None = None,
-        inner_eps: float | None = None,
-        inner_max_grad_norm: float | None = None,
-        inner_max_grad_value: float | None = None,
-        meta_lr: float | None = None,
-        linear_annealing: bool | None = None,
-        epochs: int | None = None,
-        iterations_per_epoch: int | None = None,
-        norm: NormPolicy | None = None,
-        loss_fn: LossFunction = F.cross_entropy,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        max_grad_norm: float | None = None,
-        max_grad_value: float | None = None,
-        engine: Literal["auto", "higher", "functional", "batched"] = "auto",
-        workers: int | Literal["auto"] = 1,
-        workers_in: WorkersIn | None = None,
-        channels_last: bool = False,
-        tune: bool = False,
-        allocator: bool = True,
-        tasks_per_backward: int | None = None,
-        swap: Mapping[type[nn.Module], Factory] | None = None,
-        head: str | None = None,
-        head_init: HeadInit = "learned",
-        mask_unused_outputs: bool = False,
-        keep_norm: str | Iterable[str] = (),
-        max_skipped_steps: int = 20,
-        detect_anomaly: bool = False,
-    ) -> None:
+    @shows(ReptileKeywords)
+    def __init__(self, model: nn.Module, **keywords: Unpack[ReptileKeywords]) -> None:
+        loss_fn = keywords.get("loss_fn")
         if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
             raise ArgumentError(
                 f"loss_fn: {type(loss_fn).__name__} has parameters, and Reptile has no gradient to learn them by. "
                 "Freeze them with requires_grad_(False), or use another method."
             )
-        self._build(locals() | {"adapt_norm": True})
+        self._build(model, keywords, ReptileKeywords)
         # Training forwards so far, and where the present call's draws stand because of them: 0 in a meta-step.
         self.forwards = self._ahead = 0
 
     def forward(self, task_batch: Any) -> MetaOutput:
-        """See `Method.forward`; in training mode the next call draws other mini-batches."""
+        """See `Learner.forward`; in training mode the next call draws other mini-batches."""
         if not self.training:
             return super().forward(task_batch)
         self._ahead = self.forwards
@@ -141,42 +110,56 @@ class Reptile(MAML):
         super().set_extra_state(state)
         self.forwards = int(state.get("forwards", 0))
 
-    def _unrolled(self, unroll: Unroll, weights: list[float], whole_graph: bool) -> Unrolled:
-        if not unroll.training:
-            return super()._unrolled(unroll, weights, whole_graph)
-        start, rates = self._initial_weights(unroll), self.learning_rates.per_step()
-        sweep = replace(unroll, differentiable=False, examples="support_y and target")
-        fast, state = start, NO_STATE
-        for step, examples in enumerate(self._mini_batches(unroll, len(weights))):
-            fast, state = self._inner_step(fast, state, rates, step, replace(sweep, task=examples))
-        with torch.no_grad():
-            # For the record: what the norms see here, training has seen.
-            prediction, each = self._target_loss(fast, step, 1.0, replace(sweep, moments=None))
-            away = {name: start[name] - fast[name] for name in start}
-        loss = attached(each.sum(), ((start[name], away[name]) for name in start))
-        return Unrolled(loss, each, [*(None for _ in weights[1:]), each], prediction, fast)
+    def _solver(self, **changes: Any) -> TaskSolver:
+        draw = partial(mini_batches, size=self.settings.inner_batch_size, seed=self.iteration + self._ahead)
+        return super()._solver(**{"examples": draw, "training_path": partial(_moved_away, examples=draw), **changes})
 
-    def _mini_batches(self, unroll: Unroll, steps: int) -> Iterator[Task]:
-        """A task, or a stack of them, for each step, whose support set are that step's examples."""
-        axis = 1 if unroll.stacked else 0
-        x, y = _joined(unroll.task, axis)
-        count = tensors_in(y)[0].shape[axis]
-        size = self.settings.inner_batch_size
-        if size is None:
-            yield from [replace(unroll.task, support_x=x, support_y=y)] * steps
-            return
-        if size > count:
-            raise TaskError(
-                f"inner_batch_size: expected at most the {count} examples of a task, support and target together, but "
-                f"got {size}."
-            )
-        drawn: list[int] = []
-        generator = torch.Generator().manual_seed(self.iteration + self._ahead)
-        for _ in range(steps):
-            while len(drawn) < size:
-                drawn += torch.randperm(count, generator=generator).tolist()
-            places, drawn = torch.tensor(drawn[:size], device=self._device), drawn[size:]
-            yield replace(unroll.task, support_x=_at(x, axis, places), support_y=_at(y, axis, places))
+
+def _moved_away(
+    loop: InnerLoop,
+    start: FastWeights,
+    weights: Sequence[float],
+    examples: Callable[[InnerLoop, int], Iterable[Task]],
+) -> Unrolled:
+    """Inner steps without derivatives; the gradient of the loss is (initialisation - last fast weights)."""
+    sweep = replace(loop, differentiable=False, second_order=False, examples="support_y and target")
+    for fast, _ in sweep.inner_steps(Point(start, {}), examples(loop, len(weights))):  # noqa: B007
+        pass
+    with torch.no_grad():
+        # Not recorded: training has seen the statistics of this pass.
+        prediction, losses = replace(sweep, moments=None).target_loss(fast, len(weights) - 1)
+        away = {name: start[name] - fast[name] for name in start}
+    loss = with_gradients(losses.sum(), ((start[name], away[name]) for name in start))
+    return Unrolled(loss, losses, [*(None for _ in weights[1:]), losses], prediction, fast)
+
+
+def mini_batches(loop: InnerLoop, steps: int, *, size: int | None, seed: int) -> Iterator[Task]:
+    """For each inner step a task, or a stack of tasks, whose support set is that step's examples.
+
+    Args:
+        size: examples of one step, drawn without replacement until all have been seen; None takes all at each step.
+    Raises:
+        TaskError: the task has fewer examples.
+    """
+    axis = 1 if loop.stacked else 0
+    x, y = _joined(loop.task, axis)
+    labels = tensors_in(y)[0]
+    count = labels.shape[axis]
+    if size is None:
+        yield from repeat(replace(loop.task, support_x=x, support_y=y), steps)
+        return
+    if size > count:
+        raise TaskError(
+            f"inner_batch_size: expected at most the {count} examples of a task, support and target together, but got "
+            f"{size}."
+        )
+    drawn: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        while len(drawn) < size:
+            drawn += torch.randperm(count, generator=generator).tolist()
+        places, drawn = torch.tensor(drawn[:size], device=labels.device), drawn[size:]
+        yield replace(loop.task, support_x=_at(x, axis, places), support_y=_at(y, axis, places))
 
 
 def _joined(task: Task, axis: int) -> tuple[Inputs, Any]:

@@ -8,31 +8,29 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.heads.fitted import FittedHead
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.learner.embedding_learner import Embedded, EmbeddedKeywords
+from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.results import ignored_label, task_loss
+from metawrap.tasks import Task
 
 
-class SiameseNet(Embedded):
+class SiameseNet(EmbeddingLearner):
     """Siamese networks: a target belongs to the class of the support example that it most likely shares a class with.
 
     Two examples are of one class with probability sigmoid(sum_j a_j |f(x)_j - f(x')_j| + b), a and b learned. Trained
-    on the pairs of a task by binary cross-entropy: each support example with each target and with each other support
-    example. There are more unlike than like pairs, so the mean over the like and the mean over the unlike ones count
-    half each, which is what drawing as many of one as of the other, as the paper does, is in the mean. The prediction
-    of a class is the largest of its support examples' matches, before the sigmoid.
+    on the pairs of a task (each support example with each target and with each other support example) by binary
+    cross-entropy, in which the means over like and over unlike pairs count half each; the paper draws as many of one
+    kind as of the other. A class is predicted by the largest match among its support examples, before the sigmoid.
 
-    Differs from the paper: pairs are those of one task; there is the bias b; for embeddings of n numbers each a_j
-    starts at -1/sqrt(n), not at random, and b at sqrt(n)/2, so that the nearer example is the better match from the
-    first step on, and pairs whose numbers are half a unit apart are undecided (with b = 0 it learned far more slowly);
-    nothing is squashed before the distance, and there is no distortion of the images: both are the user's own to add.
+    Differs from the paper: pairs are those of one task; the bias b; for embeddings of n numbers each a_j starts at
+    -1/sqrt(n) and b at sqrt(n)/2, so that the nearer example is the better match from the first step on (with b = 0
+    learning was far slower); embeddings enter the distance as they are, and images are not distorted.
 
     Args:
-        model: any `torch.nn.Module`; it is copied, never changed. What enters its head is the embedding.
-        keywords: see `EmbeddedKeywords` and `OuterKeywords`. A loss_fn takes the place of the cross-entropy on pairs:
+        keywords: see `EmbeddingKeywords` and `OuterKeywords`. A loss_fn takes the place of the cross-entropy on pairs:
             it gets the prediction for the targets, (targets, ways), and their labels.
-    Raises:
-        ArgumentError: an argument has the wrong type, range or combination.
-        UnsupportedModuleError: the model has something that cannot be carried.
+
+    >>> learner = SiameseNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: Koch, Zemel, Salakhutdinov 2015, Siamese neural networks for one-shot image recognition, ICML Deep Learning
     Workshop, section 3.
@@ -40,21 +38,19 @@ class SiameseNet(Embedded):
 
     match: nn.Linear
 
-    def __init__(self, model: nn.Module, **keywords: Unpack[EmbeddedKeywords]) -> None:
+    def __init__(self, model: nn.Module, **keywords: Unpack[EmbeddingKeywords]) -> None:
         super().__init__(model, keywords, parts={"match": _Match()})
         self.on_pairs = "loss_fn" not in keywords
 
-    def _fitted(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
+    def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return BestMatch(support, labels, ways, self.match)
 
-    def _judged(
-        self, support: Tensor, labels: Tensor, ways: int, target: Tensor, target_y: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        head = BestMatch(support, labels, ways, self.match)
+    def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        head, target_y = BestMatch(support, labels, ways, self.match), task.target_y
         matches = head.matches(target)
         prediction = head.best(matches)
         if not self.on_pairs:
-            return prediction, self._loss(prediction, target_y, "target")
+            return prediction, task_loss(self.loss_fn, prediction, target_y, "target")
         shown = target_y != ignored_label(self.loss_fn)
         one, other = torch.triu_indices(len(labels), len(labels), 1, device=labels.device).unbind()
         among = self.match((support[one] - support[other]).abs()).squeeze(-1)
@@ -81,10 +77,8 @@ class BestMatch(FittedHead):
     labels: Tensor
 
     def __init__(self, support: Tensor, labels: Tensor, ways: int, match: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(support=support, labels=labels)
         self.ways, self.match = ways, match
-        self.register_buffer("support", support)
-        self.register_buffer("labels", labels)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""

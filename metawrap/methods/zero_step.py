@@ -1,4 +1,4 @@
-"""The control: a network trained on the targets of every task without a look at any support set."""
+"""The control: a network trained on the target sets of all tasks, without their support sets."""
 
 from __future__ import annotations
 
@@ -8,59 +8,63 @@ from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
-from metawrap.inner_loop.masking import ignored_label
-from metawrap.inner_loop.outcome import Solved, solved_from
-from metawrap.layers.step_clock import Moments, Statistics
-from metawrap.learner.direct import Direct, OuterKeywords
+from metawrap.execution.executor import Executor, shared
+from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.learner.evaluation import adapting, finished
+from metawrap.learner.keywords import OuterKeywords
+from metawrap.learner.learner import Learner
+from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
+from metawrap.results import OneByOne, TaskOutcome, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 
 
-class ZeroStep(Direct):
+class ZeroStep(Learner):
     """No adaptation at all: the same network and loss, trained on target sets as in any supervised training.
 
-    Minimises the mean over tasks of L(f(target), target_y). Where labels are shuffled from task to task, as in
-    few-shot episodes, nothing but the support set says what they mean, so its accuracy is chance by construction: what
-    another method reaches above that, it owes to the support set. Where labels mean the same in every task, it is a
-    baseline in its own right.
-
-    As MAML with no inner step; there is no paper.
+    Minimises the mean over tasks of L(f(target), target_y), as MAML with no inner step; there is no paper. Where labels
+    are shuffled from task to task, as in few-shot episodes, the accuracy is chance by construction; any method above
+    chance has used the support set. Where labels mean the same in every task, it is a baseline in its own right.
 
     Args:
         model: any `torch.nn.Module`; it is copied, never changed.
-        keywords: see `OuterKeywords`. Under norm="support" the support set's images, never its labels, are looked at,
-            for the statistics that this policy asks for.
+        keywords: see `OuterKeywords`. norm="support" takes statistics from the support set's inputs, never its labels.
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that cannot be carried.
+
+    >>> import torch
+    >>> learner = ZeroStep(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
 
     Source: the lecture's question whether a task can be solved without its support set; Yin et al. 2020,
     arXiv:1912.03820, call this failure of meta-learning memorization.
     """
 
     def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
-        super().__init__(model, keywords)
+        wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=None, own_steps=None)
+        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts={})
+
+    def _solver(self) -> OneByOne:
+        return OneByOne(self._solve)
+
+    def _prepare(self, task: Task) -> None:
+        inspect_once(self, task, self._inspect)
 
     def _solve(
-        self,
-        task: Task,
-        *,
-        training: bool,
-        norm: str,
-        steps: int | None = None,
-        mask: bool | None = None,
-        whole_graph: bool = True,
-    ) -> Solved:
+        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
+    ) -> TaskOutcome:
         self._refuse_steps(steps, mask)
         moments: list[Moments] | None = [] if training else None
         statistics: Statistics = "running" if norm == "running" and not training else "batch"
         if norm == "support":
-            self._run(task.support_x, "capture", moments)
+            self.wrapped.run(task.support_x, "capture", moments)
             statistics = "captured"
-        prediction = self._run(task.target_x, statistics, moments)
-        loss = self._loss(prediction, task.target_y, "target")
-        return solved_from(loss, [], prediction, task, moments or [], {}, ignored_label(self.loss_fn))
+        prediction = self.wrapped.run(task.target_x, statistics, moments)
+        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
 
+    @shared
     def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
         """The trained network as a plain module of the user's own class, in eval mode; changes nothing here.
 
@@ -70,17 +74,17 @@ class ZeroStep(Direct):
             steps: None or 0.
         """
         self._refuse_steps(steps, None)
-        with self._adapting(Task(support_x, support_y, support_x, support_y)) as task:
+        with adapting(self, Task(support_x, support_y, support_x, support_y)) as task:
             norm, held = self.settings.norm, None
             if norm == "support":
-                self._run(task.support_x, "capture", None)
+                self.wrapped.run(task.support_x, "capture", None)
                 held = self.wrapped.clock.taken()
-            return self._finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
+            return finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
 
-    def _look(self, task: Task) -> FirstLook:
-        prediction = self._run(task.target_x, "batch", None)
-        self._loss(prediction, task.target_y, "target")
+    def _inspect(self, task: Task) -> FirstLook:
+        prediction = self.wrapped.run(task.target_x, "batch", None)
+        task_loss(self.loss_fn, prediction, task.target_y, "target")
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 
     def _refuse_steps(self, steps: int | None, mask: bool | None) -> None:
-        self._refuse_inner(None if steps == 0 else steps, mask)
+        refuse_inner_loop(self, None if steps == 0 else steps, mask)

@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metawrap.errors import ArgumentError, MetaWrapWarning
+from metawrap.checks.not_finite import trouble_in_words
+from metawrap.errors import ArgumentError, DivergedError, MetaWrapWarning
 from metawrap.settings.schedules import cosine_meta_lr, linear_meta_lr
 from metawrap.settings.settings import OuterSettings
+from metawrap.tasks import TaskBatch
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -84,16 +87,22 @@ class OuterUpdate:
 
     def _own_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         s = self.settings
-        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.betas, fused=_can_fuse(parameters))
+        return torch.optim.Adam(parameters, lr=s.meta_lr, betas=s.outer_update.betas, fused=_can_fuse(parameters))
 
     def _rate_of(self, epoch: int) -> float:
         s = self.settings
         return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
 
     def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Raises ArgumentError when a parameter that is to be learned is not the optimizer's to move."""
+        """Raises ArgumentError when nothing is to be learned, or a parameter that is is not in the optimizer."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+        learned = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if not learned:
+            raise ArgumentError(
+                "model: expected at least one parameter that requires a gradient, but all are frozen, so meta_step has "
+                "nothing to learn. Unfreeze some with learner.model.requires_grad_(), or call evaluate or adapt."
+            )
+        missing = [name for name, parameter in learned if id(parameter) not in held]
         if missing:
             raise ArgumentError(
                 f"optimizer: it does not hold {', '.join(missing)}, which would never be learned. Freeze them with "
@@ -151,18 +160,23 @@ class OuterUpdate:
             state = self.optimizer.state.get(parameter, {})
             state.update({key: _laid_out_as(parameter, v) for key, v in state.items() if isinstance(v, Tensor)})
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(present)
-        finite = torch.isfinite(norm)
-        if self.settings.max_grad_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.settings.max_grad_value)
-        if self.settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm, finite = _norm_of(present)
+        options = self.settings.outer_update
+        if options.max_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, options.max_grad_value)
+        if options.max_grad_norm is not None:
+            clipped = norm if options.max_grad_value is None else _norm_of(present)[0]
+            nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, clipped)
         self._step_where(finite)
         return norm, finite
 
+    def ends_epoch(self, iteration: int) -> bool:
+        """Whether the user's scheduler is due after so many meta-steps."""
+        return self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0
+
     def end(self, iteration: int) -> None:
         """Steps the user's scheduler at the end of each epoch."""
-        if self.scheduler is not None and iteration % self.settings.iterations_per_epoch == 0:
+        if self.scheduler is not None and self.ends_epoch(iteration):
             self.scheduler.step()
 
     def _step_where(self, finite: Tensor) -> None:
@@ -188,6 +202,21 @@ class PlainOuterUpdate(OuterUpdate):
 
     def _rate_of(self, epoch: int) -> float:
         return linear_meta_lr(epoch, self.settings.epochs, self.settings.meta_lr)
+
+
+def _norm_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The L2 norm of all gradients together, and whether every entry is finite, as scalars on the device.
+
+    Squares of finite entries may overflow: the norm is then that of the gradients divided by their largest entry.
+    """
+    norm = nn.utils.get_total_norm(gradients)
+    if not gradients or (norm.device.type == "cpu" and bool(torch.isfinite(norm))):
+        return norm, torch.isfinite(norm)
+    largest = nn.utils.get_total_norm(gradients, math.inf)
+    finite = torch.isfinite(largest)
+    scale = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
+    scaled = scale * nn.utils.get_total_norm([gradient / scale.to(gradient.device) for gradient in gradients])
+    return torch.where(torch.isfinite(norm) | ~finite, norm, scaled), finite
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -239,4 +268,31 @@ def _check_scheduler(made: Any, what: str) -> None:
         raise ArgumentError(
             f"scheduler: {what} is {type(made).__name__}, expected a scheduler whose step() needs no metric. "
             "Step others yourself on learner.optimizer, after each validation."
+        )
+
+
+def row_of_skipped(counts: Tensor, applied: Tensor) -> Tensor:
+    """The counts after one more meta-step: (total, at present in a row, longest row), on the device.
+
+    Args:
+        counts: before it. applied: bool scalar, whether its update was made.
+    """
+    total, row, longest = counts.unbind()
+    row = torch.where(applied, torch.zeros_like(row), row + 1)
+    return torch.stack([total + ~applied, row, torch.maximum(longest, row)])
+
+
+def refuse_divergence(learner: Any, counts: Tensor, batch: TaskBatch) -> None:
+    """Looks at the counts once in `max_skipped_steps` meta-steps, so that a GPU waits no more often.
+
+    Raises:
+        DivergedError: the last steps, this one included, were skipped, and they are at least `max_skipped_steps`.
+    """
+    limit = learner.settings.outer_update.max_skipped_steps
+    if (learner.iteration + 1) % limit == 0 and int(counts[1]) >= limit:
+        learner.skipped_steps[1:] = 0  # So that training can go on with other tasks.
+        raise DivergedError(
+            f"At least {limit} meta-steps in a row had a meta-gradient that is not finite, and changed nothing. The "
+            f"weights are finite.{trouble_in_words(learner, batch)} Lower meta_lr or inner_lr, or set "
+            "outer_update.max_grad_norm."
         )

@@ -1,6 +1,7 @@
-"""The names that a recipe and `--set` may give, and the type of each, read from RunSettings and from the methods.
+"""The names that a recipe and `--set` accept, with their types from RunSettings and from the methods.
 
-Checked by pydantic, strictly: 'true' is no number, and 3 is no switch.
+A field of a group of keywords is "group.field", or stands in a mapping under the group. pydantic checks types and
+bounds strictly: 'true' is no number, and 3 is no switch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -18,22 +18,26 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 import metawrap.methods as methods
 from metawrap.errors import ArgumentError
 from metawrap.recipes.yaml_file import Given
-from metawrap.training.experiment import PYTHON_ONLY, keyword_types
+from metawrap.settings.groups import GROUPS
+from metawrap.settings.keywords import nearest, nested, plain_keywords
+from metawrap.settings.validated import expected, field_types
+from metawrap.training.experiment import PYTHON_ONLY
 from metawrap.training.run_settings import METHODS, RunSettings
 
-# `options` is what the keywords of the method become, and `recipe` what is recorded of the file.
+# The keywords of the method become `options`, and the name of the file becomes `recipe`.
 RUN_FIELDS: dict[str, Any] = {
     name: hint for name, hint in get_type_hints(RunSettings).items() if name not in ("options", "recipe")
 }
 
 
 def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the run, and keywords of the method. A name that is both is the run's, which hands it to the method.
+    """Fields of the run, and keywords of the method. A name that is both belongs to the run.
 
     Args:
-        given: by name. method: its name on the command line. also: names that might have been meant.
+        given: values by name, as from `by_field`. method: its name on the command line. also: further names to suggest
+            for an unknown one.
     Raises:
-        ArgumentError: a name that is neither, with the nearest one, or a wrong type; begins with the place.
+        ArgumentError: an unknown name, with the nearest known one, or a wrong type; begins with the place.
     """
     keywords = method_keywords(method)
     run: dict[str, Any] = {}
@@ -45,39 +49,55 @@ def split(given: Mapping[str, Given], method: str, also: Collection[str] = ()) -
             options[name] = typed(name, each, keywords[name])
         else:
             raise ArgumentError(f"{each.place}: {name}: {_unknown(name, method, {*RUN_FIELDS, *keywords, *also})}")
-    return run, options
+    return run, nested(options)
+
+
+def by_field(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Splits each group of keywords into its fields, by "group.field", so that each can be overridden alone.
+
+    Raises:
+        ArgumentError: a group is no mapping; begins with the place.
+    """
+    found: dict[str, Given] = {}
+    for name, each in given.items():
+        if name not in GROUPS:
+            found[name] = each
+        elif isinstance(each.value, Mapping):
+            found |= {f"{name}.{field}": Given(value, each.place) for field, value in each.value.items()}
+        else:
+            raise ArgumentError(
+                f"{each.place}: {name}: expected a mapping of its fields ({', '.join(field_types(GROUPS[name]))}), but "
+                f"got {each.value!r:.80}."
+            )
+    return found
 
 
 def typed(name: str, given: Given, hint: Any) -> Any:
-    """The value, if it is of the type; as JSON has it, so that a list stands for a tuple.
+    """The value, checked against the type as JSON: a list stands for a tuple.
+
+    >>> typed("ways", Given(5, "my.yaml, line 3"), int)
+    5
 
     Raises:
-        ArgumentError: it is not; begins with the place.
+        ArgumentError: the value has another type; begins with the place.
     """
     adapter = _adapter(hint)
-    if adapter is None:  # What takes a function too, such as `adapt`: the method itself checks it.
+    if adapter is None:  # A hint with a function, such as that of `adapt`: the method itself checks the value.
         return given.value
     try:
         adapter.validate_json(json.dumps(given.value))
     except ValidationError as error:
         wanted = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
-        raise ArgumentError(
-            f"{given.place}: {name}: expected {' or '.join(wanted)}, but got {_shown(given.value)}."
-        ) from error
+        words = expected(hint) or " or ".join(wanted)
+        raise ArgumentError(f"{given.place}: {name}: expected {words}, but got {given.value!r:.80}.") from error
     return given.value
 
 
 def method_keywords(method: str) -> dict[str, Any]:
-    """The keywords of a method that plain values can give, with the type of each; without those that the run sets."""
+    """The keywords of a method that take plain values and are no settings of the run, with their types."""
     kind = getattr(methods, METHODS[method])
     of_run = {each.name for each in fields(RunSettings)}
-    return {name: hint for name, hint in keyword_types(kind).items() if name not in PYTHON_ONLY | of_run}
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most like it, or has it as a part; None if there is none."""
-    alike = get_close_matches(name, sorted(known), 1) or sorted((each for each in known if name in each), key=len)
-    return alike[0] if alike else None
+    return {name: hint for name, hint in plain_keywords(kind).items() if name not in PYTHON_ONLY | of_run}
 
 
 def _unknown(name: str, method: str, known: Collection[str]) -> str:
@@ -95,8 +115,3 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(hint, config=ConfigDict(strict=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

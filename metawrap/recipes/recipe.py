@@ -1,7 +1,7 @@
-"""A recipe: the settings of a published experiment, what they are based on, and what was published.
+"""A recipe: the settings of a published experiment, the recipe that it extends, and the published accuracy.
 
-A file says what it `extends`, and then only what is different there. Its own are `title`, `published`, `deviation`,
-`source` and `runs`; all else is handed on to those that extend it.
+A file names the recipe that it `extends`, and then only its differences. `title`, `published`, `deviation`, `source`
+and `runs` belong to the file itself; the recipes that extend it inherit everything else.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from metawrap.errors import ArgumentError
-from metawrap.recipes.fields import nearest, split, typed
+from metawrap.recipes.fields import by_field, split, typed
 from metawrap.recipes.yaml_file import Given, read_mapping
+from metawrap.settings.keywords import flattened, nearest, nested
 from metawrap.training.run_settings import METHODS, RunSettings
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
 # The keys of a recipe besides the settings of its run.
-_ABOUT: dict[str, Any] = {
+_RECIPE_KEYS: dict[str, Any] = {
     "extends": str,
     "title": str,
     "published": float,
@@ -34,10 +35,13 @@ _ABOUT: dict[str, Any] = {
 class Recipe:
     """One experiment, or a study of several.
 
-    name: of a packaged recipe, or the path of a file. title: what is run; None for a base that others extend.
-    published: accuracy in percent. deviation: what the source gives with ±, in percent. source: of these two.
-    seeds: a run each; None for one run. given: fields of the run and keywords of the method by name, of all that it
-    extends, and where each was given. runs: the recipes of a study, with what the study says already in them.
+    name: of a packaged recipe, or the path of a file. title: a short description; None for a base of other recipes.
+    published: the published accuracy in percent. deviation: its published ± in percent. source: of these two.
+    seeds: one run per seed; None for one run. given: fields of the run and keywords of the method by name, inherited
+    ones included, each with its place. runs: the recipes of a study, with the study's own settings applied.
+
+    >>> load_recipe("omniglot-20way-1shot-mamlpp").settings().ways
+    20
     """
 
     name: str
@@ -51,19 +55,25 @@ class Recipe:
     runs: tuple[Recipe, ...] = ()
 
     def settings(self, changes: Mapping[str, Given] | None = None, start: RunSettings | None = None) -> RunSettings:
-        """The settings of its run.
+        """The settings of the run.
 
         Args:
-            changes: what wins over the recipe, by name, as in a recipe.
-            start: what holds where neither says anything; the defaults if None.
+            changes: values that override the recipe, by name, as in a recipe.
+            start: settings for all that neither gives; the defaults if None.
         Raises:
-            ArgumentError: a name that the method does not have, or a value of the wrong type or range, with its place.
+            ArgumentError: a name that the method lacks, or a value of a wrong type or range, with its place.
         """
-        return settings_of({**self.given, **(changes or {})}, replace(start or RunSettings(), recipe=self.name))
+        given, start = {**self.given, **by_field(changes or {})}, replace(start or RunSettings(), recipe=self.name)
+        run, options = split(given, _method(given, start.method))
+        try:
+            return replace(start, **run, options=nested({**flattened(start.options), **flattened(options)}))
+        except ArgumentError as error:  # A value out of range; the text begins with the field.
+            place = given[name].place if (name := str(error).partition(":")[0]) in given else ""
+            raise ArgumentError(f"{place}: {error}" if place else str(error)) from error
 
 
 def recipe_names() -> list[str]:
-    """The packaged recipes, without those that are only there to be extended."""
+    """The packaged recipes, without those that others only extend."""
     return [name for name in _packaged() if "title" in read_mapping(FOLDER / f"{name}.yaml")]
 
 
@@ -71,27 +81,12 @@ def load_recipe(name: str) -> Recipe:
     """A packaged recipe by its name, or a file by its path, which ends in .yaml.
 
     Raises:
-        ArgumentError: there is none, or something in it, or in what it extends, is unknown or of the wrong type.
+        ArgumentError: there is no such recipe, or it or a recipe that it extends has an unknown name or a wrong type.
     """
     recipe = _load(name, ())
-    if recipe.runs:
-        return recipe
-    recipe.settings()
+    if not recipe.runs:
+        recipe.settings()  # `_load` has checked the runs of a study.
     return recipe
-
-
-def settings_of(given: Mapping[str, Given], start: RunSettings) -> RunSettings:
-    """`start` with what is given in the place of its settings.
-
-    Raises:
-        ArgumentError: as `Recipe.settings`.
-    """
-    run, options = split(given, _method(given, start.method))
-    try:
-        return replace(start, **run, options={**start.options, **options})
-    except ArgumentError as error:  # Out of range; the text begins with the field.
-        place = given[name].place if (name := str(error).partition(":")[0]) in given else ""
-        raise ArgumentError(f"{place}: {error}" if place else str(error)) from error
 
 
 def _method(given: Mapping[str, Given], default: str) -> str:
@@ -111,8 +106,8 @@ def _load(name: str, seen: tuple[Path, ...], beside: Path | None = None, place: 
         chain = " extends ".join(each.stem for each in [*seen[seen.index(path.resolve()) :], path])
         raise ArgumentError(f"{place}: extends: goes round in a circle ({chain}). Leave it out in one of them.")
     seen = (*seen, path.resolve())
-    content = read_mapping(path)
-    about = {key: typed(key, content[key], hint) for key, hint in _ABOUT.items() if key in content}
+    content = by_field(read_mapping(path))
+    about = {key: typed(key, content[key], hint) for key, hint in _RECIPE_KEYS.items() if key in content}
     base = Recipe(name)
     if "extends" in about:
         base = _load(about["extends"], seen, path.parent, content["extends"].place)
@@ -120,17 +115,20 @@ def _load(name: str, seen: tuple[Path, ...], beside: Path | None = None, place: 
             raise ArgumentError(
                 f"{content['extends'].place}: extends: '{base.name}' is a study. Extend one of its runs."
             )
-    seeds = _seeds(content["seeds"]) if "seeds" in content else base.seeds
-    own = {key: value for key, value in content.items() if key not in _ABOUT}
+    seeds = about.pop("seeds", base.seeds)
+    if "seeds" in content and (not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0):
+        raise ArgumentError(
+            f"{content['seeds'].place}: seeds: expected different whole numbers from 0, but got {seeds}."
+        )
+    own = {key: value for key, value in content.items() if key not in _RECIPE_KEYS}
     given = {**base.given, **own}
-    split(own, _method(given, RunSettings().method), also=_ABOUT)
+    split(own, _method(given, RunSettings().method), also=_RECIPE_KEYS)
     runs = [_load(each, seen, path.parent, content["runs"].place) for each in about.pop("runs", [])]
     if "runs" in content:
         _check_runs(runs, content["runs"].place)
-    about.pop("seeds", None)
     return Recipe(
         name=str(path) if path.parent != FOLDER else path.stem,
-        seeds=seeds,
+        seeds=None if seeds is None else tuple(seeds),
         given=given,
         runs=tuple(replace(each, given={**each.given, **given}) for each in runs),
         **about,
@@ -144,13 +142,6 @@ def _check_runs(runs: list[Recipe], place: str) -> None:
         raise ArgumentError(f"{place}: runs: '{study.name}' is a study itself. Name its runs.")
     for each in runs:
         each.settings()
-
-
-def _seeds(given: Given) -> tuple[int, ...]:
-    seeds = given.value
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ArgumentError(f"{given.place}: seeds: expected different whole numbers from 0, but got {seeds}.")
-    return tuple(seeds)
 
 
 def _find(name: str, beside: Path | None, place: str | None) -> Path:

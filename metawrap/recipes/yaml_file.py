@@ -1,7 +1,7 @@
-"""One YAML mapping -> its values, each with the place that it stands at. Plain values only: no tag, no alias.
+"""One YAML mapping -> its values, each with its file and line. Plain values only: no tag, no alias, no key twice.
 
-PyYAML's safe loader takes the last of two equal keys, reads 1e-3 as a word and 2026-01-01 as a date; here equal keys
-are refused, and the other two are a number and a word.
+PyYAML's safe loader takes the last of two equal keys, reads 1e-3 as a word and 2026-01-01 as a date. Here equal keys
+are refused, and these two are a number and a word.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import yaml
 
 from metawrap.errors import ArgumentError
 
-MAX_BYTES = 2**16  # A recipe of the longest kind has 3 kB.
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+MAX_BYTES = 2**16  # The longest packaged recipe has 3 kB.
 
 
 @dataclass(frozen=True)
 class Given:
-    """A value, and where it was given, such as 'my.yaml, line 3'."""
+    """A value and the place where it was given, such as 'my.yaml, line 3'."""
 
     value: Any
     place: str
@@ -32,7 +31,8 @@ def read_mapping(path: Path) -> dict[str, Given]:
     """The file's keys in order.
 
     Raises:
-        ArgumentError: it cannot be read, is no YAML mapping, or has a key twice, a tag or an alias; names the line.
+        ArgumentError: the file cannot be read, is no YAML mapping, or has a repeated key, a tag or an alias; names the
+            line.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -54,18 +54,13 @@ def read_mapping(path: Path) -> dict[str, Given]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ArgumentError(f"{_place(path, mark)}: {error.problem or _in_one_line(error)}.") from error
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{path}: {_in_one_line(error)}.") from error
     except RecursionError as error:
         raise ArgumentError(f"{path}: is nested too deeply for a recipe. Write its fields as 'name: value'.") from error
-    except ValueError as error:  # A number of too many digits, say.
+    except (yaml.YAMLError, ValueError) as error:  # A ValueError: a number with too many digits.
         raise ArgumentError(f"{path}: {_in_one_line(error)}.") from error
     finally:
         loader.dispose()
-    marks = (key.start_mark for key, _ in node.value)
-    return {
-        str(name): Given(value, _place(path, mark)) for (name, value), mark in zip(content.items(), marks, strict=True)
-    }
+    return {key.value: Given(content[key.value], _place(path, key.start_mark)) for key, _ in node.value}
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,17 +69,17 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise _refused(f"the alias *{event.anchor} is not allowed; write the value again", event.start_mark)
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
-            raise _refused(f"the tag {_short(tag)} is not allowed; a recipe holds plain values", event.start_mark)
+            raise _refused(f"the tag {tag:.60} is not allowed; a recipe holds plain values", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[str, int] = {}
+        lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise _refused(f"expected the name of a field, but got {_short(key.value)!r}", key.start_mark)
-            if key.value in seen:
-                raise _refused(f"{key.value}: stands twice, first in line {seen[key.value]}; keep one", key.start_mark)
-            seen[key.value] = key.start_mark.line + 1
+                raise _refused(f"expected the name of a field, but got {str(key.value)[:60]!r}", key.start_mark)
+            if key.value in lines:
+                raise _refused(f"{key.value}: stands twice, first in line {lines[key.value]}; keep one", key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep=deep)
 
 
@@ -92,7 +87,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
 
 
 def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
@@ -101,11 +98,6 @@ def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 def _place(path: Path, mark: Any) -> str:
     return f"{path}, line {mark.line + 1}" if mark else str(path)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -1,4 +1,8 @@
-"""Folders of runs -> one page for the browser, and pictures. Read `write_report_page` in `page.py` first."""
+"""Folders of runs -> one page for the browser, and pictures.
+
+From top to bottom; each file imports only those below it:
+    page, pictures -> tables, layer_charts -> charts -> gather
+"""
 
 from metawrap.report.gather import Group, gather
 from metawrap.report.page import write_report_page

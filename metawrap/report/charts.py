@@ -1,25 +1,35 @@
-"""Curves, accuracy by inner step and the multi-step loss, as plotly has them: plain data, drawn in the browser."""
+"""Curves, accuracy by inner step and the multi-step loss as plotly charts.
+
+A chart is plain data in plotly's words. `page.js` draws it in the browser, `pictures.py` draws it with matplotlib.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from metawrap.report.gather import COLOURS, Group
-from metawrap.report.series import curve, steps_of, with_step_losses
+from metawrap.report.gather import Group, recorded
 from metawrap.training.run_records import Number
 
-# For what is in order, such as inner steps: from dark to light, but visible on white and on black.
+# The colours of inner steps in their order. All can be seen on white and on black.
 RAMP = ("#5b4bb7", "#3f78c9", "#2f9c9c", "#6fae4e", "#d0a52c", "#e07b39", "#d1528a")
 GREY = "#8a94a3"
+# The marks of inner steps: plotly's name and the same mark as a letter.
+SYMBOLS = {
+    "circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star": "★", "cross": "✚",
+    "triangle-down": "▼",
+}  # fmt: skip
+_DASHES = ("solid", "dash", "dot", "dashdot")
 Trace = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class State:
-    """What a chart shows for one choice. slides: for each place of the slider, what differs in each trace."""
+    """A chart under one choice of its panel. slides: for each place of the slider, the changes to each trace."""
 
     data: list[Trace]
     layout: dict[str, Any]
@@ -28,7 +38,7 @@ class State:
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot. title: above it. states: one for each choice of its panel."""
+    """One plot, with a title above it and one state for each choice of its panel."""
 
     name: str
     title: str
@@ -39,28 +49,77 @@ class Chart:
 class ChartPanel:
     """Charts side by side, under one choice and one slider.
 
-    slides: for each choice, the names of the slider's places. key: how many inner steps have a mark of their own that
-    no chart explains.
+    slides: for each choice, the names of the slider's places. key: marks that no legend of a chart explains, each
+    with its name. caption: the meaning of all marks, for a picture that has no text around it.
     """
 
     charts: list[Chart]
     choices: list[str] = field(default_factory=list)
     slides: list[list[str]] = field(default_factory=list)
-    key: int = 0
+    key: list[tuple[str, str]] = field(default_factory=list)
+    caption: str = ""
+
+    def for_plotly(self) -> dict[str, Any]:
+        """The panel as JSON values. Texts of charts are escaped, because plotly reads tags in them."""
+        content = asdict(self)
+        for chart in content["charts"]:
+            chart["states"] = _escaped(chart["states"])
+        return content
 
 
-def plain(text: object) -> str:
-    """A text as plotly shows it: it reads tags in texts."""
-    return escape(str(text), quote=False)
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        # Hover templates are metawrap's own. They name a run or a layer only as %{fullData.name} or %{text}.
+        return {name: each if name == "hovertemplate" else _escaped(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # A difference of numbers near the largest float: JSON has no infinity.
+    return escape(value, quote=False) if isinstance(value, str) else value
 
 
-def ramp(place: int, count: int) -> str:
-    """The colour of something in order."""
-    return RAMP[round(place * (len(RAMP) - 1) / max(1, count - 1))]
+def ramp(step: int, steps: int) -> str:
+    """The colour of an inner step (from 0)."""
+    return RAMP[round(step * (len(RAMP) - 1) / max(1, steps - 1))]
+
+
+def symbol(step: int) -> str:
+    """The mark of an inner step (from 0), as plotly names it."""
+    return list(SYMBOLS)[step % len(SYMBOLS)]
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A colour of six hex digits, made transparent."""
+    return f"{colour}{round(255 * opacity):02x}"
+
+
+def steps_of(rows: Sequence[Sequence[Number]]) -> int:
+    """The largest number of inner steps among rows that have one value for each step."""
+    return max((len(row) for row in rows), default=0)
+
+
+def value_at(row: Sequence[Number], step: int) -> Number:
+    """The value of an inner step (from 0); None if the row is shorter."""
+    return row[step] if step < len(row) else None
+
+
+def line(name: str, x: Sequence[Any], y: Sequence[Number], colour: str, hover: str, **more: Any) -> Trace:
+    """A line, with a mark at each point if there are few points."""
+    return {
+        "type": "scatter",
+        "x": x,
+        "y": y,
+        "name": name,
+        "mode": "lines+markers" if len(x) < 30 else "lines",
+        "line": {"color": colour, "width": 2},
+        "marker": {"size": 5},
+        "hovertemplate": f"{hover}<extra></extra>",
+        **more,
+    }
 
 
 def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
-    """The layout that all charts share."""
+    """The layout that all charts share, with changes; dicts are merged."""
     axis = {"automargin": True, "zeroline": False, "fixedrange": False}
     shared: dict[str, Any] = {
         "height": 340,
@@ -75,168 +134,127 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
     return shared
 
 
-def percent(values: Sequence[Number]) -> list[Number]:
-    """Fractions as percent."""
-    return [None if value is None else 100 * value for value in values]
-
-
 def curves(groups: Sequence[Group]) -> ChartPanel | None:
-    """Accuracy and loss by epoch; None where no run has an epoch yet."""
+    """Accuracy and loss by epoch; None if no run has an epoch yet."""
     if not any(run.epochs for group in groups for run in group.runs):
         return None
     charts = []
     for name, title in (("accuracy", "Accuracy, %"), ("loss", "Loss")):
-        data: list[Trace] = []
-        for number, group in enumerate(groups):
-            for part in ("train", "validation"):
-                data += _curve(group, part, name, COLOURS[number % len(COLOURS)])
-        shown = layout("epoch", "", xaxis={"rangemode": "nonnegative"}, yaxis={"title": {"text": ""}})
+        lines = [(group, part) for group in groups for part in ("train", "validation")]
+        data = [trace for group, part in lines for trace in _curve(group, part, name)]
+        shown = layout("epoch", "", xaxis={"rangemode": "nonnegative"})
         charts.append(Chart(f"curves-{name}", title, [State(data, shown)]))
     return ChartPanel(charts)
 
 
-def _curve(group: Group, part: str, name: str, colour: str) -> list[Trace]:
-    band, scale = curve(group, f"{part}_{name}"), 100 if name == "accuracy" else 1
-    label, is_validation = (
-        f"{plain(group.label)}, {'validation' if part == 'validation' else 'training'}",
-        part != "train",
+def _curve(group: Group, part: str, name: str) -> list[Trace]:
+    """The mean over seeds in a band of one standard deviation to each side.
+
+    The band of a single run is the 95 % interval of its validation accuracy over tasks.
+    """
+    key, is_accuracy = f"{part}_{name}", name == "accuracy"
+    found: dict[int, list[dict[str, float]]] = {}
+    for epoch in (epoch for run in group.runs for epoch in run.epochs if key in epoch.curves):
+        found.setdefault(epoch.number, []).append(epoch.curves)
+    epochs, middle, band, scale = sorted(found), [], [], 100 if is_accuracy else 1
+    for number in epochs:
+        values = [each[key] for each in found[number]]
+        middle.append(scale * (mean := statistics.fmean(values)))
+        if len(group.runs) > 1:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+        else:
+            spread = found[number][0].get("validation_interval") if key == "validation_accuracy" else None
+        if spread is not None:
+            low, high = mean - spread, mean + spread
+            low, high = (max(0.0, low), min(1.0, high)) if is_accuracy else (low, high)
+            band.append((number, scale * low, scale * high))
+    label = f"{group.label}, {'validation' if part == 'validation' else 'training'}"
+    style = {"width": 2.4, "dash": "solid"} if part == "validation" else {"width": 1.6, "dash": "dot"}
+    hover = "%{fullData.name}<br>epoch %{x}: %{y:.4g}"
+    mean_line = line(
+        label, epochs, middle, group.colour, hover, line={"color": group.colour} | style, legendgroup=label
     )
-    x, y = band.outline()
     shade = {
         "type": "scatter",
-        "x": x,
-        "y": [scale * value for value in y],
+        "x": [number for number, _, _ in band + band[::-1]],
+        "y": [high for _, _, high in band] + [low for _, low, _ in reversed(band)],
         "fill": "toself",
-        "fillcolor": faded(colour, 0.18),
+        "fillcolor": faded(group.colour, 0.18),
         "line": {"width": 0},
         "mode": "lines",
         "hoverinfo": "skip",
         "showlegend": False,
         "legendgroup": label,
     }
-    line = {
-        "type": "scatter",
-        "x": band.epochs,
-        "y": [scale * value for value in band.middle],
-        "name": label,
-        "legendgroup": label,
-        "mode": "lines+markers" if len(band.epochs) < 30 else "lines",
-        "line": {"color": colour, "width": 2.4 if is_validation else 1.6, "dash": "solid" if is_validation else "dot"},
-        "marker": {"size": 5},
-        "hovertemplate": f"{label}<br>epoch %{{x}}: %{{y:.4g}}<extra></extra>",
-    }
-    return [shade, line] if x else [line] if band.epochs else []
-
-
-def _chance(most: int, ways: int) -> Trace:
-    return {
-        "type": "scatter",
-        "x": [0, most],
-        "y": [100 / ways] * 2,
-        "mode": "lines",
-        "line": {"color": GREY, "width": 1, "dash": "dash"},
-        "name": "chance",
-        "hovertemplate": "chance: %{y:.3g} %<extra></extra>",
-    }
-
-
-def _same_ways(groups: Sequence[Group]) -> int | None:
-    ways = {str(group.settings.get("ways")) for group in groups}
-    found = groups[0].settings.get("ways")
-    return found if len(ways) == 1 and isinstance(found, int) and not isinstance(found, bool) and found > 1 else None
+    return [shade, mean_line] if band else [mean_line] if epochs else []
 
 
 def accuracy_by_step(groups: Sequence[Group]) -> ChartPanel | None:
-    """Accuracy on test tasks after each number of inner steps; None where no run recorded it."""
+    """Accuracy on test tasks after each number of inner steps; None if no run recorded it."""
+    runs = [(group, nth, run) for group in groups for nth, run in enumerate(group.runs) if run.steps]
     data: list[Trace] = []
-    runs = [(number, group, run) for number, group in enumerate(groups) for run in group.runs if run.steps]
-    for place, (number, group, run) in enumerate(runs):
+    for place, (group, nth, run) in enumerate(runs):
         counts = sorted(run.steps)
-        scores = [run.steps[count] for count in counts]
-        # A little apart, or the intervals of all runs would lie on each other.
+        intervals = [run.steps[count].interval for count in counts]
+        # Runs stand a little apart; otherwise their intervals would cover each other.
         shift = 0.06 * (place - (len(runs) - 1) / 2) if len(runs) < 9 else 0.0
-        label, colour = plain(group.run_label(run)), COLOURS[number % len(COLOURS)]
         data.append(
-            {
-                "type": "scatter",
-                "x": [count + shift for count in counts],
-                "y": [100 * score.accuracy for score in scores],
-                "error_y": {
+            line(
+                group.run_label(run),
+                [count + shift for count in counts],
+                [100 * run.steps[count].accuracy for count in counts],
+                group.colour,
+                "%{fullData.name}<br>after %{customdata} steps: %{y:.2f} %",
+                error_y={
                     "type": "data",
-                    "array": percent([score.interval for score in scores]),
+                    "array": [None if each is None else 100 * each for each in intervals],
                     "thickness": 1.2,
                     "width": 3,
                 },
-                "customdata": counts,
-                "name": label,
-                "mode": "lines+markers",
-                "line": {
-                    "color": colour,
-                    "width": 2,
-                    "dash": ("solid", "dash", "dot", "dashdot")[_nth(group, run) % 4],
-                },
-                "marker": {"size": 7, "symbol": SYMBOLS[_nth(group, run) % len(SYMBOLS)]},
-                "hovertemplate": f"{label}<br>after %{{customdata}} steps: %{{y:.2f}} %<extra></extra>",
-            }
+                customdata=counts,
+                mode="lines+markers",
+                line={"color": group.colour, "width": 2, "dash": _DASHES[nth % len(_DASHES)]},
+                marker={"size": 7, "symbol": symbol(nth)},
+            )
         )
     if not data:
         return None
     shown, most = layout("inner steps taken", "accuracy, %", height=380), max(max(run.steps) for *_, run in runs)
     if most <= 12:
         shown["xaxis"] |= {"tickmode": "linear", "tick0": 0, "dtick": 1}
-    if ways := _same_ways(groups):
-        data.append(_chance(most, ways))
+    ways = [group.settings.get("ways") for group in groups]
+    if type(ways[0]) is int and ways[0] > 1 and all(each == ways[0] for each in ways):
+        dashed = {"color": GREY, "width": 1, "dash": "dash"}
+        hover = "chance: %{y:.3g} %"
+        data.append(line("chance", [0, most], [100 / ways[0]] * 2, GREY, hover, mode="lines", line=dashed))
     return ChartPanel([Chart("steps", "", [State(data, shown)])])
 
 
-# In plotly's words, and as letters.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
-GLYPHS = "●■◆▲✖★✚▼"
-
-
-def _nth(group: Group, run: object) -> int:
-    return next(place for place, each in enumerate(group.runs) if each is run)
-
-
 def step_losses(groups: Sequence[Group]) -> ChartPanel | None:
-    """The weight of the target loss after each inner step by epoch, and that loss; None where no run has them."""
-    chosen = with_step_losses(groups)
+    """By epoch, the weight of the target loss after each inner step, and that loss; None if no run recorded them.
+
+    The choices are groups; each shows its first run that has both.
+    """
+    chosen = []
+    for group in groups:
+        runs = [run for run in group.runs if recorded(run, "step_losses") and recorded(run, "step_weights")]
+        chosen += [(group.label, runs[0])] if runs else []
     if not chosen:
         return None
     weights: list[State] = []
     losses: list[State] = []
     for _, run in chosen:
-        steps = steps_of([epoch.step_weights for epoch in run.epochs])
         epochs = [epoch for epoch in run.epochs if epoch.step_weights]
+        steps = steps_of([epoch.step_weights for epoch in epochs])
+        numbers = [epoch.number for epoch in epochs]
         for states, name, unit in ((weights, "step_weights", "weight"), (losses, "step_losses", "loss")):
             data: list[Trace] = []
             for step in range(steps):
-                data.append(
-                    {
-                        "type": "scatter",
-                        "x": [epoch.number for epoch in epochs],
-                        "y": [_at(getattr(epoch, name), step) for epoch in epochs],
-                        "name": f"step {step + 1}",
-                        "mode": "lines+markers" if len(epochs) < 30 else "lines",
-                        "line": {"color": ramp(step, steps), "width": 2},
-                        "marker": {"size": 5},
-                        "hovertemplate": f"step {step + 1}, epoch %{{x}}: {unit} %{{y:.4g}}<extra></extra>",
-                    }
-                )
-                if name == "step_weights":
-                    data[-1] |= {"stackgroup": "weights", "fillcolor": faded(ramp(step, steps), 0.55)}
-            shown = layout("epoch", "", yaxis={"rangemode": "tozero"})
-            states.append(State(data, shown))
+                y, colour = [value_at(getattr(epoch, name), step) for epoch in epochs], ramp(step, steps)
+                hover = f"step {step + 1}, epoch %{{x}}: {unit} %{{y:.4g}}"
+                area = {"stackgroup": "weights", "fillcolor": faded(colour, 0.55)} if states is weights else {}
+                data.append(line(f"step {step + 1}", numbers, y, colour, hover, **area))
+            states.append(State(data, layout("epoch", "", yaxis={"rangemode": "tozero"})))
     charts = [Chart("step-weights", "Weight of each step's loss", weights)]
     charts.append(Chart("step-losses", "Target loss after each step", losses))
     return ChartPanel(charts, [label for label, _ in chosen], [[] for _ in chosen])
-
-
-def faded(colour: str, opacity: float) -> str:
-    """A colour of six hex digits, see-through."""
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
-
-
-def _at(row: Sequence[Number], step: int) -> Number:
-    return row[step] if step < len(row) else None

@@ -1,178 +1,204 @@
-"""What differs from layer to layer: learned inner rates, and batch-norm statistics; with a slider over epochs."""
+"""Learned inner rates and batch-norm statistics by layer, with a slider over epochs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from metawrap.report.charts import SYMBOLS, Chart, ChartPanel, State, Trace, layout, plain, ramp
-from metawrap.report.gather import COLOURS, Group
-from metawrap.report.series import (
-    KINDS,
-    Panel,
-    epoch_of,
-    norm_layers,
-    norms_at,
-    rate_panels,
-    rates_at,
-    slides,
-    spread_of,
+from metawrap.report.charts import (
+    SYMBOLS,
+    Chart,
+    ChartPanel,
+    State,
+    Trace,
+    layout,
+    line,
+    ramp,
     steps_of,
-    with_norms,
-    with_rates,
+    symbol,
+    value_at,
 )
-from metawrap.training.run_records import Epoch, RunRecords
+from metawrap.report.gather import COLOURS, Group, runs_with
+from metawrap.training.run_records import Epoch, Number, RunRecords
 
+# A slider offers at most this many epochs, at equal distances, the first and the last among them.
+MOST_SLIDES = 40
 _MOST_TICKS = 24
-ZERO_LINE = {"zeroline": True, "zerolinewidth": 2}
+_ZERO_LINE = {"zeroline": True, "zerolinewidth": 2}
+_NORM_PARTS = {
+    "running_mean": "Running mean",
+    "running_var": "Running variance",
+    "weight": "Scale (gamma)",
+    "bias": "Shift (beta)",
+}
 
 
 def learned_rates(groups: Sequence[Group]) -> ChartPanel | None:
-    """Layers on the x axis, a line for each inner step, a colour for each seed; None where no run learned rates."""
-    runs = with_rates(groups)
+    """Layers on the x axis, a line for each inner step, a colour for each run; None if no run learned its rates."""
+    runs = runs_with(groups, "rates")
     if not runs:
         return None
-    numbers = slides(sorted({epoch.number for _, run in runs for epoch in run.epochs if epoch.rates}))
-    panels = rate_panels([run for _, run in runs])
-    charts = [_rate_chart(place, panel, runs, numbers) for place, panel in enumerate(panels)]
-    steps = steps_of([rates.median for _, run in runs for epoch in run.epochs for rates in epoch.rates.values()])
-    return ChartPanel(charts, [], [[str(number) for number in numbers]], steps if len(runs) > 1 else 0)
+    recorded = [epoch for _, run in runs for epoch in run.epochs if epoch.rates]
+    numbers = _slides(sorted({epoch.number for epoch in recorded}))
+    names = list(dict.fromkeys(name for epoch in recorded for name in epoch.rates))
+    steps = steps_of([rates.median for epoch in recorded for rates in epoch.rates.values()])
+    charts = [
+        _rate_chart(f"rates-{place}", kind, parameters, runs, numbers, steps)
+        for place, (kind, parameters) in enumerate(_parameter_kinds(names).items())
+    ]
+    letters = list(SYMBOLS.values())
+    key = [(letters[step % len(letters)], f"step {step + 1}") for step in range(steps)]
+    return ChartPanel(charts, [], [[str(number) for number in numbers]], key if len(runs) > 1 else [])
 
 
-def _rate_chart(place: int, panel: Panel, runs: list[tuple[str, RunRecords]], numbers: list[int]) -> Chart:
-    every = [epoch.rates[name].median for _, run in runs for epoch in run.epochs for name in epoch.rates]
-    steps, x = steps_of(every), list(range(len(panel.layers)))
-    data: list[Trace] = []
-    lines: list[tuple[RunRecords, int]] = []
+def _parameter_kinds(names: Sequence[str]) -> dict[str, list[str]]:
+    """Weights and biases apart; all parameters together if there are more than two kinds."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind = name.rpartition(".")[2]
+        kinds.setdefault({"weight": "weights", "bias": "biases"}.get(kind, kind), []).append(name)
+    return kinds if len(kinds) <= 2 else {"parameters": list(names)}
+
+
+def _rate_chart(
+    name: str, kind: str, parameters: list[str], runs: list[tuple[str, RunRecords]], numbers: list[int], steps: int
+) -> Chart:
+    is_alone = len(runs) == 1
+    entries = [] if is_alone else _legend_entries(runs)
+    slides: list[list[Trace]] = [[{} for _ in entries] for _ in numbers]
+    lines: list[Trace] = []
     for number, (label, run) in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
-        # What the legend shows: a click on it hides all lines of the run.
-        if len(runs) > 1:
-            key = {"x": [None], "y": [None], "mode": "lines", "line": {"color": colour, "width": 4}}
-            data.append({"type": "scatter", "name": plain(label), "legendgroup": f"run {number}", **key})
+        by_number = {epoch.number: epoch for epoch in run.epochs}
         for step in range(steps):
-            own = ramp(step, steps) if len(runs) == 1 else colour
-            data.append(_rate_line(label, number, step, steps, own, len(runs) == 1, x, panel))
-            lines.append((run, step))
-    shown = [_rates_on(data, lines, panel, number) for number in numbers]
-    for trace, last in zip(data, shown[-1], strict=True):
-        trace.update(last)
-    values = [value for slide in shown for trace in slide for value in trace.get("y", ())]
-    return Chart(f"rates-{place}", f"Rates of the {panel.title}", [State(data, _rate_layout(panel, values), shown)])
+            colour = ramp(step, steps) if is_alone else COLOURS[number % len(COLOURS)]
+            lines.append(
+                line(
+                    f"step {step + 1}",
+                    list(range(len(parameters))),
+                    [],
+                    colour,
+                    "%{meta.run}, %{fullData.name}<br>%{text}: %{y:.4g}",
+                    mode="lines+markers",
+                    text=parameters,
+                    legendgroup=f"step {step}" if is_alone else f"run {number}",
+                    showlegend=is_alone,
+                    connectgaps=False,
+                    opacity=1 if is_alone else 0.45 + 0.55 * (step + 1) / steps,
+                    line={"color": colour, "width": 1.8},
+                    marker={"size": 7, "symbol": symbol(step), "color": colour},
+                    meta={"run": label, "step": step + 1},
+                )
+            )
+            for slide, epoch in zip(slides, (by_number.get(each) for each in numbers), strict=True):
+                slide.append({"y": _rates_at(epoch, parameters, step)})
+    values = [value for slide in slides for trace in slide for value in trace.get("y", ())]
+    layers = parameters if kind == "parameters" else [each.rpartition(".")[0] or each for each in parameters]
+    axis = layout("", "inner learning rate", xaxis=_layer_axis(layers), height=420)
+    # The y axis stays the same at all epochs, so that only the rates move.
+    axis["yaxis"] |= _range_of([*values, 0.0])
+    data = [trace | last for trace, last in zip(entries + lines, slides[-1], strict=True)]
+    return Chart(name, f"Rates of the {kind}", [State(data, axis, slides)])
 
 
-def _rate_line(
-    label: str, number: int, step: int, steps: int, colour: str, alone: bool, x: list[int], panel: Panel
-) -> Trace:
-    return {
-        "type": "scatter",
-        "x": x,
-        "y": [],
-        "text": [plain(name) for name in panel.parameters],
-        "name": f"step {step + 1}",
-        "legendgroup": f"step {step}" if alone else f"run {number}",
-        "showlegend": alone,
-        "mode": "lines+markers",
-        "connectgaps": False,
-        "opacity": 1 if alone else 0.45 + 0.55 * (step + 1) / steps,
-        "line": {"color": colour, "width": 1.8},
-        "marker": _marker(step, colour),
-        "meta": {"run": plain(label), "step": step + 1},
-        "hovertemplate": f"{plain(label)}, step {step + 1}<br>%{{text}}: %{{y:.4g}}<extra></extra>",
-    }
+def _legend_entries(runs: list[tuple[str, RunRecords]]) -> list[Trace]:
+    """One entry for each run. A click on the entry hides all lines of the run."""
+    entries = []
+    for number, (label, _) in enumerate(runs):
+        style = {"color": COLOURS[number % len(COLOURS)], "width": 4}
+        empty = {"type": "scatter", "x": [None], "y": [None], "mode": "lines", "line": style}
+        entries.append({"name": label, "legendgroup": f"run {number}", **empty})
+    return entries
 
 
-def _marker(step: int, colour: str) -> dict[str, Any]:
-    return {"size": 7, "symbol": SYMBOLS[step % len(SYMBOLS)], "color": colour}
+def _rates_at(epoch: Epoch | None, parameters: Sequence[str], step: int) -> list[Number]:
+    rates = epoch.rates if epoch else {}
+    return [value_at(rates[name].median, step) if name in rates else None for name in parameters]
 
 
-def _rates_on(data: list[Trace], lines: list[tuple[RunRecords, int]], panel: Panel, number: int) -> list[Trace]:
-    drawn = iter(lines)
-    slide: list[Trace] = []
-    for trace in data:
-        if "meta" not in trace:
-            slide.append({})
-            continue
-        run, step = next(drawn)
-        slide.append({"y": rates_at(epoch_of(run, number), panel.parameters, step)})
-    return slide
+def norm_statistics(groups: Sequence[Group]) -> ChartPanel | None:
+    """Running mean and variance, scale and shift by layer and inner step; None if no run recorded batch norms."""
+    runs = runs_with(groups, "norms")
+    if not runs:
+        return None
+    recorded = [{epoch.number: epoch for epoch in run.epochs if epoch.norms} for _, run in runs]
+    numbers = [_slides(sorted(epochs)) for epochs in recorded]
+    shown = [[epochs[number] for number in own] for epochs, own in zip(recorded, numbers, strict=True)]
+    charts = []
+    for part, title in _NORM_PARTS.items():
+        states = [_norm_state(epochs, part) for epochs in shown]
+        if any(state.data for state in states):
+            charts.append(Chart(f"norms-{part.replace('_', '-')}", title, states))
+    names = [[str(number) for number in own] for own in numbers]
+    return ChartPanel(charts, [label for label, _ in runs], names, caption="median and quartiles over channels")
 
 
-def _rate_layout(panel: Panel, values: list[float | None]) -> dict[str, Any]:
-    shown = layout("", "inner learning rate", xaxis=_layer_axis(panel.layers), height=420)
-    # The same range at all epochs, so that what moves is the rates.
-    shown["yaxis"] |= {"range": list(spread_of([*values, 0.0])), **ZERO_LINE}
-    return shown
+def _norm_state(epochs: list[Epoch], part: str) -> State:
+    layers = list(dict.fromkeys(layer for epoch in epochs for layer in epoch.norms))
+    steps = steps_of([parts[part].median for epoch in epochs for parts in epoch.norms.values() if part in parts])
+    slides = [[_norm_slide(epoch, layers, part, step) for step in range(steps)] for epoch in epochs]
+    data = []
+    for step in range(steps):
+        shift = 0.5 * (step - (steps - 1) / 2) / max(steps, 2)
+        data.append(
+            line(
+                f"step {step + 1}" if steps > 1 else "all steps",
+                [place + shift for place in range(len(layers))],
+                [],
+                ramp(step, steps),
+                f"step {step + 1}<br>%{{text}}: median %{{y:.4g}}",
+                mode="markers",
+                text=layers,
+                marker={"size": 7, "color": ramp(step, steps), "symbol": symbol(step)},
+            )
+            | slides[-1][step]
+        )
+    ends: list[Number] = []
+    for trace in (trace for slide in slides for trace in slide):
+        for middle, up, down in zip(trace["y"], trace["error_y"]["array"], trace["error_y"]["arrayminus"], strict=True):
+            ends += [] if middle is None else [middle, middle + (up or 0), middle - (down or 0)]
+    return State(data, layout("", "", xaxis=_layer_axis(layers), yaxis=_range_of(ends), height=320), slides)
+
+
+def _norm_slide(epoch: Epoch, layers: Sequence[str], part: str, step: int) -> Trace:
+    """Medians over channels, with bars to the quartiles."""
+    rows = [epoch.norms.get(layer, {}).get(part) for layer in layers]
+    low, middle, high = (
+        [None if row is None else value_at(getattr(row, name), step) for row in rows]
+        for name in ("low", "median", "high")
+    )
+    bars = {"array": _distances(middle, high), "arrayminus": _distances(low, middle)}
+    return {"y": middle, "error_y": {"type": "data", "symmetric": False, "thickness": 1.4, "width": 0, **bars}}
+
+
+def _distances(low: Sequence[Number], high: Sequence[Number]) -> list[Number]:
+    return [None if a is None or b is None else b - a for a, b in zip(low, high, strict=True)]
+
+
+def _slides(epochs: list[int]) -> list[int]:
+    """The epochs that a slider offers."""
+    most, last = min(len(epochs), MOST_SLIDES), len(epochs) - 1
+    return [epochs[round(place * last / max(1, most - 1))] for place in range(most)]
 
 
 def _layer_axis(layers: Sequence[str]) -> dict[str, Any]:
-    stride = -(-len(layers) // _MOST_TICKS)
-    places = list(range(0, len(layers), max(1, stride)))
-    names = [plain(shortened(layers[place])) for place in places]
+    places = list(range(0, len(layers), max(1, -(-len(layers) // _MOST_TICKS))))
     return {
         "tickmode": "array",
         "tickvals": places,
-        "ticktext": names,
+        "ticktext": [shortened(layers[place]) for place in places],
         "range": [-0.5, len(layers) - 0.5],
         "title": {"text": ""},
     }
 
 
+def _range_of(values: Sequence[Number]) -> dict[str, Any]:
+    """A y axis that holds all values with some room, and shows zero."""
+    present = [value for value in values if value is not None] or [0.0]
+    low, high = min(present), max(present)
+    room = 0.06 * (high - low) or 1.0
+    return {"range": [low - room, high + room], **_ZERO_LINE}
+
+
 def shortened(name: str, most: int = 22) -> str:
-    """The end of a long name, which tells layers apart."""
+    """The end of a long name, because layers differ in the end of their names."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def norm_statistics(groups: Sequence[Group]) -> ChartPanel | None:
-    """Running mean and variance, scale and shift by layer and inner step; None where no run recorded batch norms."""
-    runs = with_norms(groups)
-    if not runs:
-        return None
-    chosen = [slides([epoch.number for epoch in run.epochs if epoch.norms]) for _, run in runs]
-    charts = []
-    for part, title in KINDS.items():
-        states = [_norm_state(run, part, numbers) for (_, run), numbers in zip(runs, chosen, strict=True)]
-        if any(state.data for state in states):
-            charts.append(Chart(f"norms-{part.replace('_', '-')}", title.capitalize(), states))
-    slide_names = [[str(number) for number in numbers] for numbers in chosen]
-    return ChartPanel(charts, [label for label, _ in runs], slide_names)
-
-
-def _norm_state(run: RunRecords, part: str, numbers: list[int]) -> State:
-    epochs = [epoch for number in numbers if (epoch := epoch_of(run, number)) is not None]
-    layers = norm_layers(run)
-    rows = [epoch.norms[layer][part].median for epoch in epochs for layer in epoch.norms if part in epoch.norms[layer]]
-    steps = steps_of(rows)
-    shown = [[_norm_slide(epoch, layers, part, step) for step in range(steps)] for epoch in epochs]
-    data = [_norm_line(layers, step, steps) | shown[-1][step] for step in range(steps)]
-    ends = [
-        value
-        for epoch in epochs
-        for step in range(steps)
-        for each in norms_at(epoch, layers, part, step)
-        for value in each
-    ]
-    axis = layout("", "", xaxis=_layer_axis(layers), yaxis={"range": list(spread_of(ends)), **ZERO_LINE}, height=320)
-    return State(data, axis, shown)
-
-
-def _norm_line(layers: Sequence[str], step: int, steps: int) -> Trace:
-    shift = 0.5 * (step - (steps - 1) / 2) / max(steps, 2)
-    colour = ramp(step, steps)
-    return {
-        "type": "scatter",
-        "x": [place + shift for place in range(len(layers))],
-        "text": [plain(layer) for layer in layers],
-        "name": f"step {step + 1}" if steps > 1 else "all steps",
-        "mode": "markers",
-        "marker": {"size": 7, "color": colour, "symbol": SYMBOLS[step % len(SYMBOLS)]},
-        "hovertemplate": f"step {step + 1}<br>%{{text}}: median %{{y:.4g}}<extra></extra>",
-    }
-
-
-def _norm_slide(epoch: Epoch, layers: Sequence[str], part: str, step: int) -> Trace:
-    low, median, high = norms_at(epoch, layers, part, step)
-    up = [None if m is None or h is None else h - m for m, h in zip(median, high, strict=True)]
-    down = [None if m is None or each is None else m - each for m, each in zip(median, low, strict=True)]
-    error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.4, "width": 0}
-    return {"y": median, "error_y": error}

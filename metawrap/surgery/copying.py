@@ -1,4 +1,4 @@
-"""A faithful copy of a module: nothing in it may still point at the original."""
+"""Deep copies of a module in which nothing points at the original."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _WRAPPERS: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParal
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, in four points deeper than `copy.deepcopy`.
+    """A deep copy that also copies four things that `copy.deepcopy` does not.
 
-    Computed tensors kept as plain attributes (legacy weight_norm leaves one), which deepcopy refuses, are copied
-    without their graph. Values in `__slots__`, which torch leaves behind, are copied. Functions, which deepcopy keeps
-    as they are, are rebuilt over the copy where they enclose a part of the model: a closure or lambda on a module would
-    go on calling the original. So are the classes that torch makes for parametrized modules, one for each module.
+    Computed tensors in plain attributes (legacy weight_norm leaves one), which deepcopy refuses: without their graph.
+    Values in `__slots__`. Functions that enclose a part of the model: a closure on a module would go on calling the
+    original. And the classes that torch makes for parametrized modules, one for each module.
     """
     memo: dict[int, Any] = {}
     spare_cached_results(model, memo)
@@ -41,13 +40,13 @@ def duplicate(model: nn.Module) -> nn.Module:
 def give_own_class(module: nn.Module) -> None:
     """Gives a parametrized module a class that no other module has; any other module keeps the user's."""
     if parametrize.is_parametrized(module):
-        # remove_parametrizations deletes the parameter's property from the class: from a shared one, for all copies.
+        # remove_parametrizations deletes the parameter's property from the class, for all modules that share it.
         cls: Any = type(module)
         module.__class__ = type(cls)(cls.__name__, cls.__bases__, dict(vars(cls)))
 
 
 def spare_cached_results(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Tells a `copy.deepcopy` with this memo how to copy computed tensors that are kept as plain attributes."""
+    """Enters copies of the computed tensors in plain attributes into the memo of a `copy.deepcopy`."""
     for module in model.modules():
         for attribute, value in module.__dict__.items():
             if attribute not in ("_modules", "_parameters", "_buffers"):
@@ -81,10 +80,7 @@ def containers_in(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Rebuilds the functions and hooks on a copy's modules over the copy, where they enclose parts of the original.
-
-    Those in containers and under `functools.partial`, too.
-    """
+    """Makes functions and hooks on a copy's modules, also in containers and partials, enclose the copy's parts."""
     for module in copied.modules():
         for name, value in list(module.__dict__.items()):
             if name not in ("_modules", "_parameters", "_buffers"):
@@ -92,7 +88,7 @@ def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Copies the user's module, out of any wrapper (`DataParallel`, `DistributedDataParallel`, `torch.compile`).
+    """Copies the user's module without its wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`).
 
     Returns:
         The copy, and a note for each wrapper that was taken off.
@@ -129,15 +125,23 @@ def _place(name: str) -> str:
 
 def _copy_slots(model: nn.Module, memo: dict[int, Any]) -> None:
     for module in model.modules():
-        names = {name for cls in type(module).__mro__ for name in _names(vars(cls).get("__slots__", ()))}
+        names = slot_names(module)
         twin = memo.get(id(module))
         for name in names:
             if twin is not None and hasattr(module, name) and not hasattr(twin, name):
                 setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
 
 
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def slot_names(value: Any) -> list[str]:
+    """The names in the `__slots__` of an object's classes."""
+    slots = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
+    return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+
+
+def enclosed(function: Any) -> list[Any]:
+    """The values that a function encloses, by variable; None for a variable that was not assigned yet."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [None if cell == types.CellType() else cell.cell_contents for cell in cells]
 
 
 def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:
@@ -152,7 +156,7 @@ def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:
 
 
 def _translated(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
-    """The value over the copy: every original in it replaced. It is the same object where there is none."""
+    """The value with every original in it replaced by its copy; the value itself if it holds none."""
     if isinstance(value, nn.Module | Tensor | list | dict | set) and id(value) in memo:
         return memo[id(value)]
     if isinstance(value, types.MethodType) and id(value.__self__) in memo:
@@ -180,7 +184,7 @@ def _translated(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    # An object of the user's own that holds a module: deepcopy did not see it where only a closure does.
+    # An object of the user's own that holds a module; deepcopy misses one that only a closure holds.
     held = {name: _translated(item, memo, depth - 1) for name, item in vars(value).items()}
     if all(held[name] is item for name, item in vars(value).items()):
         return value
@@ -191,21 +195,15 @@ def _translated(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
 
 def _rebound(function: types.FunctionType, memo: dict[int, Any], depth: int) -> types.FunctionType:
     """The function with every enclosed original replaced by its copy; the function itself if it encloses none."""
-
-    def contents(cell: types.CellType) -> Any:
-        try:
-            return cell.cell_contents
-        except ValueError:  # A variable that was not assigned yet.
-            return cell
-
     cells = function.__closure__ or ()
     defaults = function.__defaults__ or ()
     keywords = function.__kwdefaults__ or {}
-    before = [*map(contents, cells), *defaults, *keywords.values()]
+    before = [*enclosed(function), *defaults, *keywords.values()]
     after = [_translated(value, memo, depth) for value in before]
     if all(map(operator.is_, after, before)):
         return function
-    new_cells = tuple(types.CellType(value) for value in after[: len(cells)])
+    values = zip(cells, after, strict=False)
+    new_cells = tuple(cell if cell == types.CellType() else types.CellType(value) for cell, value in values)
     new_defaults = tuple(after[len(cells) : len(cells) + len(defaults)]) or None
     rebuilt = types.FunctionType(function.__code__, function.__globals__, function.__name__, new_defaults, new_cells)
     rebuilt.__kwdefaults__ = dict(zip(keywords, after[len(cells) + len(defaults) :], strict=True)) or None

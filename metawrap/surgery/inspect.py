@@ -1,4 +1,4 @@
-"""What is in the user's module: norms, parameters, hazards and the head. Reads only."""
+"""Reads the user's module: its norms, parameters, hazards and head. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from metawrap.tasks import tensors_in
 
 
 def find_problems(model: nn.Module, keep: Collection[str] = (), affine: bool = True) -> list[str]:
-    """Everything that no engine could adapt correctly, each as module, cause and fix; empty when all is well.
+    """Reasons why no engine could adapt the model correctly, each with module, cause and fix; empty when all is well.
+
+    >>> find_problems(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    []
 
     Args:
         keep: names of batch norms that will be left alone.
         affine: whether the scale and shift of the other norms will be per step.
     """
     swapped = {name: norm for name, norm in batch_norms(model).items() if name not in keep}
-    problems = [problem for check in _CHECKS for problem in check(model)]
+    problems = [*_unfit_modules(model), *_unnamed(model), *_aliases(model)]
     problems += _norms_that_cannot_be_per_step(model, swapped)
     return problems + list(_norm_parameters_used_elsewhere(model, swapped) if affine else ())
 
 
 def find_higher_hazards(model: nn.Module) -> list[str]:
-    """What `higher` is known to get wrong or to fail on, as module and cause; `functional` carries it."""
+    """Parts of the model that `higher` gets wrong or fails on, with the cause; `functional` carries them."""
     return list(_higher_hazards(model))
 
 
 def find_hooks(model: nn.Module) -> str | None:
-    """A module with forward hooks, if there is one: `higher` runs them, but hands them its own twin of the module."""
+    """The name of a module with forward hooks, or None; `higher` hands such hooks its twin of the module."""
     hooked = (name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks)
     return next(hooked, None)
 
@@ -53,9 +56,9 @@ def registered_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_buffer_aliases(model: nn.Module) -> dict[str, str]:
-    """The buffers that are held somewhere else, too, and what is wrong with that if forward edits them in place.
+    """Buffers that are held in a second place, with the error that is due if forward edits them in place.
 
-    One tensor that is registered as several buffers is fine.
+    A tensor that is registered as several buffers is no such case.
     """
     buffers = [(name, buffer) for name, buffer in registered_buffers(model) if type(buffer) is Tensor]
     held: dict[int, list[tuple[str, Tensor, bool]]] = {}
@@ -107,7 +110,7 @@ def find_head(model: nn.Module, call: Callable[[], Any]) -> tuple[str | None, bo
     Args:
         call: runs the model once and returns its prediction.
     Returns:
-        The name, and whether the prediction is that module's very output; if not, it is the last module that ran.
+        The name, and whether the prediction is exactly that module's output; if not, the name is the last module's.
     """
     seen: list[tuple[str, list[Tensor]]] = []
 
@@ -129,32 +132,29 @@ def _label(name: str, module: nn.Module) -> str:
     return f"'{name or 'the model itself'}' ({type(module).__name__})"
 
 
-def _scripted(model: nn.Module) -> Iterator[str]:
+def _unfit_modules(model: nn.Module) -> Iterator[str]:
+    scripted = False
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        where, kind = _label(name, module), type(module).__module__
+        if isinstance(module, torch.jit.ScriptModule) and not scripted:
+            scripted = True  # So are all modules in it.
             yield (
-                f"{_label(name, module)} is TorchScript, whose parameters cannot be replaced by fast weights. "
+                f"{where} is TorchScript, whose parameters cannot be replaced by fast weights. "
                 "Wrap the Python module that it was scripted from."
             )
-            return
-
-
-def _quantised(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        kind = type(module).__module__
         if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             yield (
-                f"{_label(name, module)} is quantised: its weights are whole numbers, and no gradient passes through "
-                "it. Wrap the model before quantising it, and quantise what adapt() or unwrap() returns."
+                f"{where} is quantised: its weights are whole numbers, and no gradient passes through it. Wrap the "
+                "model before quantising it, and quantise what adapt() or unwrap() returns."
             )
-
-
-def _uninitialised(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
         if any(is_lazy(p) for p in module._parameters.values()):
             yield (
-                f"{_label(name, module)} is lazy and not initialised yet. "
-                "Run the model once on an example input before wrapping it."
+                f"{where} is lazy and not initialised yet. Run the model once on an example input before wrapping it."
+            )
+        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+            yield (
+                f"{where} keeps running statistics that would mix the inner steps of all tasks. Build it with "
+                f"track_running_stats=False, or pass swap={{{type(module).__name__}: your_factory}}."
             )
 
 
@@ -187,8 +187,8 @@ def _norms_that_cannot_be_per_step(model: nn.Module, norms: Mapping[str, _BatchN
     for name, norm in norms.items():
         if reason := refuses_per_step(norm):
             yield (
-                f"{_label(name, norm)} {reason}. Pass swap={{{type(norm).__name__}: your_factory}}, "
-                f'or leave it alone with keep_norm=["{name}"].'
+                f"{_label(name, norm)} {reason}. Pass wrapping={{'swap': {{{type(norm).__name__}: your_factory}}}}, "
+                f'or leave it alone with wrapping={{"keep_norm": ["{name}"]}}.'
             )
 
 
@@ -201,27 +201,10 @@ def _norm_parameters_used_elsewhere(model: nn.Module, swapped: Mapping[str, _Bat
                 yield (
                     f"{_label(name, module)} shares its '{local}' with the batch norm '{norms[id(parameter)]}', whose "
                     "parameters become per-step. Give each its own parameter, or leave the norm alone with "
-                    f'keep_norm=["{norms[id(parameter)]}"].'
+                    f'wrapping={{"keep_norm": ["{norms[id(parameter)]}"]}}.'
                 )
 
 
-def _instance_statistics(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, _InstanceNorm) and module.track_running_stats:
-            yield (
-                f"{_label(name, module)} keeps running statistics that would mix the inner steps of all tasks. "
-                f"Build it with track_running_stats=False, or pass swap={{{type(module).__name__}: your_factory}}."
-            )
-
-
-_CHECKS = (
-    _scripted,
-    _quantised,
-    _uninitialised,
-    _unnamed,
-    _aliases,
-    _instance_statistics,
-)
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
 

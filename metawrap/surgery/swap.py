@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import ArgumentError
-from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, per_step_class
-from metawrap.layers.step_clock import StepClock
+from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, StepClock, per_step_class
 from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms
 
@@ -55,10 +54,9 @@ def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -
 def make_per_step(
     model: nn.Module, clock: StepClock, steps: int, affine: bool, statistics: bool, keep: Collection[str] = ()
 ) -> list[PerStepNorm]:
-    """Turns every batch norm of `model` per-step, in place: call it on a copy that `find_problems` has passed.
+    """Makes every batch norm of `model` per-step, in place: for a copy in which `find_problems` found nothing.
 
-    Present values, pretrained ones too, are kept in every row. Parameters that norms share stay shared. Names do not
-    change.
+    Every row starts with the present values, pretrained ones too. Shared parameters stay shared. Names do not change.
 
     Args:
         clock: the inner-step index that all of them will share.
@@ -93,7 +91,7 @@ def plain_copy(
     statistics: Mapping[str, tuple[Tensor, Tensor]] | None,
     keep_statistics: bool,
 ) -> nn.Module:
-    """A module of the user's own class: ordinary norms at one step's row, and the given weights.
+    """A module of the user's own class, with the given weights and with ordinary norms that hold one step's row.
 
     Args:
         weights: values by parameter name; parameters that are not named keep the model's.
@@ -105,7 +103,7 @@ def plain_copy(
         plain = duplicate(model)
         parameters = dict(plain.named_parameters())
         for name, weight in weights.items():
-            # Into the parameter that is there: what else holds it (a recurrent layer's list) need not be found.
+            # In place: a second holder of the parameter, such as a recurrent layer's list, sees it too.
             parameters[name].copy_(weight)
         rows: _Made = {}
         for norm in [module for module in plain.modules() if isinstance(module, PerStepNorm)]:
@@ -131,7 +129,7 @@ def parameter_slots(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 
 def _hold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Makes a plain norm normalise by the given moments."""
+    """Sets a plain norm's running statistics."""
     # Moments of half-precision inputs come in single precision, which a norm in half precision cannot take.
     like = next((t for t in (norm.running_mean, norm.weight) if t is not None), mean)
     norm.track_running_stats = True

@@ -1,4 +1,4 @@
-"""The whole of wrapping: check, copy, swap, select. Everything that can fail does so before the copy is handed out."""
+"""Wrapping a module: copy, swap, check, select. Every failure comes before the copy is handed out."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
-from metawrap.layers.step_clock import StepClock
+from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
 from metawrap.surgery.swap import Factory, make_per_step, replace_modules
+from metawrap.tasks import Inputs, call_model
 
 Selection: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 
 
 @dataclass
 class Wrapped:
-    """A copy of the user's module with per-step norms, and what was done to it.
+    """A copy of the user's module with per-step norms, and a record of the changes.
 
     adapted: names of the parameters that the inner loop changes. swapped, kept: names of norms; the kept ones
-    always run on their own stored statistics. notes: what else was done.
+    always run on their own stored statistics. notes: the other changes, in words.
     """
 
     model: nn.Module
@@ -38,6 +39,11 @@ class Wrapped:
         """Name and initial value of each adapted parameter."""
         parameters = dict(self.model.named_parameters())
         return [(name, parameters[name]) for name in self.adapted]
+
+    def run(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Any:
+        """One pass of the module as it is, its norms at row 0; the statistics that they see are added to `moments`."""
+        with self.clock.at(0, statistics, moments):
+            return call_model(self.model, inputs)
 
     def hold_kept_norms(self) -> None:
         """Keeps the norms that were left alone on their stored statistics; call after every `train()`."""
@@ -64,7 +70,7 @@ def wrap(
         adapt: which parameters the inner loop adapts; False for a method that has none.
     Raises:
         ArgumentError: an argument has the wrong type or names nothing in the model.
-        UnsupportedModuleError: the module has something that no engine could adapt correctly; all of it is listed.
+        UnsupportedModuleError: no engine could adapt the module correctly; all reasons are listed.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, but got {type(model).__name__}.")
@@ -131,7 +137,7 @@ def _warn_of_frozen_norms(model: nn.Module, kept: list[str]) -> None:
     if model.training and frozen:
         warnings.warn(
             f"{', '.join(frozen)}: in eval mode in a model in training mode, as frozen norms are, but now per-step; "
-            f"norm= decides on the statistics. To leave them alone, pass keep_norm={frozen}.",
+            f"norm= decides on the statistics. To leave them alone, pass wrapping={{'keep_norm': {frozen}}}.",
             MetaWrapWarning,
             stacklevel=5,
         )

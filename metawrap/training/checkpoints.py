@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill: temporary file -> fsync -> rename -> fsync of the folder -> old ones go.
+"""Checkpoints that survive a kill: temporary file -> fsync -> rename -> fsync of the folder -> old files are deleted.
 
-A reader therefore finds either the whole old file or the whole new one. What a disk does to it later, a checksum at its
-end tells. Files are read with `weights_only=True`, so a checkpoint from a stranger cannot run code.
+A reader therefore finds the whole old file or the whole new one. A checksum at the end of the file shows later damage
+by the disk. Files are read with `weights_only=True`, so a checkpoint of a stranger cannot run code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import signal
 import threading
@@ -25,23 +24,23 @@ import torch
 from torch import nn
 
 from metawrap.errors import CheckpointError
-from metawrap.training.checkpoint_archive import check_archive, check_tensors
+from metawrap.training.checkpoint_archive import REMEDY, check_archive, check_tensors, reading
 
 FORMAT = "metawrap-checkpoint"
 VERSION = 1
 _FILE_NAME = re.compile(r"epoch-(\d+)\.pt")
-# Behind the zip archive that torch.save writes, whose readers look for its end from behind and pass over this.
+# Stands behind the zip archive of torch.save. Zip readers search the end of an archive backwards and skip the checksum.
 _CHECKSUM = b"\nmetawrap-sha256 "
 _DIGITS = 2 * hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the rest of a run depends on, as it stood after the epoch `len(history)`.
+    """The state of a run after the epoch `len(history)`: the rest of the run depends on nothing else.
 
-    settings: plain values that define the run. learner, optimizer, scheduler: their state_dicts (no scheduler: None).
+    settings: plain values that define the run. learner, optimizer, scheduler: state_dicts (no scheduler: None).
     rng: states of torch's global generators, which dropout draws from. history: one record per finished epoch.
-    seconds: time spent on the run so far, summed over resumes.
+    seconds: training time so far, summed over resumes.
     """
 
     settings: dict[str, Any]
@@ -62,9 +61,9 @@ class CheckpointFolder:
     """The checkpoints of one run: `epoch-0001.pt` holds the state after the first epoch.
 
     Args:
-        path: made when the first checkpoint is saved.
-        keep_best: how many with the highest validation accuracy stay (of equals, the earliest).
-        keep_newest: how many of the newest stay.
+        path: the folder; `save` makes it.
+        keep_best: number of checkpoints with the highest validation accuracy to keep (of equals, the earliest).
+        keep_newest: number of the newest checkpoints to keep.
     """
 
     def __init__(self, path: Path, keep_best: int, keep_newest: int) -> None:
@@ -73,10 +72,8 @@ class CheckpointFolder:
         self.keep_newest = keep_newest
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Puts the checkpoint in place, then deletes those that need no longer be kept.
-
-        Raises:
-            CheckpointError: it cannot be written: the disk is full, say. Those before it are as they were.
+        """Writes the checkpoint, then deletes the checkpoints that need not be kept. Raises CheckpointError if the file
+        cannot be written, for example on a full disk. Older checkpoints are unchanged.
         """
         path = self._file(checkpoint.epoch)
         content = {"format": FORMAT, "version": VERSION, "checksum": "sha256", **vars(checkpoint)}
@@ -87,23 +84,17 @@ class CheckpointFolder:
         return path
 
     def epochs(self) -> list[int]:
-        """Epochs that have a file, ascending; whether it can be read is not checked."""
+        """Epochs that have a file, ascending. The files are not opened."""
         found = (_FILE_NAME.fullmatch(entry.name) for entry in self.path.glob("epoch-*.pt"))
         return sorted(int(match.group(1)) for match in found if match)
 
     def load(self, epoch: int) -> Checkpoint:
-        """The state after `epoch` (from 1), with tensors on the CPU.
-
-        Raises:
-            CheckpointError: see `load_checkpoint`.
-        """
+        """The state after `epoch` (from 1), with tensors on the CPU. Raises CheckpointError as `load_checkpoint`."""
         return load_checkpoint(self._file(epoch))
 
     def newest(self, skipped: Callable[[CheckpointError], None]) -> Checkpoint | None:
-        """The newest checkpoint that can be read, None if there is no file; `skipped` hears of each that cannot.
-
-        Raises:
-            CheckpointError: there are files, but none of them can be read.
+        """The newest readable checkpoint; None if the folder has no files. Raises CheckpointError if none of its files
+        can be read. `skipped` gets the error of each unreadable file.
         """
         epochs = self.epochs()
         for epoch in reversed(epochs):
@@ -120,11 +111,9 @@ class CheckpointFolder:
     def _prune(self, history: list[dict[str, Any]]) -> None:
         newest = range(len(history), len(history) - self.keep_newest, -1)
         kept = {*best_epochs(history, self.keep_best), *newest}
-        for epoch in self.epochs():
-            if epoch not in kept:
-                self._file(epoch).unlink(missing_ok=True)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        old = [self._file(epoch) for epoch in self.epochs() if epoch not in kept]
+        for path in [*old, *self.path.glob(".*.tmp")]:
+            path.unlink(missing_ok=True)
 
     def _file(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:04d}.pt"
@@ -136,51 +125,32 @@ def best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint without running anything that is inside it.
-
-    Raises:
-        CheckpointError: the file is missing, torn, not a checkpoint of this version, or holds code.
+    """Reads a checkpoint without running any code from the file. Raises CheckpointError if the file is missing, torn,
+    no checkpoint of this version, or holds code.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint '{path}'.")
-    try:
-        fits = _fits_checksum(path)
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
-    if fits is False:
-        raise _damaged(path)
-    check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            # Of a check of sparse tensors, which torch mentions once a process; what is here has none.
+    with reading(path):
+        intact = _matches_checksum(path)
+    if intact is not False:
+        check_archive(path)
+        with reading(path), warnings.catch_warnings():
+            # torch mentions once a process that it does not check sparse tensors; `check_tensors` measures them.
             warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        checkpoint = _as_checkpoint(path, content)
+        check_tensors(path, content)
+    # A file that names a checksum, but ends without one, was cut off.
+    if intact is False or (intact is None and "checksum" in content):
         raise CheckpointError(
-            f"'{path}' holds more than tensors and plain values, or is damaged, so it was not loaded: objects in a "
-            "file can run code. Delete it, or write it again with `metawrap train`."
-        ) from error
-    except Exception as error:  # torch.load documents no list of what a torn file can raise
-        raise CheckpointError(f"'{path}' cannot be read ({error}). Delete it to resume from the one before.") from error
-    checkpoint = _checked(path, content)
-    check_tensors(path, content)
-    if fits is None and "checksum" in content:  # It was cut off, or is damaged itself.
-        raise _damaged(path)
+            f"'{path}' is damaged: its checksum differs from that of the saved content. {REMEDY} Have the disk checked."
+        )
     return checkpoint
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"'{path}' is damaged: its checksum is not that of what was written. Delete it to resume from the one before, "
-        "and have the disk checked."
-    )
-
-
 def load_into(learner: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts the checkpoint's weights, statistics and counters into the learner.
-
-    Raises:
-        CheckpointError: the learner's network is not the one that was trained.
+    """Loads the checkpoint's weights, statistics and counters into the learner. Raises CheckpointError if the learner's
+    network differs from the trained one.
     """
     try:
         learner.load_state_dict(checkpoint.learner)
@@ -193,13 +163,11 @@ def load_into(learner: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replaces `path` by what `write` puts into a file handle, wholly or not at all, also across a power cut.
-
-    Raises:
-        CheckpointError: the disk is full, the file system read-only, or the like; `path` is as it was.
+    """Replaces `path` by the bytes that `write` puts into a file handle, wholly or not at all, also across a power cut.
+    Raises CheckpointError if the disk is full, the file system is read-only, or the like; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained(path), _interrupts_wait():
+    with explained(path), _signals_deferred():
         try:
             with open(temporary, "wb") as handle:
                 write(handle)
@@ -207,25 +175,30 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
         finally:
-            with suppress(OSError):  # Of a file system that has become read-only: the first error says it.
+            with suppress(OSError):  # The file system may be read-only by now; the first error names the cause.
                 temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes indented JSON with `write_atomically`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text with `write_atomically`."""
+    write_atomically(path, lambda handle: handle.write(text.encode()))
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Says what the operating system refused while `path` was written, and what to do.
-
-    Raises:
-        CheckpointError: in place of an OSError.
-    """
+    """Raises CheckpointError, with the file, the cause and the fix, in place of an OSError while `path` is written."""
     try:
         yield
     except OSError as error:
-        cause = error.strerror or str(error)
         raise CheckpointError(
-            f"'{path}' could not be written ({cause}). What was saved before is whole: {_remedy(error)}, and go on "
-            "with --resume, or choose another --out."
+            f"'{path}' could not be written ({error.strerror or error}). What was saved before is whole: "
+            f"{_remedy(error)}, and go on with --resume, or choose another --out."
         ) from error
 
 
@@ -235,19 +208,19 @@ def _remedy(error: OSError) -> str:
     return "make the folder writable" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else "see to the disk"
 
 
-class _Checked:
-    """Hands what is written on to a file, and sums it up.
+class _HashingWriter:
+    """Writes to a file and hashes the content.
 
-    torch.save aborts the whole process when a write fails in the middle, so a failure waits here until it is done.
+    torch.save aborts the whole process if a write fails, so the first failure is stored until torch.save returns.
     """
 
     def __init__(self, handle: IO[bytes]) -> None:
-        self.sum = hashlib.sha256()
-        self._handle = handle
+        self.hash = hashlib.sha256()
         self.failure: OSError | None = None
+        self._handle = handle
 
     def write(self, content: Any) -> int:
-        self.sum.update(content)
+        self.hash.update(content)
         if self.failure is None:
             try:
                 self._handle.write(content)
@@ -256,19 +229,19 @@ class _Checked:
         return len(content)
 
     def flush(self) -> None:
-        """Done where the file is synchronised."""
+        """torch.save calls this; `write_atomically` flushes the file itself."""
 
 
 def _save_with_checksum(content: dict[str, Any], handle: IO[bytes]) -> None:
-    checked = _Checked(handle)
-    torch.save(content, checked)  # type: ignore[arg-type]
-    if checked.failure is not None:
-        raise checked.failure
-    handle.write(_CHECKSUM + checked.sum.hexdigest().encode())
+    writer = _HashingWriter(handle)
+    torch.save(content, writer)  # type: ignore[arg-type]
+    if writer.failure is not None:
+        raise writer.failure
+    handle.write(_CHECKSUM + writer.hash.hexdigest().encode())
 
 
-def _fits_checksum(path: Path) -> bool | None:
-    """Whether the file is what was written; None for one without a checksum, as older versions wrote it."""
+def _matches_checksum(path: Path) -> bool | None:
+    """Whether the file matches its checksum; None for a file without one, as older versions wrote."""
     with open(path, "rb") as handle:
         length = handle.seek(0, os.SEEK_END) - len(_CHECKSUM) - _DIGITS
         if length < 0:
@@ -285,21 +258,15 @@ def _fits_checksum(path: Path) -> bool | None:
     return found.hexdigest().encode() == end[len(_CHECKSUM) :]
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON, wholly or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda handle: handle.write(text.encode()))
-
-
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back: torch.save aborts the whole process when an exception stops it half-way."""
-    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
+def _signals_deferred() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM: an exception in the middle of torch.save would abort the whole process."""
+    if threading.current_thread() is not threading.main_thread():  # Other threads get no signals.
         yield
         return
     received: list[int] = []
-    held = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in held}
+    deferred = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in deferred}
     try:
         yield
     finally:
@@ -310,7 +277,7 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # only POSIX lets a folder be opened for fsync
+    if os.name != "posix":  # Only POSIX opens a folder for fsync.
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -319,7 +286,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _checked(path: Path, content: Any) -> Checkpoint:
+def _as_checkpoint(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is not a metawrap checkpoint. Expected a file that `metawrap train` wrote.")
     if content.get("version") != VERSION:
@@ -328,7 +295,6 @@ def _checked(path: Path, content: Any) -> Checkpoint:
             "Use the metawrap version that wrote it."
         )
     fields = Checkpoint.__dataclass_fields__
-    missing = sorted(set(fields) - set(content))
-    if missing:
-        raise CheckpointError(f"'{path}' lacks {', '.join(missing)}. Delete it to resume from the one before.")
+    if missing := sorted(set(fields) - set(content)):
+        raise CheckpointError(f"'{path}' lacks {', '.join(missing)}. {REMEDY}")
     return Checkpoint(**{name: content[name] for name in fields})

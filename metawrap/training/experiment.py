@@ -7,12 +7,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import get_type_hints
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
@@ -20,24 +18,27 @@ from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, 
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.learner.describing import look_at
+from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
-from metawrap.training.launch import one_after_another, own_device
 from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.torchrun import device_of_rank, local_rank_zero_first
 
-# Validation and test tasks are the same for every run, whatever its seed, so that results can be compared.
+# Every run has the same validation and test tasks, whatever its seed: results of runs can be compared.
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 1_000_002
 
 # Processes that read streamed images ahead, unless the settings say otherwise.
 LOADER_WORKERS = 2
 
-# Keywords of a method that take functions or classes: no run.json can hold these.
-PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "swap"})
+# Keywords of a method that take functions or classes: no run.json can hold them.
+PYTHON_ONLY = frozenset({"loss_fn", "optimizer", "scheduler", "wrapping.swap"})
+# Keywords of a method that are settings of the run.
+_RUN_KEYWORDS = ("preset", "norm", "engine", "inner_steps", "inner_lr", "meta_lr", "epochs", "iterations_per_epoch")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run works with: train, validation and test tasks never share a class."""
+    """The live objects of a run. Train, validation and test tasks share no class."""
 
     learner: Any
     train: EpisodeSampler
@@ -47,19 +48,17 @@ class Experiment:
 
 
 def build_experiment(settings: RunSettings) -> Experiment:
-    """Everything that the settings describe, freshly initialised; the learner has looked at its first task.
+    """Builds data, network and learner; the learner has seen its first task.
 
-    Sets torch's global seed, which the initial weights and dropout are drawn from.
-
-    Raises:
-        ArgumentError, DataError, UnsupportedModuleError: the settings ask for something that does not exist or work.
+    Sets torch's global seed, which decides the initial weights and dropout. Raises ArgumentError, DataError or
+    UnsupportedModuleError if the settings ask for something that does not exist or work.
     """
-    if settings.options.get("head_init") == "stored":
+    if flattened(settings.options).get("outputs.head_init") == "stored":
         raise ArgumentError(
-            'options: head_init="stored" keeps a head for each task that comes back under its id, but the tasks of a '
-            "run are drawn anew and have none. Use learned, zeros or random."
+            'options: outputs.head_init="stored" keeps a head for each task that comes back under its id, but the '
+            "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
-    device = own_device(find_device(settings.device))
+    device = device_of_rank(find_device(settings.device))
     splits = load_splits(settings)
     torch.manual_seed(settings.seed)
     train = _train_sampler(settings, splits.train, device)
@@ -75,10 +74,8 @@ def build_experiment(settings: RunSettings) -> Experiment:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one.
-
-    Raises:
-        ArgumentError: torch does not know the name, or it is a CUDA device and there is none.
+    """The device with that name; "auto" is the GPU if there is one, else the CPU. Raises ArgumentError if torch does
+    not know the name, or it names a CUDA device on a machine without CUDA.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,12 +89,12 @@ def find_device(name: str) -> torch.device:
 
 
 def load_splits(settings: RunSettings) -> DataSplits:
-    """The data set's three splits, downloaded if need be; only options that were set are passed on."""
+    """The three splits of the data set, downloaded if they are missing. None in the settings leaves an option out."""
     options = {"split": settings.split, "image_size": settings.image_size, "stream": settings.stream}
     given = {name: value for name, value in options.items() if value is not None}
     if settings.data in DOWNLOADED:
         given["download"] = True
-        return one_after_another(lambda: load_data(settings.data, root=settings.data_root, **given))
+        return local_rank_zero_first(lambda: load_data(settings.data, root=settings.data_root, **given))
     return load_data(settings.data, root=settings.data_root, **given)
 
 
@@ -105,34 +102,24 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     """The method around the network.
 
     Args:
-        classes: how many the training tasks are drawn from, for methods that want to know.
+        classes: number of classes that training tasks are drawn from, for methods with such a keyword.
     Raises:
-        ArgumentError: `options` has a keyword that the method does not take, or one that takes no plain value.
+        ArgumentError: `options` has a keyword that the method lacks, or one that takes no plain value.
     """
     method = getattr(methods, METHODS[settings.method])
-    taken = keywords_of(method)
-    chosen = {
-        "preset": settings.preset,
-        "norm": settings.norm,
-        "engine": settings.engine,
-        "inner_steps": settings.inner_steps,
-        "inner_lr": settings.inner_lr,
-        "meta_lr": settings.meta_lr,
-        "epochs": settings.epochs,
-        "iterations_per_epoch": settings.iterations_per_epoch,
-    }
-    allowed = [name for name in taken if name not in {*chosen, *PYTHON_ONLY}]
-    for name in settings.options:
+    taken = plain_keywords(method)
+    allowed = [name for name in taken if name not in {*_RUN_KEYWORDS, *PYTHON_ONLY}]
+    for name in flattened(settings.options):
         if name in PYTHON_ONLY:
             raise ArgumentError(
                 f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
                 f"for it; the options of a run are {', '.join(allowed)}."
             )
         if name not in allowed:
-            close = get_close_matches(name, allowed, 1)
-            fix = f". Did you mean '{close[0]}'?" if close else f"; it has {', '.join(allowed)}."
+            close = nearest(name, allowed)
+            fix = f". Did you mean '{close}'?" if close else f"; it has {', '.join(allowed)}."
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
     if extra := [name for name in given if name not in taken]:
         raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
     if "classes" in taken and classes is not None:
@@ -140,26 +127,8 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     return method(model, **(given | settings.options))
 
 
-def keywords_of(method: type) -> list[str]:
-    """The keywords that a method's constructor takes, those behind its `**keywords` too."""
-    return list(keyword_types(method))
-
-
-def keyword_types(method: type) -> dict[str, Any]:
-    """The type hint of each of `keywords_of`."""
-    hints = get_type_hints(method.__init__)  # type: ignore[misc]
-    found: dict[str, Any] = {}
-    for name, parameter in inspect.signature(method).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            [more] = get_args(hints[name])  # Unpack[a TypedDict]
-            found |= {each: hint for each, hint in get_type_hints(more).items() if each not in found}
-        elif name != "model":
-            found[name] = hints[name]
-    return found
-
-
 def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
-    """The user's network if `model` is set, else the backbone, sized for these images."""
+    """The user's network if `model` is set, else the backbone for images of this size."""
     if settings.model is not None:
         return call_factory(settings.model, settings.ways)
     channels, height, width = images.image_shape
@@ -168,60 +137,50 @@ def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "
             "Pass --model for a network of your own."
         )
-    strided = settings.backbone == "conv4-strided"
-    return Conv4(channels, height, settings.ways, settings.filters, strided)
+    return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
 
 
 def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, device: torch.device) -> EpisodeSampler:
-    """A sampler whose first `count / tasks_per_batch` batches are the fixed evaluation tasks, without rotated classes.
+    """A sampler of evaluation tasks without rotated classes; its first `count / tasks_per_batch` batches are the tasks.
 
-    The same tasks for every run with the same data, ways, shots, targets and count.
+    Every run with the same data, ways, shots, targets and count gets the same tasks.
     """
-    return EpisodeSampler(
-        images,
-        settings.ways,
-        settings.shots,
-        settings.targets,
-        math.gcd(count, 20),
-        seed=seed,
-        device=device,
-        **_reading(settings, images),
-    )
+    return _sampler(settings, images, device, settings.ways, math.gcd(count, 20), seed=seed)
 
 
 def _train_sampler(settings: RunSettings, images: ImageSet, device: torch.device) -> EpisodeSampler:
-    # Omniglot is trained with rotated characters as extra classes in nearly every publication since MANN (2016).
+    # Nearly every publication since MANN (2016) trains Omniglot with rotated characters as extra classes.
     rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
+    ways, tasks = settings.train_ways or settings.ways, settings.tasks_per_batch
+    return _sampler(settings, images, device, ways, tasks, seed=settings.seed, rotations=rotations)
+
+
+def _sampler(
+    settings: RunSettings, images: ImageSet, device: torch.device, ways: int, tasks: int, **how: Any
+) -> EpisodeSampler:
+    """Images are normalised as asked for, or as publications do it for the data set; workers read streamed images."""
+    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
+    workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
     return EpisodeSampler(
         images,
-        settings.train_ways or settings.ways,
+        ways,
         settings.shots,
         settings.targets,
-        settings.tasks_per_batch,
-        seed=settings.seed,
-        rotations=rotations,
+        tasks,
         device=device,
-        **_reading(settings, images),
+        normalise=None if normalise == "none" else normalise,
+        workers=workers if isinstance(images, StreamedImages) else 0,
+        **how,
     )
 
 
-def _reading(settings: RunSettings, images: ImageSet) -> dict[str, Any]:
-    """How images become batches: normalised as asked for, or as the data set is in publications; read by workers."""
-    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
-    workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
-    return {
-        "normalise": None if normalise == "none" else normalise,
-        "workers": workers if isinstance(images, StreamedImages) else 0,
-    }
-
-
 def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
-    """Lets a learner look at a task, so that what cannot be trained is refused before anything is written.
+    """Shows a learner its first task, so that a network that cannot be trained is refused before anything is written.
 
     Args:
-        argument, fix: what to blame, and what to do, when the network fails on the task's inputs.
+        argument, fix: the argument to blame, and the remedy, if the network fails on the task's inputs.
     Raises:
-        ArgumentError: it fails on them, or has fewer outputs than the task has classes.
+        ArgumentError: the network fails on the inputs, or has fewer outputs than the task has classes.
         TaskError, UnsupportedModuleError: as the first meta-step would.
     """
     try:
@@ -232,7 +191,7 @@ def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
         raise ArgumentError(
             f"ways: {error} --ways sets how many classes a task has, --train-ways in training."
         ) from error
-    except Exception as error:  # Whatever the user's own forward raises.
+    except Exception as error:  # The user's own forward may raise anything.
         shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
         raise ArgumentError(
             f"{argument}: the network fails on inputs of shape ({shape}): {_in_one_line(error)}. {fix}"
@@ -240,7 +199,10 @@ def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
 
 
 def call_factory(name: str, ways: int) -> nn.Module:
-    """The network that "package.module:factory" makes, called with `ways` if it takes that.
+    """Calls "package.module:factory", with `ways` if the factory takes it, and returns the network.
+
+    >>> call_factory("torch.nn:Identity", ways=5)
+    Identity()
 
     Raises:
         ArgumentError: there is no such function, it fails or needs other arguments, or it returns no module.
@@ -256,7 +218,7 @@ def call_factory(name: str, ways: int) -> nn.Module:
             f"model: '{name}' cannot be called {'with ways alone' if given else 'without arguments'} ({error}). Write "
             f"a function that fills in the rest, such as def build(): return {name.partition(':')[2]}(...)."
         ) from error
-    except ValueError:  # A built-in without a signature: calling it tells.
+    except ValueError:  # A built-in without a signature; the call shows whether it needs arguments.
         pass
     try:
         model = factory(**given)
@@ -278,14 +240,13 @@ def _find_factory(name: str) -> Callable[..., Any]:
         raise ArgumentError(f"model: expected 'package.module:factory', but got '{name}'.")
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # Importing runs the user's file; a script may even exit.
+    except (Exception, SystemExit) as error:  # The import runs the user's file; a script may even exit.
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            fix = "Run from the folder that holds it, or install it."
-        elif missing:
+        fix = "Correct it there; -v shows the line."
+        if missing:
             fix = f"Install '{missing}', or correct the import."
-        else:
-            fix = "Correct it there; -v shows the line."
+            if f"{module_name}.".startswith(f"{missing}."):
+                fix = "Run from the folder that holds it, or install it."
         raise ArgumentError(f"model: cannot import '{module_name}' ({_in_one_line(error)}). {fix}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

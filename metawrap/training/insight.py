@@ -1,6 +1,6 @@
-"""What a run tells of its inside: learner -> a line of insight.jsonl for each epoch, and final_insight.json.
+"""The inner values of a run: learner -> a line of insight.jsonl for each epoch, and final_insight.json.
 
-Everything here only reads: training goes on to the same bits with and without it.
+The functions only read: training gives the same bits with and without them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.data import EpisodeSampler
 from metawrap.errors import MetaWrapWarning
-from metawrap.layers.learning_rates import LearningRates
+from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
-from metawrap.training.launch import by_first, evaluate_shared
+from metawrap.training.torchrun import evaluate_shared, on_rank_zero
 
-# So many of the test tasks are solved once for each number of inner steps: a sixth of the usual test's time.
+# Test tasks that are solved once for each number of inner steps: a sixth of the time of the usual test.
 STEP_TASKS = 100
 MOST_STEP_COUNTS = 10
-# Images of an episode that are kept: all of 5-way 5-shot, at most so many in all.
+# Images that are kept of each class, all of 5-way 5-shot, and of a whole episode.
 IMAGES_PER_CLASS = 5
 MOST_IMAGES = 120
 # torch.quantile takes no more than 16 million values.
@@ -39,33 +39,31 @@ Summary = dict[str, list[float | None]]
 
 
 def epoch_insight(learner: Any, epoch: int, steps: Sequence[StepMetrics]) -> dict[str, Any]:
-    """What the learner is like after the epoch that `steps` are of.
+    """The learner's inner values after an epoch.
 
     Args:
         epoch: from 0.
+        steps: the metrics of the epoch's meta-steps.
     Returns:
-        {"epoch" (from 1)}, and what the method has: "step_weights" of the target loss after each inner step in this
-        epoch, where the multi-step loss is on; "step_losses", the mean over tasks of that loss, None where it was not
-        computed; "rates", the learned rates of each parameter tensor by inner step (of one rate per weight: their
-        `quartiles`); "norms", for each batch norm the quartiles over channels of its statistics, scale and shift, by
-        inner step. Numbers have six digits.
+        "epoch" (from 1) and, if the method has them, by inner step and with six digits: "step_weights" and
+        "step_losses", weight and mean of the target loss after each step (None if it was not computed); "rates", the
+        learned rates of each parameter tensor (`quartiles` of rates per weight); "norms", the quartiles over channels
+        of each batch norm's statistics, scale and shift.
     """
     settings = learner.settings
-    found: dict[str, Any] = {"epoch": epoch + 1}
-    if annealed := getattr(settings, "step_loss_epochs", 0):
-        found["step_weights"] = _plain(step_loss_weights(settings.inner_steps, epoch, annealed))
+    annealed = getattr(settings, "step_loss_epochs", 0)
     losses = [each.step_losses for each in steps if each.step_losses.numel()]
-    if losses:
-        found["step_losses"] = _plain(torch.cat(losses).double().nanmean(0).tolist())
-    if rates := _learned_rates(learner):
-        found["rates"] = rates
-    if norms := _norms(learner.model):
-        found["norms"] = norms
-    return found
+    found = {
+        "step_weights": _plain(step_loss_weights(settings.inner_steps, epoch, annealed)) if annealed else None,
+        "step_losses": _plain(torch.cat(losses).double().nanmean(0).tolist()) if losses else None,
+        "rates": _learned_rates(learner),
+        "norms": _norms(learner.model),
+    }
+    return {"epoch": epoch + 1} | {name: value for name, value in found.items() if value}
 
 
 def quartiles(values: Tensor) -> Summary:
-    """The quartiles of each row, (rows, values): {"low", "median", "high"}, each with a number for each row."""
+    """The quartiles of each row of (rows, values): {"low", "median", "high"}, each with one number per row."""
     rows = values.detach().double().cpu().flatten(1)
     rows = rows[:, :: math.ceil(rows.shape[1] / _MOST_VALUES)]
     low, median, high = torch.quantile(rows, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=1)
@@ -73,18 +71,17 @@ def quartiles(values: Tensor) -> Summary:
 
 
 def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, Any]:
-    """How the learner does on test tasks as it adapts, under its own batch-norm policy.
+    """The accuracy on the first test tasks while the learner adapts, under its own batch-norm policy.
 
     Returns:
-        {"norm", "tasks", "steps", "episodes"}: "steps" has {"steps", "accuracy", "interval"} after each number of inner
-        steps, from none (at most ten of them; empty for a method without an inner loop), on the first `tasks` of the
-        test tasks; "episodes" the first task, and the one with the fewest targets right (see `_episode`).
+        {"norm", "tasks", "steps", "episodes"}: "steps" has {"steps", "accuracy", "interval"} for each of `step_counts`
+        (empty without an inner loop); "episodes" the first task and the task with the most errors (see `_episode`).
     """
     count = min(count, STEP_TASKS)
     steps = learner.settings.default_steps
     curve, final = [], None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MetaWrapWarning)  # The final test has given them.
+        warnings.simplefilter("ignore", MetaWrapWarning)  # The final test has shown them.
         for number in [None] if steps is None else step_counts(steps):
             final = evaluate_shared(learner, tasks, count, **({} if number is None else {"steps": number}))
             if number is not None and final.accuracy is not None:
@@ -93,7 +90,7 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
         assert final is not None
         hardest = int(final.per_task.argmin()) if final.accuracy is not None else 0
         chosen = {0: "the first test task"} | ({hardest: "the test task with most errors"} if hardest else {})
-        episodes = by_first(lambda: [_episode(learner, tasks, index, why) for index, why in chosen.items()])
+        episodes = on_rank_zero(lambda: [_episode(learner, tasks, index, why) for index, why in chosen.items()])
     return {
         "norm": learner.settings.norm,
         "tasks": count,
@@ -103,7 +100,11 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
 
 
 def step_counts(steps: int) -> list[int]:
-    """The numbers of inner steps to test after: all up to `steps`, or of many the first and some in between."""
+    """The numbers of inner steps to test after: all from 0 to `steps`, or at most ten of many.
+
+    >>> step_counts(50)
+    [0, 1, 2, 5, 10, 20, 50]
+    """
     if steps < MOST_STEP_COUNTS:
         return list(range(steps + 1))
     spaced = (digit * 10**power for power in range(len(str(steps))) for digit in (1, 2, 5))
@@ -111,12 +112,11 @@ def step_counts(steps: int) -> list[int]:
 
 
 def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[str, Any] | None:
-    """One test task as it was solved, or None where its predictions are no logits of classes.
+    """One test task with its predictions; None if the predictions are no logits of classes.
 
     Returns:
         {"task" (from 1), "why", "classes" (names by label), "support": [{"label", "png"}], "target": [{"label",
-        "prediction", "probability", "png"}]}: all targets, but images, as base64 PNG, of the first few of each class
-        alone.
+        "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG.
     """
     task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
     [prediction] = learner.evaluate([task], keep_predictions=True).predictions
@@ -129,7 +129,7 @@ def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[
         example["prediction"] = guesses[place]
         [example["probability"]] = _plain([float(probabilities[place, guesses[place]])])
     names = tasks.images.class_names
-    # A turned class has the number of its class, plus a multiple of how many there are.
+    # The number of a rotated class is that of its class, plus a multiple of the number of classes.
     classes = [names[int(number) % len(names)] for number in task.classes or range(tasks.ways)]
     return {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
 
@@ -146,7 +146,7 @@ def _with_images(task: Task, part: str, ways: int) -> list[dict[str, Any]]:
 
 
 def as_png(image: Tensor) -> str:
-    """A (channels, height, width) image in [0, 1] as base64 PNG; of another range it is stretched to that."""
+    """A (channels, height, width) image as base64 PNG; values outside of [0, 1] are first scaled to that range."""
     pixels = image.detach().float().cpu()
     low, high = float(pixels.min()), float(pixels.max())
     if low < 0 or high > 1:
@@ -177,5 +177,5 @@ def _norms(model: torch.nn.Module) -> dict[str, dict[str, Summary]]:
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
-    """Six digits of each, and None for what JSON cannot hold."""
+    """Each value with six digits; None for NaN and infinity, which JSON cannot hold."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

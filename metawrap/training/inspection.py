@@ -1,4 +1,4 @@
-"""The settings of a run and a network of the user's -> what wrapping finds and does, without training or data."""
+"""RunSettings and the user's network -> a description of the wrapped network, without training or data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
     """Wraps the network that `settings.model` names, on the CPU, and describes it.
 
     Args:
-        input_shape: of one example, without the batch axis. If it is given, the learner looks at a task of
-            `settings.ways` random examples, a class each, which shows the head, unused parameters and a faulty engine.
+        input_shape: the shape of one example, without the batch axis. If it is given, the learner sees a task of
+            `settings.ways` random examples, one per class, which shows the head, unused parameters and a faulty engine.
     Raises:
         ArgumentError: there is no such network, or it fails on inputs of that shape.
-        UnsupportedModuleError: the network has something that no engine can adapt correctly.
+        UnsupportedModuleError: no engine can adapt the network correctly.
     """
     if settings.model is None:
         raise ArgumentError("model: expected 'package.module:factory', but got none.")
@@ -32,6 +32,6 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
         x, y = torch.randn(settings.ways, *input_shape, dtype=dtype), torch.arange(settings.ways)
         fix = "Give the shape of one example, without the batch axis, or leave it out."
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MetaWrapWarning)  # The description holds them.
+            warnings.simplefilter("ignore", MetaWrapWarning)  # The description lists them.
             show_task(learner, Task(x, y, x, y), "input-shape", fix)
     return learner.describe()  # type: ignore[no-any-return]

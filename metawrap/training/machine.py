@@ -1,4 +1,4 @@
-"""What a measured number depends on: the machine, the versions, the command."""
+"""The machine, the versions and the command behind a measured number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from metawrap import __version__
-from metawrap.training.launch import local_size, size
+from metawrap.training.torchrun import local_world_size, world_size
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processes": size(),
+        "processes": world_size(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "python": platform.python_version(),
@@ -34,9 +34,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most memory that this process has held, in MiB: of the GPU where it trains on one, else resident memory.
+    """The peak memory of this process in MiB: allocated on the GPU if `device` is one, else resident.
 
-    None where the system does not tell.
+    None on systems without that figure.
     """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
@@ -49,29 +49,30 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def command_line() -> str:
-    """The command that runs, as a user would type it."""
+    """The running command, as a user would type it."""
     return shlex.join([*shlex.split(program()), *sys.argv[1:]])
 
 
 def program() -> str:
-    """How this program was started, without its arguments: "metawrap", "python -m metawrap" or a script's path.
+    """The start of the running command: "metawrap", "python -m metawrap" or a script's path.
 
-    Of several processes, how torchrun would start them on one machine.
+    For a run in several processes, the torchrun command on one machine.
     """
+    if world_size() > 1:
+        return f"torchrun --nproc-per-node={local_world_size()} -m metawrap"
     started = Path(sys.argv[0])
-    if size() > 1:
-        return f"torchrun --nproc-per-node={local_size()} -m metawrap"
-    if started.name == "__main__.py":
-        python = Path(sys.executable)
-        return f"{python.name if shutil.which(python.name) == str(python) else shlex.quote(str(python))} -m metawrap"
-    return started.name if shutil.which(started.name) == str(started) else shlex.quote(str(started))
+    return f"{_typed(Path(sys.executable))} -m metawrap" if started.name == "__main__.py" else _typed(started)
+
+
+def _typed(path: Path) -> str:
+    """The name of a program that the shell finds by its name, else the quoted path."""
+    return path.name if shutil.which(path.name) == str(path) else shlex.quote(str(path))
 
 
 def _processor() -> str:
-    """Linux names the model only in /proc/cpuinfo."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux names the model here alone.
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on one line in a terminal, else one plain line per epoch."""
+"""The output of a run while it trains: a bar on one line in a terminal, else one plain line per epoch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from typing import Any
 from tqdm import tqdm
 
 from metawrap.results import StepMetrics
-from metawrap.training.launch import rank
+from metawrap.training.torchrun import rank
 
 REFRESH_SECONDS = 0.5
-# The loss and accuracy shown are means over so many meta-steps: a single one has too few targets to be steady.
+# The bar shows means over so many meta-steps: one meta-step has too few targets for a steady number.
 STEPS_SHOWN = 20
 
-
-# Not a context variable: threads that are started inside `quiet` are quiet as well.
+# A plain global, not a context variable: threads that start inside `quiet` are quiet as well.
 _quiet = False
 
 
 @contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
-    """Inside it, in all threads, no progress is shown and nothing is said; errors still are."""
+    """Inside the block no thread prints progress or messages; errors are still printed."""
     global _quiet
     before, _quiet = _quiet, _quiet or on
     try:
@@ -35,14 +34,25 @@ def quiet(on: bool = True) -> Iterator[None]:
         _quiet = before
 
 
-class Progress:
-    """Progress of a whole run, on stderr. Use as a context manager, so that the line is closed on errors as well.
+def say(text: str, error: bool = False) -> None:
+    """Prints one line on stderr, above the bar if there is one, on rank 0 alone. Results go to stdout instead.
 
     Args:
-        epochs: of the whole run.
+        error: also print inside `quiet`.
+    """
+    if rank() == 0 and (error or not _quiet):
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+class Progress:
+    """The progress of a whole run on stderr. A context manager, so that an error closes the line as well.
+
+    Args:
+        epochs: epochs of the whole run.
         iterations_per_epoch: meta-steps of one epoch.
         done: epochs that were finished before this start.
-        shown: whether this process is the one that a person watches.
+        shown: whether this process prints.
     """
 
     def __init__(self, epochs: int, iterations_per_epoch: int, done: int = 0, shown: bool = True) -> None:
@@ -73,17 +83,17 @@ class Progress:
         self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
 
     def step(self, metrics: StepMetrics) -> None:
-        """After each meta-step. Reads the metrics only when the line is redrawn: on a GPU each reading waits for it."""
+        """Counts a meta-step. Reads the metrics only when the bar is redrawn: each reading waits for a GPU."""
         self._recent.append(metrics)
         if self._bar.update(1):
             loss = sum(each.loss for each in self._recent) / len(self._recent)
             accuracy = sum(each.accuracy or 0.0 for each in self._recent) / len(self._recent)
             postfix = f"loss {_number(loss)}, accuracy {percent(accuracy)}"
-            self._bar.ncols = _columns()  # It may have been made narrower.
+            self._bar.ncols = _columns()  # The user may have resized the terminal.
             self._bar.set_postfix_str(", ".join(filter(None, [postfix, self._last_epoch])), refresh=False)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """After validation; `record` is the epoch's line of the log."""
+        """Call after validation, with the epoch's line of the log."""
         interval = percent(record["validation_interval"])
         self._last_epoch = f"validation {percent(record['validation_accuracy'])}"
         if not self._shown or not self._bar.disable:
@@ -103,35 +113,20 @@ def percent(fraction: float | None) -> str:
     return "none" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def duration(seconds: float) -> str:
+    """A duration in words: '45 s', '3 min 20 s', '2 h 5 min'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
 
-def duration(seconds: float) -> str:
-    """A length of time in words: '45 s', '3 min 20 s', '2 h 5 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def say(text: str, error: bool = False) -> None:
-    """One line for the person who watches, from one process; results go to stdout, everything else to stderr.
-
-    Above the bar if there is one, which stays on its line.
-
-    Args:
-        error: is said even where nothing else is.
-    """
-    if rank() == 0 and (error or not _quiet):
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
-
-
 def _columns() -> int:
-    """The width of the bar: one column less than the terminal's, since some break the line behind a full one."""
+    """One column less than the terminal has: some terminals start a new line after a full one."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):  # No terminal, or one without a size.

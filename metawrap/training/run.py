@@ -1,7 +1,7 @@
 """A run: settings -> experiment -> epochs (meta-steps, validation, log, checkpoint) -> final test -> result.
 
-Read `train` first. An epoch is the unit of resuming: a run that was killed repeats the epoch it was in, from the same
-weights, optimizer state and random state, on the same tasks, and so ends with the same bits on the same CPU.
+Read `train` first. A resumed run continues from the last finished epoch with the same weights, optimizer state and
+random state on the same tasks, and so ends with the same bits on the same CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metawrap.data import normalisation_of
 from metawrap.data.loader_workers import naming_dead_workers
@@ -37,15 +36,15 @@ from metawrap.training.experiment import (
 )
 from metawrap.training.final_evaluation import final_test
 from metawrap.training.insight import epoch_insight, final_insight
-from metawrap.training.launch import by_first, evaluate_shared, rank, seed_dropout, share, size
 from metawrap.training.machine import command_line, describe_machine, peak_memory
 from metawrap.training.progress import Progress, say
-from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, seed_folders, write_run
+from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, write_run
 from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
+from metawrap.training.torchrun import evaluate_shared, on_rank_zero, rank, seed_dropout, share, world_size
 
-# Skipped steps of an epoch that the log explains, task by task.
+# Skipped meta-steps of an epoch that the log explains, task by task.
 _TROUBLES_KEPT = 20
 
 
@@ -53,21 +52,31 @@ _TROUBLES_KEPT = 20
 def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, validates and tests one run in the folder `out`. Sets torch's global random state.
 
+    >>> import tempfile
+    >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
+    >>> result = train(settings, out=f"{tempfile.mkdtemp()}/run")
+    >>> sorted(result["test"]["norms"])
+    ['batch', 'running', 'support']
+
     Args:
-        settings: what to run.
-        out: a folder without a run, or with `resume` one that may have a run with these settings.
-        resume: continue from the newest readable checkpoint; a finished run is tested again only if it has to be.
-        tensorboard: also log to `out`/tensorboard; a resumed run that did goes on with it.
+        settings: all that defines the run.
+        out: a folder without a run, or with `resume` also the folder of a run with these settings.
+        resume: continue from the newest readable checkpoint. A finished run returns its result.
+        tensorboard: also log to `out`/tensorboard; a run that did so before always continues to.
     Returns:
-        What result.json holds: "settings", "test" (see `final_test`), "trained_norm", "best_validation",
+        The content of result.json: "settings", "test" (see `final_test`), "trained_norm", "best_validation",
         "skipped_steps", "parameters" (learned numbers), "step_seconds" (of a meta-step, median over epochs), "peak_mib"
         (see `peak_memory`), "seconds" of training and validation, "test_seconds", "machine", "command".
     Raises:
-        CheckpointError: `out` has a run that is not to be, or cannot be, resumed, another process is at it, or it
-            cannot be written.
+        CheckpointError: `out` has a run and `resume` is False, or its run cannot be resumed, or another process uses
+            the folder, or it cannot be written.
         MetaWrapError: the settings do not fit the data or the network, or training diverged.
     """
-    _check_shares(settings)
+    if settings.tasks_per_batch < world_size():
+        raise ArgumentError(
+            f"tasks_per_batch: {world_size()} processes cannot share the {settings.tasks_per_batch} tasks of a "
+            f"meta-step. Use --batch {world_size()} or more, or --nproc-per-node={settings.tasks_per_batch}."
+        )
     folder = RunFolder(Path(out), settings)
     try:
         return _train(folder, resume, tensorboard)
@@ -77,11 +86,11 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorbo
 
 def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]:
     settings, out = folder.settings, folder.path
-    tensorboard = tensorboard or (resume and logs_to_tensorboard(folder.path))
+    tensorboard = tensorboard or (resume and logs_to_tensorboard(out))
     if tensorboard:
         check_tensorboard()
-    start = by_first(lambda: folder.find_start(resume))
-    if start is not None and start.epoch == settings.epochs and (done := by_first(folder.result)) is not None:
+    start = on_rank_zero(lambda: folder.find_start(resume))
+    if start is not None and start.epoch == settings.epochs and (done := on_rank_zero(folder.result)) is not None:
         say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
         return done
     experiment = build_experiment(settings)
@@ -89,9 +98,9 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
     if start is not None:
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    by_first(lambda: folder.begin(history))
-    board = TensorBoard(folder.path, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
-    processes = f" in {size()} processes" if size() > 1 else ""
+    on_rank_zero(lambda: folder.begin(history))
+    board = TensorBoard(out, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
+    processes = f" in {world_size()} processes" if world_size() > 1 else ""
     say(
         f"{headline(settings)}: {settings.epochs} epochs x {settings.iterations_per_epoch} meta-steps x "
         f"{settings.tasks_per_batch} tasks, on {experiment.device}{processes}, in '{out}'"
@@ -101,67 +110,79 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
     norms = NORMS if settings.test_norms == "all" else (experiment.learner.settings.norm,)
     result = _test(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
     insight = final_insight(experiment.learner, experiment.test, settings.test_tasks)
-    by_first(lambda: folder.write_result(result, insight))
+    on_rank_zero(lambda: folder.write_result(result, insight))
     return result
 
 
 def train_seeds(
     settings: RunSettings, seeds: Sequence[int], out: str | Path, resume: bool = False, tensorboard: bool = False
 ) -> dict[str, Any]:
-    """Runs `train` for each seed in `out`/seed-0, ... and summarises over them; resumes what is unfinished.
+    """Runs `train` for each seed in `out`/seed-0, ... and summarises over the seeds.
+
+    >>> import tempfile
+    >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
+    >>> train_seeds(settings, [0, 1], out=f"{tempfile.mkdtemp()}/runs")["summary"]["seeds"]
+    [0, 1]
 
     Returns:
-        What `out`/result.json holds: "settings", "summary" (see `summarise_seeds`), "trained_norm", "results" by seed.
+        The content of `out`/result.json: "settings", "summary" (see `summarise_seeds`), "trained_norm", "results" by
+        seed.
     """
     path = Path(out)
     if tensorboard:
         check_tensorboard()
-    if stored := by_first(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
+    if stored := on_rank_zero(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
         settings.check_resumes(stored.to_dict())
     else:
         if not resume:
-            by_first(lambda: refuse_existing_run(path))
-        build_experiment(replace(settings, seed=seeds[0]))  # What cannot be built leaves no folder behind.
-    by_first(lambda: write_run(path, settings, seeds))
+            on_rank_zero(lambda: refuse_existing_run(path))
+        build_experiment(replace(settings, seed=seeds[0]))  # Settings that cannot be built leave no folder behind.
+    on_rank_zero(lambda: write_run(path, settings, seeds))
     results: dict[int, dict[str, Any]] = {}
-    for seed, folder in seed_folders(path, settings, seeds).items():
-        say(f"Seed {seed} in '{folder.path}'")
-        results[seed] = train(folder.settings, folder.path, resume, tensorboard)
+    for seed in seeds:
+        say(f"Seed {seed} in '{path / f'seed-{seed}'}'")
+        results[seed] = train(replace(settings, seed=seed), path / f"seed-{seed}", resume, tensorboard)
     summary = {
         "settings": settings.to_dict(),
         "summary": summarise_seeds(results),
         "trained_norm": results[seeds[0]]["trained_norm"],
         "results": {str(seed): result for seed, result in results.items()},
     }
-    by_first(lambda: write_json(path / "result.json", summary))
+    on_rank_zero(lambda: write_json(path / "result.json", summary))
     return summary
 
 
 @naming_dead_workers()
 def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) -> dict[str, Any]:
-    """Tests a run's best checkpoint again; finished or not. Writes nothing.
+    """Tests the best checkpoint of a run again, finished or not. Writes nothing.
+
+    >>> import tempfile
+    >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
+    >>> result = train(settings, folder := f"{tempfile.mkdtemp()}/run")
+    >>> evaluate_run(folder, norms=["batch"], test_tasks=4)["test"]["tasks"]
+    4
 
     Args:
         out: the run's folder.
         norms: batch-norm policies to test under.
-        changes: settings to test with instead of the run's own, such as test_tasks=1000, ensemble=5, data="omniglot".
+        changes: settings of the test that replace the run's own, such as test_tasks=1000, ensemble=5, data="omniglot".
     Returns:
-        As `train`, with the settings that were used, and without "seconds".
+        As `train`, with the settings of the test, and without "seconds".
     Raises:
-        CheckpointError: there is no run, or no finished epoch.
+        CheckpointError: the folder has no run, or no finished epoch.
     """
-    stored, seeds = read_run(Path(out))
+    path = Path(out)
+    stored, seeds = read_run(path)
     if seeds is not None:
-        first = Path(out) / f"seed-{seeds[0]}"
+        first = path / f"seed-{seeds[0]}"
         raise CheckpointError(f"'{out}' holds one run per seed. Name one of them, such as '{first}'.")
-    folder = RunFolder(Path(out), stored)
-    newest = folder.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
+    newest = RunFolder(path, stored).newest_checkpoint()
     if newest is None:
         raise CheckpointError(
             f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
         )
     if changes.get("data", stored.data) != stored.data:
-        # Images of another data set are normalised as those were that the network was trained on.
+        # Another data set's images are normalised as the network's training images were.
         changes = {"normalise": stored.normalise or normalisation_of(stored.data) or "none", **changes}
     settings = replace(stored, **changes)
     device = find_device(settings.device)
@@ -169,7 +190,7 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
     learner = build_learner(stored, build_model(stored, splits.train)).to(device)
     tasks = fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device)
     experiment = Experiment(learner=learner, train=tasks, validation=tasks, test=tasks, device=device)
-    return _test(experiment, RunFolder(Path(out), settings), newest.history, norms)
+    return _test(experiment, RunFolder(path, settings), newest.history, norms)
 
 
 def _train_epochs(
@@ -179,19 +200,18 @@ def _train_epochs(
     seconds_before: float,
     board: TensorBoard | None,
 ) -> float:
-    """Trains what is missing of the run; returns the seconds that training took, over all resumes."""
-    settings, begun = folder.settings, time.monotonic()
-    seconds = seconds_before
+    """Trains the missing epochs; returns the seconds of training over all resumes."""
+    settings, begun, seconds = folder.settings, time.monotonic() - seconds_before, seconds_before
     with Progress(settings.epochs, settings.iterations_per_epoch, len(history), shown=rank() == 0) as progress:
         for epoch in range(len(history), settings.epochs):
             progress.start_epoch(epoch)
             trained, insight = _train_epoch(experiment, settings, epoch, progress)
-            record = trained | _validate(experiment, settings)
-            seconds = seconds_before + time.monotonic() - begun
-            record["seconds"] = round(seconds, 3)
+            validated = _validate(experiment, settings)
+            seconds = time.monotonic() - begun
+            record = trained | validated | {"seconds": round(seconds, 3)}
             history.append(record)
             snapshot = _snapshot(experiment, settings, history, seconds)
-            by_first(partial(_write_epoch, folder, record, insight, snapshot, board))
+            on_rank_zero(partial(_write_epoch, folder, record, insight, snapshot, board))
             progress.end_epoch(record)
     return seconds
 
@@ -208,7 +228,7 @@ def _write_epoch(
 def _train_epoch(
     experiment: Experiment, settings: RunSettings, epoch: int, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The epoch's line of the log, as far as training goes, and that of the insight."""
+    """Trains one epoch; returns the training part of its log line, and its insight."""
     learner, count = experiment.learner.train(), settings.iterations_per_epoch
     steps: list[StepMetrics] = []
     troubles: list[dict[str, Any]] = []
@@ -218,17 +238,17 @@ def _train_epoch(
     for iteration, batch in enumerate(experiment.train.batches(count, epoch * count), epoch * count):
         tasks = TaskBatch(batch.tasks[own.start : own.stop])
         steps.append(learner.meta_step(tasks))
-        # Elsewhere than on a CPU the question would wait for the device.
+        # On a GPU, reading `skipped` after each step would wait for the device.
         if experiment.device.type == "cpu" and steps[-1].skipped and len(troubles) < _TROUBLES_KEPT:
             troubles += _troubles(learner, tasks, iteration)
         progress.step(steps[-1])
-    good = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
+    finite = [step for step in steps if math.isfinite(step.loss)]  # The first number read waits for the device.
     seconds = time.monotonic() - begun
     record = {
         "epoch": epoch + 1,
         "iteration": (epoch + 1) * count,
-        "train_loss": _mean([step.loss for step in good]),
-        "train_accuracy": _mean([step.accuracy for step in good]),
+        "train_loss": _mean([step.loss for step in finite]),
+        "train_accuracy": _mean([step.accuracy for step in finite]),
         "learning_rate": steps[-1].meta_lr,
         "skipped_steps": sum(step.skipped for step in steps),
         "step_seconds": round(seconds / count, 5),
@@ -238,19 +258,11 @@ def _train_epoch(
 
 
 def _troubles(learner: Any, tasks: TaskBatch, iteration: int) -> list[dict[str, Any]]:
-    """What there is to say of a skipped step, for the log; the first of it is said at once."""
+    """The causes of a skipped meta-step, for the log; prints the first."""
     found = learner.find_trouble(tasks)
     for each in found[:1]:
         say(f"Skipped meta-step {iteration + 1}: {each}.")
     return [{"iteration": iteration + 1, **asdict(each), "text": str(each)} for each in found]
-
-
-def _check_shares(settings: RunSettings) -> None:
-    if settings.tasks_per_batch < size():
-        raise ArgumentError(
-            f"tasks_per_batch: {size()} processes cannot share the {settings.tasks_per_batch} tasks of a meta-step. "
-            f"Use --batch {size()} or more, or --nproc-per-node={settings.tasks_per_batch}."
-        )
 
 
 def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
@@ -265,26 +277,21 @@ def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
 def _test(
     experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str]
 ) -> dict[str, Any]:
-    settings, begun = folder.settings, time.monotonic()
-    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {_counted(norms)} ...")
+    settings, learner, begun = folder.settings, experiment.learner, time.monotonic()
+    counted = f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
+    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {counted} ...")
     test = final_test(
-        experiment.learner,
-        experiment.test,
-        settings.test_tasks,
-        folder.checkpoints,
-        history,
-        settings.ensemble,
-        norms,
+        learner, experiment.test, settings.test_tasks, folder.checkpoints, history, settings.ensemble, norms
     )
-    best = history[test["epoch"] - 1]
+    step_seconds = [seconds for record in history if (seconds := record.get("step_seconds")) is not None]
     return {
         "settings": settings.to_dict(),
         "test": test,
-        "trained_norm": experiment.learner.settings.norm,
-        "best_validation": {"epoch": test["epoch"], "accuracy": best["validation_accuracy"]},
+        "trained_norm": learner.settings.norm,
+        "best_validation": {"epoch": test["epoch"], "accuracy": history[test["epoch"] - 1]["validation_accuracy"]},
         "skipped_steps": sum(record["skipped_steps"] for record in history),
-        "parameters": _learned_numbers(experiment.learner),
-        "step_seconds": _median([record.get("step_seconds") for record in history]),
+        "parameters": _learned_numbers(learner),
+        "step_seconds": statistics.median(step_seconds) if step_seconds else None,
         "peak_mib": max((record.get("peak_mib") or 0.0 for record in history), default=0.0) or None,
         "test_seconds": round(time.monotonic() - begun, 3),
         "machine": describe_machine(experiment.device),
@@ -292,20 +299,17 @@ def _test(
     }
 
 
-def _counted(norms: Sequence[str]) -> str:
-    return f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
-
-
 def _snapshot(
     experiment: Experiment, settings: RunSettings, history: list[dict[str, Any]], seconds: float
 ) -> Checkpoint:
-    learner = experiment.learner
+    learner, device = experiment.learner, experiment.device
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return Checkpoint(
         settings=settings.to_dict(),
         learner=learner.state_dict(),
         optimizer=learner.optimizer.state_dict(),
         scheduler=None if learner.scheduler is None else learner.scheduler.state_dict(),
-        rng={"cpu": torch.get_rng_state(), "cuda": _device_rng(experiment.device)},
+        rng={"cpu": torch.get_rng_state(), "cuda": cuda},
         history=history,
         seconds=seconds,
     )
@@ -319,9 +323,9 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
         if checkpoint.scheduler is not None:
             learner.scheduler.load_state_dict(checkpoint.scheduler)
         torch.set_rng_state(checkpoint.rng["cpu"])
-        # A run may move between CPU and GPU; the random state of a GPU then starts afresh.
+        # A run may move from a CPU to a GPU, whose random state then starts afresh.
         if experiment.device.type == "cuda" and (states := checkpoint.rng["cuda"]):
-            # Older checkpoints hold those of all devices.
+            # Older checkpoints hold the states of all devices.
             torch.cuda.set_rng_state(states[min(experiment.device.index or 0, len(states) - 1)], experiment.device)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         cause = " ".join(str(error).split())
@@ -332,12 +336,8 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _device_rng(device: torch.device) -> list[Tensor]:
-    return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-
-
 def _learned_numbers(learner: Any) -> int:
-    """How many numbers training changes: those of parameters that play no part are left out."""
+    """The count of numbers that training changes; unused parameters do not count."""
     rows = learner.describe().modules
     unused = sum(
         math.prod(row.parameters[name]) for row in rows for name, fate in row.fates.items() if fate == "unused"
@@ -345,11 +345,6 @@ def _learned_numbers(learner: Any) -> int:
     return int(sum(p.numel() for p in learner.parameters() if p.requires_grad) - unused)
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return statistics.median(present) if present else None
-
-
 def _mean(values: Sequence[Any]) -> float | None:
-    """None for no values, as when no step of the epoch had a finite loss: JSON has no NaN."""
+    """None without values: in an epoch without a finite loss, since JSON has no NaN."""
     return sum(values) / len(values) if values else None

@@ -1,21 +1,20 @@
-"""A run's folder: run.json (settings, command), log.jsonl (a line per epoch), insight.jsonl (likewise, what the learner
-is like inside), checkpoints/, final_insight.json and result.json (the final test).
+"""The files of a run: run.json (settings, command), log.jsonl and insight.jsonl (a line per epoch: the log, and the
+learner's inner values), checkpoints/, final_insight.json and result.json (the final test).
 
-The truth is in the checkpoints: each holds the history of all epochs before it, and a resumed run rewrites the log from
-there, so that a log never shows an epoch that the weights have not seen. The insight, which would make each checkpoint
-grow, is cut there instead; each of its lines is written before the checkpoint of its epoch.
+The checkpoints decide: each holds the history of all epochs before it, and a resumed run rewrites the log from there.
+The log so never shows an epoch that the weights have not seen. The insight would make checkpoints grow, so a resumed
+run cuts it to the finished epochs instead; each of its lines is written before the checkpoint of its epoch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from metawrap.errors import CheckpointError
-from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_atomically, write_json
+from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
 from metawrap.training.machine import command_line
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
@@ -27,28 +26,26 @@ FINAL_INSIGHT = "final_insight.json"
 
 
 class RunFolder:
-    """The files of one run; nothing is written before `begin`.
+    """The files of one run. Nothing is written before `begin`.
 
     Args:
-        path: the folder, which need not exist.
-        settings: of the run that is to be started or resumed.
+        path: the folder; `begin` makes it.
+        settings: the settings of the run to start or to resume.
     """
 
     def __init__(self, path: Path, settings: RunSettings) -> None:
         self.path = path
         self.settings = settings
         self.lock = RunLock(path)
-        self._was_new = False
         self.checkpoints = CheckpointFolder(
             path / "checkpoints", keep_best=max(settings.keep, settings.ensemble), keep_newest=settings.keep
         )
+        self._was_new = False
 
     def find_start(self, resume: bool) -> Checkpoint | None:
-        """The checkpoint to continue from; None: start with the first epoch. Reads only, and locks what is there.
-
-        Raises:
-            CheckpointError: the folder has a run and `resume` is False, or the run there has other settings, or none
-                of its checkpoints can be read, or another process is at it.
+        """The checkpoint to continue from, None to start with the first epoch. Locks a folder that exists; writes
+        nothing. Raises CheckpointError if the folder has a run and `resume` is False, or its run has other settings or
+        no readable checkpoint, or another process uses the folder.
         """
         self._was_new = not self.path.is_dir()
         if not resume:
@@ -57,78 +54,69 @@ class RunFolder:
             self.settings.check_resumes(read_run(self.path)[0].to_dict())
         if not self._was_new:
             self.lock.take()
-        if not resume:
-            return None
-        checkpoint = self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
+        checkpoint = self.newest_checkpoint() if resume else None
         if checkpoint is not None:
             self.settings.check_resumes(checkpoint.settings)
         return checkpoint
 
-    def begin(self, history: list[dict[str, Any]]) -> None:
-        """Writes the settings, and the log as it stood when `history` ended.
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest readable checkpoint; prints the error of each that is skipped. Raises as `CheckpointFolder`."""
+        return self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
 
-        Raises:
-            CheckpointError: another process has made the folder its own since `find_start`, or it cannot be written.
+    def begin(self, history: list[dict[str, Any]]) -> None:
+        """Writes the settings, and log and insight of the epochs in `history`. Raises CheckpointError if another
+        process has started a run here since `find_start`, or the folder cannot be written.
         """
         if not self.lock.held:
             with explained(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take()
-            if self._was_new:  # So whatever is there now is another's.
+            if self._was_new:  # A run that is here now belongs to another process.
                 refuse_existing_run(self.path)
+        for leftover in self.path.glob(".*.tmp"):  # A start that was killed in the middle of a file.
+            leftover.unlink(missing_ok=True)
         write_run(self.path, self.settings, None)
-        lines = "".join(_line(record) for record in history)
-        write_atomically(self._log, lambda handle: handle.write(lines.encode()))
+        write_text(self.path / LOG, "".join(map(_line, history)))
         insight = self.insight(len(history))
-        kept = "".join(_line(record) for record in insight)
-        if kept or self._insight.exists():
-            write_atomically(self._insight, lambda handle: handle.write(kept.encode()))
+        if insight or (self.path / INSIGHT).exists():
+            write_text(self.path / INSIGHT, "".join(map(_line, insight)))
 
     def append(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
-        """Adds a line to the log, and one to the insight."""
-        for path, line in ((self._insight, _line(insight)), (self._log, _line(record))):
-            with explained(path), open(path, "a", encoding="utf-8") as handle:
-                handle.write(line)
+        """Adds a line to the insight and one to the log."""
+        for name, content in ((INSIGHT, insight), (LOG, record)):
+            with explained(self.path / name), open(self.path / name, "a", encoding="utf-8") as handle:
+                handle.write(_line(content))
 
     def insight(self, epochs: int) -> list[dict[str, Any]]:
-        """The lines of insight on the first `epochs`, in order; those that cannot be read are left out."""
-        found = {
-            record["epoch"]: record for record in read_lines(self._insight) if isinstance(record.get("epoch"), int)
-        }
+        """The readable lines of the insight on the first `epochs`, in order."""
+        lines = read_lines(self.path / INSIGHT)
+        found = {record["epoch"]: record for record in lines if isinstance(record.get("epoch"), int)}
         return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
 
     def result(self) -> dict[str, Any] | None:
-        """The final test's result if there is one for exactly these settings."""
+        """The content of result.json if it belongs to exactly these settings, else None."""
+        content = read_json(self.path / "result.json")
         try:
-            content: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-            # By way of RunSettings: what an older metawrap wrote lacks the settings that are new.
+            # Settings that an older metawrap lacked get their defaults in RunSettings.
             same = RunSettings.from_dict(content["settings"]) == self.settings
-        except (OSError, ValueError, TypeError, KeyError, CheckpointError):
+        except (ValueError, TypeError, KeyError, CheckpointError):
             return None
         return content if same else None
 
     def write_result(self, result: dict[str, Any], insight: dict[str, Any]) -> None:
-        """Writes final_insight.json, then result.json, which makes the run a finished one."""
+        """Writes final_insight.json, then result.json, which marks the run as finished."""
         write_json(self.path / FINAL_INSIGHT, insight)
         write_json(self.path / "result.json", result)
 
-    @property
-    def _log(self) -> Path:
-        return self.path / LOG
-
-    @property
-    def _insight(self) -> Path:
-        return self.path / INSIGHT
-
 
 def refuse_existing_run(path: Path) -> None:
-    """Raises CheckpointError when the folder has a run."""
+    """Raises CheckpointError if the folder has a run."""
     if (path / "run.json").exists() or any((path / "checkpoints").glob("epoch-*.pt")):
         raise CheckpointError(f"'{path}' already has a run. Continue it with --resume, or choose another --out.")
 
 
 def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) -> None:
-    """Writes run.json; `seeds` lists those of a run that has one folder per seed. The first command stays."""
+    """Writes run.json with the settings, the seeds of a run over several, and the first command of the run."""
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     command = read_json(path / "run.json").get("command", command_line())
@@ -137,10 +125,8 @@ def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) ->
 
 
 def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
-    """What `write_run` wrote: the settings, and the seeds of a run over several.
-
-    Raises:
-        CheckpointError: the folder has no run, or its run.json is damaged.
+    """The settings in run.json, and the seeds of a run over several. Raises CheckpointError if the folder has no run,
+    or its run.json is damaged.
     """
     try:
         content = json.loads((path / "run.json").read_text(encoding="utf-8"))
@@ -154,35 +140,29 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
     return RunSettings.from_dict(settings), seeds
 
 
-def seed_folders(path: Path, settings: RunSettings, seeds: Sequence[int]) -> dict[int, RunFolder]:
-    """One folder per seed inside `path`."""
-    return {seed: RunFolder(path / f"seed-{seed}", replace(settings, seed=seed)) for seed in seeds}
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where it is missing, damaged, or no object."""
+    """The object in a JSON file; empty for a file that is missing or damaged or holds no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return _object(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file with one a line; none where it is missing, and a line that cannot be read is left out."""
+    """The objects in a file with one JSON object per line; unreadable lines are left out, a missing file has none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return [record for line in lines if (record := _object(line))]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _line(record: dict[str, Any]) -> str:

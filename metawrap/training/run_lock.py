@@ -1,84 +1,67 @@
-"""One run folder, one process: a lock that the operating system lets go of when its process ends, however it ends."""
+"""The lock of a run's folder: one process trains there. The operating system frees the lock when that process ends."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from metawrap.errors import CheckpointError
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock there.
-    fcntl = None  # type: ignore[assignment]
-
-_NAME = ".lock"
-_TAKEN = (errno.EAGAIN, errno.EACCES)
-_held: set[int] = set()
-
 
 class RunLock:
-    """The lock of a run's folder; the file stays, and is no lock without a process that holds it."""
+    """The lock of one run's folder.
+
+    The file `.lock` stays in the folder; without a process that holds it, it locks nothing. A symbolic link of that
+    name is never followed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._descriptor: int | None = None
+        # Without flock a marker file would have to serve as the lock, and a killed process would leave it behind.
+        self._lock = FileLock(
+            folder / ".lock", timeout=0, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder
+        )
 
     @property
     def held(self) -> bool:
-        """Whether this object holds it."""
-        return self._descriptor is not None
+        """Whether this object holds the lock."""
+        return self._lock.is_locked
 
     def take(self) -> None:
-        """Takes the lock, unless it is held here, or the folder cannot be written, which writing will say.
+        """Takes the lock unless this object holds it.
 
-        Raises:
-            CheckpointError: another process, or another run in this one, holds it; names its pid.
+        A folder that cannot be written, and a file system without locks, go unlocked: the first write names the
+        problem. Raises CheckpointError if another process, or another run in this one, holds the lock, or `.lock` is a
+        symbolic link.
         """
-        if self.held or fcntl is None:
+        if self.held:
             return
+        path = self.folder / ".lock"
         try:
-            descriptor = os.open(self.folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            if error.errno not in _TAKEN:  # A file system without locks.
-                return
+            self._lock.acquire()
+        except Timeout:
+            holder = ""
+            with suppress(OSError):  # Windows lets nobody else read a locked file.
+                holder = path.read_bytes()[:200].decode(errors="replace").strip()
             raise CheckpointError(
                 f"'{self.folder}' is in use by another run (pid {holder or 'unknown'}). Wait until it ends, stop it, "
                 "or choose another --out."
             ) from None
-        self._descriptor = descriptor
-        _held.add(descriptor)
-        try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
-        except OSError:  # A full disk: the lock holds all the same, without a name.
-            pass
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CheckpointError(f"'{path}' is a symbolic link, which no run writes. Delete it.") from error
 
     def release(self) -> None:
-        """Lets go of it, if it is held here."""
-        if self._descriptor is not None:
-            _held.discard(self._descriptor)
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __del__(self) -> None:
-        self.release()
+        """Frees the lock if this object holds it."""
+        self._lock.release()
 
 
-def _let_go() -> None:
-    # A forked process that outlives its parent for a moment must not hold the parent's lock.
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+def _write_holder(descriptor: int) -> None:
+    with suppress(OSError):  # On a full disk the lock holds without a name.
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())

@@ -1,7 +1,7 @@
-"""A run's folder as typed values, for those who show it: whatever is missing, damaged or of a wrong type is left out.
+"""A run's folder as typed values for display: values that are missing, damaged or of a wrong type are left out.
 
-Files of a run may come from a stranger, from an older version, or be half-written: nothing here trusts what they hold,
-and texts stay texts, to be escaped by whoever shows them.
+The files may come from a stranger or an older version, or be half-written. Nothing here trusts them; texts stay texts,
+and a page that shows them must escape them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accura
 
 @dataclass(frozen=True)
 class Quartiles:
-    """By inner step: a median, and the quartiles around it; all three the same where there was one value."""
+    """By inner step: the median and the quartiles around it; three equal values for a single number."""
 
     low: list[Number]
     median: list[Number]
@@ -35,10 +35,10 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What was recorded of an epoch (from 1).
+    """The records of one epoch (from 1).
 
-    curves: numbers of the log by name, those that are finite. step_weights, step_losses: by inner step, empty if they
-    were not recorded. rates: by parameter. norms: by layer, then "running_mean", "running_var", "weight", "bias".
+    curves: the finite numbers of the log by name. step_weights, step_losses: by inner step, empty without a record.
+    rates: by parameter. norms: by layer, then "running_mean", "running_var", "weight", "bias".
     """
 
     number: int
@@ -51,7 +51,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy, and the half width of its 95 % interval where there is one; fractions."""
+    """An accuracy and the half width of its 95 % interval, if known; fractions."""
 
     accuracy: float
     interval: Number = None
@@ -59,7 +59,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Example:
-    """One image of an episode. png: the file's bytes, if it was kept. prediction, probability: of targets."""
+    """One image of an episode. png: the file's bytes, if stored. prediction, probability: only for targets."""
 
     label: int
     png: bytes | None = None
@@ -69,7 +69,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Episode:
-    """A test task as it was solved. task: its number, from 1. classes: names by label."""
+    """A test task with its predictions. task: its number, from 1. classes: names by label."""
 
     task: int
     why: str
@@ -80,11 +80,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """One run: as far as it has come, and as far as it was recorded.
+    """The records of one run, finished or not.
 
-    settings, machine: as they are stored. command: that started it. has_insight: whether it recorded more than the log.
-    scores: of the final test, by batch-norm policy, then "before", "after", "ensemble". steps: accuracy by the number
-    of inner steps, on the first `step_tasks` test tasks.
+    settings, machine: as stored. command: the command that started the run. has_insight: whether insight.jsonl has
+    lines. scores: of the final test, by batch-norm policy, then "before", "after", "ensemble". steps: the score after
+    each number of inner steps on the first `step_tasks` test tasks.
     """
 
     path: Path
@@ -104,16 +104,12 @@ class RunRecords:
 
     @property
     def seed(self) -> Any:
-        """As it is stored."""
+        """As stored."""
         return self.settings.get("seed", 0)
 
 
 def read_records(path: Path) -> list[RunRecords]:
-    """All runs in a folder: one, or one for each seed, or those of its folders, as a comparison has.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """All runs in a folder: one, one per seed, or those of a comparison. Raises CheckpointError if there is none."""
     found = _runs_in(path)
     if not found:
         inside = sorted(each.parent for each in path.glob("*/run.json"))
@@ -230,7 +226,7 @@ def _numbers(value: Any) -> list[Number]:
 
 
 def _number(value: Any) -> Number:
-    """A finite number, or None: JSON of an older version may hold NaN, and JSON of a stranger anything."""
+    """A finite number, else None: JSON of an older version may hold NaN, and JSON of a stranger anything."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -240,7 +236,7 @@ def _number(value: Any) -> Number:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number of a size that counts things."""
+    """A whole number of a plausible size for a count, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST else None
 
 

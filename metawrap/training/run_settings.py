@@ -1,4 +1,4 @@
-"""RunSettings: everything that defines a run, as plain values, so that it can be stored, compared and repeated."""
+"""RunSettings: all that defines a run, as plain values that can be stored, compared and repeated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from metawrap.errors import ArgumentError, CheckpointError
 
-# By the name on the command line: the class in metawrap.methods.
+# The name on the command line, and the class in metawrap.methods.
 METHODS = {
     "maml++": "MAMLPlusPlus",
     "maml": "MAML",
@@ -35,42 +35,41 @@ METHODS = {
 BACKBONES = ("conv4", "conv4-strided")
 NORMS = ("batch", "running", "support")
 
-# These may differ when a run is resumed: they change where training runs, what is kept and what is tested.
+# A resumed run may change these settings: they decide where training runs, which files stay and what is tested.
 FREE_ON_RESUME = frozenset(
     {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
 )
 
-_AT_LEAST = {
-    "ways": 2,
-    "train_ways": 2,
-    "shots": 1,
-    "targets": 1,
-    "filters": 1,
-    "inner_steps": 1,
-    "epochs": 1,
-    "iterations_per_epoch": 1,
-    "tasks_per_batch": 1,
-    "validation_tasks": 2,
-    "test_tasks": 2,
-    "keep": 1,
-    "ensemble": 0,
-    "loader_workers": 0,
+_AT_LEAST = {"ensemble": 0, "loader_workers": 0, "ways": 2, "train_ways": 2, "validation_tasks": 2, "test_tasks": 2}
+_AT_LEAST |= dict.fromkeys(
+    ("shots", "targets", "filters", "inner_steps", "epochs", "iterations_per_epoch", "tasks_per_batch", "keep"), 1
+)
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "method": tuple(METHODS),
+    "backbone": BACKBONES,
+    "norm": (None, *NORMS),
+    "normalise": (None, "none", "imagenet"),
+    "test_norms": ("all", "own"),
 }
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What `metawrap train` needs to know. None means: the default of the data set, method or preset.
+    """The settings of `metawrap train`. None means: the default of the data set, method or preset.
 
     data: the name of a data set, or a folder of class folders. split: see the loader of the data set. normalise:
-    "imagenet" or "none". stream: read images when they are drawn, in loader_workers processes (0: in this one); neither
-    changes what is drawn. targets: target images per class and task.
-    model: "package.module:factory" of the user's own network; it replaces backbone and filters.
-    train_ways: classes of a training task, for methods that do not use the network's own outputs; ways if None.
-    keep: how many of the best checkpoints stay, and how many of the newest. ensemble: how many of the best are averaged
-    in the final test (0: none). test_norms: "all" batch-norm policies in it, or the run's "own" alone.
-    options: further keyword arguments of the method, such as {"msl_epochs": 15}. recipe: where the settings are
-    from, for the record alone.
+    "imagenet" or "none". stream: read images when they are drawn, in `loader_workers` processes (0: in this process);
+    neither changes the drawn tasks. targets: target images per class and task.
+    model: "package.module:factory" of the user's own network; replaces backbone and filters.
+    train_ways: classes of a training task, for methods that do not use the network's own outputs; None means ways.
+    keep: number of the best checkpoints to keep, and of the newest. ensemble: number of the best checkpoints to average
+    in the final test (0: none). test_norms: "all" batch-norm policies in the final test, or the run's "own" alone.
+    options: further keyword arguments of the method, such as {"msl_epochs": 15}. recipe: the name of the recipe behind
+    the settings, for the record alone.
+
+    >>> settings = RunSettings(data="glyphs", ways=5, method="protonet", epochs=2)
+    >>> settings.backbone
+    'conv4'
     """
 
     data: str = "glyphs"
@@ -112,34 +111,24 @@ class RunSettings:
         _check_types(self)
         for name, least in _AT_LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
-                raise ArgumentError(f"{name}: expected at least {least}, but got {getattr(self, name)}.")
-        choices = {
-            "method": tuple(METHODS),
-            "backbone": BACKBONES,
-            "norm": (None, *NORMS),
-            "normalise": (None, "none", "imagenet"),
-            "test_norms": ("all", "own"),
-        }
-        for name, allowed in choices.items():
+                raise ArgumentError(f"{name}: expected at least {least}, but got {value}.")
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                listed = ", ".join(str(choice) for choice in allowed if choice)
+                listed = ", ".join(choice for choice in allowed if choice)
                 raise ArgumentError(f"{name}: expected one of {listed}, but got '{getattr(self, name)}'.")
         if self.seed < 0:
             raise ArgumentError(f"seed: expected 0 or more, but got {self.seed}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: fit for JSON and for `torch.load(weights_only=True)`."""
+        """Plain values, which JSON and `torch.load(weights_only=True)` can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> RunSettings:
-        """The settings that `to_dict` gave.
-
-        Raises:
-            CheckpointError: a name is unknown, as when another version of metawrap wrote them.
+        """The settings from the values of `to_dict`. Raises CheckpointError if a name is unknown; another version of
+        metawrap may have written it.
         """
-        unknown = sorted(set(stored) - {each.name for each in fields(cls)})
-        if unknown:
+        if unknown := sorted(set(stored) - {each.name for each in fields(cls)}):
             raise CheckpointError(
                 f"The stored settings have '{unknown[0]}', which this metawrap does not know. "
                 "Use the metawrap version that wrote them."
@@ -147,10 +136,8 @@ class RunSettings:
         return cls(**stored)
 
     def check_resumes(self, stored: Mapping[str, Any]) -> None:
-        """Checks that a run with the `stored` settings may be continued with these.
-
-        Raises:
-            CheckpointError: a setting differs that training depends on; names it and both values.
+        """Checks that a run with the `stored` settings may continue with these. Raises CheckpointError if a setting
+        that training depends on differs; the error names it and both values.
         """
         for name, value in self.to_dict().items():
             if name not in FREE_ON_RESUME and stored.get(name) != value:
@@ -170,7 +157,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 def _check_types(settings: RunSettings) -> None:
-    """Raises ArgumentError where a value is not of the type that its field has: a recipe or file can hold anything."""
+    """Raises ArgumentError for a value that differs from its field's type: a recipe or a file can hold anything."""
     for each in fields(settings):
         value, (kind, optional, _) = getattr(settings, each.name), str(each.type).partition(" | None")
         words, types = _KINDS[kind]

@@ -1,12 +1,11 @@
 """A study: several experiments, each over the same seeds, side by side -> a table, figures and a plot.
 
-Each run is a process of its own, as in `comparison`, so that one that diverges, which is a result here, leaves the
-others standing. The folder of an experiment is what `train_seeds` makes: one per seed, read like any other.
+Each run is a process of its own, as in `comparison`: a run that diverges is a result here and stops no other run. The
+folder of an experiment is that of `train_seeds`, with one folder per seed.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from metawrap.errors import CheckpointError
-from metawrap.training.checkpoints import write_atomically, write_json
-from metawrap.training.comparison import run_all
+from metawrap.training.checkpoints import write_json, write_text
+from metawrap.training.comparison import run_in_processes
 from metawrap.training.experiment import build_experiment
 from metawrap.training.machine import command_line
+from metawrap.training.plots import draw_study
 from metawrap.training.progress import quiet
 from metawrap.training.run import train_seeds
-from metawrap.training.run_folder import read_run, write_run
+from metawrap.training.run_folder import LOG, read_lines, read_run, write_run
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.study_plot import draw_study
-from metawrap.training.tables import markdown_table, method_name, percent_pair
+from metawrap.training.tables import markdown_table, method_title, percent_pair
 
 
 def run_study(
@@ -32,44 +31,44 @@ def run_study(
     """Trains and tests each experiment with each seed, in `out`/experiment/seed-0, ...
 
     Args:
-        name: of the study, for the record.
-        experiments: settings by the name of the folder.
-        seeds: of each experiment.
-        out: a folder without a study, or with `resume` one whose study has these settings.
-        resume: continue what is unfinished.
+        name: the study's name, for the record.
+        experiments: settings by the name of the experiment's folder.
+        seeds: one run of each experiment per seed.
+        out: a folder without a study, or with `resume` the folder of a study with these settings.
+        resume: continue unfinished runs.
     Returns:
-        What `out`/study.json holds: "study", "command", "runs", each {"experiment", "method", "seed", "error",
+        The content of `out`/study.json: "study", "command", "runs", each {"experiment", "method", "seed", "error",
         "validation" [accuracy after each epoch], "test" {"accuracy", "interval"} or None, "norm", "ways"}.
     Raises:
-        CheckpointError: `out` has a study that is not to be, or cannot be, continued.
-        MetaWrapError: nothing could be trained.
+        CheckpointError: `out` has a study, and `resume` is False or its settings differ.
+        MetaWrapError: no run could be trained.
     """
     path = Path(out)
     _check(path, experiments, seeds, resume)
     for folder, settings in experiments.items():
         write_run(path / folder, settings, seeds)
-    runs = {
-        f"{folder}/seed-{seed}": replace(settings, seed=seed)
-        for folder, settings in experiments.items()
-        for seed in seeds
-    }
-    rows = run_all(runs, path)
-    results = [_result(path, *each, row) for each, row in zip(runs.items(), rows, strict=True)]
+    keys = [(folder, seed) for folder in experiments for seed in seeds]
+    runs = {f"{folder}/seed-{seed}": replace(experiments[folder], seed=seed) for folder, seed in keys}
+    rows = run_in_processes(runs, path)
+    results = [
+        _result(folder, settings, path / run, row)
+        for (folder, _), (run, settings), row in zip(keys, runs.items(), rows, strict=True)
+    ]
     for folder, settings in experiments.items():
         if not any(each["error"] for each in results if each["experiment"] == folder):
-            with quiet():  # All of it is finished: this puts the seeds' results together.
+            with quiet():  # Every run is finished: this only writes the summary over the seeds.
                 train_seeds(settings, seeds, path / folder, resume=True)
     study = {"study": name, "runs": results, "command": command_line()}
     write_json(path / "study.json", study)
-    write_atomically(path / "study.md", lambda handle: handle.write(f"{study_table(results)}\n".encode()))
+    write_text(path / "study.md", f"{study_table(results)}\n")
     draw_study(results, path / "study.png")
     return study
 
 
 def study_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each run, and the mean of each experiment over its seeds, as a table that is also Markdown.
+    """A Markdown table with a line per run and the mean of each experiment over its seeds.
 
-    largest fall: how far the validation accuracy came down from the best epoch before, at most, in percentage points.
+    The column "largest fall" has `largest_fall` of the validation accuracy, in percentage points.
     """
     lines = []
     for experiment in dict.fromkeys(each["experiment"] for each in runs):
@@ -85,7 +84,11 @@ def study_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def largest_fall(accuracies: Sequence[float]) -> float:
-    """How far a later value lies below the best one before it, at most; 0 where none does."""
+    """The largest distance of a value below the best value before it; 0 if the values never fall.
+
+    >>> round(largest_fall([0.2, 0.9, 0.5, 0.95]), 2)
+    0.4
+    """
     best, fall = 0.0, 0.0
     for value in accuracies:
         best = max(best, value)
@@ -108,19 +111,16 @@ def _check(path: Path, experiments: Mapping[str, RunSettings], seeds: Sequence[i
             )
     for folder, settings in experiments.items():
         if not (path / folder / "run.json").exists():
-            build_experiment(replace(settings, seed=seeds[0]))  # What cannot be built leaves no folder behind.
+            build_experiment(replace(settings, seed=seeds[0]))  # Settings that cannot be built leave no folder behind.
 
 
-def _result(path: Path, name: str, settings: RunSettings, row: Mapping[str, Any]) -> dict[str, Any]:
-    experiment, _, _ = name.rpartition("/")
-    log = path / name / "log.jsonl"  # Up to where it diverged, if it did.
-    history = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+def _result(experiment: str, settings: RunSettings, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "experiment": experiment,
-        "method": method_name(settings),
+        "method": method_title(settings.method),
         "seed": settings.seed,
         "error": row["error"],
-        "validation": [record["validation_accuracy"] for record in history],
+        "validation": [record["validation_accuracy"] for record in read_lines(folder / LOG)],
         "epochs": settings.epochs,
         "test": None if row["error"] else {"accuracy": row["accuracy"], "interval": row["interval"]},
         "norm": row.get("norm"),

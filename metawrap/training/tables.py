@@ -1,4 +1,4 @@
-"""Results as aligned tables for the terminal."""
+"""Results as aligned tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -9,67 +9,33 @@ from typing import Any
 from metawrap.training.run_settings import METHODS, RunSettings
 
 _KINDS = {"batch": "transductive", "running": "inductive", "support": "inductive"}
-_METHODS = {"maml++": "MAML++", "fomaml": "First-order MAML"}
+_TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 
 
 def result_text(result: dict[str, Any]) -> str:
-    """The table of what `train`, `train_seeds` or `evaluate_run` returned, or of a result.json."""
+    """Accuracy before and after adaptation under each batch-norm policy, from a result of `train` or `train_seeds`."""
     settings = RunSettings.from_dict(result["settings"])
     if "summary" in result:
-        return seeds_table(settings, result["summary"], result["trained_norm"])
-    return result_table(settings, result["test"], result["trained_norm"])
-
-
-def result_table(settings: RunSettings, test: dict[str, Any], trained_norm: str) -> str:
-    """Accuracy before and after adaptation under each batch-norm policy, from what `final_test` returned."""
-    columns = [name for name in _COLUMNS if all(name in scores for scores in test["norms"].values())]
-    rows = [
-        [
-            _policy(norm, trained_norm),
-            *(percent_pair(scores[name]["accuracy"], scores[name]["interval"]) for name in columns),
-        ]
-        for norm, scores in test["norms"].items()
-    ]
+        tested, keys, spread = result["summary"], ("mean", "deviation"), "standard deviation over seeds"
+        title = f"mean over seeds {', '.join(map(str, tested['seeds']))}"
+    else:
+        tested, keys, spread = result["test"], ("accuracy", "interval"), "95 % interval over tasks"
+        title = f"{tested['tasks']} tasks of unseen classes, best epoch {tested['epoch']} of {settings.epochs}"
+    columns = [name for name in _COLUMNS if all(name in scores for scores in tested["norms"].values())]
     header = [_COLUMNS[name] for name in columns]
-    if test["ensemble_epochs"]:
-        header[-1] = f"{len(test['ensemble_epochs'])} {header[-1]}"
-    return "\n".join(
-        [
-            f"{headline(settings)}: {test['tasks']} tasks of unseen classes, best epoch {test['epoch']} "
-            f"of {settings.epochs}",
-            "",
-            render_table(["batch norm", *header], rows),
-            "",
-            f"± 95 % interval over tasks; chance is {100 / settings.ways:.0f} %; * the policy of training",
-        ]
-    )
-
-
-def seeds_table(settings: RunSettings, summary: dict[str, Any], trained_norm: str) -> str:
-    """Mean and standard deviation over seeds, from what `summarise_seeds` returned."""
-    columns = [name for name in _COLUMNS if all(name in scores for scores in summary["norms"].values())]
+    if averaged := tested.get("ensemble_epochs"):
+        header[-1] = f"{len(averaged)} {header[-1]}"
     rows = [
-        [
-            _policy(norm, trained_norm),
-            *(percent_pair(scores[name]["mean"], scores[name]["deviation"]) for name in columns),
-        ]
-        for norm, scores in summary["norms"].items()
+        [_policy(norm, result["trained_norm"]), *(percent_pair(*map(scores[name].get, keys)) for name in columns)]
+        for norm, scores in tested["norms"].items()
     ]
-    seeds = ", ".join(str(seed) for seed in summary["seeds"])
-    return "\n".join(
-        [
-            f"{headline(settings)}: mean over seeds {seeds}",
-            "",
-            render_table(["batch norm", *(_COLUMNS[name] for name in columns)], rows),
-            "",
-            f"± standard deviation over seeds; chance is {100 / settings.ways:.0f} %; * the policy of training",
-        ]
-    )
+    notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
+    return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each method, the best first, as a table that is also Markdown; from what `compare` gathered."""
+    """A Markdown table with one line per method, the best first, from the rows of `compare`; failures stand below."""
     header = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
     done = sorted((row for row in rows if row["error"] is None), key=lambda row: -row["accuracy"])
     cells = [
@@ -88,30 +54,17 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     failed = [f"{row['name']} failed: {row['error']}" for row in rows if row["error"] is not None]
     if not done:
         return "\n".join(failed)
-    settings = done[0]["settings"]
-    title = f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot, test tasks: {settings['test_tasks']}"
-    notes = ["± 95 % interval over tasks, in percent. Norm: the batch-norm policy of training and test."]
-    return "\n".join([title, "", markdown_table(header, cells), "", *notes, *failed])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As `render_table`, in Markdown."""
-    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
-
-    rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+    title = f"{task_name(done[0]['settings'])}, test tasks: {done[0]['settings']['test_tasks']}"
+    note = "± 95 % interval over tasks, in percent. Norm: the batch-norm policy of training and test."
+    return "\n".join([title, "", markdown_table(header, cells), "", note, *failed])
 
 
 def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Over the results of `train` by seed.
+    """Mean and deviation over the results of `train`, given by seed.
 
     Returns:
-        {"seeds", "norms": {norm: {"before" | "after" | "ensemble": {"mean", "deviation"}}}}; the deviation is that of a
-        sample (n - 1), None for a single seed.
+        {"seeds", "norms": {norm: {"before" | "after" | "ensemble": {"mean", "deviation"}}}}. The deviation is that of a
+        sample (n - 1); None for one seed.
     """
     tests = [result["test"]["norms"] for result in results.values()]
     norms = {
@@ -125,39 +78,58 @@ def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {"seeds": list(results), "norms": norms}
 
 
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right, with a line under the header.
+
+    >>> print(render_table(["norm", "accuracy"], [["batch", "9 %"], ["running", "99 %"]]))
+    norm     accuracy
+    -------  --------
+    batch         9 %
+    running      99 %
+    """
+    widths, lines = _padded(header, rows)
+    first, *others = ["  ".join(line).rstrip() for line in lines]
+    return "\n".join([first, "  ".join("-" * width for width in widths), *others])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of `render_table` in Markdown."""
+    widths, lines = _padded(header, rows)
+    first, *others = [f"| {' | '.join(line)} |" for line in lines]
+    rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
+    return "\n".join([first, f"|{rule}|", *others])
+
+
 def headline(settings: RunSettings) -> str:
-    """What is learned on what, such as 'MAML++ on glyphs, 5-way 1-shot'."""
-    return f"{method_name(settings)} on {settings.data}, {settings.ways}-way {settings.shots}-shot"
+    """Method and task, such as 'MAML++ on glyphs, 5-way 1-shot'."""
+    return f"{method_title(settings.method)} on {task_name(settings.to_dict())}"
 
 
-def method_name(settings: RunSettings) -> str:
-    """The method as people write it."""
-    return method_title(settings.method)
+def task_name(settings: dict[str, Any]) -> str:
+    """Data and size of a task, such as 'glyphs, 5-way 1-shot'."""
+    return f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot"
 
 
 def method_title(method: str) -> str:
-    """A method's name on the command line as people write it; one that is not known stays as it is."""
-    return _METHODS.get(method, METHODS.get(method, method))
-
-
-def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left and the others to the right, with a line under the header."""
-    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
-def _policy(norm: str, trained_norm: str) -> str:
-    return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
+    """A method's published name from its name on the command line; an unknown name stays as it is."""
+    return _TITLES.get(method, METHODS.get(method, method))
 
 
 def percent_pair(accuracy: float, spread: float | None = None) -> str:
     """Fractions as '97.65 ± 0.05 %'."""
     return f"{100 * accuracy:.2f} %" if spread is None else f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
+
+
+def _padded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[int], list[list[str]]]:
+    """The width of each column, and the header and rows with every cell padded to its column's width."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = widths
+    return widths, [[line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines]
+
+
+def _policy(norm: str, trained_norm: str) -> str:
+    return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
 
 
 def _mean_and_deviation(values: list[float]) -> dict[str, float | None]:

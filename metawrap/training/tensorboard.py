@@ -1,4 +1,4 @@
-"""Scalars of a run for TensorBoard, one point an epoch: the log, and the learned rates by layer and inner step."""
+"""Scalars of a run for TensorBoard, one point per epoch: the log, and the learned rates by layer and inner step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from metawrap.errors import MetaWrapError
 
 FOLDER = "tensorboard"
-# By the name in the log: where TensorBoard shows it.
+# The name in the log, and the tag in TensorBoard.
 _TAGS = {
     "train_loss": "loss/train",
     "validation_loss": "loss/validation",
@@ -23,7 +23,7 @@ _TAGS = {
 
 
 def check_tensorboard() -> None:
-    """Raises MetaWrapError where TensorBoard is not installed."""
+    """Raises MetaWrapError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
@@ -34,20 +34,20 @@ def check_tensorboard() -> None:
 
 
 def logs_to_tensorboard(run: Path) -> bool:
-    """Whether the run in this folder has been logged."""
+    """Whether the run in this folder has event files."""
     return any((run / FOLDER).glob("events.out.tfevents.*"))
 
 
 class TensorBoard:
-    """The event files of one run, in its folder. Use as a context manager.
+    """The event files of one run, in its folder. A context manager.
 
-    What an earlier start wrote of epochs that are trained again is purged, and epochs that it did not write, as it was
-    not asked to, are filled in, so that each epoch is there once.
+    Each epoch stands there once: points of epochs that are trained again are purged, and epochs that were trained
+    without TensorBoard are filled in.
 
     Args:
         run: the run's folder.
         history: the log of the epochs before this start.
-        insight: of the same epochs, as far as there is any.
+        insight: the insight of these epochs, if any.
     """
 
     def __init__(self, run: Path, history: Sequence[dict[str, Any]], insight: Sequence[dict[str, Any]]) -> None:
@@ -68,7 +68,7 @@ class TensorBoard:
         self._writer.close()
 
     def write(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
-        """Adds an epoch, and sees that it reaches the file: the checkpoint of the epoch comes next."""
+        """Adds an epoch and flushes, since the checkpoint of the epoch is written next."""
         for tag, value in _scalars(record, insight):
             self._writer.add_scalar(tag, value, record["epoch"])
         self._writer.flush()
@@ -78,12 +78,10 @@ def _scalars(record: dict[str, Any], insight: dict[str, Any]) -> Iterator[tuple[
     for name, tag in _TAGS.items():
         if (value := record.get(name)) is not None:
             yield tag, value
-    for kind, values in (("step_losses", "target_loss"), ("step_weights", "target_loss_weight")):
-        for step, value in enumerate(insight.get(kind, []), start=1):
-            if value is not None:
-                yield f"{values}/step {step}", value
+    rows = {"target_loss": insight.get("step_losses", []), "target_loss_weight": insight.get("step_weights", [])}
     for layer, rates in insight.get("rates", {}).items():
-        rows = rates["median"] if isinstance(rates, dict) else rates
-        for step, value in enumerate(rows, start=1):
+        rows[f"rates/{layer}"] = rates["median"] if isinstance(rates, dict) else rates
+    for tag, values in rows.items():
+        for step, value in enumerate(values, start=1):
             if value is not None:
-                yield f"rates/{layer}/step {step}", value
+                yield f"{tag}/step {step}", value

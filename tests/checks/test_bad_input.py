@@ -6,8 +6,8 @@ Each case of a learner is tried twice: before any task was seen, and on a learne
 from __future__ import annotations
 
 import copy
-import inspect
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +19,7 @@ import pytest
 import torch
 from bad_input import BATCHES, CALLS, INNER, MODELS, NAN, OUTER, SAMPLERS, SETTINGS, TASKS, WAYS_IN, changed, parts
 from face import assert_same_state, fingerprint, unchanged, values_of
+from keywords import grouped
 from models import NormedMlp, seeded
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from metawrap import (
     UnsupportedModuleError,
 )
 from metawrap.data import EpisodeSampler, LabelledImages, load_data
-from metawrap.learner.direct import OuterKeywords
+from metawrap.settings.keywords import nested
 from metawrap.training.run_settings import METHODS, RunSettings
 
 
@@ -124,7 +125,7 @@ def test_a_bad_keyword_is_named_and_the_model_is_untouched(keyword: str, value: 
     model = seeded(NormedMlp)
     errors = (ArgumentError, UnsupportedModuleError)
     with unchanged(model), pytest.raises(errors, match=rf"{keyword}(.|\n)*({words})|{words}"):
-        MAMLPlusPlus(model, **{keyword: value})
+        MAMLPlusPlus(model, **grouped(**nested({keyword: value})))
 
 
 @pytest.fixture(params=METHODS)
@@ -136,13 +137,24 @@ def method(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def test_every_method_names_a_bad_keyword(method: Any) -> None:
     model = seeded(NormedMlp)
-    with unchanged(model):
-        for keyword in ("meta_lr", "epochs", "norm", "optimizer", "swap", "keep_norm", "allocator"):
-            value, words = OUTER[keyword][0]
-            with pytest.raises(ArgumentError, match=rf"{keyword}: .*{words}"):
-                method(model, **{keyword: value})
-        with pytest.raises(TypeError, match="unexpected keyword argument 'inner_step'"):  # Python's own
-            method(model, inner_step=5)
+    before = fingerprint(model)
+    flat = ("meta_lr", "epochs", "norm", "optimizer")
+    for keyword in (*flat, "wrapping.swap", "wrapping.keep_norm", "execution.allocator"):
+        value, words = OUTER[keyword][0]
+        with pytest.raises(ArgumentError, match=rf"{keyword.removeprefix('wrapping.')}: .*{words}"):
+            method(model, **grouped(**nested({keyword: value})))
+    for given, words in [
+        ({"inner_step": 5}, "'inner_step'"),
+        ({"iteration_per_epoch": 5}, "'iteration_per_epoch'. Did you mean 'iterations_per_epoch'?"),
+        ({"execution": {"allocater": 0}}, "'allocater' in execution=. Did you mean execution={\"allocator\": ...}?"),
+        ({"max_grad_norm": 1.0}, "'max_grad_norm'. Did you mean outer_update={\"max_grad_norm\": ...}?"),
+    ]:
+        called = re.escape(f"{method.__name__}() got an unexpected keyword argument {words}")
+        with pytest.raises(TypeError, match=f"^{called}"):
+            method(model, **grouped(**given))
+    with pytest.raises(ArgumentError, match=r"execution: expected ExecutionOptions or a dict of its fields.* int 5"):
+        method(model, execution=5)
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -163,7 +175,7 @@ BAD_EVERYWHERE = ("int32 labels", "labels too high", "half for a float64 model",
 
 def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: Any) -> None:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}, "LSTMMetaLearner": {"hidden_size": 4}}
-    learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))
+    learner = method(seeded(NormedMlp), **grouped(**options.get(method.__name__, {})))
     for seen in (False, True):
         for name in BAD_EVERYWHERE[method is metawrap.RelationNet :]:  # Its loss is not cross-entropy.
             make, _ = BATCHES[name]
@@ -270,33 +282,3 @@ def test_a_bad_setting_of_a_run_is_named(field: str, value: Any, words: str) -> 
         RunSettings(**{field: value})
     with pytest.raises(ArgumentError, match=f"{field}: .*{words}"):  # as a stored run or a recipe has it
         RunSettings.from_dict({field: value})
-
-
-class Strange:
-    """No argument is one of these."""
-
-
-def keywords_of_all_methods() -> list[Any]:
-    found = []
-    for name in METHODS.values():
-        parameters = dict(inspect.signature(getattr(metawrap, name)).parameters)
-        if "keywords" in parameters:  # Those that all methods on an embedding take.
-            del parameters["keywords"]
-            names = OuterKeywords.__annotations__
-            parameters |= {other: inspect.Parameter(other, inspect.Parameter.KEYWORD_ONLY) for other in names}
-        found += [pytest.param(name, p, id=f"{name}-{key}") for key, p in parameters.items() if key != "model"]
-    return found
-
-
-@pytest.mark.parametrize(("name", "parameter"), keywords_of_all_methods())
-def test_every_keyword_of_every_method_is_checked(name: str, parameter: inspect.Parameter) -> None:
-    model = seeded(NormedMlp)
-    before = fingerprint(model)
-    bad: list[Any] = [Strange(), [Strange()]]
-    if isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
-        bad += [NAN, "5"]
-    options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}}.get(name, {})
-    for value in bad:
-        with pytest.raises(ArgumentError, match=parameter.name):
-            getattr(metawrap, name)(model, **{**options, parameter.name: value})
-    assert fingerprint(model) == before

@@ -103,7 +103,7 @@ WORDS = r"'(Sqrt|Mul)Backward0' \(.*test_not_finite\.py, line \d+: return \(x \*
 
 @pytest.mark.parametrize("method", [MAML, Reptile, ProtoNet])
 def test_anomaly_detection_names_the_operation_and_its_line_and_leaves_the_learner_as_it_was(method):
-    learner = method(nn.Sequential(nn.Linear(3, 2), Root(), nn.Linear(2, 2)), detect_anomaly=True)
+    learner = method(nn.Sequential(nn.Linear(3, 2), Root(), nn.Linear(2, 2)), outer_update={"detect_anomaly": True})
     with torch.no_grad():
         learner.model[0].bias.zero_()
     before = {name: value.clone() for name, value in learner.named_parameters()}
@@ -118,7 +118,7 @@ def test_anomaly_detection_changes_no_gradient():
     learners = []
     for detect in (False, True):
         torch.manual_seed(3)
-        learners.append(MAMLPlusPlus(Bursts(), inner_steps=2, detect_anomaly=detect))
+        learners.append(MAMLPlusPlus(Bursts(), inner_steps=2, outer_update={"detect_anomaly": detect}))
         learners[-1].meta_step([task((0, 1)), task((2, 3), scale=0.5)])
     for one, other in zip(learners[0].parameters(), learners[1].parameters(), strict=True):
         assert torch.equal(one, other)
@@ -152,7 +152,16 @@ def test_a_run_that_diverges_logs_the_classes_stops_after_the_set_number_and_kee
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "breaks_when_large:build", "--image-size", "8", "--ways", "2", "--inner-steps", "1"]
     flags += ["--inner-lr", "0.001", "--meta-lr", "0.03", "--epochs", "30", "--iterations", "4", "--batch", "2"]
-    flags += ["--validation-tasks", "2", "--test-tasks", "2", "--device", "cpu", "--set", "max_skipped_steps=6"]
+    flags += [
+        "--validation-tasks",
+        "2",
+        "--test-tasks",
+        "2",
+        "--device",
+        "cpu",
+        "--set",
+        "outer_update.max_skipped_steps=6",
+    ]
     assert main(["train", *flags, "--out", "run"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("Error: At least 6 meta-steps in a row")

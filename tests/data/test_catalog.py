@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from data_helpers import omniglot_files, write_zip
+from refusals import refuses
 from test_folder import make
 
 import metawrap.data
@@ -32,8 +33,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
         match=r"'imagenet' is neither a data set \(cifar-fs, cub, .*\) nor an existing folder.*mean 'mini-imagenet'",
     ):
         load_data("imagenet")
-    with pytest.raises(DataError, match=r"root is only for named data sets"):
-        load_data(tmp_path, root=tmp_path)
+    refuses(DataError, r"root is only for named data sets", load_data, tmp_path, root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,11 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
     ],
 )
 def test_a_name_that_is_nearly_right_is_set_right(written, meant):
-    with pytest.raises(DataError, match=f"Did you mean '{meant}'"):
-        load_data(written)
+    refuses(DataError, f"Did you mean '{meant}'", load_data, written)
 
 
 def test_a_set_that_needs_files_says_so():
-    with pytest.raises(ArgumentError, match="'mini-imagenet' needs root"):
-        load_data("mini-imagenet")
+    refuses(ArgumentError, "'mini-imagenet' needs root", load_data, "mini-imagenet")
 
 
 def test_options_that_a_data_set_does_not_take_are_named():

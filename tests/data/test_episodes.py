@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import checksum, numbered_images
+from refusals import refuses
 
 from metawrap.data import EpisodeSampler, LabelledImages
-from metawrap.data.draws import Draws
+from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, DataError
 
 
@@ -82,13 +83,13 @@ def test_same_seed_gives_the_episodes_recorded_once():
 
 
 def test_raw_draws_are_those_recorded_once():
-    assert Draws(7, 3).raw(2).tolist() == RECORDED_RAW
-    assert Draws("name").permutation(8).tolist() == RECORDED_PERMUTATION
+    assert RandomStream(7, 3).raw(2).tolist() == RECORDED_RAW
+    assert RandomStream("name").permutation(8).tolist() == RECORDED_PERMUTATION
 
 
 def test_distinct_draws_are_distinct_and_in_range_in_every_row():
     sizes = np.array([3, 10, 4])
-    drawn = Draws(1).distinct(sizes, 3)
+    drawn = RandomStream(1).distinct(sizes, 3)
     assert drawn.shape == (3, 3)
     for row, size in zip(drawn, sizes, strict=True):
         assert len(set(row.tolist())) == 3
@@ -148,8 +149,7 @@ def test_a_class_with_too_few_images_is_named_with_both_numbers():
 
 def test_rotations_of_oblong_images_are_refused():
     oblong = LabelledImages(torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), ("a", "b"))
-    with pytest.raises(DataError, match=r"2x3.*rotations=False"):
-        EpisodeSampler(oblong, ways=2, rotations=True)
+    refuses(DataError, r"2x3.*rotations=False", EpisodeSampler, oblong, ways=2, rotations=True)
 
 
 @pytest.mark.parametrize("name", ["ways", "shots", "targets", "tasks_per_batch"])
@@ -160,15 +160,11 @@ def test_counts_that_are_no_positive_integers_are_refused(name, value):
 
 
 def test_other_wrong_arguments_are_refused():
-    with pytest.raises(ArgumentError, match=r"seed: expected an integer of at least 0"):
-        EpisodeSampler(numbered_images(), seed=-1)
-    with pytest.raises(ArgumentError, match=r"images: expected LabelledImages"):
-        EpisodeSampler(torch.zeros(3))
+    refuses(ArgumentError, r"seed: expected an integer of at least 0", EpisodeSampler, numbered_images(), seed=-1)
+    refuses(ArgumentError, r"images: expected LabelledImages", EpisodeSampler, torch.zeros(3))
     sampler = EpisodeSampler(numbered_images())
-    with pytest.raises(ArgumentError, match=r"index: "):
-        sampler.batch(-1)
-    with pytest.raises(ArgumentError, match=r"count: "):
-        sampler.batches(-1)
+    refuses(ArgumentError, r"index: ", sampler.batch, -1)
+    refuses(ArgumentError, r"count: ", sampler.batches, -1)
 
 
 @pytest.mark.cuda

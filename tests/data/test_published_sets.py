@@ -22,6 +22,7 @@ from published import (
     noise,
     tiered_pickles,
 )
+from refusals import refuses
 
 from metawrap.data import (
     LabelledImages,
@@ -87,14 +88,11 @@ def test_a_class_dict_in_any_order_keeps_image_and_class_together(tmp_path: Path
 
 
 def test_what_is_wrong_with_mini_imagenet_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not mini-ImageNet in a layout"):
-        load_mini_imagenet(tmp_path)
-    with pytest.raises(DataError, match="was not found at"):
-        load_mini_imagenet(tmp_path / "none")
+    refuses(DataError, "not mini-ImageNet in a layout", load_mini_imagenet, tmp_path)
+    refuses(DataError, "was not found at", load_mini_imagenet, tmp_path / "none")
     mini_csv(tmp_path)
     (tmp_path / "images" / "n0153282900000002.png").unlink()
-    with pytest.raises(DataError, match=r"'train\.csv' names 'n0153282900000002\.png'"):
-        load_mini_imagenet(tmp_path)
+    refuses(DataError, r"'train\.csv' names 'n0153282900000002\.png'", load_mini_imagenet, tmp_path)
     for text, what in (
         ("file,label\na,b\n", "expected the header filename,label"),
         ("filename,label\na.png\n", "line 2: expected 2 columns"),
@@ -104,18 +102,15 @@ def test_what_is_wrong_with_mini_imagenet_is_named(tmp_path: Path) -> None:
         ('filename,label\n"a', "not a readable CSV"),
     ):
         (tmp_path / "train.csv").write_text(text)
-        with pytest.raises(DataError, match=what):
-            load_mini_imagenet(tmp_path)
+        refuses(DataError, what, load_mini_imagenet, tmp_path)
     (tmp_path / "train.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="not text in UTF-8"):
-        load_mini_imagenet(tmp_path)
+    refuses(DataError, "not text in UTF-8", load_mini_imagenet, tmp_path)
 
 
 def test_a_class_in_two_csv_files_is_refused(tmp_path: Path) -> None:
     mini_csv(tmp_path)
     shutil.copy(tmp_path / "train.csv", tmp_path / "val.csv")
-    with pytest.raises(DataError, match=r"'val\.csv': the class 'n01532829' is in train as well"):
-        load_mini_imagenet(tmp_path)
+    refuses(DataError, r"'val\.csv': the class 'n01532829' is in train as well", load_mini_imagenet, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +130,7 @@ def test_a_cache_of_another_form_is_refused(tmp_path: Path, change: dict, what: 
     mini_caches(tmp_path, "class_dict")
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes().replace(b"numpy.core", b"numpy._core")) | change))
-    with pytest.raises(DataError, match=what):
-        load_mini_imagenet(tmp_path)
+    refuses(DataError, what, load_mini_imagenet, tmp_path)
 
 
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
@@ -144,11 +138,9 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "miniImageNet_category_split_train_phase_train.pickle"
     for labels in ([0, 1], [0] * 11 + [-1], [0] * 11 + ["a"], None, np.zeros(12)):
         path.write_bytes(pickle.dumps({"data": noise(12, 84, 84, 3), "labels": labels}))
-        with pytest.raises(DataError, match="whole number of at least 0 for each of 12 images"):
-            load_mini_imagenet(tmp_path)
+        refuses(DataError, "whole number of at least 0 for each of 12 images", load_mini_imagenet, tmp_path)
     path.unlink()
-    with pytest.raises(DataError, match=r"train_phase_train\.pickle' is missing"):
-        load_mini_imagenet(tmp_path)
+    refuses(DataError, r"train_phase_train\.pickle' is missing", load_mini_imagenet, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["folder", "archive", "python 3"])
@@ -194,8 +186,7 @@ def test_fc100_parts_are_whole_superclasses(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_cifar_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="CIFAR-100 was not found at"):
-        load_cifar_fs(tmp_path)
+    refuses(DataError, "CIFAR-100 was not found at", load_cifar_fs, tmp_path)
     folder = cifar_folder(tmp_path)
     meta = pickle.loads((folder / "meta").read_bytes())
     train = pickle.loads((folder / "train").read_bytes())
@@ -209,8 +200,7 @@ def test_what_is_wrong_with_cifar_is_named(tmp_path: Path) -> None:
         (folder / "meta").write_bytes(pickle.dumps(meta))
         (folder / "train").write_bytes(pickle.dumps(train))
         (folder / file).write_bytes(pickle.dumps(content))
-        with pytest.raises(DataError, match=what):
-            load_cifar_fs(tmp_path)
+        refuses(DataError, what, load_cifar_fs, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["pickles", "npz", "folders"])
@@ -237,24 +227,19 @@ def test_tiered_imagenet_is_read_in_its_layouts(tmp_path: Path, layout: str, str
 
 
 def test_what_is_wrong_with_tiered_imagenet_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="tieredImageNet was not found"):
-        load_tiered_imagenet(tmp_path)
+    refuses(DataError, "tieredImageNet was not found", load_tiered_imagenet, tmp_path)
     arrays = tiered_pickles(tmp_path)
     (tmp_path / "val_labels.pkl").unlink()
-    with pytest.raises(DataError, match=r"val_labels\.pkl' is missing"):
-        load_tiered_imagenet(tmp_path)
+    refuses(DataError, r"val_labels\.pkl' is missing", load_tiered_imagenet, tmp_path)
     tiered_pickles(tmp_path)
     (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps([np.zeros(3)]))
-    with pytest.raises(DataError, match="expected a list of PNG pictures"):
-        load_tiered_imagenet(tmp_path)
+    refuses(DataError, "expected a list of PNG pictures", load_tiered_imagenet, tmp_path)
     for part in arrays:
         (tmp_path / f"{part}_images_png.pkl").unlink()
         np.savez_compressed(tmp_path / f"{part}_images.npz", images=arrays[part])
-    with pytest.raises(DataError, match=r"is compressed.*np\.savez,"):
-        load_tiered_imagenet(tmp_path)
+    refuses(DataError, r"is compressed.*np\.savez,", load_tiered_imagenet, tmp_path)
     np.savez(tmp_path / "train_images.npz", images=np.array([{}, None], dtype=object))
-    with pytest.raises(DataError, match="holds Python objects"):
-        load_tiered_imagenet(tmp_path)
+    refuses(DataError, "holds Python objects", load_tiered_imagenet, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["folder", "zip"])
@@ -275,14 +260,11 @@ def test_cub_takes_a_split_by_name_and_names_what_is_wrong(tmp_path: Path) -> No
     given = {"train": ["001.Bird_0", "004.Bird_3"], "val": ["003.Bird_2"], "test": ["002.Bird_1"]}
     splits = load_cub(tmp_path, split=given, image_size=8)
     assert [part.class_names for part in splits] == [tuple(names) for names in given.values()]
-    with pytest.raises(ArgumentError, match=r"expected a \.csv, \.json or \.yaml"):
-        load_cub(tmp_path, split="random")
+    refuses(ArgumentError, r"expected a \.csv, \.json or \.yaml", load_cub, tmp_path, split="random")
     (folder / "images.txt").write_text("1 ../../secret.jpg\n")
-    with pytest.raises(DataError, match=r"'images\.txt' holds the unsafe name"):
-        load_cub(tmp_path)
+    refuses(DataError, r"'images\.txt' holds the unsafe name", load_cub, tmp_path)
     (folder / "images.txt").write_text("1\n")
-    with pytest.raises(DataError, match="line 1: expected a number and a value"):
-        load_cub(tmp_path)
+    refuses(DataError, "line 1: expected a number and a value", load_cub, tmp_path)
 
 
 def test_other_sizes_are_lanczos_of_the_original(tmp_path: Path) -> None:

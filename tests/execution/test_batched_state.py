@@ -216,7 +216,7 @@ def test_a_loss_that_draws_later_draws_for_each_task() -> None:
 
 def test_masks_are_refused_at_construction_but_not_in_evaluation() -> None:
     with pytest.raises(ArgumentError, match=r'mask_unused_outputs.*engine="batched".*functional'):
-        MAMLPlusPlus(Mlp(4, 6, 5), engine="batched", mask_unused_outputs=True)
+        MAMLPlusPlus(Mlp(4, 6, 5), engine="batched", outputs={"mask_unused_outputs": True})
     learner = MAMLPlusPlus(Mlp(4, 6, 5).double(), engine="batched")
     plain = MAMLPlusPlus(Mlp(4, 6, 5).double(), engine="functional")
     plain.load_state_dict(learner.state_dict())

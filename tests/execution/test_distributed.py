@@ -26,8 +26,8 @@ from torch import nn
 
 import metawrap
 from metawrap.training.checkpoints import load_checkpoint
-from metawrap.training.launch import share
 from metawrap.training.run import train
+from metawrap.training.torchrun import share
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
@@ -354,15 +354,18 @@ def test_shares_are_contiguous_complete_and_as_equal_as_can_be(
 ) -> None:
     shares = []
     for rank in range(size):
-        monkeypatch.setattr("metawrap.training.launch.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("metawrap.training.launch.size", lambda: size)
+        monkeypatch.setattr("metawrap.training.torchrun.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("metawrap.training.torchrun.world_size", lambda: size)
         shares.append(list(share(count)))
     assert [number for part in shares for number in part] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_torchrun_trains_and_only_one_process_speaks(place: Path) -> None:
-    folders = [str(Path(__file__).parents[1] / "support"), str(Path(metawrap.__file__).parents[1])]
+    folders = [
+        *(str(Path(__file__).parents[1] / room) for room in ("support", "reference")),
+        str(Path(metawrap.__file__).parents[1]),
+    ]
     flags = ["--image-size", "8", "--inner-steps", "2", "--targets", "2", "--epochs", "3", "--iterations", "3"]
     flags += ["--batch", "3", "--validation-tasks", "4", "--test-tasks", "4", "--device", "cpu"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "metawrap", "train"]

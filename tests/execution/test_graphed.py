@@ -162,7 +162,7 @@ def test_a_learner_on_the_cpu_is_told_where_to_go() -> None:
     with pytest.raises(ArgumentError, match='memory: expected "unrolled" with cuda_graphs=True, but got "flat"'):
         build(seeded(NormedMlp), cuda_graphs=True, memory="flat")
     with pytest.raises(ArgumentError, match="cuda_graphs: expected True or False"):
-        MAMLPlusPlus(seeded(NormedMlp), cuda_graphs="yes")
+        MAMLPlusPlus(seeded(NormedMlp), execution={"cuda_graphs": "yes"})
 
 
 @pytest.mark.cuda

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import CASES
 from face import assert_same_values, build, gradients_of, in_dtype, tensors, unchanged
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from stateful import EditsInput, Late, Once, Watched
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from ways_to_work import FOUR
 
 from metawrap import ArgumentError, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
-from metawrap.execution.tuning import Speed, fastest, to_channels_last
-from metawrap.learner import pace
+from metawrap.execution import parallel
+from metawrap.execution.tuning import Speed, fastest
+from metawrap.inner_loop.task_layout import to_channels_last
 
 
 def choose_by(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Speed]) -> None:
     """Chooses by this function where a learner would measure."""
-    monkeypatch.setattr(pace, "fastest", choose)
+    monkeypatch.setattr(parallel, "fastest", choose)
 
 
 class Anneal:
@@ -258,7 +260,7 @@ def test_a_first_order_phase_is_tuned_for_what_follows_and_stays_first_order() -
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(NormedMlp), **options)
+        MAMLPlusPlus(seeded(NormedMlp), **grouped(**options))
 
 
 def test_a_measured_choice_of_threads_is_left_without_a_word_when_tasks_begin_to_depend_on_each_other(

@@ -23,6 +23,7 @@ from face import (
     spied,
 )
 from inner_rules import BATCH, RULES, by_hand, learner_of
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients, msl_weights
 from stateful import Late, Noisy, seed_all
@@ -145,7 +146,7 @@ class LiveGraph:
 
 
 def peak_of_graphs(steps: int, sizes: dict[str, int] | None = None, **options: Any) -> int:
-    learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **options)
+    learner = MAMLPlusPlus(seeded(Conv4), inner_steps=steps, engine="functional", **grouped(**options))
     batch = class_tasks((1, 16, 16), tasks=2, **(sizes or {"targets": 2}))
     learner.meta_step(batch)
     gc.collect()
@@ -176,7 +177,7 @@ def test_target_graphs_are_freed_step_by_step() -> None:
 
 
 def test_a_model_that_cannot_be_replayed_is_refused() -> None:
-    learner = MAMLPlusPlus(seeded(Remembers), memory="flat", engine="functional")
+    learner = MAMLPlusPlus(seeded(Remembers), execution={"memory": "flat"}, engine="functional")
     with pytest.raises(UnsupportedModuleError, match=r'memory="unrolled"'):
         learner.meta_step(class_tasks((4,)))
 

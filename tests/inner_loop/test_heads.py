@@ -14,6 +14,7 @@ import torch
 from engine_cases import ALL_ENGINES, ENGINES
 from face import assert_same_values, gradients_of, in_dtype, last_only, rates_of, statistics_of
 from head_cases import BATCH, HEAD, TASKS, learner_of
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients, meta_gradient
 from torch import Tensor, nn
@@ -272,7 +273,7 @@ def normed_head() -> nn.Module:
 )
 def test_a_head_that_cannot_start_anew_is_refused_by_name(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        MAMLPlusPlus(seeded(model), **options)
+        MAMLPlusPlus(seeded(model), **grouped(**options))
 
 
 def test_a_head_found_at_the_first_task_is_checked_then_and_nothing_changes() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from engine_cases import ALL_ENGINES, ENGINES
 from face import as_tasks, assert_same_values, gradients_of, in_dtype, rates_of
 from inner_rules import BATCH, RULES, STEPS, ComplexNet, by_hand, learner_of, network
+from keywords import grouped
 from models import class_tasks, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ def test_state_does_not_pass_from_task_to_task(engine: str) -> None:
 )
 def test_an_option_that_has_no_effect_or_no_sense_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ArgumentError, match=name):
-        MAMLPlusPlus(network(), **options)
+        MAMLPlusPlus(network(), **grouped(**options))
 
 
 def test_learned_rates_of_adam_move() -> None:
@@ -181,7 +182,7 @@ def test_higher_is_judged_by_the_module_not_by_adams_rounding(engine: str) -> No
     # In float32 Adam makes rounding, above all of a bias before a norm, as large as a gradient.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
-    learner = MAMLPlusPlus(model, engine=engine, inner_optimizer="adam", inner_lr=0.01)
+    learner = MAMLPlusPlus(model, engine=engine, inner_update={"rule": "adam"}, inner_lr=0.01)
     learner.meta_step(in_dtype(class_tasks((1, 8, 8), targets=3)))
     assert learner.describe().engine == "higher"
-    assert learner.settings.inner_optimizer == "adam"
+    assert learner.settings.inner_update.rule == "adam"

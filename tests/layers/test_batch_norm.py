@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.layers.batch_norm import batch_norm
+from metawrap.layers.quick_forms import batch_norm
 
 SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.engines import QuickForms, quick
-from metawrap.layers.convolution import convolution
+from metawrap.layers import quick_forms
+from metawrap.layers.quick_forms import QuickForms, convolution
 
 NATIVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # dimensions, in, out, kernel, stride, padding, dilation, groups
@@ -92,7 +92,7 @@ def lent(layer: nn.Module, x: Tensor, twice: bool = True) -> Tensor:
 
 
 def is_ours(output: Tensor) -> bool:
-    return output.grad_fn is not None and output.grad_fn.name() in ("_ForwardBackward", "_MaxPoolBackward")
+    return output.grad_fn is not None and output.grad_fn.name() in ("_ConvolutionBackward", "_MaxPoolBackward")
 
 
 def of_form(form: Any, **keywords: Any) -> nn.Module:
@@ -125,7 +125,7 @@ def test_a_failed_call_takes_the_forms_back() -> None:
 @pytest.mark.parametrize(("side", "taken"), [(39, False), (41, True)])
 def test_only_large_convolutions_are_taken(side: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # 2 * 5 images * side^2 places / 4 by the stride * 8 * 8 * 9 weights: 2.19e6 and 2.42e6.
-    monkeypatch.setattr(quick, "LARGE", 2.3e6)
+    monkeypatch.setattr(quick_forms, "LARGE", 2.3e6)
     layer, x = nn.Conv2d(8, 8, 3, stride=2, padding=1), torch.rand(5, 8, side, side, requires_grad=True)
     assert is_ours(lent(layer, x)) is taken
     # Where the form saves more, smaller ones are, too.

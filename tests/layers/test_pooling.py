@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.engines import QuickForms, quick
-from metawrap.layers.pooling import max_pool2d
+from metawrap.layers import quick_forms
+from metawrap.layers.quick_forms import QuickForms, max_pool2d
 
 # kernel, stride, padding, dilation, ceil_mode
 WINDOWS: list[Any] = [
@@ -88,7 +88,7 @@ def test_layers_are_lent_it_where_it_pays(layout: int, twice: bool, taken: bool)
 def test_only_large_ones_are_taken_in_the_usual_layout(twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.MaxPool2d(2), images(torch.contiguous_format)
     for limit, name in ((x.numel(), "_MaxPoolBackward"), (x.numel() + 1, "MaxPool2DWithIndicesBackward0")):
-        monkeypatch.setattr(quick, "LARGE_POOLING", limit)
+        monkeypatch.setattr(quick_forms, "LARGE_POOLING", limit)
         with QuickForms([(layer, layer)]).lent(twice):
             found = layer(x)
         assert found.grad_fn is not None

@@ -31,6 +31,7 @@ from deployed_cases import (
 )
 from engine_cases import POLICIES
 from face import assert_same_values
+from keywords import grouped
 from models import seeded
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -162,7 +163,7 @@ def test_the_learners_state_in_a_new_learner_adapts_alike(name: str, norm: str) 
     torch.save(learner.state_dict(), file)
     file.seek(0)
     options = {"inner_steps": STEPS, "norm": norm, "engine": "functional", "first_order_epochs": 0} | case.options
-    again = MAMLPlusPlus(seeded(case.make, seed=7), **options)
+    again = MAMLPlusPlus(seeded(case.make, seed=7), **grouped(**options))
     again.load_state_dict(torch.load(file, weights_only=True))
     for plain, expected in (
         (again.adapt(support_x, support_y), learner.adapt(support_x, support_y)),

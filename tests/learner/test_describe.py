@@ -8,11 +8,14 @@ import math
 import re
 import sys
 import warnings
-from html.parser import HTMLParser
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from html_page import VOID, HtmlPage
+from keywords import grouped
 from models import Conv4, NormedMlp, TiedNet, class_tasks, seeded
 from rich.console import Console
 from torch import Tensor, nn
@@ -43,24 +46,31 @@ class Everything(nn.Module):
         return self.linear(self.act(self.norm(self.again(x))))
 
 
+def seen(learner: Any) -> Any:
+    """The learner, after a look at a task."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learner(BATCH)
+    return learner
+
+
 def everything(*, look: bool = True, **options: Any) -> Description:
-    learner = MAMLPlusPlus(seeded(Everything), **{"inner_steps": 3, "keep_norm": "kept", **options})
-    if look:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            learner(BATCH)
-    return learner.describe()
+    learner = MAMLPlusPlus(seeded(Everything), **grouped(**{"inner_steps": 3, "keep_norm": "kept", **options}))
+    return (seen(learner) if look else learner).describe()
+
+
+def named(name: str, module: nn.Module) -> nn.Sequential:
+    model = nn.Sequential()
+    model.add_module(name, module)
+    return model
 
 
 def rows(found: Description) -> dict[str, ModuleRow]:
     return {row.name: row for row in found.modules}
 
 
-def line_of(text: str, name: str) -> str:
-    return next(line for line in text.splitlines() if line.split()[:1] == [name])
-
-
-# --- the facts --------------------------------------------------------------------------------------------------------
+def line_of(text: object, name: str) -> str:
+    return next(line for line in str(text).splitlines() if line.split()[:1] == [name])
 
 
 def test_numbers_and_rates_are_those_counted_by_hand() -> None:
@@ -93,26 +103,18 @@ def test_every_parameter_is_in_one_group_and_in_one_row() -> None:
     assert len(names) == len(set(names)) == 13
 
 
-def test_rows_say_what_was_done() -> None:
-    assert {name: row.done for name, row in rows(everything()).items()} == {
-        "": "no parameters",
-        "stem": "frozen",
-        "kept": "left alone, learned only",
-        "mix": "adapted",
-        "alias": "the same module as mix",
-        "again": "bias adapted, weight is mix.weight",
-        "norm": "learned only, per step x3",
-        "act": "no parameters",
-        "spare": "unused",
-        "linear": "adapted",
-    }
-
-
-def test_classes_are_the_users_own() -> None:
-    assert {name: row.kind for name, row in rows(everything()).items() if "n" in name} == {
-        "norm": "BatchNorm1d",
-        "again": "Linear",
-        "linear": "Linear",
+def test_rows_say_what_was_done_to_the_users_own_classes() -> None:
+    assert {name: (row.kind, row.done) for name, row in rows(everything()).items()} == {
+        "": ("Everything", "no parameters"),
+        "stem": ("Linear", "frozen"),
+        "kept": ("BatchNorm1d", "left alone, learned only"),
+        "mix": ("Linear", "adapted"),
+        "alias": ("Linear", "the same module as mix"),
+        "again": ("Linear", "bias adapted, weight is mix.weight"),
+        "norm": ("BatchNorm1d", "learned only, per step x3"),
+        "act": ("Tanh", "no parameters"),
+        "spare": ("Linear", "unused"),
+        "linear": ("Linear", "adapted"),
     }
 
 
@@ -140,8 +142,8 @@ def test_a_norm_without_parameters_and_a_module_of_buffers_have_rows_too() -> No
     assert rows(found)["norm"].done == "per step x2"
     assert rows(found)["norm"].buffers["running_mean"] == (2, 6)
     assert rows(found)["extra"].done == "buffers only"
-    assert line_of(str(found), "norm").endswith("per step x2")
-    assert line_of(str(found), "extra").endswith("buffers only")
+    assert line_of(found, "norm").endswith("per step x2")
+    assert line_of(found, "extra").endswith("buffers only")
 
 
 def test_one_module_of_two_fates_names_them() -> None:
@@ -176,16 +178,14 @@ def test_before_the_first_task_the_head_and_unused_parameters_are_said_to_be_unk
     assert not before.seen
     assert before.head is None
     assert rows(before)["spare"].done == "adapted"
-    assert line_of(str(before), "head").endswith("known after the first task")
-    assert line_of(str(before), "unused").endswith("known after the first task")
+    assert line_of(before, "head").endswith("known after the first task")
+    assert line_of(before, "unused").endswith("known after the first task")
     assert after.seen
-    assert line_of(str(after), "head").split() == ["head", "linear"]
-    assert line_of(str(after), "unused").endswith("2 of the 7 adapted tensors")
-    assert line_of(str(after), "linear").endswith("adapted, the head")
-    assert [w for w in after.warnings if "spare" in w] == [
-        "the support loss does not depend on 'spare.weight'",
-        "the support loss does not depend on 'spare.bias'",
-    ]
+    assert line_of(after, "head").split() == ["head", "linear"]
+    assert line_of(after, "unused").endswith("2 of the 7 adapted tensors")
+    assert line_of(after, "linear").endswith("adapted, the head")
+    unused = [f"the support loss does not depend on 'spare.{part}'" for part in ("weight", "bias")]
+    assert [warning for warning in after.warnings if "spare" in warning] == unused
 
 
 def test_a_parameter_unused_in_one_mode_only_is_not_called_unused() -> None:
@@ -197,39 +197,40 @@ def test_a_parameter_unused_in_one_mode_only_is_not_called_unused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + (self.aside(x) if self.training else 0)
 
-    learner = MAML(seeded(TrainingOnly))
+    learner = seen(MAML(seeded(TrainingOnly)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learner(BATCH)
         learner.evaluate(BATCH)
     found = learner.describe()
     assert rows(found)["aside"].done == "adapted"
     assert "the support loss does not depend on 'aside.weight' in eval mode" in found.warnings
 
 
+def mlp(method: type[MAML] = MAML, **options: Any) -> MAML:
+    return method(NormedMlp(), **grouped(**options))
+
+
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("make", "line"),
     [
-        ({}, "second order"),
-        ({"first_order_epochs": 7}, "first order until epoch 7, then second order"),
-        ({"method": FOMAML}, "first order"),
+        (mlp, "gradient second order"),
+        (partial(mlp, first_order_epochs=7), "gradient first order until epoch 7, then second order"),
+        (partial(mlp, FOMAML), "gradient first order"),
+        (
+            partial(mlp, MAMLPlusPlus, wrapping={"keep_norm": "norm"}),
+            "batch norm all left alone, on their stored statistics",
+        ),
+        (partial(MAMLPlusPlus, nn.Linear(4, 3)), "batch norm none in this network"),
     ],
 )
-def test_the_order_of_the_gradient_is_said(options: dict[str, Any], words: str) -> None:
-    method = options.pop("method", MAML)
-    assert line_of(str(method(NormedMlp(), **options).describe()), "gradient").split(maxsplit=1)[1] == words
+def test_the_lines_below_the_table(make: Callable[[], MAML], line: str) -> None:
+    assert " ".join(line_of(make().describe(), line.split()[0]).split()) == line
 
 
 def test_a_head_start_that_is_not_learned_stands_beside_the_head() -> None:
     found = everything()
-    settings = {**found.settings, "head_init": "zeros"}
-    started = Description(**{**vars(found), "settings": settings})
-    assert line_of(str(started), "head").split(maxsplit=1)[1] == 'linear (head_init="zeros")'
-
-
-def test_a_model_without_norms_and_one_with_all_kept_say_so() -> None:
-    assert "none in this network" in str(MAMLPlusPlus(nn.Linear(4, 3)).describe())
-    assert "all left alone" in str(MAMLPlusPlus(NormedMlp(), keep_norm="norm").describe())
+    started = Description(**{**vars(found), "settings": {**found.settings, "outputs.head_init": "zeros"}})
+    assert line_of(started, "head").split(maxsplit=1)[1] == 'linear (outputs.head_init="zeros")'
 
 
 def test_describing_changes_nothing() -> None:
@@ -247,9 +248,6 @@ def test_a_module_that_holds_itself_is_walked_once() -> None:
     found = MAML(model, engine="functional").describe()
     assert rows(found)["first.back"].same_as == ""
     assert sum(row.numbers for row in found.modules) == sum(p.numel() for p in model.parameters())
-
-
-# --- which modules have a line ----------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -289,9 +287,6 @@ def test_blocks_are_headers_and_lists_stay_in_front_of_their_parts() -> None:
     assert page.more == "3 ReLU, Dropout"
 
 
-# --- plain text -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("width", [20, 40, 60, 100, 200])
 def test_text_keeps_to_the_width_without_escape_codes_or_trailing_spaces(
     monkeypatch: pytest.MonkeyPatch, width: int
@@ -318,10 +313,8 @@ def test_numbers_are_whole_at_every_usual_width(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_long_name_loses_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    model = nn.Sequential()
-    model.add_module("front_" + "x" * 50 + "_back", nn.Linear(4, 3))
-    line = str(MAML(model).describe()).splitlines()[4]
-    assert re.match(r"front_x+\.\.\.x+_back ", line)
+    found = MAML(named("front_" + "x" * 50 + "_back", nn.Linear(4, 3))).describe()
+    assert re.match(r"front_x+\.\.\.x+_back ", str(found).splitlines()[4])
 
 
 def test_the_text_suits_a_stdout_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,13 +322,7 @@ def test_the_text_suits_a_stdout_that_knows_only_ascii(monkeypatch: pytest.Monke
     text = str(everything())
     assert text.isascii()
     assert "-----" in text
-
-
-def test_repr_is_the_table_too() -> None:
-    assert repr(everything()) == str(everything())
-
-
-# --- a terminal -------------------------------------------------------------------------------------------------------
+    assert repr(everything()) == text
 
 
 def printed(found: Description, **environment: str) -> str:
@@ -358,38 +345,7 @@ def test_a_terminal_gets_colours_and_the_same_words(monkeypatch: pytest.MonkeyPa
 
 
 def test_names_are_not_read_as_markup() -> None:
-    model = nn.Sequential()
-    model.add_module("[red]x[/red]", nn.Linear(4, 3))
-    assert "[red]x[/red]" in str(MAML(model).describe())
-
-
-# --- a notebook -------------------------------------------------------------------------------------------------------
-
-
-class Balanced(HTMLParser):
-    """Refuses a tag that closes another; collects the text and the tags."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in {"br", "img", "link", "meta", "input"}
-        self.open.append(tag)
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
+    assert "[red]x[/red]" in str(MAML(named("[red]x[/red]", nn.Linear(4, 3))).describe())
 
 
 HOSTILE = '<script>alert("&")</script>'
@@ -397,39 +353,30 @@ HOSTILE = '<script>alert("&")</script>'
 
 def test_html_is_balanced_and_loads_and_runs_nothing() -> None:
     page = everything()._repr_html_()
-    parsed = Balanced(page)
-    assert {"table", "details", "summary"} <= set(parsed.tags)
-    assert not {"script", "iframe", "object"} & set(parsed.tags)
-    assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")]
+    parsed = HtmlPage(page)
+    assert {"table", "details", "summary"} <= set(parsed.names)
+    assert not {"script", "iframe", "object", *VOID} & set(parsed.names)
+    names = {name for _, attributes in parsed.tags for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "href")]
     assert "url(" not in page
     for words in ("learned only", "per step x3", "the same module as mix", "83", "inner_steps="):
-        assert words in " ".join(parsed.text)
-
-
-def test_every_rule_of_style_is_scoped() -> None:
-    style = re.search(r"<style>(.*?)</style>", everything()._repr_html_(), re.DOTALL)
-    assert style
-    for selectors in re.findall(r"([^{}]+)\{", style[1]):
+        assert words in " ".join(parsed.texts)
+    [(_, style)] = parsed.elements("style")
+    for selectors in re.findall(r"([^{}]+)\{", style):
         assert all(each.strip().startswith(".metawrap-description") for each in selectors.split(","))
 
 
 def test_hostile_names_are_escaped_everywhere() -> None:
-    model = nn.Sequential()
-    model.add_module(HOSTILE, nn.Linear(4, 4))
+    model = named(HOSTILE, nn.Linear(4, 4))
     model.add_module("bell\x07\x1b[31m\nbreak", nn.Linear(4, 3))
     model[1].register_parameter('"><b>', nn.Parameter(torch.zeros(2)))
-    type_named = type("<i>Tanh</i>", (nn.Tanh,), {})
-    model.add_module("odd", type_named())
-    learner = MAML(model.double())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        learner(BATCH)
-    found = learner.describe()
-    parsed = Balanced(found._repr_html_())
-    assert not {"script", "i"} & set(parsed.tags)
-    assert HOSTILE in parsed.text
-    assert ("title", HOSTILE) in parsed.attributes
-    for look in (str(found), "".join(parsed.text)):
+    model.add_module("odd", type("<i>Tanh</i>", (nn.Tanh,), {})())
+    found = seen(MAML(model.double())).describe()
+    parsed = HtmlPage(found._repr_html_())
+    assert not {"script", "i", *VOID} & set(parsed.names)
+    assert HOSTILE in parsed.texts
+    assert HOSTILE in parsed.attributes("title")
+    for look in (str(found), "".join(parsed.texts)):
         assert "\x1b" not in look
         assert "\x07" not in look
         assert r"bell\x07\x1b[31m\nbreak" in look
@@ -443,12 +390,9 @@ def test_warnings_and_notes_stand_in_all_looks() -> None:
     found = learner.describe()
     assert re.search(r"^warning +norm=\"running\" trains under", str(found), re.MULTILINE)
     assert re.search(r"^note +the model was taken out of its DataParallel", str(found), re.MULTILINE)
-    text = "".join(Balanced(found._repr_html_()).text)
+    text = "".join(HtmlPage(found._repr_html_()).texts)
     assert 'Warning: norm="running" trains under' in text
     assert "Note: the model was taken out of its DataParallel" in text
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def test_to_dict_is_strict_json() -> None:

@@ -233,7 +233,11 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 @all_engines
-@pytest.mark.parametrize("options", [{"tasks_per_backward": 1}, {"tasks_per_backward": 4}, {"optimizer": sgd}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"tasks_per_backward": 1}, {"tasks_per_backward": 4}, {"optimizer": sgd}],
+    ids=["chunks of 1", "chunks of 4", "sgd"],
+)
 def test_6_a_non_finite_step_changes_no_weight_statistic_or_optimizer_state(
     options: dict[str, Any], engine: str
 ) -> None:

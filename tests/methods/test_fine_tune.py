@@ -9,35 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
-from models import Conv4
-from own_head_cases import (
-    MLP,
-    assert_a_failed_call_changes_nothing,
-    assert_evaluation_is_the_deployed_module,
-    assert_learns,
-    assert_same_gradient_however_it_is_run,
-    assert_survives_storage,
-    conv_tasks,
-    vector_tasks,
-)
+from keywords import grouped
+from method_cases import CLASSES, assert_a_failed_call_changes_nothing, conv_tasks, mlp, net, vector_tasks
 from torch import nn
 
-from metawrap import ArgumentError, FineTune, MetaWrapWarning, Task, TaskError, UnsupportedModuleError
+from metawrap import ArgumentError, FineTune, MetaWrapWarning, MultiTask, Task, TaskError, UnsupportedModuleError
 from metawrap.data import EpisodeSampler, LabelledImages
 from metawrap.training.experiment import build_learner
 from metawrap.training.run_settings import RunSettings
 
-CLASSES = [(4, 0, 2), (1, 2, 5), (0, 3, 7)]
-
-
-def net(ways: int = 3, seed: int = 0) -> Conv4:
-    torch.manual_seed(seed)
-    return Conv4(filters=3, ways=ways, blocks=2).double()
-
-
-def mlp(ways: int = 3, seed: int = 0) -> MLP:
-    torch.manual_seed(seed)
-    return MLP(ways).double()
+METHODS = [(FineTune, {"tune": "head"}), (FineTune, {"tune": "full"}), (MultiTask, {})]
 
 
 def test_joint_gradient_is_that_of_plain_cross_entropy_on_all_examples():
@@ -116,25 +97,6 @@ def test_fine_tuning_is_a_torch_loop(tune, optimizer):
     assert body_moved == (tune == "full")
 
 
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-@pytest.mark.parametrize("tune", ["head", "full"])
-def test_evaluation_is_the_deployed_module_and_changes_nothing(norm, tune):
-    batch = conv_tasks(3, classes=CLASSES)
-    learner = FineTune(net(), norm=norm, tune=tune, inner_steps=5, inner_lr=0.05)
-    learner.meta_step(batch[:2])
-    for steps in (None, 0, 7):
-        assert_evaluation_is_the_deployed_module(learner, batch[2], steps=steps)
-    assert learner.evaluate(batch[2]).steps == 5
-
-
-def test_under_support_a_target_is_predicted_alike_alone_and_in_company():
-    learner = FineTune(net(), norm="support", tune="full", inner_steps=3, inner_lr=0.05)
-    [task] = conv_tasks(1)
-    module = learner.adapt(task.support_x, task.support_y)
-    together = module(task.target_x)
-    torch.testing.assert_close(together[:1], module(task.target_x[:1]), rtol=1e-9, atol=1e-12)
-
-
 def test_the_table_grows_and_the_optimizer_with_it():
     batch = vector_tasks(3, classes=CLASSES)
     grown = FineTune(mlp(), meta_lr=0.01)
@@ -159,15 +121,6 @@ def test_an_optimizer_that_remembers_in_another_form_starts_anew_for_a_table_tha
     assert learner.table.weight.shape == (8, 5)
 
 
-@pytest.mark.parametrize("classes", [None, 8])
-def test_stored_learners_go_on_alike(classes):
-    def build() -> FineTune:
-        return FineTune(net(), classes=classes)
-
-    tasks = conv_tasks(3, classes=CLASSES)
-    assert_survives_storage(build, build(), [tasks[:1], tasks[1:2], tasks])
-
-
 def test_an_earlier_state_of_a_grown_table_can_be_loaded():
     tasks = vector_tasks(3, classes=CLASSES)
     learner = FineTune(mlp())
@@ -180,12 +133,6 @@ def test_an_earlier_state_of_a_grown_table_can_be_loaded():
     assert learner.table.weight.shape == (8, 5)
 
 
-def test_gradient_is_the_same_however_it_is_run():
-    tasks = conv_tasks(3, classes=CLASSES)
-    assert_same_gradient_however_it_is_run(lambda **more: FineTune(net(), classes=8, **more), tasks)
-    assert_same_gradient_however_it_is_run(lambda **more: FineTune(net(), **more), conv_tasks(3))
-
-
 def test_what_an_optimizer_of_ones_own_would_miss_is_said():
     [first, _, last] = vector_tasks(3, classes=CLASSES)
     learner = FineTune(mlp())
@@ -195,31 +142,6 @@ def test_what_an_optimizer_of_ones_own_would_miss_is_said():
     with pytest.raises(ArgumentError, match=r"at least 8, but got None.*sampler\.num_classes"):
         learner([last])
     assert fingerprint(learner) == before
-
-
-@pytest.mark.parametrize("tasks", [vector_tasks(3, classes=CLASSES), vector_tasks(1)])
-def test_learns(tasks):
-    assert_learns(FineTune(mlp(), meta_lr=0.03), tasks, steps=60, factor=0.6)
-
-
-@pytest.mark.parametrize("ways", [2, 7])
-def test_any_number_of_ways_and_uneven_classes(ways):
-    [task] = vector_tasks(1, ways=ways, classes=[tuple(range(ways))])
-    uneven = replace(
-        task, support_x=task.support_x[1:], support_y=task.support_y[1:], target_x=task.target_x[:-1],
-        target_y=task.target_y[:-1],
-    )  # fmt: skip
-    # The table is the classifier: the network's own head need not have as many outputs as there are ways.
-    learner = FineTune(mlp(2), meta_lr=0.03)
-    assert_learns(learner, [uneven], steps=30, factor=0.8)
-
-
-def test_ignored_targets_do_not_count():
-    [task] = vector_tasks(1, classes=CLASSES[:1])
-    marked = replace(task, target_y=task.target_y.clone().index_fill_(0, torch.tensor([0]), -100))
-    short = replace(task, target_x=task.target_x[1:], target_y=task.target_y[1:])
-    one, other = FineTune(mlp()).meta_step([marked]).loss, FineTune(mlp()).meta_step([short]).loss
-    assert one == pytest.approx(other, rel=1e-9)
 
 
 class Squeezed(nn.Module):
@@ -237,8 +159,10 @@ def test_full_tuning_of_regression_needs_no_head():
     x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
     batch = [Task(x, a * x[:, 0], x, a * x[:, 0]) for a in (1.0, 0.8)]
     learner = FineTune(model, tune="full", loss_fn=F.mse_loss, meta_lr=0.03)
-    assert_learns(learner, batch, steps=60, factor=0.5)
-    assert_evaluation_is_the_deployed_module(learner, batch[0])
+    losses = [learner.meta_step(batch).loss for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    found = learner.evaluate(batch[0], keep_predictions=True).predictions[0]
+    torch.testing.assert_close(learner.adapt(x, batch[0].support_y)(x).detach(), found, rtol=1e-9, atol=1e-9)
     with pytest.raises(UnsupportedModuleError, match="Name the head with head="):
         FineTune(model, loss_fn=F.mse_loss).meta_step(batch)
 
@@ -255,7 +179,7 @@ def test_episodes_name_the_classes_that_their_images_are_of():
                 assert shown.tolist() == [task.classes[label] % 6 for label in y.tolist()]
             assert task.map(torch.clone).classes == task.classes == task.to("cpu").classes
     run = build_learner(RunSettings(method="fine-tune"), net(), sampler.num_classes)
-    assert run.classes == 24
+    assert run.options["classes"] == 24
 
 
 def test_turned_classes_have_numbers_of_their_own():
@@ -268,30 +192,12 @@ def test_turned_classes_have_numbers_of_their_own():
         assert torch.equal((task.support_x[label, 0] * 255).round().to(torch.uint8), turned)
 
 
-@pytest.mark.parametrize(
-    ("keywords", "words"),
-    [
-        ({"tune": "body"}, "tune: expected 'full' or 'head', but got 'body'"),
-        ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1"),
-        ({"inner_lr": None}, "inner_lr: expected a positive number"),
-        ({"inner_lr": -0.1}, "inner_lr: expected a positive number, but got -0.1"),
-        ({"inner_lr": 0}, "inner_lr: expected a positive number"),
-        ({"inner_optimizer": "lbfgs"}, "inner_optimizer: expected 'sgd' or 'adam'"),
-        ({"classes": 0}, "classes: expected a whole number of at least 1"),
-        ({"embedding": "output"}, "embedding: FineTune fits the head"),
-    ],
-)
-def test_bad_keywords_are_named(keywords, words):
-    with pytest.raises(ArgumentError, match=words):
-        FineTune(net(), **keywords)
-
-
 @pytest.mark.parametrize("classes", [None, 8])
-@pytest.mark.parametrize("tune", ["head", "full"])
-def test_what_was_evaluated_before_makes_no_difference_to_training(classes, tune):
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_what_was_evaluated_before_makes_no_difference_to_training(method, options, classes):
     tasks = vector_tasks(3, classes=[(0, 1, 2), (3, 1, 4), (5, 6, 7)])
     new = replace(vector_tasks(1)[0], classes=(97, 98, 99))
-    first, other = FineTune(mlp(), classes=classes, tune=tune), FineTune(mlp(), classes=classes, tune=tune)
+    first, other = (method(mlp(), classes=classes, **grouped(**options)) for _ in range(2))
     first.evaluate([new])
     first.adapt(new.support_x, new.support_y)
     first.eval()([new])
@@ -347,10 +253,10 @@ def test_what_fails_behind_the_outer_update_takes_nothing_back():
     assert_same_state(learner.table.state_dict(), twin.table.state_dict())
 
 
-@pytest.mark.parametrize("tune", ["head", "full"])
+@pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_backward_of_an_evaluation_loss_fails_loudly(tune, norm):
-    learner, batch = FineTune(net(), tune=tune, norm=norm, inner_steps=2).eval(), conv_tasks(1)
+def test_backward_of_an_evaluation_loss_fails_loudly(method, options, norm):
+    learner, batch = method(net(), norm=norm, inner_steps=2, **grouped(**options)).eval(), conv_tasks(1)
     output = learner(batch)
     assert float(output.loss) == pytest.approx(learner.evaluate(batch).loss, rel=1e-9)
     with pytest.raises(RuntimeError, match="does not require grad"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_cases import ALL_ENGINES
 from face import assert_same_values, gradients_of, poisoned, unchanged, values_of
+from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from torch import Tensor
@@ -28,7 +29,7 @@ def learner_of(name: str, **options: Any) -> Any:
     method, own = METHODS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return method(seeded(NormedMlp), **own | options)
+        return method(seeded(NormedMlp), **grouped(**own | options))
 
 
 def whole_gradient(learner: Any) -> dict[str, Tensor | None]:

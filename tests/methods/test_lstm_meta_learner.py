@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from engine_cases import ALL_ENGINES, ENGINES
 from face import as_tasks, assert_same_values, gradients_of, in_dtype
 from inner_rules import ComplexNet
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, LSTMMetaLearner, Task
 from metawrap.layers.learned_update import preprocessed
+from metawrap.settings.keywords import nested
 
 STEPS = 3
 
@@ -26,7 +28,7 @@ STEPS = 3
 def learner_of(model: nn.Module, **options: Any) -> Any:
     """A learner whose LSTM is far from its quiet beginning, so that every term of it counts."""
     options = {"inner_steps": STEPS, "max_grad_norm": None, "hidden_size": 4} | options
-    learner = LSTMMetaLearner(model, **options)
+    learner = LSTMMetaLearner(model, **grouped(**options))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in learner.update.parameters():
@@ -275,15 +277,23 @@ def test_it_runs_in_single_precision_on_images() -> None:
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        LSTMMetaLearner(seeded(NormedMlp), **options)
+        LSTMMetaLearner(seeded(NormedMlp), **grouped(**options))
 
 
 @pytest.mark.parametrize(
-    "option", ["preset", "learn_inner_lr", "first_order_epochs", "inner_optimizer", "inner_momentum", "inner_betas"]
+    "option",
+    [
+        "preset",
+        "learn_inner_lr",
+        "first_order_epochs",
+        "inner_update.rule",
+        "inner_update.momentum",
+        "inner_update.betas",
+    ],
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
-    with pytest.raises(TypeError, match=option):
-        LSTMMetaLearner(seeded(NormedMlp), **{option: None})
+    with pytest.raises(TypeError, match=f"argument '{option.rpartition('.')[2]}'"):
+        LSTMMetaLearner(seeded(NormedMlp), **nested({option: None}))
     with pytest.raises(ArgumentError, match="no preset of MAML"):
         MAML(seeded(NormedMlp), preset="lstm")
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import NormedMlp, class_tasks, seeded
+from keywords import grouped
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MemoryModule, Task, TaskError
-from metawrap.methods.memory_module import Memory
+from metawrap import MemoryModule, Task, TaskError
+from metawrap.methods.memory_module import KeyMemory
 
 
 def unit(x: Any) -> np.ndarray:
@@ -21,12 +21,12 @@ def unit(x: Any) -> np.ndarray:
 
 def learner_of(**options: Any) -> MemoryModule:
     """Its embedding is its input."""
-    return MemoryModule(nn.Sequential(nn.Identity(), nn.Linear(2, 3)).double(), **options)
+    return MemoryModule(nn.Sequential(nn.Identity(), nn.Linear(2, 3)).double(), **grouped(**options))
 
 
-def fitted(support: Tensor, labels: list[int], **options: Any) -> Memory:
+def fitted(support: Tensor, labels: list[int], **options: Any) -> KeyMemory:
     learner = learner_of(**options).eval()
-    return learner._fitted(support, torch.tensor(labels), max(labels) + 1)
+    return learner._fit_head(support, torch.tensor(labels), max(labels) + 1)
 
 
 SUPPORT = torch.tensor([[1.0, 0.2], [0.1, 2.0], [3.0, 0.1], [-1.0, 0.3], [-2.0, -2.0]], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_each_write_equals_one_by_hand() -> None:
         ([unit(a + c), e, d], [0, 1, 2], [2, 0, 1]),
     ]
     labels = [0, 1, 0, 2, 1]
-    memory = Memory(SUPPORT, 3, 3, 256, 40.0)
+    memory = KeyMemory(SUPPORT, 3, 3, 256, 40.0)
     for x, label, (keys, values, ages) in zip(SUPPORT, labels, steps, strict=True):
         memory.write(x, label, 0.0)
         used = len(keys)
@@ -98,14 +98,16 @@ def test_a_class_without_a_key_counts_as_cosine_zero_in_the_loss() -> None:
 def test_gradients_reach_the_support_set_only_if_keys_carry_them(flow: bool) -> None:
     support = SUPPORT[:3].clone().requires_grad_()
     learner = learner_of(key_gradients=flow)
-    _, loss = learner._judged(support, torch.tensor([0, 1, 0]), 2, SUPPORT[3:].clone(), torch.tensor([0, 1]))
+    labels = torch.tensor([0, 1, 0])
+    task = Task(support, labels, SUPPORT[3:].clone(), torch.tensor([0, 1]))
+    _, loss = learner._predict(task, support, labels, 2, task.target_x)
     assert loss.requires_grad is flow
     if flow:
         found = torch.autograd.grad(loss, support)[0]
         step = torch.zeros_like(support)
         step[0, 1] = 1e-6
         values = [
-            learner._judged(x, torch.tensor([0, 1, 0]), 2, SUPPORT[3:].clone(), torch.tensor([0, 1]))[1].item()
+            learner._predict(task, x, labels, 2, task.target_x)[1].item()
             for x in (support.detach() + step, support.detach() - step)
         ]
         assert float(found[0, 1]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
@@ -118,12 +120,12 @@ def test_noise_on_ages_chooses_among_the_old_in_training_only() -> None:
         for training in (True, False):
             learner.train(training)
             before = torch.get_rng_state()
-            kept = {tuple(learner._fitted(support, torch.tensor([0, 1, 0, 1]), 2).ages.tolist()) for _ in range(12)}
+            kept = {tuple(learner._fit_head(support, torch.tensor([0, 1, 0, 1]), 2).ages.tolist()) for _ in range(12)}
             assert (len(kept) > 1) is training
             assert torch.equal(before, torch.get_rng_state()) is not training
             # Where there is room for all, nothing is drawn.
             before = torch.get_rng_state()
-            learner._fitted(support[:2], torch.tensor([0, 1]), 2)
+            learner._fit_head(support[:2], torch.tensor([0, 1]), 2)
             assert torch.equal(before, torch.get_rng_state())
 
 
@@ -135,43 +137,6 @@ def test_targets_that_the_loss_ignores_are_left_out_of_the_memory_loss() -> None
     assert float(learner([task]).loss.detach()) == pytest.approx(float(learner([alone]).loss.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("shots", [1, 3])
-def test_permuting_the_labels_permutes_the_logits(shots: int) -> None:
-    learner, turn = MemoryModule(seeded(NormedMlp)), torch.tensor([2, 0, 1])
-    x, y, tx, ty = (part[0] for part in class_tasks((4,), tasks=1, shots=shots))
-    one, other = (
-        learner.evaluate([Task(x, a, tx, b)], keep_predictions=True).predictions[0]
-        for a, b in ((y, ty), (turn[y], turn[ty]))
-    )
-    torch.testing.assert_close(other[:, turn], one, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("ways", [2, 7])
-def test_any_number_of_classes_and_unlike_counts(ways: int) -> None:
-    learner = MemoryModule(seeded(NormedMlp))
-    x, y, tx, ty = (part[0] for part in class_tasks((4,), tasks=1, ways=ways, shots=2))
-    learner.meta_step([Task(x[1:], y[1:], tx, ty)])
-    assert learner.adapt(x[1:], y[1:])(tx).shape == (2 * ways, ways)
-
-
 def test_a_memory_too_small_for_the_classes_is_refused() -> None:
     with pytest.raises(TaskError, match=r"3 classes, but the memory has 2 slots"):
         learner_of(slots=2).evaluate([Task(SUPPORT[:3], torch.arange(3), SUPPORT[:3], torch.arange(3))])
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"slots": 0}, r"slots: expected a whole number of at least 1, but got 0"),
-        ({"neighbours": 2.0}, r"neighbours: expected a whole number"),
-        ({"margin": -0.1}, r"margin: expected a number of at least 0, but got -0.1"),
-        ({"inverse_temperature": 0}, r"inverse_temperature: expected a number above 0"),
-        ({"age_noise": float("nan")}, r"age_noise: expected a number"),
-        ({"task_loss": True}, r"task_loss: expected a number"),
-        ({"key_gradients": 1}, r"key_gradients: expected True or False"),
-        ({"task_loss": 0, "loss_fn": nn.CrossEntropyLoss()}, r"loss_fn: has no effect with task_loss=0"),
-    ],
-)
-def test_a_wrong_argument_is_named(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        learner_of(**options)

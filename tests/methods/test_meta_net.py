@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Conv4, NormedMlp, class_tasks, seeded
+from keywords import grouped
+from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MetaNet, Task, TaskError
+from metawrap import MetaNet, Task, TaskError
 from metawrap.layers.learned_update import preprocessed
 
 
@@ -59,7 +60,9 @@ def small(**options: Any) -> MetaNet:
     """Its embedding is its input, of two numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        learner = MetaNet(nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), representation=3, hidden=4, **options)
+        learner = MetaNet(
+            nn.Sequential(nn.Identity(), nn.Linear(2, 2)).double(), representation=3, hidden=4, **grouped(**options)
+        )
         learner.evaluate([task_of(torch.eye(2, dtype=torch.float64), [0, 1])])
     return learner
 
@@ -112,7 +115,7 @@ def test_the_gradients_equal_those_of_autograd() -> None:
     seen: list[Tensor] = []
     learner.task_fast.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     learner.example_fast.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    learner._fitted(X, torch.tensor(LABELS), 2)
+    learner._fit_head(X, torch.tensor(LABELS), 2)
     q, o, w = (part.weight for part in (learner.representation, learner.representation_rows, learner.rows))
     for i in range(3):
         loss = nn.functional.cross_entropy((o @ (q @ X[i]).relu())[None], truth[i : i + 1])
@@ -165,18 +168,3 @@ def test_fewer_ways_use_the_first_rows_and_more_are_refused() -> None:
     other.meta_step([task])
     with pytest.raises(TaskError, match=r"for 2, the number in its first task. Build it with ways=7"):
         other.evaluate([more])
-
-
-@pytest.mark.parametrize("norm", ["batch", "running"])
-def test_it_takes_images_and_many_ways(norm: Any) -> None:
-    learner = MetaNet(seeded(Conv4), norm=norm)
-    task = Task(*(part[0] for part in class_tasks((1, 16, 16), tasks=1, ways=7)))
-    learner.meta_step([task])
-    found = learner.adapt(task.support_x, task.support_y)(task.target_x)
-    torch.testing.assert_close(found, learner.evaluate([task], keep_predictions=True).predictions[0])
-
-
-@pytest.mark.parametrize("name", ["representation", "representation_steps", "hidden", "ways"])
-def test_a_wrong_argument_is_named(name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"{name}: expected a whole number"):
-        MetaNet(seeded(NormedMlp), **{name: 0})

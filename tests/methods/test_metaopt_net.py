@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from by_hand import (
     LABELS,
-    assert_deployed_is_evaluated,
-    assert_gradient_is_that_of_differences,
-    assert_relabelled_is_permuted,
     embedded,
     mlp,
     one_hot,
@@ -165,18 +161,6 @@ def test_the_ridge_is_numpys(width: int) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{"solver": "svm", "regularizer": 0.3}, {"solver": "ridge", "regularizer": 0.5}])
-def test_each_solver_learns_and_is_deployed_as_evaluated(options: dict[str, Any]) -> None:
-    learner, task = MetaOptNet(mlp(), meta_lr=0.05, **options), task_with()
-    assert_gradient_is_that_of_differences(learner, task)
-    assert_relabelled_is_permuted(learner, task, [1, 2, 0])
-    losses = [learner.meta_step([task]).loss for _ in range(30)]
-    assert losses[-1] < 0.7 * losses[0]
-    assert float(learner.scale.detach()) != 10
-    module = assert_deployed_is_evaluated(learner, task)
-    assert type([part for part in module.modules() if isinstance(part, nn.Linear)][-1]) is nn.Linear
-
-
 def test_single_precision_is_solved_in_double() -> None:
     labels = torch.arange(9) % 3
     x = points(9, 4, labels).float()
@@ -191,19 +175,6 @@ def test_a_missing_library_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPa
         MetaOptNet(mlp())
     learner = MetaOptNet(mlp(), solver="ridge")
     assert learner.meta_step([task_with()]).loss > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"solver": "lasso"}, r"solver: expected 'svm' or 'ridge', but got 'lasso'"),
-        ({"regularizer": 0}, r"regularizer: expected a positive number, but got 0"),
-        ({"scale": None}, r"scale: expected a positive number, but got None"),
-    ],
-)
-def test_a_wrong_argument_is_named(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        MetaOptNet(mlp(), **options)
 
 
 def test_it_says_what_it_was_built_with() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import embedded_checks as checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import MapNet, numbers, step
 from face import fingerprint
+from keywords import grouped
+from method_cases import MapNet, numbers, step, uneven
 from models import NormedMlp, TwoInputs, class_tasks, seeded
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
@@ -127,13 +127,13 @@ def test_bound_equals_torchs_distributions_on_a_loop_over_classes(binary: bool) 
 
 
 def test_a_target_is_of_the_class_whose_context_is_nearest_its_own() -> None:
-    learner = NeuralStatistician(seeded(NormedMlp), **SMALL)
-    task = checks.uneven((4,))
+    learner = NeuralStatistician(seeded(NormedMlp), **grouped(**SMALL))
+    task = uneven((4,))
     step(learner, [task])
     found = learner.evaluate([task], keep_predictions=True).predictions[0]
     learner.eval()
     with torch.no_grad():
-        support, target = (learner._embedded(x, "running") for x in (task.support_x, task.target_x))
+        support, target = (learner.embedding.of(x, "running") for x in (task.support_x, task.target_x))
         network = learner.statistician.statistic
         for row in range(len(target)):
             alone = spread(network.behind(network.before(target[row])))
@@ -145,13 +145,13 @@ def test_a_target_is_of_the_class_whose_context_is_nearest_its_own() -> None:
 
 
 def test_the_loss_is_minus_the_bound_of_support_and_targets_together_for_each_example() -> None:
-    learner = NeuralStatistician(seeded(NormedMlp), norm="support", **SMALL)
-    task = checks.uneven((4,))
+    learner = NeuralStatistician(seeded(NormedMlp), norm="support", **grouped(**SMALL))
+    task = uneven((4,))
     learner.evaluate([task])
     learner.eval()
     with torch.no_grad():
-        support = learner._embedded(task.support_x, "capture")
-        target = learner._embedded(task.target_x, "captured")
+        support = learner.embedding.of(task.support_x, "capture")
+        target = learner.embedding.of(task.target_x, "captured")
         inputs, labels = torch.cat([task.support_x, task.target_x]), torch.cat([task.support_y, task.target_y])
         bound = learner.statistician(inputs, torch.cat([support, target]), labels, 3, False, False)
     assert learner.evaluate([task]).loss == pytest.approx(-bound.sum().item() / len(labels), rel=1e-9)
@@ -159,7 +159,9 @@ def test_the_loss_is_minus_the_bound_of_support_and_targets_together_for_each_ex
 
 def test_the_discriminative_term_is_added_with_its_weight() -> None:
     batch = class_tasks((4,), tasks=1)
-    learner = NeuralStatistician(seeded(NormedMlp), loss_fn=F.cross_entropy, discriminative=0.5, **SMALL).eval()
+    learner = NeuralStatistician(
+        seeded(NormedMlp), loss_fn=F.cross_entropy, discriminative=0.5, **grouped(**SMALL)
+    ).eval()
     output = learner(batch)
     whole = output.loss.item()
     learner.discriminative = 0.0
@@ -170,31 +172,31 @@ def test_the_discriminative_term_is_added_with_its_weight() -> None:
 
 def test_inputs_in_0_to_1_are_bernoulli_and_others_are_refused_from_then_on() -> None:
     images = [part.sigmoid() if part.is_floating_point() else part for part in class_tasks((1, 10, 10))]
-    learner = NeuralStatistician(seeded(MapNet), head="head", **SMALL)
+    learner = NeuralStatistician(seeded(MapNet), head="head", **grouped(**SMALL))
     step(learner, tuple(images))
     assert learner.statistician.observed.log_variance.numel() == 0
     before = fingerprint(learner)
     with pytest.raises(TaskError, match=r"'bernoulli' needs inputs in 0\.\.1.*likelihood='gaussian'"):
         step(learner, class_tasks((1, 10, 10)))
     assert fingerprint(learner) == before
-    other = NeuralStatistician(seeded(MapNet), head="head", likelihood="gaussian", **SMALL)
+    other = NeuralStatistician(seeded(MapNet), head="head", likelihood="gaussian", **grouped(**SMALL))
     step(other, tuple(images))
     assert other.statistician.observed.log_variance.numel() == 100
     with pytest.raises(ArgumentError, match="likelihood: the stored state is of 'bernoulli'"):
         other.load_state_dict(learner.state_dict())
-    fresh = NeuralStatistician(seeded(MapNet), head="head", **SMALL)
+    fresh = NeuralStatistician(seeded(MapNet), head="head", **grouped(**SMALL))
     fresh.load_state_dict(learner.state_dict())
     with pytest.raises(TaskError, match="bernoulli"):
         step(fresh, class_tasks((1, 10, 10)))
 
 
 def test_inputs_that_no_decoder_could_make_are_refused() -> None:
-    learner = NeuralStatistician(TwoInputs().double(), **SMALL)
+    learner = NeuralStatistician(TwoInputs().double(), **grouped(**SMALL))
     x, y = (numbers(3, 2), numbers(3, 3)), torch.arange(3)
     with pytest.raises(TaskError, match="one floating-point tensor, but got"):
         learner.meta_step([Task(x, y, x, y)])
     with pytest.raises(TaskError, match="one floating-point tensor, but got"):
-        NeuralStatistician(_Words(), **SMALL).meta_step([Task(y, y, y, y)])
+        NeuralStatistician(_Words(), **grouped(**SMALL)).meta_step([Task(y, y, y, y)])
 
 
 class _Words(nn.Module):
@@ -207,7 +209,7 @@ class _Words(nn.Module):
 
 
 def test_inputs_of_another_size_are_refused() -> None:
-    learner = NeuralStatistician(seeded(lambda: _Averaging()), **SMALL)
+    learner = NeuralStatistician(seeded(lambda: _Averaging()), **grouped(**SMALL))
     learner.evaluate(class_tasks((1, 6, 6)))
     with pytest.raises(TaskError, match=r"inputs of 36 numbers.*these have 64"):
         learner.evaluate(class_tasks((1, 8, 8)))
@@ -220,38 +222,3 @@ class _Averaging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).mean((2, 3)))
-
-
-def test_bad_keywords_are_named() -> None:
-    for match, options in {
-        "context: expected a whole number": {"context": 0},
-        "latent: expected a whole number": {"latent": 1.5},
-        "hidden: expected a whole number": {"hidden": True},
-        "likelihood: expected 'auto'": {"likelihood": "poisson"},
-        "discriminative: expected a number": {"discriminative": -1},
-        "loss_fn: has no effect on NeuralStatistician": {"loss_fn": F.cross_entropy},
-    }.items():
-        with pytest.raises(ArgumentError, match=match):
-            NeuralStatistician(NormedMlp(), **options)
-
-
-def test_neural_statistician_learns() -> None:
-    checks.check_learns(NeuralStatistician, **SMALL)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
-    checks.check_adapted_is_evaluated(NeuralStatistician, norm, name, **SMALL)
-
-
-@pytest.mark.parametrize("check", checks.CONTRACT)
-def test_contract(check: Any) -> None:
-    check(NeuralStatistician, **SMALL)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
-    for before in (True, False):
-        checks.check_copies_go_on_alike(NeuralStatistician, name, before, **SMALL)
-    checks.check_state_loads_before_any_task(NeuralStatistician, name, **SMALL)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
-import embedded_checks as checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import MapNet, numbers, step
 from face import fingerprint
+from keywords import grouped
+from method_cases import MapNet, numbers, predict, step
 from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, RelationNet, Task, UnsupportedModuleError
+from metawrap import RelationNet, Task, UnsupportedModuleError
 
 
 class _Gain(nn.Module):
@@ -73,9 +71,9 @@ def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]
     learner = RelationNet(nn.Linear(1, 1).double(), embedding="output", hidden=4)
     support, labels = numbers(5, *shape), torch.tensor([0, 1, 1, 2, 2])
     target, target_y = numbers(4, *shape, seed=1), torch.tensor([2, 0, 1, 1])
-    learner._judged(support, labels, 3, target, target_y)
+    predict(learner, support, labels, 3, target, target_y)
     parts = own_parts(learner)
-    prediction, loss = learner._judged(support, labels, 3, target, target_y)
+    prediction, loss = predict(learner, support, labels, 3, target, target_y)
     expected, error = np.empty((4, 3)), 0.0
     for row in range(4):
         for way in range(3):
@@ -90,10 +88,10 @@ def test_scores_and_loss_equal_numpy_on_a_loop_over_pairs(shape: tuple[int, ...]
 def test_the_first_block_starts_on_the_difference() -> None:
     learner = RelationNet(nn.Linear(1, 1).double(), embedding="output")
     x, y = numbers(3, 6), torch.arange(3)
-    found, _ = learner._judged(x, y, 3, x, y)
-    shifted, _ = learner._judged(x + 5, y, 3, x + 5, y)
+    found, _ = predict(learner, x, y, 3, x, y)
+    shifted, _ = predict(learner, x + 5, y, 3, x + 5, y)
     torch.testing.assert_close(found, shifted, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(found, learner._judged(x + 5, y, 3, x, y)[0])
+    assert not torch.allclose(found, predict(learner, x + 5, y, 3, x, y)[0])
 
 
 def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:
@@ -101,30 +99,19 @@ def test_a_map_gets_convolutions_and_a_vector_gets_none() -> None:
         (seeded(MapNet), (1, 10, 10), (3, 3), {"head": "head"}),
         (seeded(Conv4), (1, 16, 16), (1, 1), {}),
     ):
-        learner = RelationNet(model, **options)
+        learner = RelationNet(model, **grouped(**options))
         step(learner, class_tasks(shape))
         assert learner.relation[0].weight.shape == (64, 8, *sides)
         assert learner.evaluate(class_tasks(shape)).accuracy is not None
 
 
-def test_a_map_reaches_the_head_of_the_adapted_module_as_it_is() -> None:
+def test_a_map_that_is_the_networks_output_reaches_the_fitted_head_as_it_is() -> None:
     batch = class_tasks((1, 10, 10), shots=2)
-    for options in ({"head": "head"}, {"embedding": "output"}):
-        learner = RelationNet(seeded(MapNet) if "head" in options else seeded(MapNet).body, **options)
-        step(learner, batch)
-        found = learner.evaluate(batch, keep_predictions=True).predictions[0]
-        adapted = learner.adapt(batch[0][0], batch[1][0])
-        torch.testing.assert_close(adapted(batch[2][0]), found, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("norm", ["running", "support"])
-def test_a_target_is_scored_alone_as_in_company(norm: str) -> None:
-    learner = RelationNet(seeded(MapNet), head="head", norm=norm)
-    support_x, support_y, target_x, target_y = (part[0] for part in class_tasks((1, 10, 10)))
-    step(learner, [Task(support_x, support_y, target_x, target_y)])
-    tasks = [Task(support_x, support_y, target_x[:n], target_y[:n]) for n in (1, len(target_x))]
-    one, other = learner.evaluate(tasks, keep_predictions=True).predictions
-    torch.testing.assert_close(one, other[:1], rtol=1e-12, atol=1e-12)
+    learner = RelationNet(seeded(MapNet).body, embedding="output")
+    step(learner, batch)
+    found = learner.evaluate(batch, keep_predictions=True).predictions[0]
+    adapted = learner.adapt(batch[0][0], batch[1][0])
+    torch.testing.assert_close(adapted(batch[2][0]), found, rtol=1e-12, atol=1e-12)
 
 
 def test_the_users_own_relation_module_is_copied_and_learned() -> None:
@@ -146,24 +133,6 @@ def test_a_loss_of_the_users_own_gets_the_scores_before_the_sigmoid() -> None:
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_bad_keywords_are_named_before_anything_happens() -> None:
-    model = NormedMlp()
-    before = fingerprint(model)
-    ends = nn.Sequential(nn.Flatten(), nn.LazyLinear(1), nn.Sigmoid())
-    for match, options in {
-        "hidden: expected a whole number": {"hidden": 0},
-        "hidden: has no effect": {"hidden": 8, "relation": _Gain()},
-        "relation: expected a torch.nn.Module": {"relation": torch.sigmoid},
-        r"'1' is a BatchNorm1d.*GroupNorm\(1, 3\)": {"relation": nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))},
-        "ends in a sigmoid": {"relation": ends},
-    }.items():
-        with pytest.raises(ArgumentError, match=match):
-            RelationNet(model, **options)
-    with pytest.raises(TypeError, match="inner_steps"):
-        RelationNet(model, inner_steps=5)
-    assert fingerprint(model) == before
-
-
 def test_a_relation_module_with_another_number_of_scores_is_refused() -> None:
     learner = RelationNet(NormedMlp(), relation=nn.Linear(12, 2))
     with pytest.raises(UnsupportedModuleError, match=r"relation: expected one number for each of the 9 pairs"):
@@ -172,36 +141,3 @@ def test_a_relation_module_with_another_number_of_scores_is_refused() -> None:
 
 def class_tasks_single() -> list[Task]:
     return [Task(*(part[0].float() if part.is_floating_point() else part[0] for part in class_tasks((4,))))]
-
-
-def test_relation_net_learns() -> None:
-    checks.check_learns(RelationNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
-    checks.check_adapted_is_evaluated(RelationNet, norm, name)
-
-
-@pytest.mark.parametrize("check", checks.CONTRACT)
-def test_contract(check: Any) -> None:
-    check(RelationNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
-    for before in (True, False):
-        checks.check_copies_go_on_alike(RelationNet, name, before)
-    checks.check_state_loads_before_any_task(RelationNet, name)
-
-
-def test_an_adapted_module_shares_nothing_with_the_learner() -> None:
-    batch = class_tasks((4,))
-    learner = RelationNet(seeded(NormedMlp))
-    adapted = learner.adapt(batch[0][0], batch[1][0])
-    expected = adapted(batch[2][0])
-    step(learner, batch)
-    assert torch.equal(copy.deepcopy(adapted)(batch[2][0]), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(adapted))(batch[2][0]), expected)
-    assert not any(p.requires_grad and p.grad is not None for p in adapted.parameters())

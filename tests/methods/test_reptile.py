@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import ALL_ENGINES
 from face import as_tasks, assert_same_values, gradients_of, norm_values
+from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
 from reptile_by_hand import BATCH, LR, fitted, moved, whole
 from torch import nn
@@ -72,7 +73,7 @@ def test_with_one_step_it_is_joint_training(engine: str) -> None:
 def test_other_inner_optimizers_equal_those_of_torch(options: Any, optimizer: Any, theirs: Any, engine: str) -> None:
     # Without the norm: Adam makes a step of the rounding in a bias before it.
     model = seeded(lambda: Mlp(4, 6, 3))
-    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **options)
+    learner = Reptile(model, inner_steps=4, inner_lr=0.05, engine=engine, **grouped(**options))
     learner.meta_step(BATCH)
     ends = [fitted(model, [whole(task)] * 4, optimizer, lr=0.05, **theirs) for task in as_tasks(BATCH)]
     assert_same_values(learner.model.parameters(), moved(model, ends, 1.0), tolerance=1e-9)
@@ -166,7 +167,7 @@ def test_the_users_own_optimizer_gets_the_same_gradient() -> None:
 
 def test_a_head_that_starts_at_zero_is_not_learned_and_the_body_is() -> None:
     model = seeded(NormedMlp)
-    learner = Reptile(model, inner_steps=3, inner_lr=LR, head_init="zeros")
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, outputs={"head_init": "zeros"})
     learner.meta_step(BATCH)
     zeroed = copy.deepcopy(model)
     nn.init.zeros_(zeroed.linear.weight), nn.init.zeros_(zeroed.linear.bias)
@@ -197,7 +198,7 @@ def test_frozen_later_it_is_adapted_and_its_start_stays() -> None:
 )
 def test_what_does_not_apply_is_not_taken(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        Reptile(seeded(NormedMlp), **{option: True})
+        Reptile(seeded(NormedMlp), **grouped(**{option: True}))
 
 
 @pytest.mark.parametrize(
@@ -206,14 +207,14 @@ def test_what_does_not_apply_is_not_taken(option: str) -> None:
         ({"inner_batch_size": 0}, "inner_batch_size: expected a whole number of at least 1"),
         ({"evaluation_steps": 0}, "evaluation_steps: expected a whole number of at least 1"),
         ({"linear_annealing": 3}, "linear_annealing: expected True or False"),
-        ({"inner_betas": (0.0, 0.9)}, 'inner_betas: has no effect with inner_optimizer="sgd"'),
+        ({"inner_betas": (0.0, 0.9)}, 'inner_update.betas: has no effect with rule="sgd"'),
         ({"loss_fn": nn.Sequential(nn.Linear(1, 1))}, "loss_fn: Sequential has parameters"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_wrong_value_is_named(options: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        Reptile(seeded(NormedMlp), **options)
+        Reptile(seeded(NormedMlp), **grouped(**options))
 
 
 def test_mamls_learner_has_no_reptile_preset() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from face import as_tasks, assert_same_values, gradients_of
+from keywords import grouped
 from models import Mlp, NormedMlp, class_tasks, seeded
 from reptile_by_hand import BATCH, LR, fitted, whole
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def fitted_on(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Modu
 
 def test_mini_batches_are_the_same_for_every_engine_and_whenever_the_run_is_repeated() -> None:
     def trained(**options: Any) -> Any:
-        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **options)
+        learner = Reptile(seeded(NormedMlp), inner_steps=4, inner_lr=LR, inner_batch_size=5, **grouped(**options))
         before = torch.random.get_rng_state()
         for seed in range(2):
             learner.meta_step(class_tasks((4,), tasks=4, shots=2, seed=seed))
@@ -103,7 +104,7 @@ def test_in_a_loop_of_ones_own_each_call_draws_other_mini_batches_and_a_resumed_
 
 def test_forwards_do_not_change_what_a_meta_step_draws_and_an_old_state_has_none() -> None:
     def make(**options: Any) -> Any:
-        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **options)
+        return Reptile(seeded(NormedMlp), inner_steps=3, inner_lr=LR, inner_batch_size=4, **grouped(**options))
 
     batch = class_tasks((4,), tasks=4, shots=2, seed=0)
     plain = make(engine="functional")

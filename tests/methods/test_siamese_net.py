@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import embedded_checks as checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedded_checks import numbers, step
+from keywords import grouped
+from method_cases import numbers, predict, step, uneven
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
@@ -18,8 +18,8 @@ from metawrap import SiameseNet
 
 def wrapped(size: int, **options: Any) -> SiameseNet:
     """Embeddings are the inputs, so that they can be chosen; weights and bias of the match unlike each other."""
-    learner = SiameseNet(_Same(), **options)
-    learner._judged(numbers(1, size), torch.zeros(1, dtype=torch.long), 1, numbers(1, size), torch.tensor([0]))
+    learner = SiameseNet(_Same(), **grouped(**options))
+    predict(learner, numbers(1, size), torch.zeros(1, dtype=torch.long), 1, numbers(1, size), torch.tensor([0]))
     with torch.no_grad():
         learner.match.weight.copy_(numbers(1, size, seed=8))
         learner.match.bias.copy_(numbers(1, seed=9))
@@ -48,7 +48,7 @@ def test_prediction_and_loss_equal_a_loop_over_pairs() -> None:
     learner = wrapped(6, embedding="output")
     support, labels = numbers(5, 6), torch.tensor([0, 1, 1, 2, 2])
     target, target_y = numbers(4, 6, seed=1), torch.tensor([2, 0, 1, 1])
-    prediction, loss = learner._judged(support, labels, 3, target, target_y)
+    prediction, loss = predict(learner, support, labels, 3, target, target_y)
     like, unlike = [], []
     expected = np.full((4, 3), -np.inf)
     for i in range(5):
@@ -67,18 +67,18 @@ def test_prediction_and_loss_equal_a_loop_over_pairs() -> None:
 def test_a_task_without_like_pairs_has_the_mean_of_the_others() -> None:
     learner = wrapped(3, embedding="output")
     support, labels = numbers(3, 3), torch.tensor([0, 1, 2])
-    _, loss = learner._judged(support, labels, 3, numbers(1, 3, seed=1), torch.tensor([-100]))
+    _, loss = predict(learner, support, labels, 3, numbers(1, 3, seed=1), torch.tensor([-100]))
     pairs = [entropy(match(learner, support[i], support[j]), False) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert loss.item() == pytest.approx(np.mean(pairs), rel=1e-9)
 
 
 def test_the_match_starts_as_minus_a_distance_undecided_at_half_a_unit() -> None:
     learner = SiameseNet(seeded(NormedMlp))
-    task = checks.uneven((4,))
+    task = uneven((4,))
     found = learner.evaluate([task], keep_predictions=True).predictions[0]
     with torch.no_grad():
         learner.eval()
-        support, target = (learner._embedded(x, "running") for x in (task.support_x, task.target_x))
+        support, target = (learner.embedding.of(x, "running") for x in (task.support_x, task.target_x))
         distances = torch.cdist(target, support, p=1)
     nearest = torch.stack([distances[:, task.support_y == way].amin(1) for way in range(3)], 1)
     torch.testing.assert_close(found, 6**0.5 / 2 - nearest / 6**0.5, rtol=1e-9, atol=1e-9)
@@ -89,33 +89,6 @@ def test_a_loss_of_the_users_own_gets_the_prediction() -> None:
     learner = SiameseNet(seeded(NormedMlp), loss_fn=F.cross_entropy)
     output = learner(batch)
     assert output.loss.item() == pytest.approx(F.cross_entropy(output.predictions[0], batch[3][0]).item(), rel=1e-12)
-
-
-def test_unknown_keywords_are_named() -> None:
-    with pytest.raises(TypeError, match=r"SiameseNet\(\) got an unexpected keyword argument 'meta_ls'.*'meta_lr'"):
-        SiameseNet(NormedMlp(), meta_ls=1)
-
-
-def test_siamese_net_learns() -> None:
-    checks.check_learns(SiameseNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-@pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_adapted_module_predicts_what_evaluation_does(norm: str, name: str) -> None:
-    checks.check_adapted_is_evaluated(SiameseNet, norm, name)
-
-
-@pytest.mark.parametrize("check", checks.CONTRACT)
-def test_contract(check: Any) -> None:
-    check(SiameseNet)
-
-
-@pytest.mark.parametrize("name", checks.SHAPES)
-def test_copies_and_states_carry_parts_with_and_without_a_size(name: str) -> None:
-    for before in (True, False):
-        checks.check_copies_go_on_alike(SiameseNet, name, before)
-    checks.check_state_loads_before_any_task(SiameseNet, name)
 
 
 def test_the_match_is_learned_with_the_network() -> None:

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# In the project's settings, pytest puts benchmarks/ on the path, as running a script from there does.
-import cases
-import compare
-import competitors
-import gpu
-import measure
+# pyproject.toml has pytest put benchmarks/ on the path, as `python benchmarks` does.
 import oracle
 import pytest
 import torch
-from cases import Case
-from competitors import SETTINGS, Setting
-from plain import PlainLoop
 
+from gpu import meta_step
+from rivals import cases, contenders
+from rivals.cases import Case
+from rivals.contenders import SETTINGS, Setting
+from rivals.plain import PlainLoop
+from speed import compare, measure, processes
+
+SHARED = {"device": "cpu", "threads": 1, "allocator": "default"}
 TINY = Case("A", ways=3, targets=2, tasks=3, steps=2, side=16, filters=3)
 PNG = b"\x89PNG"
 
@@ -32,16 +32,16 @@ def agreement_of(name: str, case: Case = TINY) -> dict[str, Any]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measures in this process, and leaves its threads and cores alone: a process for each takes seconds to start."""
+    """Measures in this process, because a process takes seconds to start; threads and cores stay as they are."""
     threads = torch.get_num_threads()
 
     def in_this_process(job: str, case: Case, shared: dict[str, Any], **arguments: Any) -> Iterator[dict[str, Any]]:
-        threads = {} if job == "agreement" else {"threads": shared["threads"]}
+        threads = {} if job == "agreement" else {"threads": 1}
         found = list(measure.JOBS[job](case, device="cpu", **threads, **arguments))
         return iter(json.loads(json.dumps(found)))
 
     monkeypatch.setattr(compare, "in_child", in_this_process)
-    for script in (compare, gpu):
+    for script in (compare, meta_step):
         monkeypatch.setattr(script, "use_threads", lambda *_: None)
     yield
     torch.set_num_threads(threads)
@@ -50,9 +50,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     def run(script: Any, *flags: str) -> list[dict[str, Any]]:
-        name = Path(script.__file__).stem
+        name = "gpu" if script is meta_step else "compare"
         always = ["--small", "--repeats", "2", "--threads", "1", "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *always, *flags])
+        monkeypatch.setattr(sys, "argv", [name, *always, *flags])
         script.main()
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
 
@@ -89,7 +89,7 @@ def test_a_meta_step_has_the_plain_loops_gradient(name: str) -> None:
 @pytest.mark.slow
 def test_a_jitted_meta_step_has_the_plain_loops_gradient() -> None:
     pytest.importorskip("jax")
-    # As wide as the cases: a pooling whose gradient was wrong showed from here on.
+    # 64 filters, as in the cases: with fewer, a pooling with a wrong gradient was not noticed.
     assert agreement_of("jax", Case("wide", tasks=1, steps=1))["relative_error"] < 1e-9
 
 
@@ -102,7 +102,7 @@ class HalfRight(PlainLoop):
 
 
 class OneShort(PlainLoop):
-    """Forgets to learn a rate."""
+    """Does not learn a rate."""
 
     def gradients(self) -> dict[str, torch.Tensor]:
         found = super().gradients()
@@ -119,7 +119,7 @@ class NotANumber(PlainLoop):
 @pytest.mark.parametrize(
     ("kind", "tensor"), [(HalfRight, "conv3.norm.bias"), (OneShort, "lr/linear.bias"), (NotANumber, "linear.bias")]
 )
-def test_a_wrong_gradient_is_told_with_its_tensor(
+def test_a_wrong_gradient_is_reported_with_its_tensor(
     kind: type[PlainLoop], tensor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SETTINGS, "wrong", Setting("wrong", "peer", kind))
@@ -128,13 +128,13 @@ def test_a_wrong_gradient_is_told_with_its_tensor(
     assert record["worst_tensor"] == tensor
 
 
-def test_what_this_machine_lacks_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, reason in (({"haste": True}, "no haste="), ({"engine": "steam"}, "'steam'")):
-        monkeypatch.setitem(SETTINGS, "new", Setting("new", "metawrap", competitors.Metawrap, options))
+        monkeypatch.setitem(SETTINGS, "new", Setting("new", "metawrap", contenders.Metawrap, options))
         record = agreement_of("new")
         assert record["kind"] == "skipped"
         assert reason in record["reason"]
-    monkeypatch.setitem(sys.modules, "torchopt", None)  # As if it were not there.
+    monkeypatch.setitem(sys.modules, "torchopt", None)  # As if it were not installed.
     record = agreement_of("torchopt")
     assert (record["kind"], "torchopt" in record["reason"]) == ("skipped", True)
 
@@ -147,9 +147,8 @@ def test_a_comparison_writes_records_and_pictures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("matplotlib")
-    wrong = Setting("learn2learn", "peer", HalfRight)
-    monkeypatch.setitem(SETTINGS, "learn2learn", wrong)
-    # SETTINGS is one dictionary in all modules, so the comparison sees the stand-in.
+    # SETTINGS is one dictionary in all modules, so the comparison uses the stand-in.
+    monkeypatch.setitem(SETTINGS, "learn2learn", Setting("learn2learn", "peer", HalfRight))
     chosen = ["--only", "metawrap functional", "learn2learn"]
     records = run(compare, "--cases", "A", "C", "--grow", "steps", "--grow-values", "1", "2", *chosen)
     of_a = [record for record in records if record["case"]["name"] == "A (small)" and "grow" not in record]
@@ -169,25 +168,70 @@ def test_a_comparison_writes_records_and_pictures(
     assert "metawrap functional" in printed
 
 
+class Here:
+    """Stands in for `measure.Apart`: steps in this process, and keeps the checkout of each contender."""
+
+    checkouts: dict[str, str | None]
+
+    def __init__(self, case: Case, shared: dict[str, Any], name: str) -> None:
+        Here.checkouts[name] = shared["checkout"]
+        self.contender = contenders.setting_of(name).build(case, torch.float32, "cpu")
+        self.step, self.close = self.contender.step, lambda: None
+
+
+@pytest.mark.usefixtures("here")
+def test_two_versions_are_timed_in_processes_of_their_own_and_compared(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "Apart", Here)
+    Here.checkouts = {}
+    root = str(Path(__file__).parents[2])
+    there = f"metawrap functional at {root}"
+    records = run(compare, "--cases", "A", "--only", "metawrap functional", "metawrap flat", "--also", root)
+    assert Here.checkouts == {"metawrap functional": None, there: root}
+    seconds = {record["setting"]: record["seconds"] for record in records if record["kind"] == "time"}
+    assert set(seconds) == {"plain", "metawrap functional", "metawrap flat", there}
+    (ratio,) = (record["here_over_there"] for record in records if record["kind"] == "versions")
+    pairs = zip(seconds["metawrap functional"], seconds[there], strict=True)
+    assert ratio == pytest.approx(sum(here / other for here, other in pairs) / 2)
+    assert f"metawrap functional: {ratio:.3f} of its time at" in capsys.readouterr().out
+
+
+def test_a_folder_without_metawrap_is_refused(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(compare, "--also", str(tmp_path))
+    assert "--also: expected the folder of a checkout" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(compare, "--only", "metawrap flat", "--also", str(Path(__file__).parents[2]))
+    assert 'Add "metawrap default"' in capsys.readouterr().err
+
+
+def test_the_process_of_another_checkout_imports_its_metawrap(tmp_path: Path) -> None:
+    (tmp_path / "metawrap").mkdir()
+    (tmp_path / "metawrap" / "__init__.py").write_text("raise SystemExit(7)")
+    (record,) = processes.in_child("memory", TINY, SHARED | {"checkout": str(tmp_path)}, name="plain")
+    assert "status 7" in record["reason"]
+
+
 def test_a_measurement_in_its_own_process_returns_its_records() -> None:
-    shared = {"device": "cpu", "threads": 1, "allocator": "default"}
-    (record,) = measure.in_child("memory", TINY, shared, name="plain")
+    (record,) = processes.in_child("memory", TINY, SHARED, name="plain")
     assert (record["kind"], record["setting"], record["allocator"]) == ("memory", "plain", "default")
     assert record["peak_mb"] >= 0
 
 
-def test_a_competitor_apart_steps_when_told_and_ends_when_closed() -> None:
-    competitor = measure.Apart(TINY, {"device": "cpu", "threads": 1, "allocator": "default"}, "plain")
-    competitor.step()
-    competitor.step()
-    competitor.close()
-    assert competitor._process.returncode == 0
+def test_a_contender_apart_steps_when_told_and_ends_when_closed() -> None:
+    contender = processes.Apart(TINY, SHARED, "plain")
+    contender.step()
+    contender.step()
+    contender.close()
+    assert contender._process.returncode == 0
 
 
 def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "__file__", str(Path(__file__).parent / "no_such_script.py"))
-    shared = {"device": "cpu", "threads": 1, "allocator": "default"}
-    (record,) = measure.in_child("memory", TINY, shared, name="plain")
+    monkeypatch.setattr(processes, "BENCHMARKS", Path(__file__).parent / "no_such_script.py")
+    (record,) = processes.in_child("memory", TINY, SHARED, name="plain")
     assert (record["kind"], record["setting"]) == ("failed", "plain")
     assert "status 2" in record["reason"]
 
@@ -196,7 +240,7 @@ def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.Mo
 def test_the_gpu_script_runs_on_the_cpu_with_operations_for_kernels(
     run: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    records = run(gpu, "--device", "cpu", "--cases", "A", "--only", "metawrap functional")
+    records = run(meta_step, "--device", "cpu", "--cases", "A", "--only", "metawrap functional")
     kinds = {record["kind"] for record in records}
     assert kinds == {"bandwidth ceiling", "convolution ceiling", "agreement", "cpu"}
     (found,) = (r for r in records if r["kind"] == "cpu" and r["setting"] == "metawrap functional")
@@ -211,9 +255,9 @@ def test_flops_of_a_meta_step_are_those_that_a_count_by_hand_gives() -> None:
     images, sides = 2, (16, 8, 4, 2)
     layers = [2 * images * side**2 * (2 * (2 if block else 1)) * 9 for block, side in enumerate(sides)]
     layers.append(2 * images * 2 * 2)
-    of_weights, of_inputs = sum(layers), sum(layers[1:])  # The images' own gradient is nobody's.
+    of_weights, of_inputs = sum(layers), sum(layers[1:])  # Nothing asks for the gradient of the images.
     first = of_weights + of_weights + of_inputs  # Forward, and the gradients of its two factors.
     # Each of these three kinds of product has two factors, and so two derivatives.
     second = (of_weights + of_inputs) + 2 * of_inputs + (of_weights + of_inputs)
-    # torch makes one product more for the first layer, the images' gradient in the second derivative.
-    assert gpu.flops_of_step(case, "cpu") - (2 * first + second) in (0, layers[0])
+    # torch computes one product more for the first layer: the images' gradient in the second derivative.
+    assert meta_step.flops_of_step(case, "cpu") - (2 * first + second) in (0, layers[0])

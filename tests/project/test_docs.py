@@ -1,22 +1,24 @@
-"""The documents hold: every example runs, every shell line is understood, and every public name is in the reference.
+"""The documents are right: every example runs, every shell line is valid, every public name is in the reference.
 
-The ```python and ```sh blocks of a page run in order, in one namespace and one empty folder; a ```yaml block that
-begins with the name of its file is written there. What a reader has anyway (`model`, `tasks`) a page brings in a
-comment that is not shown, before the block that needs it:
+The ```python and ```sh blocks of a page run in order, in one namespace and one empty folder. A ```yaml block that
+begins with the name of its file is written there. Objects that a reader has already (`model`, `tasks`) are made in a
+comment, which is not shown, before the first block that uses them:
 
     <!-- setup
     model = ...
     -->
 
-or, for the README, `PREAMBLES` does. A `metawrap` line of a ```sh block runs as it stands but for its size (`SMALL`)
-and for data that nobody has here (`stand_in`). Other programs' lines are looked up: files, extras and make targets must
-exist, and `ELSEWHERE` says which test runs the script, or why none does. Blocks of another language are text.
+The README has no such comment; `PREAMBLES` makes its objects. A `metawrap` line of a ```sh block runs at a small size
+(`SMALL`), and on other data where its own would have to be downloaded (`stand_in`). Lines of other programs do not run:
+their files, extras, commands and make targets must exist, and `ELSEWHERE` says which test runs the script, or why none
+does. Blocks of other languages are not tested.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shlex
 import warnings
 from collections.abc import Iterator
@@ -52,28 +54,28 @@ support_x, support_y, target_x, target_y = sampler.batch(5)[0].parts()
 BLOCK = re.compile(
     r"<!-- setup\n(?P<setup>.*?)^-->|^```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-# Later flags win: each line runs with its own, and at this size.
+# Appended to each line: the last flag of a name counts.
 SMALL = {
     "train": "--epochs 1 --iterations 2 --batch 2 --filters 4 --inner-steps 2 --targets 2 --validation-tasks 4 "
     "--test-tasks 4 --device cpu",
     "compare": "--epochs 1 --budget 2 --filters 4 --validation-tasks 4 --test-tasks 4 --device cpu",
     "evaluate": "--tasks 4",
 }
-# What is not run here: the test that runs it, or why none does.
+# Lines that do not run here: the test that runs the script, or why none does.
 ELSEWHERE = {
     "examples/wrap_your_cnn.py": "tests/project/test_examples.py",
     "examples/accelerate_loop.py": "tests/project/test_neighbours.py",
-    "benchmarks/compare.py": "tests/project/test_benchmarks.py",
-    "benchmarks/gpu.py": "tests/project/test_benchmarks.py",
-    "pip": "installs, which the tests' own environment was made by",
+    "benchmarks compare": "tests/project/test_benchmarks.py",
+    "benchmarks gpu": "tests/project/test_benchmarks.py",
+    "pip": "installs packages",
     "make": "runs the tests",
-    "tensorboard": "serves until it is stopped; tests/training/test_insight.py reads what it would show",
+    "tensorboard": "serves until it is stopped; tests/training/test_insight.py reads the files that it shows",
 }
 
 
 @dataclass(frozen=True)
 class Block:
-    """line: of its first line of code, from 1."""
+    """A block of a page. line: number of its first line of code, from 1."""
 
     kind: str
     code: str
@@ -92,11 +94,10 @@ def pages_with(kind: str) -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in found]
 
 
-def run_page(page: Path, text: str) -> int:
-    """Runs a page's blocks, in order; an error names the page and its line. Returns how many shell lines ran."""
+def run_page(page: Path, text: str) -> None:
+    """Runs a page's blocks, in order; an error names the page and its line."""
     namespace: dict[str, Any] = {"__name__": "page"}
     exec(PREAMBLES.get(page.name, ""), namespace)
-    ran = 0
     for block in blocks_of(text):
         if block.kind == "python":
             run_python(page, block, namespace)
@@ -106,8 +107,6 @@ def run_page(page: Path, text: str) -> int:
             for number, words in shell_lines(block):
                 if (rest := metawrap_words(words)) is not None:
                     run_metawrap(f"{page}:{number}", rest)
-                    ran += 1
-    return ran
 
 
 def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
@@ -123,7 +122,7 @@ def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 
 
 def run_metawrap(place: str, words: list[str]) -> None:
-    # A recipe of a page is small itself, and refuses what is given twice.
+    # A recipe of a page is small already, and does not allow that a flag repeats its settings.
     small = [] if "--recipe" in words else SMALL.get(words[0], "").split() + stand_in(words)
     if small[-1:] == ["glyphs"] and "--data-root" in words:
         place_of_root = words.index("--data-root")
@@ -135,7 +134,7 @@ def run_metawrap(place: str, words: list[str]) -> None:
 
 
 def stand_in(words: list[str]) -> list[str]:
-    """Flags for a training run on data that would have to be fetched: files of the published form, or glyphs."""
+    """Flags that replace data that would have to be downloaded: files of the published form, or glyphs."""
     data = words[words.index("--data") + 1] if "--data" in words else None
     if data == "mini-imagenet":
         with pytest.MonkeyPatch.context() as patch:
@@ -162,27 +161,24 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
         run_page(page, page.read_text())
 
 
-def test_what_is_not_run_here_is_run_elsewhere() -> None:
-    lines = [
-        words
-        for page in PAGES
-        for block in blocks_of(page.read_text())
-        if block.kind == "sh"
-        for _, words in shell_lines(block)
-    ]
-    other = {
-        next((word for word in words if word.endswith(".py")), Path(words[0]).name)
-        for words in lines
-        if metawrap_words(words) is None
-    }
-    assert other == set(ELSEWHERE)
+def test_a_line_that_does_not_run_here_runs_elsewhere() -> None:
+    blocks = [block for page in PAGES for block in blocks_of(page.read_text()) if block.kind == "sh"]
+    lines = [words for block in blocks for _, words in shell_lines(block)]
+    assert {script_of(words) for words in lines if metawrap_words(words) is None} == set(ELSEWHERE)
     for script, where in ELSEWHERE.items():
         if where.startswith("tests/"):
-            assert script in (ROOT / where).read_text() or Path(script).stem in (ROOT / where).read_text()
+            assert script in (ROOT / where).read_text() or Path(script.split()[-1]).stem in (ROOT / where).read_text()
+
+
+def script_of(words: list[str]) -> str:
+    """The script of a line, the command of `python benchmarks`, or the program."""
+    if words[:2] == ["python", "benchmarks"]:
+        return " ".join(words[1:3])
+    return next((word for word in words if word.endswith(".py")), Path(words[0]).name)
 
 
 def shell_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
-    """The words of each line, comments left out and continued lines joined, with the line's number."""
+    """The number and the words of each line; comments are left out, continued lines joined."""
     waiting, start = "", block.line
     for number, line in enumerate(block.code.splitlines(), block.line):
         start = start if waiting else number
@@ -197,7 +193,7 @@ def shell_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
 
 
 def metawrap_words(words: list[str]) -> list[str] | None:
-    """What follows `metawrap`, however it is started; None where something else is."""
+    """The arguments of `metawrap`, or of `python -m metawrap`; None for another program."""
     for index, word in enumerate(words):
         if Path(word).name == "metawrap" and (index == 0 or words[index - 1] == "-m"):
             return words[index + 1 :]
@@ -205,7 +201,7 @@ def metawrap_words(words: list[str]) -> list[str] | None:
 
 
 def problem_with(words: list[str]) -> str | None:
-    """What is wrong with a line, if anything is."""
+    """The error of a line, or None."""
     if (rest := metawrap_words(words)) is not None:
         try:
             build_parser().parse_args(rest)
@@ -222,6 +218,9 @@ def problem_with(words: list[str]) -> str | None:
         extras = re.findall(r"^(\w+) = ", table, re.MULTILINE)
         asked = {name for word in words for names in re.findall(r"\[(.*)\]", word) for name in names.split(",")}
         return f"pyproject.toml has no extra {sorted(asked - set(extras))}" if asked - set(extras) else None
+    if words[:2] == ["python", "benchmarks"]:
+        known = runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"))["COMMANDS"]
+        return None if words[2] in known else f"benchmarks has no command {words[2]}"
     scripts = [word for word in words if word.endswith((".py", ".sh"))]
     if scripts and program in ("python", "bash", "accelerate", "torchrun"):
         missing = [script for script in scripts if not (ROOT / script).exists()]
@@ -257,6 +256,7 @@ def test_a_failing_example_is_reported_with_its_page_and_line() -> None:
         ("make no-such-target", "no target"),
         ('pip install ".[no-such-extra]"', "no extra"),
         ("python examples/none.py", "there is no"),
+        ("python benchmarks race", "no command"),
         ("rm -rf runs", "does not know"),
     ],
 )

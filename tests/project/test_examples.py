@@ -43,7 +43,7 @@ def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
 
 
 def test_the_omniglot_benchmark_reads_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = load("benchmarks/omniglot.py", monkeypatch)
+    bench = load("benchmarks/accuracy/omniglot.py", monkeypatch)
     asked: list[object] = []
     monkeypatch.setattr(bench, "train", lambda settings, out, resume: asked.append((settings, out, resume)) or {})
     monkeypatch.setattr(bench, "result_text", lambda result: "a table")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from face import assert_same_state, assert_same_values
+from keywords import grouped
 from models import Conv4
 from test_examples import load
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def make_learner() -> MAMLPlusPlus:
         torch.manual_seed(0)
         model = Small().double()
     schedules = {"msl_epochs": 2, "first_order_epochs": 1, "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS}
-    return MAMLPlusPlus(model, inner_steps=2, meta_lr=0.01, **schedules)
+    return MAMLPlusPlus(model, inner_steps=2, meta_lr=0.01, **grouped(**schedules))
 
 
 def trained_alone(epochs: int = EPOCHS) -> MAMLPlusPlus:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from face import build, fingerprint
+from keywords import grouped
 from models import Conv4, NormedMlp, class_tasks, seeded
 from sklearn.base import clone
 from sklearn.metrics import accuracy_score
@@ -37,12 +38,12 @@ def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def learner_for(norm: str = "support", method: Any = MAMLPlusPlus, **options: Any) -> Any:
     if method in (MAML, MAMLPlusPlus):
         return build(seeded(NormedMlp), method=method, norm=norm, **options)
-    return method(seeded(NormedMlp), norm=norm, **options)
+    return method(seeded(NormedMlp), norm=norm, **grouped(**options))
 
 
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])
 @pytest.mark.parametrize("method", [MAMLPlusPlus, ANIL, ProtoNet, FineTune])
-def test_predictions_are_those_of_the_adapted_module_under_the_users_labels(method: Any, norm: str) -> None:
+def test_predictions_are_those_of_the_adapted_module_under_the_users_labels(method, norm):
     learner = learner_for(norm, method)
     support, y, target, _ = rows()
     model = FewShotClassifier(learner).fit(support, y)
@@ -56,7 +57,7 @@ def test_predictions_are_those_of_the_adapted_module_under_the_users_labels(meth
     assert type(model.module_) is NormedMlp
 
 
-def test_score_is_the_fraction_of_right_rows_and_steps_reach_the_learner() -> None:
+def test_score_is_the_fraction_of_right_rows_and_steps_reach_the_learner():
     support, y, target, target_y = rows()
     learner = learner_for()
     for steps in (0, 1, 4):
@@ -67,7 +68,7 @@ def test_score_is_the_fraction_of_right_rows_and_steps_reach_the_learner() -> No
         np.testing.assert_allclose(model.predict_proba(target), expected.detach().numpy(), rtol=1e-9)
 
 
-def test_fitting_and_predicting_leave_the_learner_as_it_was() -> None:
+def test_fitting_and_predicting_leave_the_learner_as_it_was():
     learner = learner_for()
     before = fingerprint(learner)
     support, y, target, _ = rows()
@@ -75,7 +76,7 @@ def test_fitting_and_predicting_leave_the_learner_as_it_was() -> None:
     assert fingerprint(learner) == before
 
 
-def test_a_clone_has_a_copy_of_the_learner_and_fits_alike() -> None:
+def test_a_clone_has_a_copy_of_the_learner_and_fits_alike():
     support, y, target, _ = rows()
     model = FewShotClassifier(learner_for(), steps=3).fit(support, y)
     copied = clone(model)
@@ -87,7 +88,7 @@ def test_a_clone_has_a_copy_of_the_learner_and_fits_alike() -> None:
     assert not np.array_equal(copied.fit(support, y).predict_proba(target), model.predict_proba(target))
 
 
-def test_a_fitted_classifier_is_pickled_with_its_module() -> None:
+def test_a_fitted_classifier_is_pickled_with_its_module():
     support, y, target, _ = rows()
     model = FewShotClassifier(learner_for()).fit(support, y)
     again = pickle.loads(pickle.dumps(model))
@@ -95,7 +96,7 @@ def test_a_fitted_classifier_is_pickled_with_its_module() -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])
-def test_a_row_is_predicted_alike_in_any_company_except_under_batch_statistics(norm: str) -> None:
+def test_a_row_is_predicted_alike_in_any_company_except_under_batch_statistics(norm):
     support, y, target, _ = rows()
     model = FewShotClassifier(learner_for(norm)).fit(support, y)
     together, apart = model.predict_proba(target)[:6], model.predict_proba(target[:6])
@@ -105,7 +106,7 @@ def test_a_row_is_predicted_alike_in_any_company_except_under_batch_statistics(n
         np.testing.assert_allclose(cut.predict_proba(target)[:6], together, rtol=1e-9)
 
 
-def test_batch_size_is_refused_where_it_would_change_predictions_only() -> None:
+def test_batch_size_is_refused_where_it_would_change_predictions_only():
     support, y, target, _ = rows()
     with pytest.raises(ArgumentError, match=r'batch_size: under norm="batch".*norm="support"'):
         FewShotClassifier(learner_for("batch"), batch_size=4).fit(support, y)
@@ -113,7 +114,7 @@ def test_batch_size_is_refused_where_it_would_change_predictions_only() -> None:
     assert FewShotClassifier(plain, batch_size=4).fit(support, y).predict(target).shape == (21,)
 
 
-def test_flattened_images_reach_the_network_in_the_shape_that_is_named() -> None:
+def test_flattened_images_reach_the_network_in_the_shape_that_is_named():
     parts = [part[0] for part in class_tasks((1, 8, 8), tasks=1, shots=2)]
     learner = build(seeded(lambda: Conv4(blocks=2, size=8)), norm="support")
     support, target = (part.flatten(1).numpy() for part in (parts[0], parts[2]))
@@ -128,7 +129,7 @@ def test_flattened_images_reach_the_network_in_the_shape_that_is_named() -> None
         FewShotClassifier(learner, input_shape=(1, 8, 9)).fit(support, parts[1].numpy())
 
 
-def test_fewer_classes_than_outputs_are_fitted_with_the_other_outputs_masked() -> None:
+def test_fewer_classes_than_outputs_are_fitted_with_the_other_outputs_masked():
     support, y, target, _ = rows()
     two = y != "cat"
     learner = learner_for()
@@ -141,7 +142,7 @@ def test_fewer_classes_than_outputs_are_fitted_with_the_other_outputs_masked() -
 
 
 @pytest.mark.parametrize("method", [MAMLPlusPlus, ANIL, FineTune])
-def test_more_classes_than_outputs_are_refused_and_the_last_fit_stays(method: Any) -> None:
+def test_more_classes_than_outputs_are_refused_and_the_last_fit_stays(method):
     support, y, target, _ = rows()
     model = FewShotClassifier(learner_for("support", method)).fit(support, y)
     before = model.predict_proba(target)
@@ -150,13 +151,13 @@ def test_more_classes_than_outputs_are_refused_and_the_last_fit_stays(method: An
     np.testing.assert_array_equal(model.predict_proba(target), before)
 
 
-def test_a_method_with_a_fitted_head_takes_any_number_of_classes() -> None:
+def test_a_method_with_a_fitted_head_takes_any_number_of_classes():
     support, _, target, _ = rows()
     model = FewShotClassifier(learner_for("support", ProtoNet)).fit(support, np.arange(15) % 5)
     assert model.predict_proba(target).shape == (21, 5)
 
 
-def test_what_is_no_learner_or_no_logits_is_refused_by_name() -> None:
+def test_what_is_no_learner_or_no_logits_is_refused_by_name():
     support, y, _, _ = rows()
     with pytest.raises(ArgumentError, match="learner: expected a method of metawrap"):
         FewShotClassifier(NormedMlp()).fit(support, y)
@@ -172,7 +173,7 @@ def test_what_is_no_learner_or_no_logits_is_refused_by_name() -> None:
         FewShotClassifier(learner).fit(support, y)
 
 
-def test_pipeline_cross_validation_and_grid_search_run_it() -> None:
+def test_pipeline_cross_validation_and_grid_search_run_it():
     support, y, target, target_y = rows()
     model = make_pipeline(StandardScaler(), FewShotClassifier(learner_for()))
     scaled = (support - support.mean(0)) / support.std(0)
@@ -189,7 +190,7 @@ def test_pipeline_cross_validation_and_grid_search_run_it() -> None:
     assert search.best_params_["fewshotclassifier__steps"] in (0, 2)
 
 
-def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     for name in ("sklearn", "sklearn.base"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "metawrap.sklearn")
@@ -226,5 +227,5 @@ def not_for_modules(_: Any) -> dict[str, str]:
 
 
 @parametrize_with_checks(estimators(), expected_failed_checks=not_for_modules, xfail_strict=True)
-def test_scikit_learns_own_checks_pass(estimator: Any, check: Any) -> None:
+def test_scikit_learns_own_checks_pass(estimator, check):
     check(estimator)

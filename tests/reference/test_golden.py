@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from face import assert_same_values, gradients_of, statistics_of
+from keywords import grouped
 from make_golden import PATH, make
 from models import Conv4
 from oracle import assert_same_gradients, conv4_meta_gradient, meta_gradient, msl_weights
@@ -51,7 +52,9 @@ def _network(file: SimpleNamespace) -> Conv4:
 
 
 def _learner(file: SimpleNamespace, **options: object) -> MAMLPlusPlus:
-    learner = MAMLPlusPlus(_network(file), inner_steps=file.steps, preset="authors_code", msl_epochs=10, **options)
+    learner = MAMLPlusPlus(
+        _network(file), inner_steps=file.steps, preset="authors_code", msl_epochs=10, **grouped(**options)
+    )
     parameters, buffers = dict(learner.model.named_parameters()), dict(learner.model.named_buffers())
     assert set(parameters) == set(file.values)
     with torch.no_grad():

@@ -1,174 +1,137 @@
 import copy
+import functools
 import json
+import operator
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import report_runs as made
+from html_page import HtmlPage
 from PIL import Image
-from report_runs import (
-    LAYERS,
-    SETTINGS,
-    STEPS,
-    final,
-    insight_line,
-    log_line,
-    make_run,
-    make_seeds,
-    png,
-    rate,
-    result,
-    write,
-    write_lines,
-)
 
 from metawrap.cli import main
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.report import draw_report_pictures, gather, write_report_page
-from metawrap.report.page import _sections, render
+from metawrap.report.charts import State
+from metawrap.report.page import plotly_library, render
+from metawrap.report.pictures import _common_place
 
-HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'&amp;$x"
+HOSTILE = "</script><script>window['hacked']=1</script><img src=x onerror='window[\"hacked\"]=1'>&amp;$x"
 
 
-class Page(HTMLParser):
-    """The page as a parser of HTML sees it: its scripts, its other tags, its words, and the JSON of its charts."""
+class Page(HtmlPage):
+    """The report, with the JSON of its panels and charts."""
 
     def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.scripts, self.tags, self.words, self.code, self._script, self._code = [], [], [], [], None, None
-        self.feed(text)
-        panels = [json.loads(text, parse_constant=pytest.fail) for kind, text in self.scripts if kind]
-        self.charts = {chart["name"]: chart for panel in panels for chart in panel["charts"]}
-        self.panels = panels
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "script":
-            self._script = [dict(attributes).get("type"), ""]
-        if tag == "code":
-            self._code = ""
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.scripts.append(tuple(self._script))
-            self._script = None
-        if tag == "code":
-            self.code.append(self._code)
-            self._code = None
-
-    def handle_data(self, data):
-        if self._script is not None:
-            self._script[1] += data
-        elif self._code is not None:
-            self._code += data
-        else:
-            self.words.append(data)
+        super().__init__(text)
+        self.scripts = [(attributes.get("type"), script) for attributes, script in self.elements("script")]
+        self.code = [code for _, code in self.elements("code")]
+        self.panels = [json.loads(text, parse_constant=pytest.fail) for kind, text in self.scripts if kind]
+        self.charts = {chart["name"]: chart for panel in self.panels for chart in panel["charts"]}
 
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
 
-    def named(self, chart, state=0):
-        return {trace["name"]: trace for trace in self.charts[chart]["states"][state]["data"] if "name" in trace}
+    def state(self, chart, choice=0):
+        return self.charts[chart]["states"][choice]
+
+    def named(self, chart):
+        return {trace["name"]: trace for trace in self.state(chart)["data"] if "name" in trace}
+
+    def band(self, label):
+        """The shade around a line of the accuracy."""
+        [band] = [t for t in self.state("curves-accuracy")["data"] if t.get("fill") and t["legendgroup"] == label]
+        return band
 
 
 def page_of(*paths):
-    return Page(render(gather([Path(path) for path in paths])))
+    return Page(render(gather([Path(path) for path in paths]), plotly_library()))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return page_of(make_run(tmp_path_factory.mktemp("alone") / "run"))
+    return page_of(made.make_run(tmp_path_factory.mktemp("alone") / "run"))
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """MAML++ with seeds 0 and 1, and MAML, which recorded no rates, weights or norms, with seed 0."""
     place = tmp_path_factory.mktemp("both")
-    make_seeds(place / "plus", [0, 1])
-    make_run(place / "maml", method="maml")
+    made.make_seeds(place / "plus", [0, 1])
+    made.make_run(place / "maml", method="maml")
     lines = [{"epoch": epoch, "step_losses": [None, None, 1.0]} for epoch in range(1, 5)]
-    write_lines(place / "maml" / "insight.jsonl", lines)
+    made.write_lines(place / "maml" / "insight.jsonl", lines)
     return page_of(place / "plus", place / "maml")
 
 
 def test_curves_are_the_mean_and_deviation_of_the_logs_over_seeds(both):
-    records = np.array([[log_line(seed, e)["validation_accuracy"] for e in range(1, 5)] for seed in (0, 1)])
-    line = both.named("curves-accuracy")["MAML++, validation"]
+    records = np.array([[made.log_line(seed, e)["validation_accuracy"] for e in range(1, 5)] for seed in (0, 1)])
+    middle, deviation = 100 * records.mean(0), 100 * records.std(0, ddof=1)
+    line, band = both.named("curves-accuracy")["MAML++, validation"], both.band("MAML++, validation")
     assert line["x"] == [1, 2, 3, 4]
-    assert line["y"] == pytest.approx(100 * records.mean(0))
-    band = next(
-        t
-        for t in both.charts["curves-accuracy"]["states"][0]["data"]
-        if t.get("fill") and t["legendgroup"] == line["name"]
-    )
+    assert line["y"] == pytest.approx(middle)
     assert band["x"] == [1, 2, 3, 4, 4, 3, 2, 1]
-    edges = 100 * np.concatenate(
-        [records.mean(0) + records.std(0, ddof=1), (records.mean(0) - records.std(0, ddof=1))[::-1]]
-    )
-    assert band["y"] == pytest.approx(edges)
-    losses = [np.mean([log_line(seed, e)["train_loss"] for seed in (0, 1)]) for e in range(1, 5)]
+    assert band["y"] == pytest.approx([*(middle + deviation), *(middle - deviation)[::-1]])
+    losses = [np.mean([made.log_line(seed, e)["train_loss"] for seed in (0, 1)]) for e in range(1, 5)]
     assert both.named("curves-loss")["MAML++, training"]["y"] == pytest.approx(losses)
 
 
 def test_the_band_of_one_run_is_its_interval_over_tasks(alone):
-    [band] = [trace for trace in alone.charts["curves-accuracy"]["states"][0]["data"] if trace.get("fill")]
-    expected = [100 * (log_line(0, e)["validation_accuracy"] + (0.05 + 0.001 * e)) for e in range(1, 5)]
-    assert band["y"][:4] == pytest.approx(np.minimum(expected, 100))
+    expected = [100 * (made.log_line(0, e)["validation_accuracy"] + (0.05 + 0.001 * e)) for e in range(1, 5)]
+    assert alone.band("MAML++, validation")["y"][:4] == pytest.approx(np.minimum(expected, 100))
+    assert sum("fill" in trace for trace in alone.state("curves-accuracy")["data"]) == 1
 
 
-def test_rates_have_layers_on_the_axis_a_line_for_each_step_and_a_slide_for_each_epoch(alone):
+@pytest.mark.parametrize(("chart", "bias"), [("rates-0", False), ("rates-1", True)])
+def test_rates_have_layers_on_the_axis_a_line_for_each_step_and_a_slide_for_each_epoch(alone, chart, bias):
     assert alone.panels[1]["slides"] == [["1", "2", "3", "4"]]
-    for chart, bias in (("rates-0", False), ("rates-1", True)):
-        [state] = alone.charts[chart]["states"]
-        assert state["layout"]["xaxis"]["ticktext"] == list(LAYERS)
-        assert [trace["name"] for trace in state["data"]] == ["step 1", "step 2", "step 3"]
-        for epoch, slide in enumerate(state["slides"], start=1):
-            for step, trace in enumerate(slide):
-                assert trace["y"] == [rate(0, epoch, layer, step, bias) for layer in range(3)]
-        assert [trace["y"] for trace in state["data"]] == [trace["y"] for trace in state["slides"][-1]]
-
-
-def test_negative_rates_are_inside_of_an_axis_that_stays_and_shows_zero(alone):
-    for chart in ("rates-0", "rates-1"):
-        [state] = alone.charts[chart]["states"]
-        values = [value for slide in state["slides"] for trace in slide for value in trace["y"]]
-        low, high = state["layout"]["yaxis"]["range"]
-        assert low < min(values) == -0.12
-        assert max(values) < high
-        assert state["layout"]["yaxis"]["zeroline"] is True
+    [state] = alone.charts[chart]["states"]
+    assert state["layout"]["xaxis"]["ticktext"] == list(made.LAYERS)
+    assert [trace["name"] for trace in state["data"]] == ["step 1", "step 2", "step 3"]
+    for epoch, slide in enumerate(state["slides"], start=1):
+        for step, trace in enumerate(slide):
+            assert trace["y"] == [made.rate(0, epoch, layer, step, bias) for layer in range(3)]
+    assert [trace["y"] for trace in state["data"]] == [trace["y"] for trace in state["slides"][-1]]
+    # Negative rates are inside of an axis that stays and shows zero.
+    values = [value for slide in state["slides"] for trace in slide for value in trace["y"]]
+    axis = state["layout"]["yaxis"]
+    assert axis["range"][0] < min(values) == -0.12
+    assert max(values) < axis["range"][1]
+    assert axis["zeroline"] is True
 
 
 def test_each_seed_has_a_colour_of_its_own_in_the_rates(both):
-    [state] = both.charts["rates-0"]["states"]
+    state = both.state("rates-0")
     lines = [trace for trace in state["data"] if "meta" in trace]
-    assert len(lines) == 2 * STEPS
+    assert len(lines) == 2 * made.STEPS
     colours = {trace["meta"]["run"]: trace["line"]["color"] for trace in lines}
     assert set(colours) == {"MAML++, seed 0", "MAML++, seed 1"}
     assert len(set(colours.values())) == 2
     last = [slide["y"] for slide in state["slides"][-1] if slide]
-    assert last == [[rate(seed, 4, layer, step) for layer in range(3)] for seed in (0, 1) for step in range(STEPS)]
+    assert last == [
+        [made.rate(seed, 4, layer, step) for layer in range(3)] for seed in (0, 1) for step in range(made.STEPS)
+    ]
 
 
 def test_a_run_that_lags_has_gaps_at_the_epochs_that_it_lacks(tmp_path):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b", seed=1, epochs=2)
-    [state] = page_of(tmp_path / "a", tmp_path / "b").charts["rates-0"]["states"]
-    lagging = [
-        slide
-        for slide, trace in zip(state["slides"][3], state["data"], strict=True)
-        if trace.get("meta", {}).get("run") == "MAML++, seed 1"
-    ]
-    assert lagging == [{"y": [None] * 3}] * STEPS
+    made.make_run(tmp_path / "a")
+    made.make_run(tmp_path / "b", seed=1, epochs=2)
+    state = page_of(tmp_path / "a", tmp_path / "b").state("rates-0")
+    drawn = zip(state["slides"][3], state["data"], strict=True)
+    lagging = [slide for slide, trace in drawn if trace.get("meta", {}).get("run") == "MAML++, seed 1"]
+    assert lagging == [{"y": [None] * 3}] * made.STEPS
+    assert _common_place(State(**state)) == 1  # The pictures show the last epoch that both runs have.
 
 
 def test_accuracy_by_step_has_each_run_with_its_interval(both):
     for name, seed in (("MAML++, seed 0", 0), ("MAML++, seed 1", 1), ("MAML, seed 0", 0)):
         trace = both.named("steps")[name]
-        steps = final(seed)["steps"]
+        steps = made.final(seed)["steps"]
         assert trace["customdata"] == [0, 1, 2, 3]
         assert trace["y"] == pytest.approx([100 * each["accuracy"] for each in steps])
         assert trace["error_y"]["array"] == pytest.approx([100 * each["interval"] for each in steps])
@@ -178,8 +141,8 @@ def test_accuracy_by_step_has_each_run_with_its_interval(both):
 
 def test_multi_step_loss_shows_weights_and_losses_of_the_log(alone):
     weights, losses = (alone.named(name) for name in ("step-weights", "step-losses"))
-    lines = [insight_line(0, epoch) for epoch in range(1, 5)]
-    for step in range(STEPS):
+    lines = [made.insight_line(0, epoch) for epoch in range(1, 5)]
+    for step in range(made.STEPS):
         assert weights[f"step {step + 1}"]["y"] == [line["step_weights"][step] for line in lines]
         assert losses[f"step {step + 1}"]["y"] == [line["step_losses"][step] for line in lines]
 
@@ -187,13 +150,13 @@ def test_multi_step_loss_shows_weights_and_losses_of_the_log(alone):
 def test_norms_show_medians_and_bars_to_the_quartiles_of_each_run(both):
     panel = next(panel for panel in both.panels if panel["charts"][0]["name"] == "norms-running-mean")
     assert panel["choices"] == ["MAML++, seed 0", "MAML++, seed 1"]
-    state = both.charts["norms-running-var"]["states"][1]
-    for epoch in range(1, 5):
-        norms = insight_line(1, epoch)["norms"]
-        for step, trace in enumerate(state["slides"][epoch - 1]):
+    for epoch, slide in enumerate(both.state("norms-running-var", choice=1)["slides"], start=1):
+        norms = made.insight_line(1, epoch)["norms"]
+        for step, trace in enumerate(slide):
             assert trace["y"] == [norms[f"conv{layer}.norm"]["running_var"]["median"][step] for layer in (0, 1)]
             assert trace["error_y"]["array"] == pytest.approx([0.3, 0.3])
             assert trace["error_y"]["arrayminus"] == pytest.approx([0.2, 0.2])
+    assert epoch == 4
 
 
 def test_plotly_knows_every_attribute_of_every_chart(both):
@@ -204,77 +167,56 @@ def test_plotly_knows_every_attribute_of_every_chart(both):
                 go.Figure(data=[trace | more for trace, more in zip(state["data"], slide, strict=True)])
 
 
-def test_what_a_method_lacks_is_left_out_and_explained(both):
-    assert "MAML is not shown: its inner rates were not learned" in both.text
-    assert "MAML is not shown: its multi-step loss is off" in both.text
-    assert "MAML is not shown: its network has no batch norm" in both.text
-
-
-def test_the_table_has_mean_and_deviation_over_seeds_and_the_interval_of_one(both):
-    accuracies = [81.2, 82.2]
-    assert f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} %" in both.text.replace("\xa0", " ")
-    assert "81.20 ± 1.23 %" in both.text.replace("\xa0", " ")
-    assert "batch transductive *" in both.text
-    assert "support inductive " in both.text
+def test_words_of_the_page(both, alone):
+    """What a method lacks is explained; the table has the deviation over seeds, or the interval of one run."""
+    deviation = f"{np.mean([81.2, 82.2]):.2f} ± {np.std([81.2, 82.2], ddof=1):.2f} %"
+    for words in (
+        "MAML is not shown: its inner rates were not learned",
+        "MAML is not shown: its multi-step loss is off",
+        "MAML is not shown: its network has no batch norm",
+        deviation,
+        "81.20 ± 1.23 %",
+        "batch transductive *",
+        "support inductive ",
+    ):
+        assert words in both.text
+    for words in ("Abacus 9", "msl_epochs", "inner_steps"):
+        assert words in alone.text
+    assert re.search(r"What differs setting MAML\+\+ MAML method maml\+\+ maml ", both.text)
+    assert alone.code[0] == "metawrap train --data omniglot --set msl_epochs=2"
+    assert both.code[0] == "metawrap train --seeds 0,1"
 
 
 def test_the_episode_shows_images_predictions_and_confusion(alone):
-    sources = [attributes["src"] for tag, attributes in alone.tags if tag == "img"]
-    assert sources == [f"data:image/png;base64,{png(shade)}" for shade in (10, 30, 20, 40)]
+    assert alone.attributes("src", "img") == [f"data:image/png;base64,{made.png(shade)}" for shade in (10, 30, 20, 40)]
     assert "Test task 1 (the first test task): 1 of 4 targets right" in alone.text
     confusion = re.search(r"by prediction \(columns\) 0 1 (.*?) Final test", alone.text).group(1)
     assert confusion == "0 1 1 1 2 ·"
     assert "✗ 0 70" in alone.text
 
 
-def test_command_settings_and_machine_are_there(alone, both):
-    assert alone.code[0] == "metawrap train --data omniglot --set msl_epochs=2"
-    assert both.code[0] == "metawrap train --seeds 0,1"
-    for words in ("Abacus 9", "msl_epochs", "inner_steps"):
-        assert words in alone.text
-    assert re.search(r"What differs setting MAML\+\+ MAML method maml\+\+ maml ", both.text)
-
-
 def test_the_page_names_every_section_in_its_contents_and_needs_no_network(both):
-    anchors = [attributes["id"] for tag, attributes in both.tags if tag == "section"]
-    links = [attributes["href"] for tag, attributes in both.tags if tag == "a"]
-    assert links == [f"#{anchor}" for anchor in anchors]
+    anchors = both.attributes("id", "section")
+    assert both.attributes("href", "a") == [f"#{anchor}" for anchor in anchors]
     assert len(anchors) == 10
-    for tag, attributes in both.tags:
-        for name in ("src", "href"):
-            if name in attributes:
-                assert attributes[name].startswith(("data:", "#")), (tag, attributes)
+    for address in both.attributes("src") + both.attributes("href"):
+        assert address.startswith(("data:", "#")), address
 
 
 def test_what_a_run_says_is_text_and_never_markup(tmp_path):
-    changes = {"data": HOSTILE, "options": {HOSTILE: HOSTILE}, "method": HOSTILE}
-    run = make_run(tmp_path / "<b>run", **changes)
-    content = json.loads((run / "run.json").read_text())
-    write(run / "run.json", content | {"command": HOSTILE})
-    hostile = final(0)
-    hostile["episodes"][0] |= {"classes": [HOSTILE, HOSTILE], "why": HOSTILE}
-    hostile["episodes"][0]["support"][0]["png"] = "'><script>window.hacked=1</script>"
-    write(run / "final_insight.json", hostile)
-    lines = [insight_line(0, epoch) for epoch in range(1, 5)]
-    for line in lines:
-        line["rates"] = {f"{HOSTILE}.weight": [0.1] * STEPS}
-        line["norms"] = {HOSTILE: {"weight": {"low": [0.0], "median": [1.0], "high": [2.0]}}}
-    write_lines(run / "insight.jsonl", lines)
-    told = result(0, SETTINGS) | {"machine": {HOSTILE: HOSTILE}, "trained_norm": HOSTILE}
-    told["test"]["norms"][HOSTILE] = told["test"]["norms"]["batch"]
-    write(run / "result.json", told)
+    run = made.spoilt_run(tmp_path / "<b>run", HOSTILE)
     page = page_of(run)
+    # Every text of the run, in its captions too, is a text of the page: the tags are those of a run of harmless words.
+    assert page.names == page_of(made.spoilt_run(tmp_path / "run", "word")).names
     assert page.code[0] == HOSTILE
+    captions = [text for _, text in page.elements("figcaption")]
+    assert f"Rates of the {HOSTILE}" in captions
     assert [kind for kind, _ in page.scripts].count(None) == 2
-    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
-    assert all(
-        attributes["src"].startswith("data:image/png;base64,iVBOR") for tag, attributes in page.tags if tag == "img"
-    )
-    assert "window.hacked" not in "".join(text for kind, text in page.scripts if kind is None)
+    assert not page.attributes("onerror")
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.attributes("src", "img"))
+    assert "hacked" not in "".join(text for kind, text in page.scripts if kind is None)
     # Plotly reads tags in texts.
-    for text in page.charts["rates-0"]["states"][0]["data"][0]["text"] + [
-        page.panels[0]["charts"][0]["states"][0]["data"][0]["legendgroup"]
-    ]:
+    for text in page.state("rates-0")["data"][0]["text"] + [page.state("curves-accuracy")["data"][0]["legendgroup"]]:
         assert "<" not in text
         assert "&lt;/script&gt;" in text
     names = [path.name for path in draw_report_pictures(gather([run]), tmp_path / "png")]
@@ -286,7 +228,7 @@ def test_what_a_run_says_is_text_and_never_markup(tmp_path):
 
 
 def test_a_run_of_an_older_version_shows_what_it_has(tmp_path):
-    page = page_of(make_run(tmp_path / "old", insight=False))
+    page = page_of(made.make_run(tmp_path / "old", insight=False))
     assert set(page.charts) == {"curves-accuracy", "curves-loss"}
     assert "from a version of metawrap that did not record it" in page.text
     assert "81.20" in page.text
@@ -294,7 +236,7 @@ def test_a_run_of_an_older_version_shows_what_it_has(tmp_path):
 
 
 def test_a_run_that_has_just_begun_is_shown_without_charts(tmp_path):
-    run = make_run(tmp_path / "new", epochs=0)
+    run = made.make_run(tmp_path / "new", epochs=0)
     (run / "result.json").unlink()
     (run / "final_insight.json").unlink()
     page = page_of(run)
@@ -304,18 +246,20 @@ def test_a_run_that_has_just_begun_is_shown_without_charts(tmp_path):
 
 
 def test_numbers_that_are_none_do_not_reach_the_page(tmp_path):
-    run = make_run(tmp_path / "diverged")
-    records = [log_line(0, epoch) | {"validation_loss": float("nan"), "train_loss": None} for epoch in range(1, 5)]
-    write_lines(run / "log.jsonl", records)
-    lines = [insight_line(0, epoch) for epoch in range(1, 5)]
+    run = made.make_run(tmp_path / "diverged")
+    records = [made.log_line(0, epoch) | {"validation_loss": float("nan"), "train_loss": None} for epoch in range(1, 5)]
+    made.write_lines(run / "log.jsonl", records)
+    lines = [made.insight_line(0, epoch) for epoch in range(1, 5)]
     lines[2]["rates"]["linear.weight"] = [float("inf"), float("nan"), 1e400]
-    write_lines(run / "insight.jsonl", lines)
-    told = result(0, SETTINGS)
+    lines[1]["norms"]["conv0.norm"]["weight"] |= {"low": [-1.5e308] * made.STEPS, "high": [1.5e308] * made.STEPS}
+    made.write_lines(run / "insight.jsonl", lines)
+    told = made.result(0, made.SETTINGS)
     told["test"]["norms"]["support"]["after"] = {"accuracy": float("nan"), "interval": float("inf")}
-    write(run / "result.json", told)
+    made.write(run / "result.json", told)
     page = page_of(run)  # Parsed without NaN and Infinity.
     assert page.named("curves-loss") == {}
-    assert page.charts["rates-0"]["states"][0]["slides"][2][1]["y"][2] is None
+    assert page.state("rates-0")["slides"][2][1]["y"][2] is None
+    assert page.state("norms-weight")["layout"]["yaxis"]["range"] == [None, None]
 
 
 def places(value, path=()):
@@ -327,74 +271,65 @@ def places(value, path=()):
 
 @pytest.mark.parametrize("junk", [None, "x", True, [{}, "y"], {"median": 3}, 10**400], ids=range(6))
 def test_junk_anywhere_in_the_files_leaves_a_report_of_the_rest(tmp_path, junk):
-    run = make_run(tmp_path / "run", epochs=2)
+    run = made.make_run(tmp_path / "run", epochs=2)
     for name, content in (
-        ("insight.jsonl", insight_line(0, 2)),
-        ("final_insight.json", final(0)),
-        ("result.json", result(0, SETTINGS)),
-        ("log.jsonl", log_line(0, 2)),
+        ("insight.jsonl", made.insight_line(0, 2)),
+        ("final_insight.json", made.final(0)),
+        ("result.json", made.result(0, made.SETTINGS)),
+        ("log.jsonl", made.log_line(0, 2)),
     ):
         before = (run / name).read_text()
         seen = set()
         for path in places(content):
             # One place of a kind: rates and norms are many alike.
             kind = tuple("#" if isinstance(key, int) or "." in str(key) else key for key in path)
-            if not path or kind in seen:
-                continue
-            seen.add(kind)
-            spoilt = copy.deepcopy(content)
-            inside = spoilt
-            for key in path[:-1]:
-                inside = inside[key]
-            inside[path[-1]] = junk
-            write_lines(run / name, [spoilt])
-            assert _sections(gather([run]))
+            if path and kind not in seen:
+                seen.add(kind)
+                spoilt = copy.deepcopy(content)
+                functools.reduce(operator.getitem, path[:-1], spoilt)[path[-1]] = junk
+                made.write_lines(run / name, [spoilt])
+                assert render(gather([run]), "")
         (run / name).write_text("[1, 2\n{torn")
-        assert _sections(gather([run]))
+        assert render(gather([run]), "")
         (run / name).write_text(before)
 
 
 def test_runs_that_differ_in_their_seed_are_one_group_and_others_are_told_apart(tmp_path):
-    make_run(tmp_path / "a", seed=0)
-    make_run(tmp_path / "b", seed=3, device="cuda")
-    make_run(tmp_path / "c", seed=0, inner_steps=1)
-    make_run(tmp_path / "d", seed=0, method="protonet")
-    groups = gather([tmp_path / name for name in "abcd"])
+    changes = {"a": {}, "b": {"seed": 3, "device": "cuda"}, "c": {"inner_steps": 1}, "d": {"method": "protonet"}}
+    groups = gather([made.make_run(tmp_path / name, **each) for name, each in changes.items()])
     assert [group.label for group in groups] == ["MAML++ inner_steps=3", "MAML++ inner_steps=1", "ProtoNet"]
     assert [[run.seed for run in group.runs] for group in groups] == [[0, 3], [0], [0]]
 
 
 def test_a_repeated_run_is_a_group_of_its_own_named_by_its_folder(tmp_path):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b")
-    groups = gather([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
-    assert [group.label for group in groups] == [f"MAML++ ({tmp_path / name})" for name in "ab"]
+    a, b = made.make_run(tmp_path / "a"), made.make_run(tmp_path / "b")
+    assert [group.label for group in gather([a, b, a])] == [f"MAML++ ({a})", f"MAML++ ({b})"]
 
 
 def test_a_folder_of_runs_is_all_of_them(tmp_path):
-    make_run(tmp_path / "maml", method="maml")
-    make_seeds(tmp_path / "plus", [0, 1])
+    made.make_run(tmp_path / "maml", method="maml")
+    made.make_seeds(tmp_path / "plus", [0, 1])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("{torn")
     assert [(group.label, len(group.runs)) for group in gather([tmp_path])] == [("MAML", 1), ("MAML++", 2)]
 
 
 def test_a_long_run_has_a_slider_of_few_epochs_with_the_first_and_the_last(tmp_path):
-    page = page_of(make_run(tmp_path / "long", epochs=150))
+    page = page_of(made.make_run(tmp_path / "long", epochs=150))
     [names] = page.panels[1]["slides"]
     assert (names[0], names[-1]) == ("1", "150")
     assert len(names) == 40
-    assert len(page.charts["rates-0"]["states"][0]["slides"]) == 40
+    assert len(page.state("rates-0")["slides"]) == 40
 
 
 def test_pictures_are_written_for_what_there_is(tmp_path):
-    run = make_run(tmp_path / "old", insight=False)
+    run = made.make_run(tmp_path / "old", insight=False)
     assert draw_report_pictures(gather([run]), tmp_path / "png") == [tmp_path / "png" / "report-curves.png"]
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["report-curves.png"]
 
 
 def test_the_command_writes_the_page_and_the_pictures(tmp_path, capsys):
-    run = make_run(tmp_path / "run", insight=False)
+    run = made.make_run(tmp_path / "run", insight=False)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
     assert (run / "report.html").read_text().startswith("<!doctype html>")
@@ -410,7 +345,7 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path, capsys):
 def test_what_is_no_run_and_where_nothing_can_be_written_is_said_in_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("Error: There is no run in ")
-    run = make_run(tmp_path / "run")
+    run = made.make_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match=r"out: cannot write .*file/page\.html.*folder of yours"):
         write_report_page(gather([run]), tmp_path / "file" / "page.html")
@@ -425,7 +360,7 @@ def test_what_is_no_run_and_where_nothing_can_be_written_is_said_in_one_line(tmp
     [("plotly.offline", [], r"metawrap\[report\]"), ("matplotlib.figure", ["--png", "png"], r"metawrap\[plot\]")],
 )
 def test_a_missing_library_is_named_with_the_way_to_install_it(tmp_path, monkeypatch, module, flags, words):
-    groups = gather([make_run(tmp_path / "run")])
+    groups = gather([made.make_run(tmp_path / "run")])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MetaWrapError, match=f'pip install "{words}"'):
         draw_report_pictures(groups, tmp_path) if flags else write_report_page(groups, tmp_path / "page.html")

@@ -1,12 +1,13 @@
 """The report in a real Chromium, offline: `make browser`. CHROMIUM names the program, if it is not found."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from report_runs import STEPS, make_run, make_seeds, rate
+from report_runs import STEPS, make_run, make_seeds, rate, spoilt_run
 
 from metawrap.report import gather, write_report_page
 
@@ -17,6 +18,7 @@ PROGRAM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 SECONDS = 60_000
+MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 
 @pytest.fixture(scope="module")
@@ -34,39 +36,40 @@ def report(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
     make_seeds(place / "plus", [0, 1])
     make_run(place / "one", method="maml", epochs=2)
-    content = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-    make_run(place / "odd", method="protonet", data=content, insight=False)
+    make_run(place / "odd", method="protonet", data=MARKUP, insight=False)
     write_report_page(gather([place / name for name in ("plus", "one", "odd")]), place / "report.html")
     return place / "report.html"
 
 
-@pytest.fixture
-def opened(browser, report, request):
+@contextlib.contextmanager
+def open_page(browser, path, width=1280, scheme="light"):
     """A page of that width and colour scheme, without a network; fails on any complaint of the console's."""
-    width, scheme = getattr(request, "param", (1280, "light"))
     context = browser.new_context(
         viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme, has_touch=width < 500
     )
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page, complaints = context.new_page(), []
     page.set_default_timeout(SECONDS)
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "request",
-        lambda request: (
-            complaints.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None
-        ),
-    )
-    page.goto(report.as_uri())
+
+    def complain(text, wrong=True):
+        complaints.extend([text] if wrong else [])
+
+    page.on("console", lambda message: complain(message.text, message.type in ("error", "warning")))
+    page.on("pageerror", lambda error: complain(str(error)))
+    page.on("request", lambda sent: complain(sent.url, not sent.url.startswith(("file:", "data:", "blob:"))))
+    page.goto(path.as_uri())
     page.wait_for_function(
         "document.querySelectorAll('.chart .main-svg').length >= 2 * document.querySelectorAll('.chart').length"
     )
     yield page
     assert complaints == []
     context.close()
+
+
+@pytest.fixture
+def opened(browser, report, request):
+    with open_page(browser, report, *getattr(request, "param", ())) as page:
+        yield page
 
 
 def lines_of(page, chart="rates-0"):
@@ -94,16 +97,29 @@ def test_it_opens_offline_without_a_complaint_and_draws_every_chart(opened):
     assert opened.evaluate("window.hacked") is None
 
 
+def test_markup_in_any_text_of_a_run_is_shown_and_not_run(browser, tmp_path):
+    path = tmp_path / "report.html"
+    write_report_page(gather([spoilt_run(tmp_path / "run", MARKUP)]), path)
+    with open_page(browser, path) as page:
+        assert f"Rates of the {MARKUP.rpartition('.')[2]}" in page.inner_text("#panel-rates")
+        page.hover("#chart-curves-accuracy .points path >> nth=0", force=True)
+        page.wait_for_selector("#chart-curves-accuracy .hoverlayer text")
+        assert MARKUP in page.text_content("#chart-curves-accuracy .hoverlayer")
+        assert page.locator("[onerror]").count() == 0
+        assert page.evaluate("window.hacked") is None
+
+
 def test_the_slider_moves_the_rates(opened):
+    marks = "#chart-rates-0 .scatterlayer .trace .point"
+    drawn = []
     for place in (3, 0, 1):
         move_slider(opened, "rates", place)
         expected = [[rate(0, place + 1, layer, step) for layer in range(3)] for step in range(STEPS)]
         assert lines_of(opened) == expected
         assert opened.inner_text("#panel-rates output") == str(place + 1)
-    marks = "#chart-rates-0 .scatterlayer .trace .point"
-    before = opened.eval_on_selector_all(marks, "points => points.map(point => point.getAttribute('transform'))")
-    move_slider(opened, "rates", 3)
-    after = opened.eval_on_selector_all(marks, "points => points.map(point => point.getAttribute('transform'))")
+        transforms = "points => points.map(point => point.getAttribute('transform'))"
+        drawn.append(opened.eval_on_selector_all(marks, transforms))
+    after, _, before = drawn
     assert len(after) == 2 * STEPS * 3  # The third run ended before.
     assert all(one != other for one, other in zip(before[:9], after[:9], strict=True))
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import random
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from keywords import grouped
 from test_checkpoints import checkpoint_after, saved_run
 
 import metawrap
 from metawrap.cli import main
 from metawrap.errors import CheckpointError
+from metawrap.execution import executor, in_order
 from metawrap.training import checkpoints
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint, write_atomically
 from metawrap.training.run_lock import RunLock
@@ -148,14 +151,18 @@ sys.stdin.read()
 """
 
 
+def holder_of(folder, program):
+    environment = os.environ | {"PYTHONPATH": str(Path(metawrap.__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(folder)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 @posix
 def test_a_second_run_in_a_folder_refuses_and_names_the_first_and_a_killed_one_blocks_nobody(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *FLAGS, "--out", str(out)]) == 0
     capsys.readouterr()
-    command = [sys.executable, "-c", HOLDS, str(out)]
-    environment = os.environ | {"PYTHONPATH": str(Path(metawrap.__file__).parents[1])}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with holder_of(out, HOLDS) as first:
         assert first.stdout.readline() == "True\n"
         assert main(["train", "--out", str(out), "--resume"]) == 2
         assert f"is in use by another run (pid {first.pid} on " in capsys.readouterr().err
@@ -164,27 +171,48 @@ def test_a_second_run_in_a_folder_refuses_and_names_the_first_and_a_killed_one_b
         assert main(["train", "--out", str(out), "--resume"]) == 0
 
 
+FORKS = HOLDS.replace(
+    "print(lock.held, flush=True)",
+    "import os, time\nchild = os.fork()\nif child == 0:\n    time.sleep(60)\n    os._exit(0)\nprint(child, flush=True)",
+)
+
+
 @posix
 def test_the_lock_is_not_held_by_a_forked_process_that_outlives_its_parent(tmp_path):
+    with holder_of(tmp_path, FORKS) as first:
+        child = int(first.stdout.readline())
+        try:
+            first.kill()
+            first.wait()
+            os.kill(child, 0)  # The child lives.
+            again = RunLock(tmp_path)
+            again.take()
+            assert again.held
+            again.release()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@posix
+def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_unwritten(tmp_path, capsys):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "target")
+    assert main(["train", *FLAGS, "--out", str(tmp_path / "run")]) == 2
+    assert ".lock' is a symbolic link, which no run writes. Delete it." in capsys.readouterr().err
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOLCK])
+def test_a_folder_that_takes_no_lock_goes_unlocked(tmp_path, monkeypatch, code):
+    def refuse(self, *_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("filelock.FileLock._acquire", refuse)
     lock = RunLock(tmp_path)
     lock.take()
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.write(writer, b"x")
-        time.sleep(20)
-        os._exit(0)
-    try:
-        os.read(reader, 1)
-        os.close(lock._descriptor)  # As the end of a process does it: nobody unlocks.
-        lock._descriptor = None
-        again = RunLock(tmp_path)
-        again.take()
-        assert again.held
-        again.release()
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    assert not lock.held
+    lock.release()
 
 
 @posix
@@ -204,26 +232,11 @@ def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_refuses(tmp_path, mo
 
 
 def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
-    from metawrap.training.run import train
-    from metawrap.training.run_settings import RunSettings
-
     jumps = iter(range(0, 10**12, 10**7))
     monkeypatch.setattr(time, "time", lambda: 1e9 - next(jumps) if random.random() < 0.5 else 1e9 + next(jumps))
     begun = time.monotonic()
-    settings = RunSettings(
-        image_size=14,
-        backbone="conv4-strided",
-        filters=4,
-        ways=2,
-        inner_steps=1,
-        epochs=2,
-        iterations_per_epoch=2,
-        tasks_per_batch=2,
-        validation_tasks=2,
-        test_tasks=2,
-        device="cpu",
-    )
-    result = train(settings, tmp_path / "run")
+    assert main(["train", *FLAGS, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
     passed = time.monotonic() - begun
     assert 0 < result["seconds"] <= passed
     assert 0 < result["test_seconds"] <= passed
@@ -255,19 +268,20 @@ OUT_OF_MEMORY = [
 ]
 
 
-def with_room_for(learner, room, error, monkeypatch):
-    """Unrolling more than `room` tasks at once fails, behind the first of them, as it does when memory runs out."""
-    real, sizes = learner._chunk_gradient, []
+def with_room_for(room, error, monkeypatch):
+    """From now on more than `room` tasks at once fail, behind the first of them, as they do when memory runs out."""
+    real, sizes = in_order.chunk_gradient, []
 
-    def chunk_gradient(chunk, parameters, tasks):
+    def chunk_gradient(solver, chunk, *more):
         sizes.append(len(chunk))
         if len(chunk) > room:
             if room:
-                real(chunk[:room], parameters, tasks)  # Draws dropout, and leaves what it leaves.
+                real(solver, chunk[:room], *more)  # Draws dropout, and changes statistics.
             raise error
-        return real(chunk, parameters, tasks)
+        return real(solver, chunk, *more)
 
-    monkeypatch.setattr(learner, "_chunk_gradient", chunk_gradient)
+    for module in (in_order, executor):
+        monkeypatch.setattr(module, "chunk_gradient", chunk_gradient)
     return sizes
 
 
@@ -277,14 +291,14 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
     def learner():
         torch.manual_seed(1)
         options = {"inner_steps": 2, "engine": engine, "tasks_per_backward": 7}
-        return metawrap.MAMLPlusPlus(Small().double(), **options)
+        return metawrap.MAMLPlusPlus(Small().double(), **grouped(**options))
 
     roomy, tight = learner(), learner()
-    sizes = with_room_for(tight, 2, error, monkeypatch)
     torch.manual_seed(2)
     for _ in range(2):
         roomy.meta_step(small_tasks(7))
     torch.manual_seed(2)
+    sizes = with_room_for(2, error, monkeypatch)
     with pytest.warns(metawrap.MetaWrapWarning) as heard:
         tight.meta_step(small_tasks(7))
     tight.meta_step(small_tasks(7))
@@ -301,16 +315,18 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
 def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_changes_nothing(monkeypatch):
     learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
     before = {name: str(value) for name, value in learner.state_dict().items()}
-    with_room_for(learner, 0, OUT_OF_MEMORY[0], monkeypatch)
-    with pytest.raises(metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use memory="flat".*fewer inner_st'):
+    with_room_for(0, OUT_OF_MEMORY[0], monkeypatch)
+    with pytest.raises(
+        metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'
+    ):
         learner.meta_step(small_tasks(2))
     assert {name: str(value) for name, value in learner.state_dict().items()} == before
     assert learner.iteration == 0
 
 
 def test_another_failure_is_not_taken_for_a_lack_of_memory(monkeypatch):
-    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, tasks_per_backward=2)
-    sizes = with_room_for(learner, 0, RuntimeError("shapes do not fit"), monkeypatch)
+    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, execution={"tasks_per_backward": 2})
+    sizes = with_room_for(0, RuntimeError("shapes do not fit"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         learner.meta_step(small_tasks(2))
     assert sizes == [2]

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import cifar_archive, cifar_folder, mini_csv
+from refusals import refuses
 from test_folder import make
 
 from metawrap.data import load_cifar_fs, load_image_folder, load_mini_imagenet
-from metawrap.data.class_split import read_table
-from metawrap.data.tarred import read_members
+from metawrap.data.tar_members import read_members
+from metawrap.data.text_files import read_table
 from metawrap.errors import DataError
 
 MIB = 2**20
@@ -64,8 +65,7 @@ def tar(path: Path, *members: tuple, mode: str = "w:gz") -> Path:
 )
 def test_tar_members_that_leave_the_folder_are_refused(untouched: Path, mode: str, evil: tuple, what: str) -> None:
     path = tar(untouched / "cifar-100-python.tar.gz", evil, mode=mode)
-    with pytest.raises(DataError, match=what):
-        load_cifar_fs(path)
+    refuses(DataError, what, load_cifar_fs, path)
 
 
 def test_an_ordinary_archive_passes_the_same_checks(untouched: Path) -> None:
@@ -86,20 +86,12 @@ def test_a_tar_that_decompresses_to_too_much_is_stopped(untouched: Path) -> None
     path = untouched / "bomb.tar.gz"
     header = tarfile.TarInfo("cifar-100-python/file.txt")
     header.size = 400 * MIB
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(header.tobuf())
-        for _ in range(64):
-            file.write(bytes(MIB))
+    path.write_bytes(gzip.compress(header.tobuf() + bytes(64 * MIB), 1))
     assert peak_of(read_members, path, ["cifar-100-python/meta"], 8 * MIB) < 24 * MIB
-    with pytest.raises(DataError, match="claims 419430400 bytes"):
-        read_members(path, ["cifar-100-python/meta"], 8 * MIB)
+    refuses(DataError, "claims 419430400 bytes", read_members, path, ["cifar-100-python/meta"], 8 * MIB)
     # Many members, each small enough.
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        for number in range(10):
-            info, content = member(f"file{number}", bytes(7 * MIB))
-            archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(DataError, match="decompresses to more than"):
-        read_members(path, ["cifar-100-python/meta"], 8 * MIB)
+    tar(path, *(member(f"file{number}", bytes(7 * MIB)) for number in range(10)))
+    refuses(DataError, "decompresses to more than", read_members, path, ["cifar-100-python/meta"], 8 * MIB)
     assert peak_of(read_members, path, ["cifar-100-python/meta"], 8 * MIB) < 24 * MIB
 
 
@@ -108,17 +100,13 @@ def test_a_tar_header_that_claims_gigabytes_is_not_believed(untouched: Path, kin
     header = tarfile.TarInfo("long")
     header.type, header.size = kind, 2**33 - 1
     path = untouched / "bomb.tar.gz"
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(header.tobuf(tarfile.USTAR_FORMAT))
-        for _ in range(32):
-            file.write(bytes(MIB))
+    path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(32 * MIB), 1))
     assert peak_of(read_members, path, ["a"], 64 * MIB) < 16 * MIB
 
 
 def test_ten_thousand_members_are_enough(untouched: Path) -> None:
     path = tar(untouched / "many.tar", *(member(f"file{number}", b"") for number in range(10_001)), mode="w")
-    with pytest.raises(DataError, match="more than 10000 members"):
-        read_members(path, ["a"], MIB * 64)
+    refuses(DataError, "more than 10000 members", read_members, path, ["a"], MIB * 64)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -136,45 +124,41 @@ def test_a_damaged_tar_is_read_or_refused(tmp_path: Path, noise: bytes, place: i
     assert set(found) == {"meta", "train"}
 
 
-def test_a_tar_with_a_pickle_that_runs_code_is_refused(untouched: Path) -> None:
-    code = b"cos\nsystem\n(S'touch evil'\ntR."
-    wanted = [member(f"cifar-100-python/{name}", code) for name in ("meta", "train", "test")]
-    with pytest.raises(DataError, match=r"'cifar-100-python/meta' asks for 'os\.system'"):
-        load_cifar_fs(tar(untouched / "cifar-100-python.tar.gz", *wanted))
-
-
 @pytest.mark.parametrize("file", ["meta", "train", "test"])
-def test_a_folder_with_a_pickle_that_runs_code_is_refused(untouched: Path, file: str) -> None:
+def test_a_folder_or_tar_with_a_pickle_that_runs_code_is_refused(untouched: Path, file: str) -> None:
     folder = cifar_folder(untouched)
     (folder / file).write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
-    with pytest.raises(DataError, match=r"asks for 'os\.system'"):
-        load_cifar_fs(folder)
+    members = [member(f"cifar-100-python/{each.name}", each.read_bytes()) for each in folder.iterdir()]
+    for root in (folder, tar(untouched / "cifar.tar.gz", *members)):
+        refuses(DataError, rf"'cifar-100-python/{file}' asks for 'os\.system'", load_cifar_fs, root)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(MIB), 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def test_a_picture_that_claims_60000_by_60000_pixels_is_refused_cheaply(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+def test_a_picture_that_claims_too_many_pixels_is_refused_cheaply(tmp_path: Path, side: int) -> None:
     root = make(tmp_path / "hostile", range(4))
-    (root / "class001" / "1.png").write_bytes(png_header(60_000, 60_000))
+    (root / "class001" / "1.png").write_bytes(png_header(side, side))
     load_image_folder(make(tmp_path / "warm", range(3)), image_size=4)  # Pillow's plugins are loaded once.
     assert peak_of(lambda: load_image_folder(root, image_size=8)) < 4 * MIB
-    with pytest.raises(DataError, match=r"'class001/1\.png'.*60000 x 60000 pixels|exceeds limit"):
-        load_image_folder(root, image_size=8)
+    words = rf"'class001/1\.png'.*({side} x {side} pixels|exceeds limit of \d+ pixels)"
+    refuses(DataError, words, load_image_folder, root, image_size=8)
 
 
 def test_a_picture_with_a_text_that_decompresses_to_gigabytes_is_refused_cheaply(tmp_path: Path) -> None:
     root = make(tmp_path, range(4))
     plain = (root / "class001" / "1.png").read_bytes()
-    text = b"Comment\0\0" + zlib.compress(bytes(256 * MIB), 9)
-    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
-    (root / "class001" / "1.png").write_bytes(plain[:33] + chunk + plain[33:])
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(256 * MIB), 9))
+    (root / "class001" / "1.png").write_bytes(plain[:33] + text + plain[33:])
     assert peak_of(lambda: load_image_folder(root, image_size=8)) < 16 * MIB
 
 
@@ -188,8 +172,7 @@ def test_a_zip_bomb_is_refused_cheaply(untouched: Path) -> None:
                 archive.writestr(name, bytes(80 * MIB) if name.endswith("n0153282900000001.png") else file.read_bytes())
     assert path.stat().st_size < 2 * MIB
     assert peak_of(load_mini_imagenet, path) < 8 * MIB
-    with pytest.raises(DataError, match=r"'images/n0153282900000001\.png' holds more than 67108864 bytes"):
-        load_mini_imagenet(path)
+    refuses(DataError, r"'images/n0153282900000001\.png' holds more than 67108864 bytes", load_mini_imagenet, path)
 
 
 def test_a_zip_that_lies_about_a_size_is_refused_cheaply(untouched: Path) -> None:
@@ -199,16 +182,6 @@ def test_a_zip_that_lies_about_a_size_is_refused_cheaply(untouched: Path) -> Non
     claimed = struct.pack("<I", 100 * MIB)
     path.write_bytes(path.read_bytes().replace(claimed, struct.pack("<I", 100)))
     assert peak_of(load_mini_imagenet, path) < 8 * MIB
-
-
-@pytest.mark.parametrize("name", ["../evil.png", "/tmp/evil.png", "a/../../evil.png", "C:evil.png"])
-def test_a_zip_of_mini_imagenet_with_a_name_that_leaves_is_refused(untouched: Path, name: str) -> None:
-    path = untouched / "mini.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("train.csv", "filename,label\n")
-        archive.writestr(name, b"evil")
-    with pytest.raises(DataError, match="unsafe name"):
-        load_mini_imagenet(path)
 
 
 @settings(max_examples=150, deadline=None)

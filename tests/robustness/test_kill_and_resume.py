@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from face import MEASURED
+from tiny_runs import assert_ended_alike
 
 import metawrap
-from metawrap.training.checkpoints import load_checkpoint
+from metawrap.training.checkpoints import CheckpointFolder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
@@ -61,13 +60,9 @@ class Workplace:
         package = Path(metawrap.__file__).parents[1]
         self.environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, out, *flags, **environment):
-        command = [sys.executable, "-m", "metawrap", "train", "--out", out, *flags]
-        return self.popen(command, **environment)
-
-    def popen(self, command, **environment):
+    def start(self, *arguments, **environment):
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "metawrap", "train", *arguments],
             cwd=self.path,
             env=self.environment | environment,
             stdout=subprocess.PIPE,
@@ -77,21 +72,15 @@ class Workplace:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def finish(self, out, *flags):
-        process = self.start(out, *flags)
+    def finish(self, *arguments):
+        process = self.start(*arguments)
         printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
         assert process.returncode == 0, complaints
         return printed
 
-    def last(self, out):
-        return load_checkpoint(self.path / out / "checkpoints" / f"epoch-{EPOCHS:04d}.pt")
-
-    def log(self, out):
-        lines = (self.path / out / "log.jsonl").read_text().splitlines()
-        return [json.loads(line) | dict.fromkeys(MEASURED) for line in lines]
-
-    def kept(self, out):
-        return sorted(path.name for path in (self.path / out / "checkpoints").iterdir())
+    def assert_ended_alike(self, out):
+        assert max(CheckpointFolder(self.path / out / "checkpoints", 1, 1).epochs()) == EPOCHS
+        assert_ended_alike(self.path / "uninterrupted", self.path / out)
 
 
 FLAGS = [
@@ -104,7 +93,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     place = Workplace(tmp_path_factory.mktemp("workplace"))
-    place.finish("uninterrupted", *FLAGS)
+    place.finish("--out", "uninterrupted", *FLAGS)
     return place
 
 
@@ -124,42 +113,13 @@ def kill_during_training(workplace, out, epochs, delay):
         begun = log.exists() and log.stat().st_mtime_ns != before
         return process.poll() is not None or (begun and log.read_text().count("\n") >= epochs)
 
-    process = workplace.start(out, *FLAGS, "--resume")
+    process = workplace.start("--out", out, *FLAGS, "--resume")
     wait_for(is_there)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     complaints = process.communicate()[1]
     assert process.returncode in (0, -signal.SIGKILL), complaints
     return process.returncode != 0
-
-
-def assert_same(left, right):
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert list(left) == list(right)
-        for name in left:
-            assert_same(left[name], right[name])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    else:
-        assert left == right
-
-
-def assert_ended_alike(workplace, out):
-    reference, resumed = workplace.last("uninterrupted"), workplace.last(out)
-    assert resumed.epoch == EPOCHS
-    for part in ("learner", "optimizer", "scheduler", "rng", "settings"):
-        assert_same(getattr(resumed, part), getattr(reference, part))
-    assert workplace.log(out) == workplace.log("uninterrupted")
-    assert workplace.kept(out) == workplace.kept("uninterrupted")
-    for name in ("insight.jsonl", "final_insight.json"):
-        assert (workplace.path / out / name).read_text() == (workplace.path / "uninterrupted" / name).read_text()
-    results = [json.loads((workplace.path / name / "result.json").read_text()) for name in ("uninterrupted", out)]
-    assert results[0]["test"] == results[1]["test"]
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(workplace):
@@ -170,25 +130,25 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(workplace):
         for epochs in (0, 1, 2, 4)
     ]
     assert sum(killed) >= 2, "the run was over before it could be killed"
-    workplace.finish("random", *FLAGS, "--resume")
-    assert_ended_alike(workplace, "random")
+    workplace.finish("--out", "random", *FLAGS, "--resume")
+    workplace.assert_ended_alike("random")
 
 
 def test_killed_while_saving_it_ends_with_the_same_bits(workplace):
     # Each start writes run.json, the log, the insight if there is any yet, and then a checkpoint per epoch: an fsync, a
     # replace and an fsync for each.
     for moment in ("replace:4:before", "replace:3:before", "replace:5:after", "fsync:7:before"):
-        process = workplace.start("saving", *FLAGS, "--resume", KILL_AT=moment)
+        process = workplace.start("--out", "saving", *FLAGS, "--resume", KILL_AT=moment)
         process.communicate(timeout=SECONDS_TO_WAIT)
         assert process.returncode == -signal.SIGKILL, moment
-    workplace.finish("saving", *FLAGS, "--resume")
-    assert_ended_alike(workplace, "saving")
+    workplace.finish("--out", "saving", *FLAGS, "--resume")
+    workplace.assert_ended_alike("saving")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_in_one_line_how_to_continue_and_that_line_works(workplace, sent):
     out = f"stopped by {sent.name}"  # the blank has to be quoted in the hint
-    process = workplace.start(out, *FLAGS)
+    process = workplace.start("--out", out, *FLAGS)
     log = workplace.path / out / "log.jsonl"
     wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text().count("\n") >= 2))
     process.send_signal(sent)
@@ -203,8 +163,5 @@ def test_a_stopped_run_says_in_one_line_how_to_continue_and_that_line_works(work
     assert command[1:] == ["-m", "metawrap", "train", "--out", out, "--resume"]
     if sent == signal.SIGTERM:  # what follows does not depend on the signal
         return
-    process = workplace.popen([sys.executable, *command[1:]])
-    printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
-    assert process.returncode == 0, complaints
-    assert "after adaptation" in printed
-    assert_ended_alike(workplace, out)
+    assert "after adaptation" in workplace.finish(*command[4:])
+    workplace.assert_ended_alike(out)

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.mark.parametrize("steps", [100, pytest.param(20_000, marks=[pytest.mark.trust])])
 def test_memory_does_not_grow_and_no_file_handle_is_left(steps):
-    from long_run import LIMIT_MIB, long_run
+    from speed.long_run import LIMIT_MIB, long_run
 
     record = long_run(steps, "functional")
     print(record)

@@ -4,7 +4,6 @@ Each start is a fork of this process, which has imported torch already: the mome
 """
 
 import io
-import json
 import os
 import random
 import signal
@@ -12,11 +11,10 @@ import sys
 import time
 
 import pytest
-from face import MEASURED
-from test_kill_and_resume import NETWORK, assert_same
+from test_kill_and_resume import NETWORK
+from tiny_runs import assert_ended_alike
 
 from metawrap.cli import main
-from metawrap.training.checkpoints import load_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks"),
@@ -24,7 +22,6 @@ pytestmark = [
 ]
 
 EPOCHS = 4
-PARTS = ("learner", "optimizer", "scheduler", "rng", "settings", "epoch")
 
 
 class Runs:
@@ -69,20 +66,8 @@ class Runs:
         self.stopped += status != 0 and sent == signal.SIGTERM
         return status != 0
 
-    def assert_ended_alike(self, out, reference):
-        found, wanted = (
-            load_checkpoint(self.path / name / "checkpoints" / f"epoch-{EPOCHS:04d}.pt") for name in (out, reference)
-        )
-        for part in PARTS:
-            assert_same(getattr(found, part), getattr(wanted, part))
-        logs, tests = [], []
-        for name in (out, reference):
-            lines = (self.path / name / "log.jsonl").read_text().splitlines()
-            logs.append([json.loads(line) | dict.fromkeys(MEASURED) for line in lines])
-            tests.append(json.loads((self.path / name / "result.json").read_text())["test"])
-        assert logs[0] == logs[1]
-        assert tests[0] == tests[1]
-        assert not list((self.path / out).rglob("*.tmp"))
+    def assert_ended_alike(self, out):
+        assert_ended_alike(self.path / "reference", self.path / out)
         self.finished += 1
 
 
@@ -106,8 +91,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path, engine
         assert tries < 20 * kills, "the runs were over before they could be killed"
         out, sent = f"run-{number}", signal.SIGKILL if tries % 2 else signal.SIGTERM
         if not runs.kill(out, sent, moments.uniform(0, seconds)):
-            runs.assert_ended_alike(out, "reference")
+            runs.assert_ended_alike(out)
             number += 1
     runs.finish(f"run-{number}")
-    runs.assert_ended_alike(f"run-{number}", "reference")
+    runs.assert_ended_alike(f"run-{number}")
     print(f"{engine}: {runs.killed} SIGKILL, {runs.stopped} SIGTERM, {runs.finished} runs ended with the same bits")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -45,36 +44,3 @@ def one_hot(labels: Tensor) -> np.ndarray:
 
 def prediction(learner: Any, task: Task) -> np.ndarray:
     return learner.evaluate([task], keep_predictions=True).predictions[0].numpy()  # type: ignore[no-any-return]
-
-
-def assert_gradient_is_that_of_differences(learner: Any, task: Task, step: float = 1e-6) -> None:
-    """One entry of each of the learner's parameters."""
-    learner([task]).loss.backward()
-    for name, parameter in learner.named_parameters():
-        if parameter.grad is None:
-            assert name.startswith("model.2."), f"{name} has no gradient"  # The head that is not run.
-            continue
-        place = np.unravel_index(parameter.numel() // 2, parameter.shape)
-        values = []
-        for sign in (1, -1):
-            moved = copy.deepcopy(learner)
-            with torch.no_grad():
-                dict(moved.named_parameters())[name][place] += sign * step
-            values.append(float(moved([task]).loss.detach()))
-        found, expected = float(parameter.grad[place]), (values[0] - values[1]) / (2 * step)
-        assert abs(found - expected) <= 1e-7 * max(1.0, abs(expected)), (name, found, expected)
-
-
-def assert_relabelled_is_permuted(learner: Any, task: Task, order: list[int]) -> None:
-    """Class c called order[c] moves its logits from column c to column order[c]."""
-    new = torch.tensor(order)
-    found = prediction(learner, Task(task.support_x, new[task.support_y], task.target_x, new[task.target_y]))
-    np.testing.assert_allclose(found[:, order], prediction(learner, task), rtol=1e-9, atol=1e-12)
-
-
-def assert_deployed_is_evaluated(learner: Any, task: Task) -> nn.Module:
-    module = learner.adapt(task.support_x, task.support_y)
-    with torch.no_grad():
-        found = module(task.target_x)
-    np.testing.assert_allclose(found.numpy(), prediction(learner, task), rtol=1e-12, atol=1e-12)
-    return module  # type: ignore[no-any-return]

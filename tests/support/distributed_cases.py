@@ -38,8 +38,8 @@ from models import NormedMlp, seeded
 from torch import nn
 
 import metawrap.training.experiment
-from metawrap.training.launch import seed_dropout
 from metawrap.training.run import train
+from metawrap.training.torchrun import seed_dropout
 
 
 def case_meta_step(rank: int, _: Path) -> Any:

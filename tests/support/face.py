@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from keywords import grouped
 from oracle import Reference, assert_same_gradients, meta_gradient
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ STATISTICS = ("running_mean", "running_var")
 def build(model: nn.Module, *, seed: int = 1, method: Callable[..., Any] = MAMLPlusPlus, **options: Any) -> Any:
     """A learner whose rates, norm rows and statistics rows all differ from each other."""
     options.setdefault("inner_steps", 2)
-    learner = method(model, **options)
+    learner = method(model, **grouped(**options))
     generator = torch.Generator().manual_seed(seed)
 
     def noise(value: Tensor) -> Tensor:

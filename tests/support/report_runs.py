@@ -139,3 +139,23 @@ def write(path: Path, content: Any) -> None:
 
 def write_lines(path: Path, records: list[Any]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def spoilt_run(path: Path, text: str) -> Path:
+    """A run that holds this text in every place that may hold a text."""
+    run = make_run(path, data=text, options={text: text}, method=text)
+    content = json.loads((run / "run.json").read_text())
+    write(run / "run.json", content | {"command": text})
+    insight = final(0) | {"norm": text}
+    insight["episodes"][0] |= {"classes": [text, text], "why": text}
+    insight["episodes"][0]["support"][0]["png"] = text
+    write(run / "final_insight.json", insight)
+    lines = [insight_line(0, epoch) for epoch in range(1, 5)]
+    for line in lines:
+        line["rates"] = {f"{text}.weight": [0.1] * STEPS, f"layer.{text}": [0.2] * STEPS}
+        line["norms"] = {text: {"weight": {"low": [0.0], "median": [1.0], "high": [2.0]}}}
+    write_lines(run / "insight.jsonl", lines)
+    told = result(0, SETTINGS) | {"machine": {text: text}, "trained_norm": text}
+    told["test"]["norms"][text] = told["test"]["norms"]["batch"]
+    write(run / "result.json", told)
+    return run

@@ -23,6 +23,7 @@ from face import (
     last_only,
     reference_for,
 )
+from keywords import grouped
 from models import Conv4, Mlp, NormedMlp, class_tasks, seeded
 from oracle import assert_same_gradients
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def assert_carried(
 def assert_refused(model: nn.Module, words: str, **options: Any) -> None:
     before = fingerprint(model)
     with pytest.raises(UnsupportedModuleError, match=words):
-        MAMLPlusPlus(model, **options)
+        MAMLPlusPlus(model, **grouped(**options))
     assert fingerprint(model) == before
 
 
@@ -137,7 +138,7 @@ class SharedAffine(OneNormTwice):
 
 
 def test_norms_that_share_a_scale_go_on_sharing_it() -> None:
-    learner = MAMLPlusPlus(seeded(SharedAffine), **OPTIONS)
+    learner = MAMLPlusPlus(seeded(SharedAffine), **grouped(**OPTIONS))
     learner.meta_step(BATCH)
     for model in (learner.model, learner.unwrap(), learner.adapt(BATCH[0][0], BATCH[1][0])):
         assert model.norm.weight is model.norm_again.weight
@@ -146,7 +147,7 @@ def test_norms_that_share_a_scale_go_on_sharing_it() -> None:
 
 def test_kept_norm_stays_as_the_user_made_it() -> None:
     model = seeded(Conv4)
-    learner = MAMLPlusPlus(model, keep_norm=["conv0.norm"], **OPTIONS)
+    learner = MAMLPlusPlus(model, wrapping={"keep_norm": ["conv0.norm"]}, **OPTIONS)
     assert type(learner.model.conv0.norm) is nn.BatchNorm2d
     assert learner.model.conv0.norm.weight.shape == (4,)
     assert learner.model.conv1.norm.weight.shape == (2, 4)
@@ -158,14 +159,16 @@ def test_kept_norm_stays_as_the_user_made_it() -> None:
 def test_swap_replaces_exactly_the_given_class_in_the_copy() -> None:
     model = seeded(Conv4)
     before = fingerprint(model)
-    learner = MAMLPlusPlus(model, swap={nn.BatchNorm2d: lambda norm: nn.GroupNorm(2, norm.num_features).double()})
+    learner = MAMLPlusPlus(
+        model, wrapping={"swap": {nn.BatchNorm2d: lambda norm: nn.GroupNorm(2, norm.num_features).double()}}
+    )
     assert fingerprint(model) == before
     assert isinstance(learner.model.conv3.norm, nn.GroupNorm)
     learner.meta_step(class_tasks((1, 16, 16)))
 
 
 def test_describe_names_what_was_found_and_done() -> None:
-    learner = MAMLPlusPlus(seeded(Conv4), **OPTIONS)
+    learner = MAMLPlusPlus(seeded(Conv4), **grouped(**OPTIONS))
     learner.meta_step(class_tasks((1, 16, 16)))
     found = learner.describe()
     assert found.adapted["conv0.conv.weight"] == (4, 1, 3, 3)
@@ -261,7 +264,7 @@ class InstanceStatistics(nn.Module):
 
 
 def test_instance_norm_with_running_statistics_is_refused() -> None:
-    assert_refused(seeded(InstanceStatistics), r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*swap=")
+    assert_refused(seeded(InstanceStatistics), r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*'swap':")
 
 
 def test_norm_with_a_forward_of_its_own_instance_is_refused() -> None:
@@ -294,7 +297,7 @@ class Checkpointed(Body):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_is_refused(reentrant: bool, engine: str) -> None:
     model = seeded(functools.partial(Checkpointed, reentrant))
-    learner = MAMLPlusPlus(model, engine=engine, **OPTIONS)
+    learner = MAMLPlusPlus(model, engine=engine, **grouped(**OPTIONS))
     before = fingerprint(learner), fingerprint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -475,7 +478,7 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, kind: Any, **options: Any) -> None:
         super().__init__()
-        self.cell = kind(3, 4, batch_first=True, **options)
+        self.cell = kind(3, 4, batch_first=True, **grouped(**options))
         self.linear = nn.Linear(8 if options.get("bidirectional") else 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -616,7 +619,7 @@ def test_in_place_edit_of_a_fast_weight_does_not_reach_the_parameter(engine: str
 
     model.first.register_forward_pre_hook(clamp)
     bias = model.first.bias.detach().clone()
-    learner = MAMLPlusPlus(model, engine=engine, **OPTIONS)
+    learner = MAMLPlusPlus(model, engine=engine, **grouped(**OPTIONS))
     learner.adapt(BATCH[0][0], BATCH[1][0])
     assert torch.equal(learner.model.first.bias, bias)
     assert torch.equal(model.first.bias, bias)
@@ -660,14 +663,14 @@ def test_adapt_accepts_names_patterns_and_a_predicate() -> None:
 @pytest.mark.parametrize("options", [{"adapt": 3}, {"keep_norm": True}, {"head": ["linear"]}, {"adapt": [1]}])
 def test_a_selection_that_is_no_name_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(options))):
-        MAMLPlusPlus(seeded(Conv4), **options)
+        MAMLPlusPlus(seeded(Conv4), **grouped(**options))
 
 
 def test_wrapping_draws_nothing_from_the_global_rng() -> None:
     model = seeded(Conv4)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    learner = MAMLPlusPlus(model, **OPTIONS)
+    learner = MAMLPlusPlus(model, **grouped(**OPTIONS))
     learner.meta_step(class_tasks((1, 16, 16)))
     assert torch.equal(torch.random.get_rng_state(), before)
 

@@ -142,22 +142,6 @@ def test_old_checkpoints_go_only_after_the_new_one_is_in_place(tmp_path, monkeyp
     assert folder.epochs() == [2]
 
 
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_checkpoint_with_code_inside_is_refused_and_the_code_does_not_run(tmp_path):
-    trap, proof = tmp_path / "epoch-0001.pt", tmp_path / "it-ran"
-    torch.save({"format": "metawrap-checkpoint", "version": 1, "learner": RunsCode(proof)}, trap)
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt.*not loaded.*code"):
-        load_checkpoint(trap)
-    assert not proof.exists()
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [

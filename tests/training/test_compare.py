@@ -12,8 +12,8 @@ import torch
 
 from metawrap import ArgumentError, CheckpointError
 from metawrap.cli import main
-from metawrap.training.comparison import compare, settings_of
-from metawrap.training.comparison_plot import draw_comparison
+from metawrap.training.comparison import compare, settings_by_method
+from metawrap.training.plots import draw_comparison
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import comparison_table
 
@@ -38,9 +38,9 @@ def row(name: str, accuracy: float, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def test_each_method_gets_the_common_settings_and_its_own() -> None:
+def test_each_method_gets_the_common_settings_and_its_own():
     overrides = {"protonet": {"budget": 200, "meta_lr": 0.003, "distance": "cosine"}}
-    runs = settings_of(["maml", "protonet"], COMMON, 100, overrides)
+    runs = settings_by_method(["maml", "protonet"], COMMON, 100, overrides)
     assert list(runs) == ["maml", "protonet"]
     assert runs["maml"] == RunSettings(epochs=4, filters=8, method="maml", iterations_per_epoch=25, test_norms="own")
     assert runs["protonet"].iterations_per_epoch == 50
@@ -61,12 +61,12 @@ def test_each_method_gets_the_common_settings_and_its_own() -> None:
         (["maml"], 100, {"protonet": {"budget": 100}}, "set: 'protonet' is not one of --methods maml"),
     ],
 )
-def test_what_cannot_be_compared_is_named(methods: Any, budget: int, overrides: Any, words: str) -> None:
+def test_what_cannot_be_compared_is_named(methods, budget, overrides, words):
     with pytest.raises(ArgumentError, match=words):
-        settings_of(methods, COMMON, budget, overrides)
+        settings_by_method(methods, COMMON, budget, overrides)
 
 
-def test_the_table_is_markdown_with_the_best_first_and_failures_below() -> None:
+def test_the_table_is_markdown_with_the_best_first_and_failures_below():
     text = comparison_table([row("One", 0.5), row("Two", 0.75), row("Three", 0.1, error="Error: it does not fit.")])
     lines = text.splitlines()
     assert lines[2].split("|")[1:3] == [" method ", "       accuracy "]
@@ -84,16 +84,14 @@ def test_the_table_is_markdown_with_the_best_first_and_failures_below() -> None:
     assert comparison_table([row("Three", 0.1, error="why")]) == "Three failed: why"
 
 
-def test_the_plot_takes_any_accuracy(tmp_path: Path) -> None:
+def test_the_plot_takes_any_accuracy(tmp_path):
     rows = [row(str(index), value, validation=[(1.0, 0.0), (2.0, 1.0)]) for index, value in enumerate((0.0, 1.0))]
     assert draw_comparison(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw_comparison([row("x", 0.1, error="why")], tmp_path / "b.png")
 
 
-def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(capsys, tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text(
         "from torch import nn\n"
         "def build(ways): return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, ways))\n"
@@ -102,12 +100,12 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(
     monkeypatch.setattr(sys, "path", list(sys.path))
     flags = ["compare", "--methods", "protonet,fomaml", "--budget", "2", "--epochs", "2", "--model", "small:build"]
     flags += ["--image-size", "8", "--validation-tasks", "2", "--test-tasks", "2", "--batch", "1", "--device", "cpu"]
-    flags += ["--set", "fomaml.inner_momentum=2", "--out", "out", "--jobs", "2"]
+    flags += ["--set", "fomaml.inner_update.momentum=2", "--out", "out", "--jobs", "2"]
     with torch.random.fork_rng():
         assert main(flags) == 0
         printed = capsys.readouterr().out
         assert "| ProtoNet" in printed
-        assert "First-order MAML failed: Error: inner_momentum: expected a number from 0 up to" in printed
+        assert "First-order MAML failed: Error: inner_update.momentum: expected a number from 0 up to" in printed
         done, failed = json.loads(Path("out/comparison.json").read_text())["rows"]
         result = json.loads(Path("out/protonet/result.json").read_text())
         assert done["accuracy"] == result["test"]["norms"]["running"]["after"]["accuracy"]
@@ -115,12 +113,12 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(
         assert done["meta_steps"] == 2
         assert done["peak_mib"] > 50
         assert len(done["validation"]) == 2
-        assert "inner_momentum" in failed["error"]
+        assert "inner_update.momentum" in failed["error"]
         assert Path("out/comparison.png").stat().st_size > 10_000
         assert "| ProtoNet" in Path("out/comparison.md").read_text()
         with pytest.raises(CheckpointError, match=r"image_size: the run was started with 8"):
             compare({"protonet": RunSettings(method="protonet", epochs=3)}, "out")
-        flags[flags.index("fomaml.inner_momentum=2")] = "fomaml.inner_momentum=0.5"
+        flags[flags.index("fomaml.inner_update.momentum=2")] = "fomaml.inner_update.momentum=0.5"
         assert main([*flags, "--set", "fomaml.inner_steps=1"]) == 0
         assert "| First-order MAML" in capsys.readouterr().out
     assert Path("out/protonet/result.json").stat().st_mtime < Path("out/comparison.json").stat().st_mtime

@@ -11,6 +11,7 @@ import pytest
 from data_helpers import omniglot_files, write_zip
 from PIL import Image
 from published import cifar_archive, cub_folder, mini_caches, mini_csv, noise, tiered_pickles
+from tiny_runs import log_of
 
 from metawrap.cli import main
 from metawrap.data import EpisodeSampler, load_image_folder
@@ -31,18 +32,17 @@ def check(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     birds(tmp_path / "birds")
     code, out, err = check(capsys, "birds", "--ways", 2, "--targets", 2, "--image-size", 12)
     assert (code, err) == (0, "")
     assert "folder: class folders, split by seed; images become 3 x 12 x 12" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ")}
-    assert rows["train"][0] == "10"
-    assert rows["validation"][0] == "2"
-    assert rows["test"][0] == "3"
-    assert sum(int(rows[part][1]) for part in ("train", "validation", "test")) == sum(4 + i % 3 for i in range(15))
-    assert {rows[part][5] for part in ("train", "validation", "test")} == {"0"}
+    parts = [rows[part] for part in ("train", "validation", "test")]
+    assert [part[0] for part in parts] == ["10", "2", "3"]
+    assert sum(int(part[1]) for part in parts) == sum(4 + i % 3 for i in range(15))
+    assert {part[5] for part in parts} == {"0"}
     assert "train --data" in out
     with Image.open("contact-sheet.png") as sheet:
         pixels = np.asarray(sheet)
@@ -57,7 +57,7 @@ def test_a_good_folder_is_described_and_an_episode_drawn(tmp_path: Path, capsys,
             assert any(np.array_equal(line[:, left : left + 84], expected) for left in range(line.shape[1] - 83))
 
 
-def test_the_report_counts_what_numpy_counts(tmp_path: Path, capsys) -> None:
+def test_the_report_counts_what_numpy_counts(tmp_path, capsys):
     birds(tmp_path / "birds")
     code, out, _ = check(capsys, tmp_path / "birds", "--ways", 2, "--out", tmp_path / "a.png", "--json")
     report = json.loads(out)
@@ -69,7 +69,7 @@ def test_the_report_counts_what_numpy_counts(tmp_path: Path, capsys) -> None:
         assert found == [len(counts), counts.sum(), counts.min(), np.median(counts), counts.max()]
 
 
-def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path: Path, capsys) -> None:
+def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     (root / "bird03" / "1.png").write_bytes(b"junk")
     whole = (root / "bird11" / "0.png").read_bytes()
@@ -86,7 +86,7 @@ def test_broken_images_are_named_and_the_exit_code_is_2(tmp_path: Path, capsys) 
     assert sum(len(part["broken"]) for part in json.loads(out)["parts"]) == 2
 
 
-def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path: Path, capsys) -> None:
+def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     code, _, err = check(capsys, root, "--ways", 5, "--out", tmp_path / "a.png")
     assert code == 2
@@ -96,7 +96,7 @@ def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path: Path,
     assert "Error: train: Class 'bird" in err
 
 
-def test_an_image_in_two_parts_is_a_note(tmp_path: Path, capsys) -> None:
+def test_an_image_in_two_parts_is_a_note(tmp_path, capsys):
     root = birds(tmp_path / "birds")
     train, _, test = load_image_folder(root)
     copied = root / train.class_names[0] / "0.png"
@@ -107,43 +107,39 @@ def test_an_image_in_two_parts_is_a_note(tmp_path: Path, capsys) -> None:
     assert f"{train.class_names[0]}/0.png (train) = {test.class_names[0]}/9.png (test)" in out
 
 
-@pytest.mark.parametrize("layout", ["mini csv", "mini cache", "tiered", "cub", "cifar", "omniglot", "one pickle"])
-def test_layouts_are_recognised(tmp_path: Path, capsys, layout: str) -> None:
+LAYOUTS = {
+    "mini csv": (mini_csv, "mini-imagenet"),
+    "mini cache": (lambda root: mini_caches(root, "class_dict"), "mini-imagenet"),
+    "tiered": (tiered_pickles, "tieredimagenet"),
+    "cub": (cub_folder, "cub"),
+    "cifar": (cifar_archive, "cifar-fs"),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "one pickle"])
+def test_layouts_are_recognised(tmp_path, capsys, layout):
     root = tmp_path / "set"
     root.mkdir()
-    if layout == "mini csv":
-        mini_csv(root)
-    elif layout in ("mini cache", "one pickle"):
-        mini_caches(root, "class_dict")
-    elif layout == "tiered":
-        tiered_pickles(root)
-    elif layout == "cub":
-        cub_folder(root)
-    elif layout == "cifar":
-        root = cifar_archive(root)
-    else:
-        folder = root
-        for name, content in omniglot_files().items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+    write, name = LAYOUTS["mini cache" if layout == "one pickle" else layout]
+    written = write(root)
+    root = written if layout == "cifar" else root
     path = root / "mini-imagenet-cache-val.pkl" if layout == "one pickle" else root
     code, out, err = check(capsys, path, "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
-    if layout == "omniglot":  # Ten classes are too few for the paper's split, which the error says.
-        assert (code, "asks for 1623 classes" in err) == (2, True)
-        return
-    names = {
-        "mini": "mini-imagenet",
-        "one ": "mini-imagenet",
-        "tier": "tieredimagenet",
-        "cub": "cub",
-        "cifa": "cifar-fs",
-    }
     assert (code, err) == (0, "")
-    assert out.startswith(f"{names[layout[:4]]}: ")
+    assert out.startswith(f"{name}: ")
     assert f"--data-root {root}" in out
 
 
-def test_a_hostile_pickle_is_refused_by_name(tmp_path: Path, capsys) -> None:
+def test_a_folder_of_omniglot_is_recognised(tmp_path, capsys):
+    for name, content in omniglot_files().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    code, _, err = check(capsys, tmp_path, "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
+    # Ten classes are too few for the paper's split, which the error says.
+    assert (code, "asks for 1623 classes" in err) == (2, True)
+
+
+def test_a_hostile_pickle_is_refused_by_name(tmp_path, capsys):
     mini_caches(tmp_path, "class_dict")
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(pickle.dumps({"image_data": print}))
@@ -161,7 +157,7 @@ def test_a_hostile_pickle_is_refused_by_name(tmp_path: Path, capsys) -> None:
         (".", "holds no class folder"),
     ],
 )
-def test_what_is_no_data_set_is_said(tmp_path: Path, capsys, monkeypatch, path: str, what: str) -> None:
+def test_what_is_no_data_set_is_said(tmp_path, capsys, monkeypatch, path, what):
     monkeypatch.chdir(tmp_path)
     for name in ("unknown.zip", "text.txt"):
         (tmp_path / name).write_text("x")
@@ -170,14 +166,14 @@ def test_what_is_no_data_set_is_said(tmp_path: Path, capsys, monkeypatch, path: 
     assert what in err
 
 
-def test_the_picture_has_to_go_somewhere(tmp_path: Path, capsys) -> None:
+def test_the_picture_has_to_go_somewhere(tmp_path, capsys):
     for out in (tmp_path / "none" / "a.png", tmp_path / "a.jpg"):
         code, _, err = check(capsys, birds(tmp_path / out.name, 5), "--out", out)
         assert code == 2
         assert "out: expected a .png file in an existing folder" in err
 
 
-def test_a_named_set_is_checked_where_its_files_lie(tmp_path: Path, capsys) -> None:
+def test_a_named_set_is_checked_where_its_files_lie(tmp_path, capsys):
     archive = write_zip(tmp_path / "o.zip", omniglot_files())
     code, _, err = check(capsys, "omniglot", "--data-root", archive, "--out", tmp_path / "a.png")
     assert code == 2
@@ -187,46 +183,33 @@ def test_a_named_set_is_checked_where_its_files_lie(tmp_path: Path, capsys) -> N
     assert "train --data glyphs" in out
 
 
-def test_help_of_data_check_fits_on_a_screen(capsys) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["data", "check", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 112
+def move_rows(folder: Path, source: str, target: str, name: str) -> None:
+    rows = (folder / f"{source}.csv").read_text().splitlines(keepends=True)
+    (folder / f"{source}.csv").write_text("".join(row for row in rows if name not in row))
+    with open(folder / f"{target}.csv", "a") as file:
+        file.writelines(row for row in rows if name in row)
 
 
-def test_training_streamed_and_in_memory_ends_with_the_same_numbers(tmp_path: Path, capsys) -> None:
+def test_training_streamed_and_in_memory_ends_with_the_same_numbers(tmp_path):
     mini_csv(tmp_path / "mini", images=3)
-    flags = [
-        "--data=mini-imagenet",
-        f"--data-root={tmp_path / 'mini'}",
-        "--image-size=20",
-        "--ways=2",
-        "--train-ways=2",
-    ]
-    flags += ["--method=protonet", "--filters=4", "--epochs=1", "--iterations=2", "--batch=1", "--test-norms=own"]
-    flags += ["--validation-tasks=2", "--test-tasks=2", "--device=cpu"]
-    results = []
-    for part in ("val", "test"):  # One class is too few for a task of two.
-        rows = (tmp_path / "mini" / "train.csv").read_text().splitlines()
-        name = "n01558993" if part == "val" else "n01704323"
-        kept = [row for row in rows if name not in row]
-        moved = [row for row in rows if name in row]
-        (tmp_path / "mini" / "train.csv").write_text("\n".join(kept) + "\n")
-        with open(tmp_path / "mini" / f"{part}.csv", "a") as file:
-            file.write("\n".join(moved) + "\n")
-    rows = (tmp_path / "mini" / "test.csv").read_text().splitlines()
-    (tmp_path / "mini" / "test.csv").write_text("\n".join(row for row in rows if "n01981276" not in row) + "\n")
-    with open(tmp_path / "mini" / "train.csv", "a") as file:
-        file.write("\n".join(row for row in rows if "n01981276" in row) + "\n")
-    for name, how in (("memory", ["--no-stream"]), ("stream", ["--stream", "--loader-workers=1"])):
-        assert main(["train", *flags, *how, f"--out={tmp_path / name}"]) == 0
+    # One class is too few for a task of two.
+    for source, target, name in (
+        ("train", "val", "n01558993"),
+        ("train", "test", "n01704323"),
+        ("test", "train", "n01981276"),
+    ):
+        move_rows(tmp_path / "mini", source, target, name)
+    flags = f"--data=mini-imagenet --data-root={tmp_path / 'mini'} --image-size=20 --ways=2 --train-ways=2 --filters=4"
+    flags += " --method=protonet --epochs=1 --iterations=2 --batch=1 --test-norms=own --targets=1 --device=cpu"
+    flags += " --validation-tasks=2 --test-tasks=2"
+
+    def numbers(name: str, how: str) -> tuple[object, ...]:
+        assert main(["train", *flags.split(), *how.split(), f"--out={tmp_path / name}"]) == 0
+        [log] = log_of(tmp_path / name)
         result = json.loads((tmp_path / name / "result.json").read_text())
-        log = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
-        results.append((result["test"], log["train_loss"], log["validation_loss"]))
-    assert results[0] == results[1]
-    plain = tmp_path / "plain"
-    assert main(["train", *flags, "--normalise=none", f"--out={plain}"]) == 0
-    log = json.loads((plain / "log.jsonl").read_text().splitlines()[0])
-    assert log["train_loss"] != results[0][1]  # mini-ImageNet is normalised unless asked otherwise.
-    capsys.readouterr()
+        return result["test"], log["validation_loss"], log["train_loss"]
+
+    memory = numbers("memory", "--no-stream")
+    assert numbers("stream", "--stream --loader-workers=1") == memory
+    # mini-ImageNet is normalised unless asked otherwise.
+    assert numbers("plain", "--normalise=none")[-1] != memory[-1]

@@ -1,5 +1,4 @@
 import base64
-import functools
 import io
 import json
 import sys
@@ -8,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
+from tiny_runs import interrupt_call
 from torch import nn
 
-import metawrap.training.experiment
 import metawrap.training.run
 from metawrap.errors import MetaWrapError
 from metawrap.results import EvaluationResult
@@ -23,42 +23,15 @@ from metawrap.training.insight import as_png, final_insight, quartiles, step_cou
 from metawrap.training.run import train
 from metawrap.training.run_folder import RunFolder
 from metawrap.training.run_records import read_records
-from metawrap.training.run_settings import RunSettings
 
-TINY = RunSettings(
-    image_size=16,
-    filters=4,
-    inner_steps=2,
-    epochs=3,
-    iterations_per_epoch=2,
-    tasks_per_batch=2,
-    validation_tasks=4,
-    test_tasks=4,
-    test_norms="own",
-    device="cpu",
-    options={"msl_epochs": 2},
-)
+TINY = replace(tiny_runs.TINY, test_norms="own", options={"msl_epochs": 2})
+pytestmark = pytest.mark.usefixtures("tiny_training")
 
 
 @pytest.fixture(scope="module")
-def loaded_once():
-    return functools.lru_cache(metawrap.training.experiment.load_data)
-
-
-@pytest.fixture(autouse=True)
-def _same_data_and_rng(monkeypatch, loaded_once):
-    monkeypatch.setattr(metawrap.training.experiment, "load_data", loaded_once)
-    with torch.random.fork_rng():
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, loaded_once):
-    """A run that was logged to TensorBoard as well: (folder, result)."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metawrap.training.experiment, "load_data", loaded_once)
-        return folder, train(TINY, folder, tensorboard=True)
+def finished(trained):
+    """A run with a TensorBoard log."""
+    return trained(TINY, tensorboard=True)
 
 
 def lines_of(path):
@@ -119,15 +92,7 @@ def test_the_final_test_is_told_step_by_step_and_ends_at_its_result(finished):
 
 
 def test_an_interrupted_run_has_the_same_insight_as_one_that_was_not(finished, tmp_path, monkeypatch):
-    real, calls = metawrap.training.run._snapshot, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(metawrap.training.run, "_snapshot", interrupted)
+    interrupt_call(monkeypatch, metawrap.training.run, "_snapshot", 2)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path)
     with open(tmp_path / "insight.jsonl", "a") as handle:
@@ -217,13 +182,10 @@ def test_the_first_task_and_the_hardest_are_kept_with_images_labels_and_predicti
 def test_of_a_large_episode_some_images_are_kept_and_all_predictions():
     sampler = build_experiment(replace(TINY, targets=9)).test
     tasks = list(sampler.batch(0))
-    [episode] = final_insight(RememberedLogits(tasks, [torch.eye(5).repeat_interleave(9, 0)] * 4), sampler, 4)[
-        "episodes"
-    ]
+    learner = RememberedLogits(tasks, [torch.eye(5).repeat_interleave(9, 0)] * 4)
+    [episode] = final_insight(learner, sampler, 4)["episodes"]
     assert len(episode["target"]) == 45
-    assert [
-        sum(each["label"] == label and each["png"] is not None for each in episode["target"]) for label in range(5)
-    ] == [5] * 5
+    assert sorted(each["label"] for each in episode["target"] if each["png"]) == [n for n in range(5) for _ in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -277,15 +239,8 @@ def test_tensorboard_shows_the_log_and_the_rates(finished):
 
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_tensorboard_has_each_epoch_once_after_resuming(tmp_path, asked_before, monkeypatch):
-    real, calls = CheckpointFolder.save, []
-
-    def interrupted(self, checkpoint):
-        calls.append(1)
-        if len(calls) == 2:  # After the second epoch was logged, before it was saved.
-            raise KeyboardInterrupt
-        return real(self, checkpoint)
-
-    monkeypatch.setattr(CheckpointFolder, "save", interrupted)
+    # The second epoch has been logged, but not saved.
+    interrupt_call(monkeypatch, CheckpointFolder, "save", 2)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path, tensorboard=asked_before)
     train(TINY, tmp_path, resume=True, tensorboard=not asked_before)

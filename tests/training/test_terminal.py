@@ -19,7 +19,6 @@ from metawrap.training.progress import quiet, say
 
 TINY = ["train", "--image-size", "16", "--filters", "4", "--inner-steps", "1", "--batch", "1", "--device", "cpu"]
 TINY += ["--validation-tasks", "2", "--test-tasks", "2", "--test-norms", "own", "--epochs", "2", "--iterations", "3"]
-COMMANDS = [None, *build_parser().commands]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -57,7 +56,7 @@ def in_terminal(arguments: list[str], folder: Path, columns: int) -> str:
 
 
 @pytest.mark.parametrize("columns", [80, pytest.param(40, marks=pytest.mark.slow)])
-def test_the_bar_stays_on_one_line_of_a_terminal(tmp_path: Path, columns: int) -> None:
+def test_the_bar_stays_on_one_line_of_a_terminal(tmp_path, columns):
     written = in_terminal([*TINY, "--out", "run"], tmp_path, columns)
     [line] = [line for line in written.split("\r\n") if "epoch 1/2" in line]  # A bar that wraps or repeats has two.
     drawn = [each for each in line.split("\r") if each.strip()]
@@ -67,14 +66,14 @@ def test_the_bar_stays_on_one_line_of_a_terminal(tmp_path: Path, columns: int) -
     assert "\x1b" not in line
 
 
-def test_nothing_that_only_a_terminal_understands_reaches_a_file(tmp_path: Path) -> None:
+def test_nothing_that_only_a_terminal_understands_reaches_a_file(tmp_path):
     command = [sys.executable, "-m", "metawrap", *TINY, "--out", "run"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=True)
     assert b"epoch 2/2: " in ended.stderr
     assert not re.search(rb"[\r\x1b\x08]", ended.stderr + ended.stdout)
 
 
-def test_quiet_leaves_the_result_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_quiet_leaves_the_result_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*TINY, "--out", "run", "--quiet"]) == 0
     printed = capsys.readouterr()
@@ -84,7 +83,7 @@ def test_quiet_leaves_the_result_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert capsys.readouterr().err.startswith("Error: 'run' already has a run.")
 
 
-def test_quiet_ends_with_its_block(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_ends_with_its_block(capsys):
     with quiet():
         with quiet(False):
             say("still nothing")
@@ -93,9 +92,7 @@ def test_quiet_ends_with_its_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "an error\nagain\n"
 
 
-def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for(monkeypatch, capsys):
     def fails(*_: object) -> None:
         raise KeyError("first\nsecond")
 
@@ -117,11 +114,18 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for
         (["train", "--method", "mamml"], "--method: invalid choice 'mamml'. Did you mean maml?"),
         (["trian"], "command: invalid choice 'trian'. Did you mean train?"),
         (["inspect"], "the following arguments are required: --model. See metawrap inspect --help."),
+        (["train", "--seeds", "0,x"], "expected whole numbers such as 0,1,2, but got '0,x'"),
+        (["train", "--seeds", "1,1"], "expected different numbers"),
+        (["train", "--seeds", "0,1", "--seed", "3"], "not allowed with"),
+        (["train", "--set", "colour"], "expected NAME=VALUE"),
+        (["train", "--method", "magic"], "invalid choice"),
+        *(
+            (["inspect", "--model", "a:b", "--input-shape", shape], "expected positive whole numbers such as 3,84,84")
+            for shape in ("3,x", "3,0", "")
+        ),
     ],
 )
-def test_a_flag_that_does_not_exist_is_one_line_with_the_nearest(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flag_that_cannot_be_read_is_one_line_with_the_nearest_or_the_form(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     [line] = capsys.readouterr().err.strip().splitlines()
@@ -129,10 +133,10 @@ def test_a_flag_that_does_not_exist_is_one_line_with_the_nearest(
     assert words in line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_on_a_screen_of_100_columns(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *build_parser().commands, "data check"])
+def test_help_fits_on_a_screen_of_100_columns(command, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([*([command] if command else []), "--help"])
+        main([*command.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 50
+    assert len(lines) <= (40 if command == "data check" else 50)
     assert max(map(len, lines)) <= 100

@@ -1,4 +1,3 @@
-import functools
 import json
 import shutil
 import statistics
@@ -8,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from face import MEASURED
+from tiny_runs import TINY, assert_same, assert_same_checkpoint, interrupt_call, log_of, without_time
 from torch import nn
 
-import metawrap.training.experiment
 import metawrap.training.run
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import EvaluationResult
@@ -21,71 +19,20 @@ from metawrap.training.final_evaluation import final_test, score_of
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 
-TINY = RunSettings(
-    image_size=16,
-    filters=4,
-    inner_steps=2,
-    epochs=3,
-    iterations_per_epoch=2,
-    tasks_per_batch=2,
-    validation_tasks=4,
-    test_tasks=4,
-    device="cpu",
-)
-
-
-@pytest.fixture(autouse=True)
-def _same_data_and_rng(monkeypatch, loaded_once):
-    monkeypatch.setattr(metawrap.training.experiment, "load_data", loaded_once)
-    with torch.random.fork_rng():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """So small a network is slower on two threads, above all when another process shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("tiny_training")
 
 
 @pytest.fixture(scope="module")
-def loaded_once():
-    return functools.lru_cache(metawrap.training.experiment.load_data)
+def finished(trained):
+    return trained(replace(TINY, ensemble=2))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, loaded_once, _one_thread):
-    """An uninterrupted run: (folder, result)."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metawrap.training.experiment, "load_data", loaded_once)
-        return folder, train(replace(TINY, ensemble=2), folder)
+def checkpoints_in(folder):
+    return CheckpointFolder(folder / "checkpoints", 9, 9)
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def without_time(records):
-    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
-
-
-def assert_same_state(left, right):
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            assert_same_state(left[name], right[name])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same_state(one, other)
-    else:
-        assert left == right
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_a_run_leaves_a_log_line_and_a_checkpoint_per_epoch_and_a_result(finished):
@@ -117,26 +64,15 @@ def test_the_result_has_every_policy_before_and_after_and_averaged(finished):
 
 def test_an_interrupted_run_resumes_to_the_same_bits_and_log(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    reference = CheckpointFolder(folder / "checkpoints", 9, 9).load(3)
-    real, calls = metawrap.training.run._validate, []
-
-    def interrupted_validate(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(metawrap.training.run, "_validate", interrupted_validate)
+    interrupt_call(monkeypatch, metawrap.training.run, "_validate", 2)
     settings = replace(TINY, ensemble=2)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path)
-    assert CheckpointFolder(tmp_path / "checkpoints", 9, 9).epochs() == [1]
+    assert checkpoints_in(tmp_path).epochs() == [1]
     first_part = log_of(tmp_path)[0]["seconds"]
     torch.manual_seed(123)
     result = train(settings, tmp_path, resume=True)
-    resumed = CheckpointFolder(tmp_path / "checkpoints", 9, 9).load(3)
-    for part in ("settings", "learner", "optimizer", "scheduler", "rng"):
-        assert_same_state(getattr(resumed, part), getattr(reference, part))
+    assert_same_checkpoint(checkpoints_in(tmp_path).load(3), checkpoints_in(folder).load(3))
     assert without_time(log_of(tmp_path)) == without_time(log_of(folder))
     assert log_of(tmp_path)[0]["seconds"] == first_part < log_of(tmp_path)[1]["seconds"]
     assert result["test"] == finished[1]["test"]
@@ -168,7 +104,7 @@ def test_a_torn_newest_checkpoint_is_reported_and_its_epoch_repeated(finished, t
     newest.write_bytes(newest.read_bytes()[:1000])
     train(settings, tmp_path, resume=True)
     assert "Skipped: " in capsys.readouterr().err
-    assert_same_state(load_checkpoint(newest).learner, load_checkpoint(folder / "checkpoints/epoch-0003.pt").learner)
+    assert_same(load_checkpoint(newest).learner, load_checkpoint(folder / "checkpoints/epoch-0003.pt").learner)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +112,11 @@ def test_a_torn_newest_checkpoint_is_reported_and_its_epoch_repeated(finished, t
 )
 def test_resuming_with_another_setting_is_refused_by_name_and_changes_nothing(finished, change):
     folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = modification_times(folder)
     name = next(iter(change))
     with pytest.raises(CheckpointError, match=f"^{name}: the run was started with .*--out"):
         train(replace(TINY, **change), folder, resume=True)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert modification_times(folder) == before
 
 
 def test_settings_that_do_not_touch_training_may_change():
@@ -328,12 +264,8 @@ def test_seeds_are_summarised_by_mean_and_sample_deviation_and_resume(tmp_path):
     settings = replace(TINY, epochs=1)
     summary = train_seeds(settings, [0, 3], tmp_path)
     for norm in ("batch", "running", "support"):
-        values = [
-            json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text())["test"]["norms"][norm]["after"][
-                "accuracy"
-            ]
-            for seed in (0, 3)
-        ]
+        results = [json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text()) for seed in (0, 3)]
+        values = [result["test"]["norms"][norm]["after"]["accuracy"] for result in results]
         after = summary["summary"]["norms"][norm]["after"]
         assert after["mean"] == pytest.approx(np.mean(values))
         assert after["deviation"] == pytest.approx(np.std(values, ddof=1))
@@ -346,14 +278,14 @@ def test_seeds_are_summarised_by_mean_and_sample_deviation_and_resume(tmp_path):
 
 def test_evaluating_a_run_again_gives_the_result_of_its_final_test(finished):
     folder, result = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = modification_times(folder)
     again = evaluate_run(folder)
     assert again["test"] == result["test"]
     assert again["settings"] == result["settings"]
     only = evaluate_run(folder, ["support"], ensemble=0)
     assert list(only["test"]["norms"]) == ["support"]
     assert only["test"]["norms"]["support"]["after"] == result["test"]["norms"]["support"]["after"]
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert modification_times(folder) == before
 
 
 def test_a_checkpoint_of_another_network_is_refused_with_the_reason(finished):
@@ -370,7 +302,7 @@ def test_evaluating_what_is_not_a_run_says_how_to_start_one(tmp_path):
 def test_a_checkpoint_whose_optimizer_or_random_state_fits_no_more_is_one_error(finished, tmp_path, part):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints", 9, 9)
+    checkpoints = checkpoints_in(tmp_path / "run")
     stored = checkpoints.load(3)
     damage = {"optimizer": {"state": {}, "param_groups": []}, "rng": {"cpu": torch.zeros(3), "cuda": []}}[part]
     checkpoints.save(replace(stored, history=stored.history, **{part: damage}))
@@ -391,12 +323,8 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
     settings = replace(TINY, epochs=2)
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         train(replace(settings, seed=seed), tmp_path / name)
-    weights = [CheckpointFolder(tmp_path / name / "checkpoints", 9, 9).load(2) for name in ("one", "two", "other")]
-    assert_same_state(weights[0].learner, weights[1].learner)
-    assert_same_state(weights[0].optimizer, weights[1].optimizer)
+    one, two, other = (checkpoints_in(tmp_path / name).load(2) for name in ("one", "two", "other"))
+    assert_same_checkpoint(one, two)
     assert without_time(log_of(tmp_path / "one")) == without_time(log_of(tmp_path / "two"))
-    assert any(not torch.equal(a, b) for a, b in zip(*(list(_tensors(w.learner)) for w in weights[::2]), strict=True))
-
-
-def _tensors(state):
-    return (value for value in state.values() if isinstance(value, torch.Tensor))
+    pairs = ((value, other.learner[name]) for name, value in one.learner.items())
+    assert any(isinstance(value, torch.Tensor) and not torch.equal(value, changed) for value, changed in pairs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from entry import Entry
+from keywords import grouped
 from pieces import SEQUENCES, Whole, words
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def _causal_by_hand(model: Any, x: Tensor) -> Tensor:
 
 
 def _layer(kind: Any, **options: Any) -> nn.Module:
-    return kind(4, 2, 8, **{"dropout": 0.2, "batch_first": True} | options)
+    return kind(4, 2, 8, **grouped(**{"dropout": 0.2, "batch_first": True} | options))
 
 
 class Encoder(nn.Module):

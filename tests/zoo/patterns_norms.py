@@ -204,7 +204,7 @@ PATTERNS = [
         "InstanceNorm2d with statistics",
         make=partial(instance_statistics, True),
         tasks=IMAGES,
-        refused=r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*swap=",
+        refused=r"'inorm' \(InstanceNorm2d\).*track_running_stats=False.*'swap':",
     ),
     _entry(
         "InstanceNorm2d with statistics, swapped",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from entry import Entry
+from keywords import grouped
 from pieces import SEQUENCES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 class Recurrent(nn.Module):
     def __init__(self, kind: Callable[..., nn.Module], outputs: int = 4, **options: Any) -> None:
         super().__init__()
-        self.cell = kind(3, 4, batch_first=True, **options)
+        self.cell = kind(3, 4, batch_first=True, **grouped(**options))
         self.last = nn.Linear(outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _cache_seeds() -> Iterator[bytes]:
 
 
 def _table(content: bytes) -> object:
-    from metawrap.data.class_split import decoded, read_table  # type: ignore[import-not-found,unused-ignore]
+    from metawrap.data.text_files import decoded, read_table  # type: ignore[import-not-found,unused-ignore]
 
     return read_table(decoded(content, "train.csv"), "train.csv", ("filename", "label"))
 
@@ -158,7 +158,7 @@ HARNESSES = {
     "checkpoint_pickle": Harness(_checkpoint_pickle, _pickle_seeds),
     "archive": Harness(_omniglot, _omniglot_seeds),
     "pickle_cache": Harness(_cache, _cache_seeds, "metawrap.data.pickles"),
-    "csv": Harness(_table, _table_seeds, "metawrap.data.class_split"),
+    "csv": Harness(_table, _table_seeds, "metawrap.data.text_files"),
     "split": Harness(_split, _split_seeds, "metawrap.data.class_split"),
     "tar": Harness(_cifar, _cifar_seeds, "metawrap.data.cifar"),
 }

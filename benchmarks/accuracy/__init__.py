@@ -1,0 +1,1 @@
+"""Accuracy after training: omniglot.py at the paper's settings, methods.sh for all methods at a budget of minutes."""

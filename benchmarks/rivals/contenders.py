@@ -1,0 +1,173 @@
+"""All contenders by name. `step()` is one outer update; `gradients()` is the meta-gradient of the last one.
+
+A contender that cannot run here raises Skipped with the reason: a library is not installed, this metawrap does not know
+a keyword, or an engine refuses the model. The reason is part of the records.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metawrap import MAMLPlusPlus, TaskBatch
+from metawrap.backbones import Conv4
+from metawrap.errors import MetaWrapError
+from metawrap.tasks import Task
+from rivals.cases import Case, TaskTensors, initial_values, make_tasks
+from rivals.libraries import Higher, Jax, Learn2Learn, Skipped, TorchOpt
+from rivals.plain import PlainLoop
+
+
+class Contender(Protocol):
+    """One way to do the meta-step, with tasks of its own."""
+
+    def step(self) -> None:
+        """One outer update, its gradient included."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last step's meta-gradient, by the names of `initial_values`."""
+        ...
+
+
+class Metawrap:
+    """metawrap, with these keywords of `MAMLPlusPlus`."""
+
+    def __init__(
+        self,
+        case: Case,
+        values: dict[str, Tensor],
+        tasks: list[TaskTensors],
+        first_order: bool = False,
+        **options: Any,
+    ) -> None:
+        known = inspect.signature(MAMLPlusPlus).parameters
+        if "execution" not in known:  # metawrap 0.1 takes the fields of this group as keywords.
+            options |= options.pop("execution", {})
+        if unknown := [name for name in options if name not in known]:
+            raise Skipped(f"this metawrap has no {', '.join(f'{name}=' for name in unknown)}")
+        like = next(iter(values.values()))
+        if options.get("execution", options).get("cuda_graphs") and not like.is_cuda:
+            raise Skipped("CUDA graphs are for a GPU")
+        model = Conv4(case.channels, case.side, case.ways, case.filters).to(like.device, like.dtype)
+        epochs = 1_000 if first_order else 0
+        # One epoch more than the first-order phase: a run without a second-order epoch gives a warning.
+        order = {"first_order_epochs": epochs, "epochs": epochs + 1}
+        try:
+            self.learner = MAMLPlusPlus(model, inner_steps=case.steps, **order, **options)
+        except MetaWrapError as error:
+            raise Skipped(f"this metawrap refuses it: {error}") from error
+        self.parameters = dict(self.learner.model.named_parameters())
+        self.parameters |= {f"lr/{name}": rate for name, rate in self.learner.learning_rates.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+        self.batch = TaskBatch(tuple(Task(*task) for task in tasks))
+
+    def step(self) -> None:
+        """One outer update."""
+        self.learner.meta_step(self.batch)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last step's meta-gradient; `meta_step` leaves it in `.grad`."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A contender by name.
+
+    family: "plain", "peer" or "metawrap". needs: modules that it imports. settles: meta-steps until each further one
+    does the same work; their gradients are checked, and their times are not taken. by_name: takes part only if it is
+    named. apart: is timed, in its turn, in a process of its own. checkout: the folder of another version of metawrap.
+    """
+
+    name: str
+    family: str
+    make: Callable[..., Contender]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    settles: int = 1
+    by_name: bool = False
+    apart: bool = False
+    checkout: str | None = None
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the plain loop's first-order gradient is the right one."""
+        return bool(self.options.get("first_order"))
+
+    @property
+    def in_every_version(self) -> bool:
+        """Whether every version of metawrap has this setting: the defaults, or no other keyword than `engine`."""
+        return self.family == "metawrap" and not self.by_name and set(self.options) <= {"engine"}
+
+    def build(self, case: Case, dtype: torch.dtype, device: str, spread: float = 0.0) -> Contender:
+        """The contender, with the same initial values and tasks as all others.
+
+        Raises:
+            Skipped: it cannot run here.
+        """
+        values = initial_values(case, dtype, device, spread)
+        return self.make(case, values, make_tasks(case, dtype, device), **self.options)
+
+
+def setting_of(name: str) -> Setting:
+    """A setting by its name; "metawrap functional at FOLDER" is that setting with the metawrap of another checkout."""
+    usual, _, checkout = name.partition(" at ")
+    setting = SETTINGS[usual]
+    return replace(setting, name=name, apart=True, checkout=checkout) if checkout else setting
+
+
+def _metawrap(
+    name: str,
+    first_order: bool = False,
+    settles: int = 1,
+    by_name: bool = False,
+    engine: str = "functional",
+    **how: Any,
+) -> Setting:
+    options: dict[str, Any] = {"engine": engine}
+    options |= {"execution": how} if how else {}
+    options |= {"first_order": True} if first_order else {}
+    return Setting(f"metawrap {name}", "metawrap", Metawrap, options, settles=settles, by_name=by_name)
+
+
+_PROCESSES = {"workers": "auto", "workers_in": "processes"}
+REFERENCE = "plain"
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(REFERENCE, "plain", PlainLoop),
+        Setting("plain one-backward", "plain", PlainLoop, {"one_backward": True}),
+        Setting("plain first-order", "plain", PlainLoop, {"first_order": True}),
+        Setting("higher", "peer", Higher, needs=("higher",)),
+        Setting("torchopt", "peer", TorchOpt, needs=("torchopt",)),
+        Setting("learn2learn", "peer", Learn2Learn, needs=("learn2learn",)),
+        # In one process with JAX's threads, torch's own took ten times as long.
+        Setting("jax", "peer", Jax, needs=("jax",), apart=True),
+        Setting("metawrap default", "metawrap", Metawrap, settles=4),
+        _metawrap("higher", engine="higher"),
+        _metawrap("functional"),
+        _metawrap("flat", memory="flat"),
+        _metawrap("workers", workers="auto"),
+        _metawrap("workers channels_last", workers="auto", channels_last=True),
+        _metawrap("workers flat", workers="auto", memory="flat"),
+        _metawrap("processes", **_PROCESSES),
+        _metawrap("processes channels_last", **_PROCESSES, channels_last=True),
+        _metawrap("tune", tune=True),
+        _metawrap("batched", engine="batched"),
+        _metawrap("batched flat", engine="batched", memory="flat"),
+        _metawrap("batched graphs", engine="batched", cuda_graphs=True, settles=4, by_name=True),
+        _metawrap("first-order", first_order=True),
+        _metawrap("first-order workers", first_order=True, workers="auto"),
+        _metawrap("first-order processes", first_order=True, **_PROCESSES),
+        _metawrap("first-order tune", first_order=True, tune=True),
+    )
+}
+GROWING = (REFERENCE, "metawrap functional", "metawrap flat", "metawrap workers", "metawrap workers flat")

@@ -1,0 +1,233 @@
+"""Sets of labelled images: LabelledImages in memory, StreamedImages on disk, and DataSplits of three such sets.
+
+Both kinds have the same interface, so `EpisodeSampler` draws the same episodes from either. Images are uint8, a quarter
+of the memory of floats; the sampler scales them to [0, 1].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import Self
+
+from metawrap.errors import DataError
+from metawrap.tasks import describe_value
+
+Pixels: TypeAlias = NDArray[np.uint8]
+
+
+class PixelSource(Protocol):
+    """Images by their place, 0, 1, ..., each decoded on demand. Workers receive a source through pickle."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def pixels(self, place: int) -> Pixels:
+        """The image as uint8 of shape (channels, height, width), or DataError that names the image."""
+
+    def name(self, place: int) -> str:
+        """The image's name for people: its file, or its place in a file."""
+
+
+class _LabelledSet:
+    """The part of an image set that needs no pixels: `labels`, int64, (images,), and `class_names`."""
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def images_per_class(self) -> tuple[int, ...]:
+        """The number of images of each class, in the order of class_names."""
+        return tuple(torch.bincount(self.labels, minlength=self.num_classes).tolist())
+
+    def subset(self, class_indices: Sequence[int]) -> Self:
+        """Only these classes, relabelled 0, 1, ... in the order given.
+
+        Raises:
+            DataError: no class, a repeated class, or an index outside 0..num_classes-1.
+        """
+        chosen = [int(index) for index in class_indices]
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= index < self.num_classes for index in chosen):
+            raise DataError(
+                f"class_indices: expected different indices in 0..{self.num_classes - 1}, at least one, but got "
+                f"{describe_value(chosen)} with smallest {min(chosen, default=None)}, largest "
+                f"{max(chosen, default=None)} and {len(set(chosen))} different ones."
+            )
+        new_label = torch.full((self.num_classes,), -1, dtype=torch.int64)
+        new_label[chosen] = torch.arange(len(chosen))
+        labels = new_label[self.labels]
+        order = torch.argsort(labels, stable=True)
+        order = order[labels[order] >= 0]
+        names = tuple(self.class_names[index] for index in chosen)
+        return replace(self, labels=labels[order], class_names=names, **self._rows(order))  # type: ignore[type-var]
+
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        """The fields with one entry per image, for these images only."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages(_LabelledSet):
+    """Images in memory, and the class of each.
+
+        >>> pixels = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
+        >>> LabelledImages(pixels, torch.tensor([0, 0, 1, 1]), ("cat", "dog")).images_per_class
+        (2, 2)
+
+    images: uint8, (images, channels, height, width). labels: int64, (images,), indices into class_names. origin: the
+    layout of the files that the images were read from.
+
+    Raises:
+        DataError: a wrong type or shape, lengths that disagree, a label without a name, or a class without an image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"images: expected a uint8 tensor of shape (images, channels, height, width), but got "
+                f"{describe_value(self.images)}. Pass (images * 255).round().to(torch.uint8) for floats in [0, 1]."
+            )
+        if self.images.numel() == 0:
+            raise DataError(f"images: expected at least one pixel, but the shape is {tuple(self.images.shape)}.")
+        _check_labels(self.labels, len(self.images), self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+
+    def gather(self, indices: NDArray[np.int64]) -> Tensor:
+        """The images at these indices, uint8, (len(indices), channels, height, width)."""
+        return self.images[torch.from_numpy(indices)]
+
+    def name(self, index: int) -> str:
+        """The name of image `index` for people."""
+        return f"image {index}"
+
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        return {"images": self.images[order]}
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages(_LabelledSet):
+    """Images that are read when they are drawn, and the class of each: for sets larger than memory.
+
+        >>> from metawrap.data import splits_from
+        >>> part = splits_from(np.zeros((6, 8, 8), np.uint8), list("aabbcc"), stream=True).train
+        >>> part.gather(np.array([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+
+    source: gives the pixels. labels: int64, (images,), indices into class_names. image_shape: (channels, height,
+    width). places: the place of each image in the source; by default all places in order. origin: the layout of the
+    files.
+
+    Raises:
+        DataError: wrong labels, as for `LabelledImages`.
+    """
+
+    source: PixelSource
+    labels: Tensor
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    origin: str = ""
+    places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.places):
+            object.__setattr__(self, "places", np.arange(len(self.source)))
+        _check_labels(self.labels, len(self.places), self.class_names)
+
+    def gather(self, indices: NDArray[np.int64]) -> Tensor:
+        """The images at these indices, uint8, (len(indices), channels, height, width); or DataError that names one."""
+        images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            # A copy: torch warns of views of a mapped file, which are read-only.
+            images[row] = torch.from_numpy(np.array(self.source.pixels(int(self.places[index]))))
+        return images
+
+    def name(self, index: int) -> str:
+        """The name of image `index` for people."""
+        return self.source.name(int(self.places[index]))
+
+    def _rows(self, order: Tensor) -> dict[str, Any]:
+        return {"places": self.places[order.numpy()]}
+
+    def in_memory(self) -> LabelledImages:
+        """All images, read now; DataError if one cannot be read, or memory is too small for all of them."""
+        needed, free = len(self) * int(np.prod(self.image_shape)), free_memory()
+        if needed > free:
+            raise DataError(
+                f"stream: {len(self)} images of shape {self.image_shape} take {needed / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB of memory are free. Pass stream=True (--stream), or a smaller image_size."
+            )
+        return LabelledImages(self.gather(np.arange(len(self))), self.labels, self.class_names, self.origin)
+
+
+ImageSet: TypeAlias = LabelledImages | StreamedImages
+
+
+class DataSplits(NamedTuple):
+    """Three sets without a class in common.
+
+    >>> from metawrap.data import load_glyphs
+    >>> train, validation, test = load_glyphs((6, 2, 3))
+    >>> train.num_classes, validation.num_classes, test.num_classes
+    (6, 2, 3)
+    """
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+
+
+def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplits:
+    """The three parts, read into memory unless `stream`; None streams sets that would fill half of the free memory."""
+    if stream is None:
+        stream = sum(len(part) * int(np.prod(part.image_shape)) for part in parts) > free_memory() // 2
+    return DataSplits(*(parts if stream else [part.in_memory() for part in parts]))
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping; 2**62 if the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 2**62
+
+
+def _check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:
+    """DataError unless labels are int64, one per image, each with a name, and every name has an image."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        raise DataError(f"labels: expected an int64 tensor of shape (images,), but got {describe_value(labels)}.")
+    if len(labels) != images:
+        raise DataError(f"labels: expected one per image, but got {len(labels)} labels for {images} images.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(names):
+        raise DataError(f"labels: expected 0..{len(names) - 1}, one per class name, but they run from {low} to {high}.")
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
+        raise DataError(f"class_names: {len(empty)} classes have no image, the first is '{empty[0]}'. Leave them out.")

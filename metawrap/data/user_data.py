@@ -1,0 +1,209 @@
+"""splits_from: your arrays, tensors or torch data set with labels -> classes -> split -> DataSplits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
+from metawrap.data.image_sets import DataSplits, Pixels, StreamedImages, as_splits
+from metawrap.data.pixel_sources import GRAY, RGB, resized
+from metawrap.data.problems import check_int, check_seed, wrong_argument
+from metawrap.errors import ArgumentError, DataError
+from metawrap.tasks import describe_value
+
+
+def splits_from(
+    data: Any,
+    labels: Any = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    splits: Sequence[float] = SHARES,
+    split: GivenSplit | None = None,
+    seed: int | str = 0,
+    image_size: int | None = None,
+    stream: bool | None = None,
+) -> DataSplits:
+    """Your own labelled images, split by class, for `EpisodeSampler`.
+
+        >>> images, labels = torch.rand(60, 3, 28, 28), torch.arange(20).repeat(3)
+        >>> train, validation, test = splits_from(images, labels)
+        >>> train.num_classes, train.image_shape
+        (13, (3, 28, 28))
+
+    Args:
+        data: images as one array, with `labels`; or a map-style `torch.utils.data.Dataset` of (image, label). As in
+            torchvision, a tensor is (channels, height, width), and an array or PIL image (height, width, channels) or
+            (height, width). Pixels are uint8, bool, or floats in [0, 1], which are rounded to the nearest 1/255.
+        labels: whole numbers or texts, one for each image of an array. The labels of a data set are its `targets` or
+            `labels` if it has them and no `target_transform`; else one pass over the data set collects them.
+        class_names: the name of label 0, 1, ...; by default the data set's `classes`, else the labels as text.
+        splits: shares of the classes for train, validation and test.
+        split: the classes of each part by name, as for `load_image_folder`.
+        seed: names the shuffle of the classes; the same seed gives the same split on every platform.
+        image_size: images are squeezed or stretched to this many pixels on either side (Lanczos); without it, all
+            images must have one size.
+        stream: True keeps the data set and takes images from it when they are drawn, also in workers; False takes all
+            images now; by default, sets that would fill half of the free memory are streamed. Stream a data set whose
+            images are random.
+    Raises:
+        ArgumentError: an argument of the wrong type or range, or labels that do not fit the images.
+        DataError: too few classes, images of different sizes, or pixels in another range.
+    """
+    shares = check_shares(splits)
+    check_seed(seed)
+    if image_size is not None:
+        check_int("image_size", image_size, 1)
+    items, found, names = _labelled(data, labels)
+    named = list(map(str, class_names)) if class_names is not None else names
+    by_class: dict[str, list[int]] = {}
+    for place, label in enumerate(found):
+        by_class.setdefault(_text_of(label, place, named), []).append(place)
+    existing = sorted(by_class)
+    parts = split_by_seed(existing, shares, seed) if split is None else split_as_given(existing, split)
+    source = _ItemPixels(items, image_size)
+    shape = source.pixels(0).shape
+    streamed = []
+    for part in parts:
+        own = torch.arange(len(part)).repeat_interleave(torch.tensor([len(by_class[name]) for name in part]))
+        places = np.array([place for name in part for place in by_class[name]], dtype=np.int64)
+        origin = f"{type(data).__name__}, split by {'seed' if split is None else 'name'}"
+        streamed.append(StreamedImages(source, own, tuple(part), shape, origin, places))
+    return as_splits(streamed, stream)
+
+
+class _ItemPixels:
+    """The images of an array or a map-style data set, all of one shape."""
+
+    def __init__(self, items: Any, size: int | None) -> None:
+        self._items, self._size = items, size
+        self._shape: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def pixels(self, place: int) -> Pixels:
+        """The image, or DataError."""
+        item = self._items[place]
+        if isinstance(item, tuple | list):
+            item = item[0] if item else None
+        pixels = _pixels_of(item, self.name(place), self._size)
+        self._shape = self._shape or pixels.shape
+        if pixels.shape != self._shape:
+            raise DataError(
+                f"{self.name(place)} has the shape {pixels.shape}, but the first image {self._shape}. "
+                "Pass image_size=, or make them alike."
+            )
+        return pixels
+
+    def name(self, place: int) -> str:
+        """The place in the data set."""
+        return f"image {place}"
+
+
+def _pixels_of(image: Any, name: str, size: int | None) -> Pixels:
+    """An image of any accepted kind as uint8 of shape (channels, height, width), or DataError."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().numpy()
+        array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    else:
+        array = np.asarray(image) if isinstance(image, np.ndarray) else np.empty(())
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or 0 in array.shape:
+        raise DataError(
+            f"{name}: expected a PIL image, a tensor (channels, height, width) or an array (height, width, channels), "
+            f"but got {describe_value(image)}. Let the data set, or its transform, return one."
+        )
+    pixels = _in_bytes(array, name)
+    if size is None:
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if pixels.shape[2] not in (GRAY, RGB) and pixels.shape[:2] != (size, size):
+        raise DataError(f"{name}: expected 1 or 3 channels to resize, but got {pixels.shape[2]}. Leave image_size out.")
+    return resized(pixels, size)
+
+
+def _in_bytes(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    low, high = (float(array.min()), float(array.max())) if array.dtype.kind in "fiu" else (np.nan, np.nan)
+    if array.dtype.kind != "f" or not (low >= 0 and high <= 1):
+        raise DataError(
+            f"{name}: expected uint8, bool or floats in [0, 1], but got {array.dtype} from {low:g} to {high:g}. Take "
+            "Normalize out of the transform, and pass normalise= to EpisodeSampler instead."
+        )
+    return np.asarray(np.rint(array * 255), dtype=np.uint8)
+
+
+def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]:
+    """The items, the label of each, and the names of labels 0, 1, ... if the data set knows them."""
+    if isinstance(data, Tensor | np.ndarray):
+        if data.ndim not in (3, 4) or len(data) == 0:
+            kinds = "a tensor (images, channels, height, width) or an array (images, height, width, channels)"
+            raise wrong_argument("data", f"images as {kinds}, at least one", data)
+        if labels is None or len(labels) != len(data):
+            got = None if labels is None else len(labels)
+            raise wrong_argument("labels", f"one for each of {len(data)} images", got)
+        return data, _as_list(labels), None
+    sized = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | str)
+    if not sized or isinstance(data, dict) or len(data) == 0:
+        kinds = "a tensor or array of images, or a data set with __len__ and __getitem__, not empty"
+        raise wrong_argument("data", kinds, data, "Collect an iterable one into a list first.")
+    if labels is not None:
+        raise ArgumentError("labels: expected None, because a data set has labels of its own. Leave labels out.")
+    names = getattr(data, "classes", None)
+    known = [str(name) for name in names] if isinstance(names, list | tuple) else None
+    return data, _own_labels(data), known
+
+
+def _own_labels(data: Dataset[Any]) -> list[Any]:
+    for attribute in ("targets", "labels"):
+        own = getattr(data, attribute, None)
+        plain = getattr(data, "target_transform", None) is None
+        if own is not None and plain and hasattr(own, "__len__") and len(own) == len(data):  # type: ignore[arg-type]
+            return _as_list(own)
+    labels = []
+    for place in range(len(data)):  # type: ignore[arg-type]
+        item = data[place]
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise ArgumentError(
+                f"data: expected items (image, label), but item {place} is {describe_value(item)}. "
+                "Wrap the data set so that it returns both."
+            )
+        labels.append(item[1])
+    return _as_list(labels)
+
+
+def _as_list(labels: Any) -> list[Any]:
+    if isinstance(labels, Tensor | np.ndarray):
+        labels = labels.tolist()
+    singles = (isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1) for label in labels)
+    return [label.item() if single else label for label, single in zip(labels, singles, strict=True)]
+
+
+def _text_of(label: Any, place: int, names: list[str] | None) -> str:
+    if isinstance(label, str):
+        return label
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise ArgumentError(
+            f"labels: expected whole numbers or texts, but label {place} is {describe_value(label)}. "
+            "Few-shot tasks are made of classes."
+        )
+    if names is None:
+        return str(label)
+    if not 0 <= label < len(names):
+        raise ArgumentError(
+            f"class_names: expected a name for every label, but there are {len(names)} names, and label {place} is "
+            f"{label}."
+        )
+    return names[label]

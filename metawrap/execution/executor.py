@@ -1,0 +1,253 @@
+"""How calls and tasks are run: which call may use the modules now, and the tasks of a batch in their order.
+
+`Calls`: a call that learns is alone; calls that do not learn share. `Executor`: the meta-gradient of a batch, one chunk
+of tasks after another, and fewer at once where memory runs out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metawrap.errors import OutOfMemoryError
+from metawrap.execution.out_of_memory import free_memory, is_out_of_memory, too_little_memory, warn_split
+from metawrap.execution.threads import replica
+from metawrap.inner_loop.inner_loop import added
+from metawrap.results import TaskOutcome
+from metawrap.settings.groups import ExecutionOptions
+from metawrap.snapshot.generators import Generators
+from metawrap.snapshot.module_state import restored_buffers
+from metawrap.tasks import Task, TaskBatch, device_of, usable
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Chunk = tuple[Task, ...]
+MetaGradient = tuple[list[TaskOutcome], list[Tensor | None]]
+
+
+class Executor:
+    """Runs the tasks of a batch in their order.
+
+    several_at_once: the engine runs all tasks of a batch together. channels_last: images have this layout.
+    fitting: how many tasks at once were seen to fit into memory; None while memory never ran out.
+    same_everywhere: the other processes of a distributed run are known to have the same learner.
+    keeps_memory: the process was told to keep the memory that it frees.
+    """
+
+    def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
+        self.options, self.several_at_once = options, several_at_once
+        self.channels_last = options.channels_last
+        self.fitting: int | None = None
+        self.same_everywhere = self.keeps_memory = False
+
+    def in_words(self, learner: Any) -> str:
+        """How tasks are run, for `describe()`."""
+        if self.several_at_once:
+            return "all tasks of one shape at once in meta_step and forward"
+        return "one task after another" + (", images in channels_last" if self.channels_last else "")
+
+    def state(self) -> dict[str, Any]:
+        """What was measured, for a state_dict."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what was measured."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"same_everywhere": False, "keeps_memory": False}
+
+    def meta_gradient(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
+        """The outcome of each task, and the gradient of the mean of their losses with respect to the parameters.
+
+        Raises:
+            OutOfMemoryError: one task alone does not fit into memory.
+        """
+        batch = TaskBatch(tuple(usable(task) for task in batch))
+        learner._prepare(batch[0])
+        at_once = self.options.tasks_per_backward or (len(batch) if self.several_at_once else 1)
+        size = min(at_once, self.fitting or len(batch))
+        while True:
+            device = device_of(learner)
+            # A single task is not tried again. A device that records a graph must not be asked for its random state.
+            recorded = learner.settings.execution.cuda_graphs
+            generators = Generators(None if recorded else device) if size > 1 else None
+            try:
+                with restored_buffers(*stateful_modules(learner)) if size > 1 else nullcontext():
+                    return self._summed(learner, batch, parameters, size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemoryError(too_little_memory(error, learner.settings)) from error
+            # Behind the handler: the exception holds the graph that did not fit.
+            free_memory(device)
+            assert generators is not None
+            generators.put_back()
+            size = (size + 1) // 2
+            self.fitting = size
+            warn_split(size)
+
+    def _summed(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter], size: int) -> MetaGradient:
+        total: list[Tensor | None] = [None] * len(parameters)
+        outcomes: list[TaskOutcome] = []
+        for found, gradients in self._chunks_in_order(learner, list(batch.chunks(size)), parameters, len(batch)):
+            total = [added(old, new) for old, new in zip(total, gradients, strict=True)]
+            outcomes += found
+        return outcomes, total
+
+    def _chunks_in_order(
+        self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
+    ) -> Iterator[MetaGradient]:
+        for chunk in chunks:
+            yield chunk_gradient(learner._solver(), chunk, parameters, learner.settings.norm, tasks)
+
+
+def chunk_gradient(
+    solver: Any, chunk: Chunk, parameters: Sequence[nn.Parameter], norm: str, tasks: int
+) -> MetaGradient:
+    """Outcomes of a chunk of tasks, and its part in the gradient of the mean over all `tasks`."""
+    loss, outcomes = solver.solve_all(chunk, training=True, norm=norm, whole_graph=False)
+    gradients = torch.autograd.grad(loss / tasks, parameters, allow_unused=True)
+    del loss
+    return [outcome.packed() for outcome in outcomes], list(gradients)
+
+
+def stateful_modules(learner: Any) -> list[nn.Module]:
+    """The modules that a pass may run: the model, the loss function if it is one, and the method's own parts."""
+    return list(learner.children())
+
+
+class OneProcess:
+    """Stands for `Ranks` where torch has no process group."""
+
+    in_ddp = False
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing to tell to other processes."""
+        return nullcontext()
+
+    def shared(
+        self,
+        outcomes: Sequence[TaskOutcome],
+        parameters: Sequence[Tensor] = (),
+        gradients: Sequence[Tensor | None] = (),
+    ) -> MetaGradient:
+        """This process's outcomes and gradients are all."""
+        return list(outcomes), list(gradients)
+
+
+class Calls:
+    """The calls of one learner that run at present.
+
+    A call that does not learn (`adapt`, `evaluate`, `forward` in eval mode) lends fast weights to the modules, moves
+    the inner-step clock and sets training flags. From one thread it uses the learner's own modules. Once the calls of
+    several threads have met, each call has a replica of the learner: modules and a clock of its own, the same
+    parameters, and copies of the buffers.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._alone: int | None = None  # The thread that uses the learner's own modules.
+        self._sharing = 0  # Calls on replicas.
+        self._waiting = 0  # Calls that wait to be alone: new calls on replicas let them pass.
+        self._met = False
+        self._held = threading.local()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a call that learns: waits for all other threads' calls, and they wait for it."""
+        if self._alone == threading.get_ident():
+            yield
+            return
+        own = 1 if self._replica_here() is not None else 0
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._alone is None and self._sharing <= own)
+            self._waiting -= 1
+            self._alone = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def shared(self, learner: Any) -> Iterator[Any]:
+        """For a call that does not learn: yields the learner to run it on, the given one or a replica of it."""
+        here = self._replica_here()
+        if here is not None or self._alone == threading.get_ident():
+            yield learner if here is None else here
+            return
+        with self._changed:
+            self._met = self._met or self._alone is not None or self._sharing > 0
+            self._changed.wait_for(lambda: self._alone is None and not self._waiting)
+            # The first task of a mode is inspected on the learner itself, which keeps the findings.
+            made = self._replica_of(learner) if self._met and False in learner.findings else None
+            if made is None:
+                self._changed.wait_for(lambda: self._alone is None and not self._sharing)
+                self._alone = threading.get_ident()
+            else:
+                self._sharing += 1
+        if made is None:
+            try:
+                yield learner
+            finally:
+                self._leave()
+            return
+        self._held.replica = made
+        try:
+            yield made
+        finally:
+            self._held.replica = None
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    def _replica_here(self) -> Any:
+        return getattr(self._held, "replica", None)
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._alone = None
+            self._changed.notify_all()
+
+    def _replica_of(self, learner: Any) -> Any:
+        """A replica with buffers of its own; None where the model cannot be replicated, so that calls take turns."""
+        if any(getattr(module, "max_norm", None) is not None for module in learner.model.modules()):
+            return None  # Its forward edits weights that all replicas share.
+        try:
+            return replica(learner, shared=[learner.outer, learner.executor, self], buffers=False)
+        except Exception:  # Whatever a model of the user's own raises when it is copied.
+            return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
+        return Calls()
+
+    def __reduce__(self) -> Any:
+        return Calls, ()
+
+
+def shared(method: Method) -> Method:
+    """Makes a method of a learner run as a call that does not learn."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **keywords: Any) -> Any:
+        with self.calls.shared(self) as learner:
+            return method(learner, *args, **keywords)
+
+    return run  # type: ignore[return-value]
+
+
+def alone(method: Method) -> Method:
+    """Makes a method of a learner run as a call that learns."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **keywords: Any) -> Any:
+        with self.calls.alone():
+            return method(self, *args, **keywords)
+
+    return run  # type: ignore[return-value]

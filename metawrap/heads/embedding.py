@@ -1,0 +1,222 @@
+"""The embedding: the tensor that enters the head of the user's network. First task -> head, checked -> embeddings.
+
+A learner has one `Embedding`. A learner that replaces the head by a fitted one calls `check` and `check_replaceable`
+with its first task; a learner that keeps the user's head has an `OwnHead`, which adds checks of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metawrap.engines.batched import first_line
+from metawrap.errors import UnsupportedModuleError
+from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.surgery.inspect import find_head
+from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
+
+EmbeddingSource = Literal["head_input", "output"]
+Run = Callable[..., Any]
+_HIDDEN = "is called through something other than its place in the network (a list, a closure)"
+
+
+@dataclass
+class Embedding:
+    """Computes embeddings by running a user's network.
+
+    method: name of the learner's class, for errors. run: `run(inputs, statistics, moments)` is one pass of `model`.
+    head: name of the module that the embedding enters; None until the first task. source: "output" takes the network's
+    own output as the embedding, and then no module is the head. flat: whether embeddings are flattened to vectors.
+    """
+
+    keeps_head: ClassVar[bool] = False
+
+    method: str
+    model: nn.Module
+    run: Run
+    head: str | None
+    source: EmbeddingSource = "head_input"
+    flat: bool = True
+
+    @property
+    def module(self) -> nn.Module:
+        """The head; it must be known."""
+        assert self.head is not None
+        return self.model.get_submodule(self.head)
+
+    def of(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
+        """The embeddings of inputs: (examples, numbers) if `flat`, else (examples, ...) as the head gets them."""
+        if self.source == "output":
+            entered = [self.run(inputs, statistics, moments)]
+        else:
+            entered = []
+
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entered.append(next(iter((*args, *kwargs.values())), None))
+
+            handle = self.module.register_forward_pre_hook(note, with_kwargs=True)
+            try:
+                self.run(inputs, statistics, moments)
+            finally:
+                handle.remove()
+        self._check_calls(len(entered))
+        found = entered[0]
+        if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
+            where = "the model's output" if self.source == "output" else f"the input of the head '{self.head}'"
+            raise UnsupportedModuleError(
+                f"Expected {where} to be a floating-point tensor of shape (examples, ...), but it is "
+                f"{describe_value(found)}. Name the module that an embedding enters with head={self._or_output('')}."
+            )
+        return found.flatten(1) if self.flat else found
+
+    def of_task(self, task: Task, training: bool, norm: str, moments: list[Moments] | None) -> tuple[Tensor, Tensor]:
+        """The embeddings of a task's support and target sets; see `support_and_target`."""
+        return support_and_target(self.of, task, training, norm, moments)
+
+    @contextmanager
+    def found(self, inputs: Inputs, *, needed: bool = True) -> Iterator[None]:
+        """Finds the head, where it is needed and unknown; forgets it again if the block fails."""
+        before = self.head
+        try:
+            if before is None and needed and self.source == "head_input":
+                self.head = self._find(inputs)
+            yield
+        except BaseException:
+            self.head = before
+            raise
+
+    def check(self, inputs: Inputs) -> None:
+        """Raises UnsupportedModuleError unless one call of the head, with one argument, makes the prediction."""
+        calls: list[tuple[int, Any, Any]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((len(args) + len(kwargs), output, map_tensors(output, Tensor.clone)))
+
+        handle = self.module.register_forward_hook(note, with_kwargs=True)
+        try:
+            prediction = self.run(inputs, "batch", None)
+        finally:
+            handle.remove()
+        self._check_calls(len(calls))
+        [(arguments, output, value)] = calls
+        if arguments != 1:
+            raise UnsupportedModuleError(
+                f"The head '{self.head}' is called with {arguments} arguments, but {self.method} fits it on one, the "
+                "embedding. Name a module that takes one tensor with head=."
+            )
+        if prediction is not output if self.keeps_head else not _holds(prediction, value):
+            raise UnsupportedModuleError(
+                f"The network does more behind the head '{self.head}': its prediction is not the head's own output, "
+                f"which {self.method} fits. Name the last module with head=, or move what follows into the loss."
+            )
+
+    def check_replaceable(self, inputs: Inputs) -> None:
+        """Raises UnsupportedModuleError when the network would not run another module in the head's place."""
+        stand_in, reason = _StandIn(), _HIDDEN
+        places = put_in_place(self.model, str(self.head), stand_in)
+        try:
+            self.run(inputs, "batch", None)
+        except Exception as error:  # The layers behind the head may not take the stand-in's output.
+            reason = f"is used for more than being called ({type(error).__name__}: {first_line(error)})"
+        finally:
+            for owner, local, original in places:
+                owner._modules[local] = original
+        if not stand_in.calls:
+            raise UnsupportedModuleError(
+                f"The head '{self.head}' {reason}, so no fitted head could take its place. Call it by its attribute in "
+                "forward, and read nothing of it there."
+            )
+
+    def check_rows(self, embedded: Tensor, examples: int) -> None:
+        """Raises UnsupportedModuleError unless each example has a row in the embeddings."""
+        if len(embedded) != examples:
+            raise UnsupportedModuleError(
+                f"The embedding has {len(embedded)} rows for {examples} support examples: expected one for each."
+            )
+
+    def _check_calls(self, calls: int) -> None:
+        if calls != 1:
+            raise UnsupportedModuleError(
+                f"The head '{self.head}' ran {calls} times in one forward pass, so the embedding is not known. Name "
+                f"another module with head={self._or_output('')}."
+            )
+
+    def _find(self, inputs: Inputs) -> str:
+        head, exact = find_head(self.model, lambda: self.run(inputs, "batch", None))
+        if head is None or not exact:
+            raise UnsupportedModuleError(
+                "No module's output is the prediction itself, so the head, and with it the embedding, is not known for "
+                f"sure (the last module that ran is '{head}'). Name the head with "
+                f"head={self._or_output(' if the network has no head')}."
+            )
+        if head == "":
+            fix = (
+                "Use MAML to adapt all of it." if self.keeps_head else 'Pass embedding="output" to embed by its output.'
+            )
+            raise UnsupportedModuleError(
+                f"The whole network is one {type(self.model).__name__}: nothing is embedded before it. {fix}"
+            )
+        return head
+
+    def _or_output(self, condition: str) -> str:
+        return "" if self.keeps_head else f', or pass embedding="output"{condition}'
+
+
+def support_and_target(
+    run: Callable[..., Tensor], task: Task, training: bool, norm: str, moments: list[Moments] | None
+) -> tuple[Tensor, Tensor]:
+    """`run(inputs, statistics, moments)` of support and target inputs, with the statistics of a norm policy."""
+    if norm == "support":
+        return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
+    if norm == "running" and training and (both := _together(task)) is not None:
+        # One batch, as in ordinary training: its statistics are stored, and used in evaluation.
+        rows = run(both, "batch", moments)
+        count = len(tensors_in(task.support_x)[0])
+        return rows[:count], rows[count:]
+    statistics: Statistics = "running" if norm == "running" and not training else "batch"
+    return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
+
+
+def put_in_place(model: nn.Module, name: str, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Registers a module wherever the one called `name` is; returns owner, local name and old module of each place."""
+    original = model.get_submodule(name)
+    places = [
+        (owner, local, original) for owner in model.modules() for local, m in owner._modules.items() if m is original
+    ]
+    for owner, local, _ in places:
+        owner._modules[local] = module
+    return places
+
+
+def _together(task: Task) -> Inputs | None:
+    """Support and target inputs as one batch; None where their shapes differ."""
+    one, other = tensors_in(task.support_x), tensors_in(task.target_x)
+    alike = len(one) == len(other) and all(
+        a.ndim and b.ndim and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and len(a) == len(one[0])
+        for a, b in zip(one, other, strict=True)
+    )
+    targets = iter(other)
+    return map_tensors(task.support_x, lambda support: torch.cat([support, next(targets)])) if alike else None
+
+
+def _holds(prediction: Any, output: Any) -> bool:
+    """Whether a prediction holds the head's output, in its own or another shape."""
+    if not isinstance(output, Tensor):
+        return False
+    own = output.flatten()
+    return any(
+        part.shape[:1] == output.shape[:1] and torch.equal(part.flatten(), own) for part in tensors_in(prediction)
+    )
+
+
+class _StandIn(nn.Module):
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return next(iter((*args, *kwargs.values())))

@@ -1,0 +1,326 @@
+"""Batch norm, convolution and max-pooling whose second derivatives take fewer and faster passes than torch's.
+
+Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` lends convolution and pooling to the user's
+modules for the time of a call; per-step norms call `batch_norm` themselves.
+
+Batch norm: with x_hat = (x - mean) r, r = (var + eps)^(-1/2) and P(z) = z - mean(z) - x_hat mean(z x_hat), per channel,
+the backward pass is dx = weight r P(dy), and P is symmetric. So its derivative along v needs weight r P(v), which is
+the backward pass itself on v, and one product: with q = mean(v P(dy)),
+
+    d/d dy = weight r P(v),    d/d weight = r n q,
+    d/d x  = -r (mean(dy x_hat) weight r P(v) + mean(v x_hat) dx) - weight r^2 q x_hat.
+
+torch takes some twenty passes over the data for the same.
+
+Convolution is bilinear, and so is its gradient: with C(x, w) the convolution, I(g, w) the gradient of x and W(g, x)
+that of w, the derivative of (I(g, w), W(g, x)) along (v, u) is
+
+    d/d g = C(v, w) + C(x, u),    (d/d x, d/d w) = (I(g, u), W(g, v)),
+
+one more gradient of a convolution. torch computes W(g, v) as a convolution whose kernel is as large as the image, in
+the wrong layout: up to three times as slow in channels_last.
+
+Max-pooling: torch's kernel for the usual layout takes five to ten times as long as that for channels_last, more than a
+copy there and back. The derivative depends on the input through the places of the maxima alone; but torch adds zeros to
+the input's gradient in a second backward pass, in another layout, which slows the operations behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Multiplications and additions of a convolution; below, Python costs more than the form saves. The form saves most in
+# channels_last, and on images: torch's second derivative computes the images' gradient too, which is not needed.
+LARGE, LARGE_AT_BEST = 10**8, 4 * 10**6
+# Numbers that a max-pooling in the usual layout reads: a quick one copies them to channels_last.
+LARGE_POOLING = 2**15
+
+Geometry = tuple[list[int], list[int], list[int], int]
+"""Stride, padding and dilation of each dimension, and groups."""
+Window = tuple[list[int], list[int], list[int], list[int], bool]
+"""Kernel, stride, padding and dilation, of height and width each, and whether sizes are rounded up."""
+
+
+class QuickForms:
+    """Lends the quick forms to torch's own convolution and max-pooling modules, for the time of a call.
+
+    They take plain CPU tensors in single and double precision; every other call runs as it is. Lent to modules, as a
+    `TorchFunctionMode` would slow every operation of the call.
+
+    Args:
+        modules: pairs of a module as the user has it, and the module that runs in its place.
+    """
+
+    def __init__(self, modules: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        self._always: list[tuple[dict[str, Any], str, Callable[..., Tensor]]] = []
+        self._twice = []
+        for module, runs in modules:
+            # Of the exact class: a subclass may read other attributes, or have a form of its own.
+            if type(module) is nn.MaxPool2d and "forward" not in vars(module):
+                self._always.append((vars(runs), "forward", partial(_max_pooling, runs, False)))
+                self._twice.append((vars(runs), "forward", partial(_max_pooling, runs, True)))
+            elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "_conv_forward" not in vars(module):
+                self._twice.append((vars(runs), "_conv_forward", partial(_convolution, runs)))
+
+    @contextmanager
+    def lent(self, twice: bool) -> Iterator[None]:
+        """Args: twice: whether the result of the call will be differentiated twice."""
+        forms = self._twice if twice else self._always
+        try:
+            for attributes, name, form in forms:
+                attributes[name] = form
+            yield
+        finally:
+            for attributes, name, _ in forms:
+                attributes.pop(name, None)
+
+
+def _max_pooling(module: Any, twice: bool, input: Tensor) -> Tensor:
+    if (
+        not module.return_indices
+        and input.requires_grad
+        and input.ndim == 4
+        and (input.numel() >= LARGE_POOLING if input.is_contiguous() else twice)
+        and _plain(input)
+    ):
+        return max_pool2d(input, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    return type(module).forward(module, input)  # type: ignore[no-any-return]
+
+
+def _convolution(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if (
+        module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and weight.requires_grad
+        and input.ndim == weight.ndim
+        and _pays(input, weight, module.stride)
+        and _plain(*(tensor for tensor in (input, weight, bias) if tensor is not None))
+    ):
+        return convolution(input, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+    return type(module)._conv_forward(module, input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _pays(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> bool:
+    """By its multiplications and additions, without the edges."""
+    work = 2.0 * len(input) * math.prod(input.shape[2:]) / math.prod(stride) * weight.numel()
+    return work >= (LARGE if input.requires_grad and input.is_contiguous() else LARGE_AT_BEST)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether torch would run plain kernels on the tensors and keep a graph: no mode changes that."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == dtype for t in tensors)
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def for_each(value: Any, dimensions: int) -> list[int]:
+    """One number for each dimension, from a single number or one for each."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def max_pool2d(
+    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    """As `torch.max_pool2d` of a batch.
+
+    Args:
+        x: (batch, channels, height, width).
+        kernel_size, stride, padding, dilation: a number, or one each for height and width.
+    """
+    shape = [for_each(value, 2) for value in (kernel_size, stride or kernel_size, padding, dilation)]
+    output: Tensor = _MaxPool.apply(x, (*shape, ceil_mode))
+    return output
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+        if x.is_contiguous():
+            last = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
+            output, places = (each.contiguous() for each in last)
+        else:
+            output, places = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        ctx.save_for_backward(x, places)
+        ctx.window = window
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, places = ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(g, x.detach(), *ctx.window, places), None
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """As `torch.conv1d`, `conv2d` or `conv3d` of a batch, by the weight's shape.
+
+    Args:
+        x: (batch, in, ...). weight: (out, in / groups, ...). bias: (out,), or None.
+        stride, padding, dilation: a number, or one for each dimension.
+    """
+    shape = [for_each(value, weight.ndim - 2) for value in (stride, padding, dilation)]
+    output: Tensor = _Convolution.apply(x, weight, bias, (*shape, groups))
+    return output
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...], geometry: Geometry) -> Any:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups, list(wanted)
+    )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return _run(x, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        wanted = tuple(ctx.needs_input_grad[:3])
+        first: Any = _ConvolutionGradients.apply if torch.is_grad_enabled() else _gradients
+        return *first(g, *ctx.saved_tensors, wanted, ctx.geometry), None
+
+
+class _ConvolutionGradients(torch.autograd.Function):
+    """I(g, weight), W(g, x) and the sum of g, as far as they are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...], geometry: Geometry) -> Any:
+        ctx.save_for_backward(g, x, weight)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return _gradients(g, x, weight, wanted, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None, b: Tensor | None) -> Any:
+        g, x, weight = ctx.saved_tensors
+        recorded = torch.is_grad_enabled()
+        forward: Any = _Convolution.apply if recorded else _run
+        gradients: Any = _ConvolutionGradients.apply if recorded else _gradients
+        to_g = to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            parts = [] if v is None else [forward(v, weight, b, ctx.geometry)]
+            parts += [] if u is None else [forward(x, u, b if v is None else None, ctx.geometry)]
+            if not parts and b is not None:
+                parts = [b.view(1, -1, *(1,) * (g.ndim - 2)).expand_as(g)]
+            to_g = parts[0] if len(parts) == 1 else parts[0] + parts[1] if parts else None
+        wanted = (u is not None and ctx.needs_input_grad[1], v is not None and ctx.needs_input_grad[2], False)
+        if any(wanted):
+            like_x, like_weight = x if v is None else v, weight if u is None else u
+            to_x, to_weight, _ = gradients(g, like_x, like_weight, wanted, ctx.geometry)
+        return to_g, to_x, to_weight, None, None
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float
+) -> Tensor:
+    """As `F.batch_norm` in training with a momentum of 1: `mean` and unbiased `variance` are overwritten.
+
+    Args:
+        x: (batch, channels, ...). The others: (channels,), or None.
+    """
+    output: Tensor = _BatchNorm.apply(x, weight, bias, mean, variance, eps)[0]
+    return output
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> Any:
+        output, seen, r = torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
+        ctx.save_for_backward(x, weight, seen, r)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(seen, r)
+        return output, seen, r
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        x, weight, seen, r = ctx.saved_tensors
+        first: Any = _BatchNormGradients.apply if torch.is_grad_enabled() else _projected
+        dx, d_weight, d_bias = first(dy, x, weight, seen, r, ctx.eps)
+        affine = (None, None) if weight is None else (d_weight, d_bias)
+        return dx, *affine, None, None, None
+
+
+class _BatchNormGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, seen: Tensor, r: Tensor, eps: float) -> Any:
+        dx, d_weight, d_bias = _projected(dy, x, weight, seen, r, eps)
+        ctx.save_for_backward(dy, x, weight, seen, r, dx, d_weight, d_bias)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return dx, d_weight, d_bias
+
+    @staticmethod
+    def backward(ctx: Any, v: Any, a: Any, b: Any) -> Any:
+        along: Any = _BatchNormSecond.apply if torch.is_grad_enabled() else _along
+        return *along(v, a, b, ctx.eps, *ctx.saved_tensors), None, None, None
+
+
+class _BatchNormSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _along(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        # The second derivative takes mean and r as constants; a third one would need theirs.
+        raise RuntimeError("batch norm over a batch's statistics has no third derivative")
+
+
+def _along(
+    v: Any, a: Any, b: Any, eps: float, dy: Any, x: Any, weight: Any, seen: Any, r: Any, dx: Any, dy_x: Any, dy_sum: Any
+) -> Any:
+    """The derivative of (dx, d_weight, d_bias) along (v, a, b) with respect to dy, x and weight."""
+    count, wide = x.numel() // x.shape[1], (1, -1, *(1,) * (x.ndim - 2))
+    to_dy = to_x = to_weight = None
+    if v is not None:
+        # A pooling behind the norm gives v in another layout, which would slow every operation below.
+        v = v if v.stride() == x.stride() else torch.empty_like(x).copy_(v)
+        to_dy, v_x, v_sum = _projected(v, x, weight, seen, r, eps)
+        q = (v * dy).sum([0, *range(2, x.ndim)])
+        q = q.addcmul(v_sum, dy_sum, value=-1 / count).addcmul_(v_x, dy_x, value=-1 / count)
+        rq, r_mean = r * q, r / count
+        slope = r * rq * r_mean if weight is None else weight * r * rq * r_mean
+        to_x = torch.addcmul((slope * seen).view(wide), x, slope.view(wide), value=-1)
+        to_x.addcmul_(to_dy, (r_mean * dy_x).view(wide), value=-1).addcmul_(dx, (r_mean * v_x).view(wide), value=-1)
+        to_weight = None if weight is None else rq
+    # Along the gradients of weight and bias, sum(dy x_hat) and sum(dy), which count where these are adapted.
+    if a is not None:
+        x_hat = (x - seen.view(wide)) * r.view(wide)
+        to_dy = _plus(to_dy, a.view(wide) * x_hat)
+        to_x = _plus(to_x, a.view(wide) * _projected(dy, x, None, seen, r, eps)[0])
+    if b is not None:
+        to_dy = _plus(to_dy, b.view(wide).expand_as(x))
+    return to_dy, to_x, to_weight
+
+
+def _projected(z: Tensor, x: Tensor, weight: Tensor | None, seen: Tensor, r: Tensor, eps: float) -> Any:
+    """weight r P(z), sum(z x_hat) and sum(z)."""
+    wanted = [True, True, True]
+    return torch.ops.aten.native_batch_norm_backward(z, x, weight, None, None, seen, r, True, eps, wanted)
+
+
+def _plus(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else old + new

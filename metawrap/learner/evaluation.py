@@ -1,0 +1,156 @@
+"""Evaluation and adaptation: a learner is in eval mode for a while, and nothing of it changes.
+
+tasks -> each task solved under a batch-norm policy -> its metric -> mean with a 95 % interval
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metawrap.checks.task_batches import check_labels, checked_batch, explained, refuse_not_finite, refuse_uncounted
+from metawrap.engines.calling import autograd
+from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.results import EvaluationResult, TaskOutcome
+from metawrap.settings.settings import check_choice, check_switch
+from metawrap.snapshot.module_state import untouched_buffers
+from metawrap.tasks import Task, describe_value, device_of, iterate_task_batches, same_device, usable
+
+Metric = Callable[[Any, Any], Any]
+
+
+def evaluated(
+    learner: Any,
+    tasks: Any,
+    *,
+    norm: str | None,
+    steps: int | None,
+    mask: bool | None,
+    metric: Metric | None,
+    keep_predictions: bool,
+) -> EvaluationResult:
+    """See `Learner.evaluate`."""
+    policy = _policy(learner, norm, steps, mask)
+    if metric is not None and not callable(metric):
+        raise ArgumentError(
+            f"metric: expected a function metric(prediction, target_y) to a number, or None, but got "
+            f"{describe_value(metric)}."
+        )
+    check_switch("keep_predictions", keep_predictions)
+    name = "loss"
+    values: list[Tensor] = []
+    losses: list[Tensor] = []
+    predictions: list[Any] = []
+    with in_eval_mode(learner), torch.no_grad():
+        for batch in iterate_task_batches(tasks):
+            for task in checked_batch(batch, learner.loss_fn, device_of(learner)):
+                where = f"tasks (task {len(values)}): "
+                refuse_uncounted(task, learner.loss_fn, where)
+                with explained([task], learner.model):
+                    outcome = _solved(learner, task, policy, steps, mask)
+                losses.append(outcome.loss.detach().double().cpu())
+                refuse_not_finite(task, losses[-1:], where)
+                name, value = _measured(outcome, task, metric)
+                values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
+                if keep_predictions:
+                    predictions.append(outcome.prediction)
+    if not values:
+        raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
+    _warn_diverged(torch.stack(losses), policy)
+    details = {"norm": policy, "steps": learner.settings.default_steps if steps is None else steps}
+    return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
+
+
+@contextmanager
+def adapting(learner: Any, task: Task) -> Iterator[Task]:
+    """Checks the task of an `adapt`, and yields it for use in eval mode without gradients.
+
+    Raises:
+        TaskError: its device, labels, shapes or dtypes are not what the learner takes.
+    """
+    same_device([task], device_of(learner))
+    check_labels([task], learner.loss_fn)
+    refuse_uncounted(task, learner.loss_fn)
+    with in_eval_mode(learner), autograd(False), explained([task], learner.model):
+        task = usable(task)
+        learner._prepare(task)
+        yield task
+
+
+def finished(module: nn.Module, task: Task) -> nn.Module:
+    """The module that `adapt` returns; raises TaskError where NaN of the support set got into it."""
+    refuse_not_finite(task, module.state_dict().values())
+    return module
+
+
+@contextmanager
+def in_eval_mode(learner: Any) -> Iterator[None]:
+    """Eval mode for a while; every flag and buffer is put back."""
+    flags = [(module, module.training) for module in learner.modules()]
+    try:
+        learner.eval()
+        with untouched_buffers(learner.model):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def check_steps(steps: int | None) -> None:
+    """Raises ArgumentError unless `steps` is None or a whole number of at least 0."""
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+        raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {steps!r}.")
+
+
+def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None) -> str:
+    own: str = learner.settings.norm
+    policy = own if norm is None else norm
+    check_choice("norm", policy)
+    if mask is not None:
+        check_choice("mask_unused_outputs", mask)
+    check_steps(steps)
+    if policy != own and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
+        warnings.warn(
+            f'Evaluating under norm="{policy}" what was trained under norm="{own}": the weights have not been '
+            "trained for these statistics, and accuracy is known to suffer.",
+            MetaWrapWarning,
+            stacklevel=5,
+        )
+    return policy
+
+
+def _solved(learner: Any, task: Task, norm: str, steps: int | None, mask: bool | None) -> TaskOutcome:
+    with autograd(False):
+        task = usable(task)
+        learner._prepare(task)
+        outcome: TaskOutcome = learner._solver().solve(task, training=False, norm=norm, steps=steps, mask=mask)
+        return outcome
+
+
+def _measured(outcome: TaskOutcome, task: Task, metric: Metric | None) -> tuple[str, Any]:
+    if metric is not None:
+        value = metric(outcome.prediction, task.target_y)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ArgumentError(f"metric: expected one number per task from {name}, but got {describe_value(value)}.")
+        return name, value
+    if outcome.accuracy is not None:
+        return "accuracy", outcome.accuracy
+    return "loss", outcome.loss.detach()
+
+
+def _warn_diverged(losses: Tensor, policy: str) -> None:
+    if diverged := int((~torch.isfinite(losses)).sum()):
+        warnings.warn(
+            f'{diverged} of {len(losses)} tasks ended with a loss that is not finite under norm="{policy}": the inner '
+            "loop diverged. Rates that were learned under batch statistics are known to do so under stored ones; "
+            'norm="support" is inductive too, and the same in training and evaluation.',
+            MetaWrapWarning,
+            stacklevel=5,
+        )
