@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from distributed_cases import RUN, TASKS, Counting, PartlyUsed, TwoPrecisions, as_after, fresh, main, marked, stepped
+from distributed_cases import main
+from distributed_learners import RUN, TASKS, Counting, PartlyUsed, TwoPrecisions, as_after, fresh, marked, stepped
 from face import MEASURED, assert_same_state, build, reference_for
 from models import NormedMlp, seeded
 from oracle import Reference, assert_same_gradients
@@ -369,7 +370,7 @@ def test_torchrun_trains_and_only_one_process_speaks(place: Path) -> None:
     flags += ["--batch", "3", "--validation-tasks", "4", "--test-tasks", "4", "--device", "cpu"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "metawrap", "train"]
     ran = subprocess.run(
-        [sys.executable, *command, "--model", "distributed_cases:plain_net", "--out", "torchrun", *flags],
+        [sys.executable, *command, "--model", "distributed_learners:plain_net", "--out", "torchrun", *flags],
         cwd=place,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
         capture_output=True,

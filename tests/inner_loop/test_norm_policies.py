@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from metawrap import MAML, MAMLPlusPlus, MetaWrapWarning
 STEPS = 3
 MODELS: dict[str, tuple[Any, tuple[int, ...], dict[type, Any]]] = {
     "vectors": (NormedMlp, (4,), {}),
-    "images": (Conv4, (1, 16, 16), {}),
+    "images": (partial(Conv4, blocks=2, size=8), (1, 8, 8), {}),
     "norm with activation": (ActNormNet, (1, 6, 6), {BatchNormAct2d: torch.relu}),
 }
 

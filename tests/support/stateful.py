@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 class Late(nn.Module):
@@ -134,6 +136,20 @@ class Noisy(Late):
     def bend(self, hidden: Tensor) -> Tensor:
         hidden = self.drops(hidden) * (1 + random.random()) + float(np.random.rand())
         return self.counts(self.averages(hidden))
+
+
+class Once(Function):
+    """exp(x), which can be differentiated once: torch would leave its second derivative out in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].exp()
 
 
 class EditsInput(nn.Module):

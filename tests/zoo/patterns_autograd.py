@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from entry import Entry
 from pieces import VECTORS, Around, Between, Body, Calls
+from stateful import Once
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 
@@ -85,21 +85,6 @@ class InPlace(Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return gradient * (x > -0.1)
-
-
-class Once(Function):
-    """Says that it can be differentiated once: torch would leave its second derivative out in silence."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient * x.exp()
 
 
 def _sine(x: Tensor) -> Tensor:

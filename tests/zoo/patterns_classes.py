@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from entry import Entry
 from models import TiedNet
-from pieces import VECTORS, Between, Body, Whole, noise
+from pieces import VECTORS, Between, Body, Delegates, Whole, noise
 from torch import Tensor, nn
 
 
@@ -51,19 +51,7 @@ class Slotted(Body):
         return torch.tanh(self.factor * x)
 
 
-class Delegates(nn.Module):
-    """Hands every attribute it does not have to its inner model, as wrappers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Body()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["inner"], name)
-
+class ReadsInner(Delegates):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.first(x)))
 
@@ -225,7 +213,7 @@ PATTERNS = [
     _entry("ABC", make=Concrete, higher=False),
     _entry("metaclass", make=WithMetaclass, higher=False),
     _entry("__slots__", make=Slotted, higher=False),
-    _entry("__getattr__ that delegates", make=Delegates),
+    _entry("__getattr__ that delegates", make=lambda: ReadsInner(Body())),
     _entry("__call__ of its own", make=OwnCall),
     _entry("parameter behind a property", make=Layered),
     _entry("dataclass", make=AsDataclass),

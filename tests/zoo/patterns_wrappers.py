@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from entry import Entry
 from models import NormedMlp
-from pieces import VECTORS, Around, Body
-from torch import Tensor, nn
+from pieces import VECTORS, Around, Body, Delegates
+from torch import nn
 
 
 # --- wrappers --------------------------------------------------------------------------------------------------------
@@ -35,23 +34,6 @@ WRAPPERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
         "torch.compile": lambda: torch.compile(NormedMlp()),
     }.items()
 }
-
-
-class Delegates(nn.Module):
-    """Wraps a compiled model, and hands on every attribute that it lacks: `_orig_mod` among them."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["inner"], name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.inner(x)
 
 
 def compiled_in_place() -> nn.Module:

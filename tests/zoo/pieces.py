@@ -87,6 +87,23 @@ class Whole(nn.Module):
         return self.run(self, *x)
 
 
+class Delegates(nn.Module):
+    """Hands every attribute that it does not have to its inner model, as wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
 class Calls(nn.Module):
     """A module around a function: its name is what an error should say."""
 
