@@ -22,9 +22,8 @@ class MetaOutput(NamedTuple):
     A named tuple, so that `DistributedDataParallel` and its like find the tensors in it. Inside of that, `loss` and
     `accuracy` are over the tasks of all processes, `step_losses` and `predictions` are of this process's own.
 
-    loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a step has no weight and was not
-    computed.
-    predictions: one per task, on its target set, after the last step. accuracy: scalar mean over tasks, or None.
+    loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a loss has no weight. predictions: one
+    per task, on its target set, after the last step. accuracy: scalar mean over tasks, or None.
     """
 
     loss: Tensor

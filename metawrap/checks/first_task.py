@@ -1,4 +1,4 @@
-"""What a gradient-based learner asks of its model when it meets the first task in a mode; changes nothing but findings.
+"""Checks of a gradient-based learner's model on the first task of each mode; they change nothing but the findings.
 
 Inspection cannot see everything: a gradient shows unused parameters, operations without a second derivative, an engine
 that is wrong for this model, and passes that depend on each other. A probe answers each question: a `TaskSolver` with
@@ -48,6 +48,7 @@ from metawrap.errors import MetaWrapError, UnsupportedModuleError
 from metawrap.inner_loop.flat_memory import DisturbedError
 from metawrap.inner_loop.task_layout import stacked, start_of
 from metawrap.inner_loop.task_solver import TaskSolver
+from metawrap.inner_loop.update_rules import UpdateRule, inner_optimizer
 from metawrap.settings.groups import InnerOptions, Memory
 from metawrap.settings.schedules import is_second_order
 from metawrap.snapshot.module_state import attributes_put_back, unchanged
@@ -263,11 +264,14 @@ def probed_gradient(
     amplifies rounding.
     """
     model, settings = solver.wrapped.model, solver.settings
+    plain = replace(solver.update, optimizer=partial(inner_optimizer, rule=UpdateRule()))
     probe = replace(
         solver,
         engine=ENGINES["functional" if engine == "batched" else engine](model, solver.edits),
         batched=BatchedEngine(model, solver.edits) if engine == "batched" else None,
         any_order=any_order,
+        # A learned update rule is part of what is asked about.
+        update=solver.update if solver.update.keeps_graph else plain,
         channels_last=solver.channels_last if channels_last is None else channels_last,
         settings=replace(
             settings,
@@ -298,9 +302,10 @@ def in_double_precision(learner: Any, task: Task) -> tuple[TaskSolver, Task, flo
     return solver, sample, _DOUBLE
 
 
-def carries_channels_last(learner: Any, task: Task) -> bool:
-    """Whether the gradient is the same with images in channels_last."""
+def carries_channels_last(learner: Any, task: Task, **changes: Any) -> bool:
+    """Whether the gradient is the same with images in channels_last. Args: changes: of fields of the solver."""
     solver, sample, tolerance = in_double_precision(learner, task)
+    solver = replace(solver, **changes)
     try:
         found = [probed_gradient(solver, "functional", [sample], channels_last=last) for last in (False, True)]
     except RuntimeError:  # A `view` that needs the usual layout, for example.

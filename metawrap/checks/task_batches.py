@@ -98,7 +98,7 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
 def refuse_uncounted(task: Task, loss_fn: Any, where: str = "") -> None:
     """Checks that cross-entropy counts a label of each part: without one its gradient is zero, and nothing is learned.
 
-    Waits for a GPU, so it is for what does anyway.
+    Synchronises with a GPU: call it only where the caller synchronises anyway.
 
     Raises:
         TaskError: names the part.
@@ -131,8 +131,8 @@ def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> N
     ]
     if bad and not all(map(_finite, found)):
         raise TaskError(
-            f"{where}{bad[0]} (NaN or infinity), and so is what comes of it. Leave such examples out, or replace the "
-            "values, with torch.nan_to_num say."
+            f"{where}{bad[0]} (NaN or infinity), and the result is not finite either. Leave such examples out, "
+            "or replace the values, with torch.nan_to_num for example."
         )
 
 

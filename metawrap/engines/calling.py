@@ -31,7 +31,7 @@ class EditedBuffers:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """For the time of one call."""
+        """Replaces edited buffers by copies during one call."""
         known = self._edits.edited
         slots = [(path, table, name, b) for path, table in self._tables for name, b in table.items() if b is not None]
         copies = {id(b): b.clone() for path, _, name, b in slots if path + name in known} if known else {}

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metawrap.errors import OutOfMemoryError
+from metawrap.errors import MetaWrapError, OutOfMemoryError
 from metawrap.execution.out_of_memory import free_memory, is_out_of_memory, too_little_memory, warn_split
 from metawrap.execution.threads import replica
 from metawrap.inner_loop.inner_loop import added
-from metawrap.results import TaskOutcome
+from metawrap.results import MetaOutput, TaskOutcome
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
@@ -34,7 +34,7 @@ class Executor:
     """Runs the tasks of a batch in their order.
 
     several_at_once: the engine runs all tasks of a batch together. channels_last: images have this layout.
-    fitting: how many tasks at once were seen to fit into memory; None while memory never ran out.
+    fitting: the chunk size after the last lack of memory; None while memory never ran out.
     same_everywhere: the other processes of a distributed run are known to have the same learner.
     keeps_memory: the process was told to keep the memory that it frees.
     """
@@ -125,8 +125,6 @@ def stateful_modules(learner: Any) -> list[nn.Module]:
 class OneProcess:
     """Stands for `Ranks` where torch has no process group."""
 
-    in_ddp = False
-
     def together(self) -> AbstractContextManager[None]:
         """Nothing to tell to other processes."""
         return nullcontext()
@@ -139,6 +137,10 @@ class OneProcess:
     ) -> MetaGradient:
         """This process's outcomes and gradients are all."""
         return list(outcomes), list(gradients)
+
+    def averaged(self, output: MetaOutput, own: int, everyone: Sequence[TaskOutcome]) -> MetaOutput:
+        """The output is that of all tasks."""
+        return output
 
 
 class Calls:
@@ -164,11 +166,19 @@ class Calls:
         if self._alone == threading.get_ident():
             yield
             return
-        own = 1 if self._replica_here() is not None else 0
+        if self._replica_here() is not None:
+            raise MetaWrapError(
+                "A call that learns (meta_step, forward in training mode, load_state_dict) began inside of a call that "
+                "does not, in a metric of evaluate for example, while other threads use the learner: both would wait "
+                "for ever. Make it after that call."
+            )
         with self._changed:
             self._waiting += 1
-            self._changed.wait_for(lambda: self._alone is None and self._sharing <= own)
-            self._waiting -= 1
+            try:
+                self._changed.wait_for(lambda: self._alone is None and not self._sharing)
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
             self._alone = threading.get_ident()
         try:
             yield
@@ -205,6 +215,7 @@ class Calls:
             self._held.replica = None
             with self._changed:
                 self._sharing -= 1
+                self._met = self._sharing > 0
                 self._changed.notify_all()
 
     def _replica_here(self) -> Any:

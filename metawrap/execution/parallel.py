@@ -99,7 +99,7 @@ class ParallelExecutor(Executor):
             if failed:  # It fails in order too, so the process is not to blame.
                 self.in_order_because = None
             raise
-        if self.options.workers not in (1, "auto"):  # A measured way is nobody's wish; describe() tells of it.
+        if self.options.workers not in (1, "auto"):  # No warning for a measured way: the user did not ask for workers.
             warn_tasks_in_order(self.options.workers, self.in_order_because or "")
         return found
 
@@ -215,11 +215,11 @@ class ParallelExecutor(Executor):
                 for processes in (False, True)
                 if counts
                 and not self.why_in_order(learner, processes)
-                and not self.worker_differs(learner, learner._solver(), task, processes)
+                and not self.worker_differs(learner, learner._solver(**self._probed), task, processes)
                 for count in counts
             ]
             images = any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
-            layouts = [True] if images and carries_channels_last(learner, task) else []
+            layouts = [True] if images and carries_channels_last(learner, task, **self._probed) else []
             chosen = fastest(timed, layouts, workers)
         finally:
             self._probed, self.measured = {}, chosen
@@ -276,7 +276,8 @@ class ParallelExecutor(Executor):
 def _copied(each: Any, solver: TaskSolver) -> TaskSolver:
     """The replica's solver, with the findings that the first task has shown so far."""
     own: TaskSolver = each._solver(engine=ENGINES["functional"](each.model, solver.edits))
-    return replace(own, hard_gates=solver.hard_gates, clone_inputs=solver.clone_inputs)
+    found = {name: getattr(solver, name) for name in ("settings", "hard_gates", "clone_inputs")}
+    return replace(own, **found)
 
 
 def _parts(learner: Any) -> tuple[nn.Module, Any]:

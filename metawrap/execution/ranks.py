@@ -24,7 +24,7 @@ from metawrap.engines.calling import dense
 from metawrap.errors import ArgumentError, MetaWrapWarning, RankError, UnsupportedModuleError
 from metawrap.inner_loop.inner_loop import with_gradients
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.results import TaskOutcome
+from metawrap.results import MetaOutput, TaskOutcome, mean_loss, meta_output
 from metawrap.snapshot.module_state import Slot, slots_of
 from metawrap.tasks import device_of, map_tensors, tensors_in
 
@@ -83,7 +83,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """What fails in here on one process fails on all: the others hear of it where they wait, in `shared`.
 
-        An interrupt is not told: whoever waits for this process will find it gone.
+        A KeyboardInterrupt is not sent to the other processes; their exchange fails.
         """
         try:
             self._refuse()
@@ -140,19 +140,23 @@ class Ranks:
         everyone = [one for word in words for one in map_tensors(word.solved, lambda _: next(summed))]
         return everyone, mean
 
-    def averaged(self, loss: Tensor, own: int, whole: Tensor, tasks: int) -> Tensor:
-        """The mean loss over all tasks, with a gradient whose mean over processes, which DDP takes, is that loss's.
+    def averaged(self, output: MetaOutput, own: int, everyone: Sequence[TaskOutcome]) -> MetaOutput:
+        """Inside of DDP, the output with loss and accuracy over all tasks; else the output as it is.
 
-        Every parameter gets a gradient: DDP would wait for one that does not. Differentiable once.
+        The mean over processes of the loss's gradient, which DDP takes, is the gradient of the mean over all tasks.
+        Every parameter gets a gradient: DDP would wait for a missing one. Differentiable once.
 
         Args:
-            loss: the mean over this process's tasks, with its graph. own: how many these are.
-            whole: the mean over all tasks. tasks: how many these are.
+            output: of this process's `own` tasks. everyone: the outcomes of all processes' tasks.
         """
+        if not self.in_ddp:
+            return output
+        whole, loss = meta_output(everyone, mean_loss(everyone)), output.loss
         parameters = [p for p in self.learner.parameters() if p.requires_grad]
-        weight = torch.tensor(own * self.size / tasks, dtype=loss.dtype, device=loss.device)
+        weight = torch.tensor(own * self.size / len(everyone), dtype=loss.dtype, device=loss.device)
         nothing = [(p, p.detach().new_zeros(()).expand_as(p)) for p in parameters]
-        return with_gradients(whole, [(loss, weight), *nothing])
+        loss = with_gradients(whole.loss, [(loss, weight), *nothing])
+        return output._replace(loss=loss, accuracy=whole.accuracy)
 
     def _refuse(self) -> None:
         """Raises what cannot be shared, by name."""

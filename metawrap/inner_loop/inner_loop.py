@@ -88,6 +88,13 @@ class InnerLoop:
             point = self._updated(point, *self._support_gradient(point.fast, task, step), step)
             yield point
 
+    def adapted(self, start: Point, steps: int) -> Point:
+        """The point after so many inner steps on the task's support set; earlier points are freed."""
+        point = start
+        for point in self.inner_steps(start, repeat(self.task, steps)):  # noqa: B007
+            pass
+        return point
+
     def _support_gradient(self, fast: FastWeights, task: Task, step: int) -> tuple[Sequence[Tensor | None], Tensor]:
         with autograd(True):
             loss = self.support_loss(fast, task, step)

@@ -268,9 +268,17 @@ def undone_if_it_fails(learner: HeadLearner) -> Iterator[None]:
                 parameter.data, parameter.grad = data, gradient
             for group, known in zip(optimizer.param_groups, groups, strict=True):
                 group.update(known)
-            optimizer.state.clear()
-            optimizer.state.update(state)
+            # Entries of the present shape are right, or were restored already, with tensors of their own.
+            for made in [p for p in optimizer.state if p not in state]:
+                del optimizer.state[made]
+            for owner, known in state.items():
+                if _shapes(optimizer.state.get(owner, {})) != _shapes(known):
+                    optimizer.state[owner] = known
         raise
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.shape if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def refuse_late_parts(learner: nn.Module) -> None:

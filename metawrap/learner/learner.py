@@ -1,4 +1,4 @@
-"""The face of every method: meta_step, forward, evaluate, adapt, unwrap, describe.
+"""The base class of all methods: meta_step, forward, evaluate, adapt, unwrap, describe.
 
 meta_step: task batch -> checks -> executor (each task through `_solver`, gradients summed in task order) -> ranks
            -> outer update -> statistics and counters.
@@ -35,7 +35,7 @@ from metawrap.learner.description import Description
 from metawrap.learner.evaluation import Metric, evaluated, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.without_inner_loop import shown_settings
-from metawrap.outer_update.outer_update import OuterUpdate, refuse_divergence, row_of_skipped
+from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
 from metawrap.results import (
     EvaluationResult,
     MetaOutput,
@@ -138,9 +138,9 @@ class Learner(nn.Module, ABC):
     def meta_step(self, task_batch: Any) -> StepMetrics:
         """One outer update on a batch of tasks: forward, backward, clip, optimizer step, schedules, counters.
 
-        Each `execution.tasks_per_backward` tasks are unrolled and differentiated together, so that peak memory is
-        theirs. Where they do not fit, half as many are, from then on, with a warning. The gradient stays in `.grad`. A
-        failed call leaves weights, statistics, optimizer and counters as they were.
+        Peak memory is that of one chunk of `execution.tasks_per_backward` tasks. When memory runs out, the chunk is
+        halved for this and all later steps, with a warning. The gradient stays in `.grad`. A failed call leaves
+        weights, statistics, optimizer and iteration as they were.
 
         Where torch.distributed runs several processes, all of them must call it, each with its own share of the tasks,
         at least one; shares may differ. All make the same update, that of the mean over all tasks in order of rank, and
@@ -178,11 +178,13 @@ class Learner(nn.Module, ABC):
                     outcomes, gradients = self.executor.meta_gradient(self, batch, parameters)
             outcomes, gradients = ranks.shared(outcomes, parameters, gradients)
             ends = self.outer.ends_epoch(self.iteration + 1)
-            with put_back_on_error(self, self.optimizer) if ends else nullcontext():
+            with put_back_on_error(self, self.optimizer, self.scheduler) if ends else nullcontext():
                 norm, applied = self.outer.apply(parameters, gradients)
                 skipped = row_of_skipped(self.skipped_steps, applied)
-                refuse_divergence(self, skipped, batch)
-                self.outer.end(self.iteration + 1)
+                if not (diverged := has_diverged(self, skipped)):
+                    self.outer.end(self.iteration + 1)
+            if diverged:
+                raise_diverged(self, batch)
             restore(~applied)
         _keep_outcomes(self, outcomes, applied)
         self.skipped_steps.copy_(skipped)
@@ -208,18 +210,15 @@ class Learner(nn.Module, ABC):
             with self.calls.shared(self) as learner, untouched_buffers(learner.model):
                 return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
-        with self.calls.alone(), ranks.together():
-            batch = checked_batch(task_batch, self.loss_fn, device_of(self))
-            with explained(batch, self.model):
-                self._check_trainable(batch)
-            output, outcomes = meta_loss(self, batch)
-        everyone, _ = ranks.shared(outcomes)
-        _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
-        if isinstance(ranks, Ranks) and ranks.in_ddp:
-            whole = meta_output(everyone, mean_loss(everyone))
-            loss = ranks.averaged(output.loss, len(outcomes), whole.loss, len(everyone))
-            output = output._replace(loss=loss, accuracy=whole.accuracy)
-        return output
+        with self.calls.alone():
+            with ranks.together():
+                batch = checked_batch(task_batch, self.loss_fn, device_of(self))
+                with explained(batch, self.model):
+                    self._check_trainable(batch)
+                output, outcomes = meta_loss(self, batch)
+            everyone, _ = ranks.shared(outcomes)
+            _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
+        return ranks.averaged(output, len(outcomes), everyone)
 
     @shared
     def evaluate(
@@ -237,7 +236,7 @@ class Learner(nn.Module, ABC):
         Random numbers (head_init="random") come from torch's global generator: seed it to repeat a figure.
 
         Args:
-            tasks: a task batch in any accepted form, or an iterable of them.
+            tasks: a task batch in any form, or an iterable of batches that waits for no other call of the learner.
             norm: batch-norm policy; the learner's own if None.
             steps: inner steps; as in training if None, 0 for before adaptation; more than in training is fine.
             mask_unused_outputs: as in the constructor, which decides if None: for tasks with fewer ways than the model
@@ -318,6 +317,7 @@ class Learner(nn.Module, ABC):
         rebind_functions(copied, memo)
         return copied
 
+    @alone
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but a state that does not fit changes nothing.
 

@@ -46,13 +46,14 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
 
 
 @contextmanager
-def put_back_on_error(learner: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Restores a learner and its optimizer where the block fails, at the cost of one copy of the learner."""
-    put_back = remembered(learner, optimizer)
+def put_back_on_error(learner: nn.Module, optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
+    """Restores a learner, its optimizer and scheduler where the block fails, at the cost of a copy of the learner."""
+    put_back, own = remembered(learner, optimizer), dict(vars(scheduler))
     try:
         yield
     except BaseException:
         put_back()
+        vars(scheduler).update(own)
         raise
 
 
@@ -64,12 +65,16 @@ def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
     places = [tensor for _, m in named for tensor in (*m._parameters.values(), *m._buffers.values())]
     tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
+    executor: Any = getattr(learner, "executor", None)
+    ways = dict(vars(executor)) if executor is not None else {}
     groups = [dict(group) for group in optimizer.param_groups]
     # Copies: an optimizer's step edits its tensors in place.
     moments = {parameter: copy.deepcopy(value) for parameter, value in optimizer.state.items()}
 
     def put_back() -> None:
         state.put_back()
+        if executor is not None:
+            vars(executor).update(ways)
         with torch.no_grad():
             for tensor, kind, data, gradient, value in values:
                 tensor.__class__ = kind  # A parameter that had no size yet was of another class.

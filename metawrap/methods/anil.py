@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -109,10 +108,8 @@ class ANIL(HeadLearner):
         # Clones keep in-place edits of fast weights away from the parameters, whose hooks do not see them either.
         copies = {name: weight.clone() for name, weight in adapted.items()}
         start = {n: w if graph and w.requires_grad else w.detach().requires_grad_() for n, w in copies.items()}
-        point = Point(start, {})
         with differentiable_twice(head, hard=True) if second_order else nullcontext():
-            *_, point = point, *loop.inner_steps(point, repeat(loop.task, steps))
-        return point.fast
+            return loop.adapted(Point(start, {}), steps).fast
 
     def _tuned_names(self) -> Iterable[str]:
         return self.learning_rates

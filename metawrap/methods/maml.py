@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -204,7 +203,7 @@ class MAML(Learner):
             norm, solver = self.settings.norm, self._solver()
             loop = solver.loop(task, training=False, norm=norm, mask=mask_unused_outputs)
             start = Point(solver.initial_weights(loop), {})
-            *_, point = start, *loop.inner_steps(start, repeat(loop.task, steps))
+            point = loop.adapted(start, steps)
             row = max(0, min(steps, self.settings.inner_steps) - 1)
             statistics = None
             if norm == "support":
@@ -270,9 +269,8 @@ class MAMLPlusPlus(MAML):
     """MAML++: MAML with six parts, each of which can be switched alone.
 
     MSL: multi-step loss, `multi_step_loss`, `msl_epochs`. DA: derivative-order annealing, `first_order_epochs`. BNRS
-    and BNWB:
-    per-step batch-norm statistics and affine parameters, `per_step_norm_statistics`, `per_step_norm_affine`. LSLR: a
-    learned rate per parameter tensor and inner step, `learn_inner_lr`. CA: cosine annealing of the outer rate,
+    and BNWB: batch-norm statistics and affine parameters per step, `per_step_norm_statistics`, `per_step_norm_affine`.
+    LSLR: a learned rate per parameter tensor and inner step, `learn_inner_lr`. CA: cosine annealing of the outer rate,
     `cosine_annealing`. Source: Antoniou, Edwards, Storkey 2018, arXiv:1810.09502.
 
     Args:

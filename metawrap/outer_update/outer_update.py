@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class OuterUpdate:
         return cosine_meta_lr(epoch, s.epochs, s.meta_lr, s.min_meta_lr)
 
     def check_holds(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Raises ArgumentError when nothing is to be learned, or a parameter that is is not in the optimizer."""
+        """Raises ArgumentError when nothing is to be learned, or when the optimizer lacks a parameter that is."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         learned = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not learned:
@@ -167,6 +167,9 @@ class OuterUpdate:
         if options.max_grad_norm is not None:
             clipped = norm if options.max_grad_value is None else _norm_of(present)[0]
             nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, clipped)
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            # Adam and its like store the squares of the entries, and would keep an infinite one for ever.
+            finite = finite & _squares_fit(present)
         self._step_where(finite)
         return norm, finite
 
@@ -217,6 +220,14 @@ def _norm_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     scale = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
     scaled = scale * nn.utils.get_total_norm([gradient / scale.to(gradient.device) for gradient in gradients])
     return torch.where(torch.isfinite(norm) | ~finite, norm, scaled), finite
+
+
+def _squares_fit(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether the square of every entry is finite, as a scalar on the device."""
+    plain = nn.utils.get_total_norm(gradients)
+    if not gradients or (plain.device.type == "cpu" and bool(torch.isfinite(plain))):
+        return torch.isfinite(plain)
+    return torch.isfinite(nn.utils.get_total_norm(gradients, math.inf).square())
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -282,17 +293,21 @@ def row_of_skipped(counts: Tensor, applied: Tensor) -> Tensor:
     return torch.stack([total + ~applied, row, torch.maximum(longest, row)])
 
 
-def refuse_divergence(learner: Any, counts: Tensor, batch: TaskBatch) -> None:
-    """Looks at the counts once in `max_skipped_steps` meta-steps, so that a GPU waits no more often.
+def has_diverged(learner: Any, counts: Tensor) -> bool:
+    """Whether the last steps, this one included, were skipped, and they are at least `max_skipped_steps`.
 
-    Raises:
-        DivergedError: the last steps, this one included, were skipped, and they are at least `max_skipped_steps`.
+    Looks at the counts once in as many meta-steps, so that a GPU waits no more often.
     """
+    limit: int = learner.settings.outer_update.max_skipped_steps
+    return bool((learner.iteration + 1) % limit == 0 and int(counts[1]) >= limit)
+
+
+def raise_diverged(learner: Any, batch: TaskBatch) -> NoReturn:
+    """Raises DivergedError; the count in a row begins anew, so that training can go on with other tasks."""
+    learner.skipped_steps[1:] = 0
     limit = learner.settings.outer_update.max_skipped_steps
-    if (learner.iteration + 1) % limit == 0 and int(counts[1]) >= limit:
-        learner.skipped_steps[1:] = 0  # So that training can go on with other tasks.
-        raise DivergedError(
-            f"At least {limit} meta-steps in a row had a meta-gradient that is not finite, and changed nothing. The "
-            f"weights are finite.{trouble_in_words(learner, batch)} Lower meta_lr or inner_lr, or set "
-            "outer_update.max_grad_norm."
-        )
+    raise DivergedError(
+        f"At least {limit} meta-steps in a row had a meta-gradient that is not "
+        f"finite, and changed nothing. The weights are finite.{trouble_in_words(learner, batch)} Lower meta_lr or "
+        "inner_lr, or set outer_update.max_grad_norm."
+    )

@@ -87,7 +87,11 @@ class OuterOptions(Options):
     max_grad_norm: PositiveOrNone = Field(default=None, description="limit of the meta-gradient's norm.")
     max_grad_value: PositiveOrNone = Field(default=None, description="limit of each entry of the meta-gradient.")
     max_skipped_steps: Count = Field(
-        default=20, description="training stops when this many meta-steps in a row have a gradient that is not finite."
+        default=20,
+        description=(
+            "training stops when at least this many meta-steps in a row have a gradient that is not finite; looked "
+            "up once in as many steps."
+        ),
     )
     detect_anomaly: Switch = Field(
         default=False,

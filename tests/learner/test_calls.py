@@ -14,7 +14,7 @@ from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor
 
 import metawrap
-from metawrap import MAMLPlusPlus, Task
+from metawrap import MAMLPlusPlus, MetaWrapError, Task
 
 THREADS, ROUNDS = 4, 5
 FEW = {"inner_steps": 2}
@@ -169,6 +169,37 @@ def test_a_model_that_cannot_be_replicated_serves_one_call_after_another() -> No
     found = at_once(*(lambda b=b: adapted(b) for b in batches))  # type: ignore[misc]
     for one, expected in zip(found, alone, strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_call_that_waits_to_be_alone_and_is_interrupted_hinders_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
+    learner.evaluate(batch)
+    condition = learner.calls._changed
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(condition, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.meta_step(batch)
+    monkeypatch.undo()
+    found = at_once(*[lambda: learner.evaluate(batch).tasks] * 2)
+    assert found == [len(batch)] * 2
+    learner.meta_step(batch)
+
+
+def test_a_call_that_learns_inside_of_one_that_shares_is_refused_while_threads_meet() -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
+    learner.evaluate(batch)
+
+    def learns(prediction: Tensor, y: Tensor) -> float:
+        learner.train()
+        learner.meta_step(batch)
+        return 0.0
+
+    learner.calls._held.replica = learner  # As where threads have met.
+    with pytest.raises(MetaWrapError, match="both would wait for ever"):
+        learner.evaluate(batch, metric=learns)
 
 
 def test_an_error_in_one_thread_leaves_the_others_alone() -> None:

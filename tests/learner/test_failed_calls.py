@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import MAML, ArgumentError, DivergedError, MAMLPlusPlus, Reptile, Task
+from metawrap.inner_loop.inner_loop import Point
 
 
 def batch_of(seed: int = 0) -> list[Task]:
@@ -58,6 +60,7 @@ class Fails(torch.optim.lr_scheduler.LambdaLR):
 
     def step(self, epoch: int | None = None) -> None:
         if self.broken:
+            self.last_epoch += 1
             self.optimizer.param_groups[0]["lr"] = 99.0
             raise RuntimeError("the user's own")
         super().step()
@@ -77,6 +80,7 @@ def test_a_scheduler_that_raises_undoes_the_update() -> None:
         learner.meta_step(batch_of(1))
     assert_same_state(state_of(learner), before)
     assert all(torch.equal(value, buffers[name]) for name, value in learner.named_buffers())
+    assert learner.scheduler.last_epoch == twin.scheduler.last_epoch  # type: ignore[union-attr]
     learner.scheduler.broken = False  # type: ignore[union-attr]
     for seed in (0, 1):
         twin.meta_step(batch_of(seed))
@@ -124,6 +128,26 @@ def test_finite_gradients_whose_squares_overflow_are_no_skipped_step(options: di
     torch.testing.assert_close(moved, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_adam_takes_no_gradient_whose_square_is_infinite() -> None:
+    x = torch.tensor([[3e30, 4e30, 0.0]])
+    learner = MAML(Scaled(), inner_steps=1, inner_lr=0.0, loss_fn=lambda prediction, y: prediction.sum())
+    assert learner.meta_step([Task(x, torch.zeros(1), x, torch.zeros(1))]).skipped
+    small = torch.ones(1, 3)
+    assert not learner.meta_step([Task(small, torch.zeros(1), small, torch.zeros(1))]).skipped
+    state = learner.optimizer.state[learner.model.weight]
+    assert bool(state["exp_avg_sq"].isfinite().all())
+    clipped = MAML(
+        Scaled(),
+        inner_steps=1,
+        inner_lr=0.0,
+        loss_fn=lambda prediction, y: prediction.sum(),
+        outer_update={"max_grad_norm": 1.0},
+    )
+    metrics = clipped.meta_step([Task(x, torch.zeros(1), x, torch.zeros(1))])
+    assert not metrics.skipped
+    assert bool(clipped.optimizer.state[clipped.model.weight]["exp_avg_sq"].isfinite().all())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_with_an_entry_that_is_not_finite_is_skipped(value: float) -> None:
     x = torch.tensor([[value, 1e30, 0.0]])
@@ -141,6 +165,50 @@ def test_find_trouble_follows_reptile_through_its_target_examples() -> None:
     )
     [trouble] = learner.find_trouble([task])
     assert trouble.step in (0, 1)
+
+
+class PowerAtZero(nn.Module):
+    """Its second derivative is NaN where its input is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        return hidden + (hidden * 0).pow(1.5)
+
+
+def test_anomaly_detection_names_the_operation_although_probes_of_the_first_task_fail_under_it() -> None:
+    learner = MAML(PowerAtZero(), inner_steps=1, outer_update={"detect_anomaly": True})
+    with pytest.raises(DivergedError, match="PowBackward"):
+        learner.meta_step(batch_of())
+
+
+def test_probes_of_the_first_task_take_plain_inner_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metawrap.checks import first_task
+
+    rules: list[Any] = []
+    real = first_task.inner_optimizer
+    monkeypatch.setattr(first_task, "inner_optimizer", lambda name, rule: rules.append(rule) or real(name, rule))
+    MAML(seeded(NormedMlp), inner_steps=1, engine="higher", inner_update={"rule": "adam"}).meta_step(batch_of())
+    assert rules
+    assert {rule.name for rule in rules} == {"sgd"}
+
+
+def test_adapt_keeps_the_weights_of_one_inner_step_at_a_time() -> None:
+    learner, task = MAML(seeded(NormedMlp), inner_steps=1), batch_of()[0]
+    learner.adapt(task.support_x, task.support_y)
+    gc.collect()
+    alive: list[int] = []
+
+    def count(module: nn.Module, args: Any) -> None:
+        alive.append(sum(type(each) is Point for each in gc.get_objects()))
+
+    handle = learner.model.register_forward_pre_hook(count)
+    learner.adapt(task.support_x, task.support_y, steps=20)
+    handle.remove()
+    assert max(alive) <= 4
 
 
 def test_adapt_refuses_a_task_id_that_has_no_effect() -> None:
