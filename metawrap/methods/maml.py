@@ -194,12 +194,13 @@ class MAML(Learner):
         steps = self.settings.default_steps if steps is None else steps
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
+        own = Task(support_x, support_y, support_x, support_y, id=task_id)
         if task_id is not None and self.settings.outputs.head_init != "stored":
             raise ArgumentError(
                 'task_id: has an effect only with outputs={"head_init": "stored"}, which keeps a head for each task, '
                 f"but got {task_id!r}. Leave it out."
             )
-        with adapting(self, Task(support_x, support_y, support_x, support_y, id=task_id)) as task:
+        with adapting(self, own) as task:
             norm, solver = self.settings.norm, self._solver()
             loop = solver.loop(task, training=False, norm=norm, mask=mask_unused_outputs)
             start = Point(solver.initial_weights(loop), {})

@@ -154,7 +154,7 @@ def _unfit_modules(model: nn.Module) -> Iterator[str]:
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
             yield (
                 f"{where} keeps running statistics that would mix the inner steps of all tasks. Build it with "
-                f"track_running_stats=False, or pass swap={{{type(module).__name__}: your_factory}}."
+                f"track_running_stats=False, or pass wrapping={{'swap': {{{type(module).__name__}: your_factory}}}}."
             )
 
 

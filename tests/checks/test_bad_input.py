@@ -19,7 +19,6 @@ import pytest
 import torch
 from bad_input import BATCHES, CALLS, INNER, MODELS, NAN, OUTER, SAMPLERS, SETTINGS, TASKS, WAYS_IN, changed, parts
 from face import assert_same_state, fingerprint, unchanged, values_of
-from keywords import grouped
 from models import NormedMlp, seeded
 from torch import Tensor, nn
 
@@ -125,7 +124,7 @@ def test_a_bad_keyword_is_named_and_the_model_is_untouched(keyword: str, value: 
     model = seeded(NormedMlp)
     errors = (ArgumentError, UnsupportedModuleError)
     with unchanged(model), pytest.raises(errors, match=rf"{keyword}(.|\n)*({words})|{words}"):
-        MAMLPlusPlus(model, **grouped(**nested({keyword: value})))
+        MAMLPlusPlus(model, **nested({keyword: value}))
 
 
 @pytest.fixture(params=METHODS)
@@ -142,7 +141,7 @@ def test_every_method_names_a_bad_keyword(method: Any) -> None:
     for keyword in (*flat, "wrapping.swap", "wrapping.keep_norm", "execution.allocator"):
         value, words = OUTER[keyword][0]
         with pytest.raises(ArgumentError, match=rf"{keyword.removeprefix('wrapping.')}: .*{words}"):
-            method(model, **grouped(**nested({keyword: value})))
+            method(model, **nested({keyword: value}))
     for given, words in [
         ({"inner_step": 5}, "'inner_step'"),
         ({"iteration_per_epoch": 5}, "'iteration_per_epoch'. Did you mean 'iterations_per_epoch'?"),
@@ -151,7 +150,7 @@ def test_every_method_names_a_bad_keyword(method: Any) -> None:
     ]:
         called = re.escape(f"{method.__name__}() got an unexpected keyword argument {words}")
         with pytest.raises(TypeError, match=f"^{called}"):
-            method(model, **grouped(**given))
+            method(model, **given)
     with pytest.raises(ArgumentError, match=r"execution: expected ExecutionOptions or a dict of its fields.* int 5"):
         method(model, execution=5)
     assert fingerprint(model) == before
@@ -175,7 +174,7 @@ BAD_EVERYWHERE = ("int32 labels", "labels too high", "half for a float64 model",
 
 def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: Any) -> None:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}, "LSTMMetaLearner": {"hidden_size": 4}}
-    learner = method(seeded(NormedMlp), **grouped(**options.get(method.__name__, {})))
+    learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))
     for seen in (False, True):
         for name in BAD_EVERYWHERE[method is metawrap.RelationNet :]:  # Its loss is not cross-entropy.
             make, _ = BATCHES[name]

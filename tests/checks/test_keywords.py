@@ -11,7 +11,6 @@ import pytest
 import torch
 from bad_input import INF, NAN
 from face import fingerprint
-from keywords import grouped
 from models import NormedMlp, seeded
 
 import metawrap
@@ -43,7 +42,7 @@ def test_every_keyword_of_every_method_is_checked(name: str, keyword: str, hint:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}}.get(name, {})
     for value in bad:
         with pytest.raises(ArgumentError, match=re.escape(keyword.removeprefix("wrapping."))):
-            getattr(metawrap, name)(model, **grouped(**{**options, **nested({keyword: value})}))
+            getattr(metawrap, name)(model, **{**options, **nested({keyword: value})})
     assert fingerprint(model) == before
 
 
@@ -72,7 +71,7 @@ def test_a_group_says_what_is_wrong_with_it_before_a_learner_is_made() -> None:
 )
 def test_a_keyword_of_0_1_is_told_its_place(old: str, now: str) -> None:
     with pytest.raises(TypeError) as caught:
-        MAML(seeded(NormedMlp), **grouped(**{old: 2}))
+        MAML(seeded(NormedMlp), **{old: 2})
     assert str(caught.value) == f"MAML() got an unexpected keyword argument '{old}'. Did you mean {now}?"
 
 
@@ -86,7 +85,7 @@ def test_a_group_is_an_object_or_a_dict_and_leaves_a_preset_what_it_does_not_nam
 def test_a_field_that_a_method_does_not_have_is_refused(given: dict[str, Any]) -> None:
     for kind in (Reptile, ProtoNet):
         with pytest.raises(TypeError, match=rf"^{kind.__name__}\(\) got .* 'memory' in execution=\.$"):
-            kind(seeded(NormedMlp), **grouped(**given))
+            kind(seeded(NormedMlp), **given)
 
 
 def test_settings_can_be_replaced_field_by_field() -> None:
@@ -112,7 +111,7 @@ def test_epochs_of_the_built_in_schedule_are_refused_beside_one_of_the_users_own
         {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)},
     ):
         with pytest.raises(ArgumentError, match=f"epochs: belongs to the built-in .*{next(iter(own))}= was given"):
-            kind(seeded(NormedMlp), epochs=3, **grouped(**own))
+            kind(seeded(NormedMlp), epochs=3, **own)
 
 
 def test_constructors_show_their_keywords_and_have_at_most_28() -> None:

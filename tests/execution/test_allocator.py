@@ -30,7 +30,7 @@ def faults_of_taking_and_freeing():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def made(allocator):
-    return MAMLPlusPlus(torch.nn.Linear(2, 2), inner_steps=1, allocator=allocator)
+    return MAMLPlusPlus(torch.nn.Linear(2, 2), inner_steps=1, execution={"allocator": allocator})
 
 x, y = torch.randn(1, 2, 2), torch.tensor([[0, 1]])
 made(False).meta_step((x, y, x, y))  # Imports what a first meta-step imports.

@@ -108,7 +108,7 @@ def test_tuning_passes_over_a_layout_that_the_model_does_not_take() -> None:
     learner, plain = build(seeded(Viewing), tune=True), build(seeded(Viewing))
     learner.meta_step(images())
     plain.meta_step(images())
-    assert not learner.speed.channels_last
+    assert not learner.executor.channels_last
     assert_same_gradients(gradients_of(learner), gradients_of(plain))
 
 
@@ -171,14 +171,14 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
     resumed = build(seeded(Conv4), tune=True)
     resumed.load_state_dict(learner.state_dict())
     resumed.optimizer.load_state_dict(copy.deepcopy(learner.optimizer.state_dict()))
-    assert resumed.speed == chosen
+    assert resumed.executor.speed == chosen
     resumed.meta_step(batch)
     learner.meta_step(batch)
     assert_same_values(tensors(resumed), tensors(learner), tolerance=0)
     assert len(calls) == 1
     untuned = build(seeded(Conv4))
     untuned.load_state_dict(learner.state_dict())
-    assert untuned.speed == Speed()
+    assert untuned.describe().speed == str(Speed())
 
 
 @pytest.mark.parametrize("change", ["images", "parameters"])

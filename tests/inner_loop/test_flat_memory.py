@@ -178,7 +178,7 @@ def test_target_graphs_are_freed_step_by_step() -> None:
 
 def test_a_model_that_cannot_be_replayed_is_refused() -> None:
     learner = MAMLPlusPlus(seeded(Remembers), execution={"memory": "flat"}, engine="functional")
-    with pytest.raises(UnsupportedModuleError, match=r'memory="unrolled"'):
+    with pytest.raises(UnsupportedModuleError, match=r'"memory": "unrolled"'):
         learner.meta_step(class_tasks((4,)))
 
 

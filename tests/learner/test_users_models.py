@@ -204,7 +204,7 @@ def test_higher_is_checked_when_it_is_named_too() -> None:
 
 
 def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
-    learner = MAMLPlusPlus(network(), inner_steps=1, keep_norm="1")
+    learner = MAMLPlusPlus(network(), inner_steps=1, wrapping={"keep_norm": "1"})
     before = copy.deepcopy(dict(learner.model[1].named_buffers()))
     learner.model.train()
     learner.meta_step(BATCH)
@@ -214,7 +214,7 @@ def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
 def test_a_frozen_norm_that_is_made_per_step_is_reported() -> None:
     model = network()
     model[1].eval()
-    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*keep_norm=\['1'\]"):
+    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*'keep_norm': \['1'\]"):
         MAMLPlusPlus(model)
 
 

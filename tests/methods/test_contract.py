@@ -114,6 +114,14 @@ def uneven(case: str, ways: int = 3, shape: tuple[int, ...] = (4,)) -> Task:
     return replace(batch_of(case, 1, ways=ways)[0], support_x=x, support_y=labels, target_x=y, target_y=asked)
 
 
+def keywords(name: str, **flat: Any) -> dict[str, Any]:
+    """Flat keywords by group; `tune` and `inner_optimizer` of joint training are the method's own."""
+    own = {
+        key: flat.pop(key) for key in ("tune", "inner_optimizer") if name in ("fine-tune", "multi-task") and key in flat
+    }
+    return grouped(**flat) | own
+
+
 def make(case: str, model: nn.Module | None = None, **options: Any) -> Any:
     name, own = VARIANTS.get(case, (case, {}))
     if model is None:
@@ -121,7 +129,7 @@ def make(case: str, model: nn.Module | None = None, **options: Any) -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", MetaWrapWarning)
         torch.manual_seed(0)
-        return getattr(methods, METHODS[name])(model, **grouped(**OPTIONS.get(name, {}) | own | options))
+        return getattr(methods, METHODS[name])(model, **keywords(name, **OPTIONS.get(name, {}) | own | options))
 
 
 def network(case: str, seed: int = 0) -> nn.Module:
@@ -627,7 +635,7 @@ def test_a_wrong_argument_is_named_and_the_model_is_untouched(name: str, options
     model = seeded(NormedMlp)
     before = fingerprint(model)
     with pytest.raises(ArgumentError, match=words):
-        getattr(methods, METHODS[name])(model, **grouped(**options))
+        getattr(methods, METHODS[name])(model, **keywords(name, **options))
     assert fingerprint(model) == before
 
 

@@ -250,5 +250,5 @@ def test_a_wholly_frozen_network_can_be_evaluated() -> None:
     learner = ProtoNet(model)
     result = learner.evaluate([task])
     assert result.accuracy is not None
-    with pytest.raises(UnsupportedModuleError, match=r"all that comes before the head is frozen"):
+    with pytest.raises(ArgumentError, match=r"all are frozen"):
         learner.meta_step([task])
