@@ -1,1 +1,12 @@
-"""How the tasks of a batch are run: in order, in threads, in forked processes, over ranks, by CUDA graphs."""
+"""How calls and tasks are run; this changes their time and memory, never their result. Top to bottom:
+
+parallel.py: tasks in threads, in forked processes or by replays; measures the fastest way
+executor.py: tasks in their order, fewer at once where memory runs out; which calls may run at the same time
+ranks.py: processes of torch.distributed that share a meta-step
+threads.py: replicas of a learner, and tasks in threads
+forked_processes.py: tasks in forked processes
+cuda_graphs.py: a meta-gradient recorded once and replayed
+tuning.py: a way to run tasks, and the search for the fastest
+out_of_memory.py: the answer to a lack of memory
+allocator.py: the C library's allocator keeps freed memory
+"""

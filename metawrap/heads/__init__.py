@@ -1,1 +1,9 @@
-"""Heads that are fitted to a support set: closed-form, prototypes, tables of classes."""
+"""Heads that are fitted to a support set, and the embedding that enters them. Top to bottom:
+
+own_head.py: the user's own head, fitted in its place by gradient steps
+embedding.py: the tensor that enters the head
+class_rows.py: learned rows, one for each class of a task
+class_table.py: a weight vector for each class of all tasks, or a head for each task
+fitted.py: prototypes, linear heads, and their arithmetic
+multiclass_svm.py: the multi-class SVM as a differentiable function
+"""

@@ -1,1 +1,6 @@
-"""Layers that know the inner step: the shared clock, per-step norms, and the learned inner rates."""
+"""Layers that know the inner step, and layers with fast second derivatives. Top to bottom:
+
+per_step_norm.py: batch norm with rows per inner step; the inner-step clock
+quick_forms.py: batch norm, convolution and pooling with fast second derivatives
+learned_update.py: the update rule of the LSTM meta-learner
+"""

@@ -30,7 +30,7 @@ from metawrap.learner.without_inner_loop import (
     refuse_inner_loop,
     wrapped_as_it_is,
 )
-from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
+from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -110,9 +110,6 @@ class EmbeddingLearner(Learner):
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
         return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
-
-    def _solver(self) -> OneByOne:
-        return OneByOne(self._solve)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)

@@ -1,6 +1,6 @@
-"""Evaluation and adaptation: a learner is in eval mode for a while, and nothing of it changes.
+"""The meta-loss of a batch; evaluation and adaptation, which put a learner in eval mode for a while and change nothing.
 
-tasks -> each task solved under a batch-norm policy -> its metric -> mean with a 95 % interval
+evaluated: tasks -> each task solved under a batch-norm policy -> its metric -> mean with a 95 % interval
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from metawrap.checks.task_batches import check_labels, checked_batch, explained,
 from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
-from metawrap.results import EvaluationResult, TaskOutcome
+from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.snapshot.module_state import untouched_buffers
-from metawrap.tasks import Task, describe_value, device_of, iterate_task_batches, same_device, usable
+from metawrap.tasks import Task, TaskBatch, describe_value, device_of, iterate_task_batches, same_device, usable
 
 Metric = Callable[[Any, Any], Any]
 
@@ -65,6 +65,17 @@ def evaluated(
     _warn_diverged(torch.stack(losses), policy)
     details = {"norm": policy, "steps": learner.settings.default_steps if steps is None else steps}
     return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
+
+
+def meta_loss(learner: Any, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutcome]]:
+    """The differentiable meta-loss of a batch in the learner's present mode, and the outcome of each task."""
+    differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with autograd(differentiable), explained(batch, learner.model):
+        batch = TaskBatch(tuple(usable(task) for task in batch))
+        learner._prepare(batch[0])
+        solve_all = learner._solver().solve_all
+        loss, outcomes = solve_all(batch.tasks, training=learner.training, norm=learner.settings.norm)
+        return meta_output(outcomes, loss / len(batch)), outcomes
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from metawrap.learner.without_inner_loop import (
     shown_settings,
     wrapped_as_it_is,
 )
-from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome, task_loss
+from metawrap.results import MetaOutput, StepMetrics, task_loss
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in, usable
@@ -175,15 +175,6 @@ class HeadLearner(Learner):
             warnings=[],
             rates=rates if isinstance(rates, LearningRates) else {},
         )
-
-    @abstractmethod
-    def _solve(
-        self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
-    ) -> TaskOutcome:
-        """Fits the task's support set and judges on its target set; see `TaskSolver.solve`."""
-
-    def _solver(self) -> OneByOne:
-        return OneByOne(self._solve)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)

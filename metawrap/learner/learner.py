@@ -32,17 +32,26 @@ from metawrap.execution.ranks import Ranks
 from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import Metric, evaluated
+from metawrap.learner.evaluation import Metric, evaluated, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update.outer_update import OuterUpdate, refuse_divergence, row_of_skipped
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
+from metawrap.results import (
+    EvaluationResult,
+    MetaOutput,
+    OneByOne,
+    StepMetrics,
+    TaskOutcome,
+    Trouble,
+    mean_loss,
+    meta_output,
+)
 from metawrap.settings.settings import OuterSettings
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
-from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of, usable
+from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of
 
 
 class Learner(nn.Module, ABC):
@@ -93,9 +102,10 @@ class Learner(nn.Module, ABC):
             list(self.parameters()), settings, keywords.get("optimizer"), keywords.get("scheduler")
         )
 
-    @abstractmethod
     def _solver(self) -> Any:
-        """Solves tasks with the present state: has `solve(task, ...)` and `solve_all(tasks, ...)`."""
+        """Solves tasks with the present state; by default one by one, through the method's `_solve`."""
+        solve: Any = self._solve
+        return OneByOne(solve)
 
     @abstractmethod
     def _prepare(self, task: Task) -> None:
@@ -196,13 +206,13 @@ class Learner(nn.Module, ABC):
         """
         if not self.training:
             with self.calls.shared(self) as learner, untouched_buffers(learner.model):
-                return _meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
+                return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
         with self.calls.alone(), ranks.together():
             batch = checked_batch(task_batch, self.loss_fn, device_of(self))
             with explained(batch, self.model):
                 self._check_trainable(batch)
-            output, outcomes = _meta_loss(self, batch)
+            output, outcomes = meta_loss(self, batch)
         everyone, _ = ranks.shared(outcomes)
         _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
         if isinstance(ranks, Ranks) and ranks.in_ddp:
@@ -330,16 +340,6 @@ class Learner(nn.Module, ABC):
 
 def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _meta_loss(learner: Learner, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutcome]]:
-    differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with autograd(differentiable), explained(batch, learner.model):
-        batch = TaskBatch(tuple(usable(task) for task in batch))
-        learner._prepare(batch[0])
-        solve_all = learner._solver().solve_all
-        loss, outcomes = solve_all(batch.tasks, training=learner.training, norm=learner.settings.norm)
-        return meta_output(outcomes, loss / len(batch)), outcomes
 
 
 def _keep_outcomes(learner: Learner, outcomes: list[TaskOutcome], applied: Tensor) -> None:

@@ -14,7 +14,7 @@ from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
-from metawrap.results import OneByOne, TaskOutcome, outcome_of, task_loss
+from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 
@@ -44,9 +44,6 @@ class ZeroStep(Learner):
     def __init__(self, model: nn.Module, **keywords: Unpack[OuterKeywords]) -> None:
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=None, own_steps=None)
         super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts={})
-
-    def _solver(self) -> OneByOne:
-        return OneByOne(self._solve)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)

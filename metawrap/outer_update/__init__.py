@@ -1,1 +1,4 @@
-"""The outer update: the optimizer, its schedule, clipping, and steps that are skipped."""
+"""The outer update:
+
+outer_update.py: optimizer, schedules, clipping, skipped steps
+"""

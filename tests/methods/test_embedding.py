@@ -10,7 +10,7 @@ import torch
 from models import Conv4, NormedMlp, TwoInputs, class_tasks, seeded
 from torch import Tensor, nn
 
-from metawrap import ProtoNet, Task, TaskError, UnsupportedModuleError, methods
+from metawrap import ArgumentError, ProtoNet, Task, TaskError, UnsupportedModuleError, methods
 from metawrap.training.run_settings import METHODS
 
 # Those that have an inner loop, or keep the user's own head.

@@ -19,7 +19,7 @@ from tiny_runs import checkpoint_after, saved_run
 import metawrap
 from metawrap.cli import main
 from metawrap.errors import CheckpointError
-from metawrap.execution import executor, in_order
+from metawrap.execution import executor, parallel
 from metawrap.training import checkpoints
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint, write_atomically
 from metawrap.training.run_lock import RunLock
@@ -270,7 +270,7 @@ OUT_OF_MEMORY = [
 
 def with_room_for(room, error, monkeypatch):
     """From now on more than `room` tasks at once fail, behind the first of them, as they do when memory runs out."""
-    real, sizes = in_order.chunk_gradient, []
+    real, sizes = executor.chunk_gradient, []
 
     def chunk_gradient(solver, chunk, *more):
         sizes.append(len(chunk))
@@ -280,7 +280,7 @@ def with_room_for(room, error, monkeypatch):
             raise error
         return real(solver, chunk, *more)
 
-    for module in (in_order, executor):
+    for module in (executor, parallel):
         monkeypatch.setattr(module, "chunk_gradient", chunk_gradient)
     return sizes
 
