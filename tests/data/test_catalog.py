@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_helpers import omniglot_files, write_zip
+from data_helpers import make_image_folder, omniglot_files, write_zip
 from refusals import refuses
-from test_folder import make
 
 import metawrap.data
 from metawrap.data import DATASETS, load_data, load_glyphs, load_image_folder, load_omniglot
@@ -20,7 +19,7 @@ def same(first: metawrap.data.DataSplits, second: metawrap.data.DataSplits) -> b
 
 def test_names_and_paths_reach_their_loaders(tmp_path):
     archive = write_zip(tmp_path / "o.zip", omniglot_files())
-    folder = make(tmp_path / "mine", range(4))
+    folder = make_image_folder(tmp_path / "mine", range(4))
     assert same(load_data("glyphs", classes=(2, 1, 1), seed=5), load_glyphs((2, 1, 1), seed=5))
     assert same(load_data("omniglot", root=archive, counts=(5, 2, 3)), load_omniglot(archive, counts=(5, 2, 3)))
     assert same(load_data(folder, image_size=3), load_image_folder(folder, image_size=3))

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from data_helpers import make_image_folder
 from PIL import Image
 from refusals import refuses
 
@@ -12,18 +11,8 @@ from metawrap.data import load_image_folder
 from metawrap.errors import ArgumentError, DataError
 
 
-def make(root: Path, classes: range | list[int], images: int = 2, suffix: str = "png") -> Path:
-    """Every class is one flat colour, which survives any resize."""
-    for number in classes:
-        folder = root / f"class{number:03d}"
-        folder.mkdir(parents=True)
-        for image in range(images):
-            Image.new("RGB", (9 + image, 7), (number, 2 * number, 200)).save(folder / f"{image}.{suffix}")
-    return root
-
-
 def test_classes_are_split_by_share_and_keep_their_images(tmp_path):
-    splits = load_image_folder(make(tmp_path, range(25)), image_size=6)
+    splits = load_image_folder(make_image_folder(tmp_path, range(25)), image_size=6)
     assert [part.num_classes for part in splits] == [16, 4, 5]
     seen = []
     for part in splits:
@@ -37,13 +26,13 @@ def test_classes_are_split_by_share_and_keep_their_images(tmp_path):
 
 
 def test_a_hundred_classes_make_the_64_16_20_of_mini_imagenet(tmp_path):
-    splits = load_image_folder(make(tmp_path, range(100), images=1), image_size=2, grayscale=True)
+    splits = load_image_folder(make_image_folder(tmp_path, range(100), images=1), image_size=2, grayscale=True)
     assert [part.num_classes for part in splits] == [64, 16, 20]
     assert splits.train.images.shape == (64, 1, 2, 2)
 
 
 def test_the_split_depends_on_the_seed_alone(tmp_path):
-    root = make(tmp_path, range(12))
+    root = make_image_folder(tmp_path, range(12))
     names = [[part.class_names for part in load_image_folder(root, image_size=2, seed=seed)] for seed in (0, 0, 1)]
     assert names[0] == names[1]
     assert names[0] != names[2]
@@ -52,7 +41,7 @@ def test_the_split_depends_on_the_seed_alone(tmp_path):
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_split_folders_are_used_where_they_exist(tmp_path, validation):
     for place, name in enumerate(("train", validation, "test")):
-        make(tmp_path / name, range(10 * place, 10 * place + 3 - place))
+        make_image_folder(tmp_path / name, range(10 * place, 10 * place + 3 - place))
     splits = load_image_folder(tmp_path, image_size=4)
     assert splits.train.class_names == ("class000", "class001", "class002")
     assert splits.validation.class_names == ("class010", "class011")
@@ -60,29 +49,29 @@ def test_split_folders_are_used_where_they_exist(tmp_path, validation):
 
 
 def test_incomplete_or_leaking_split_folders_are_refused(tmp_path):
-    make(tmp_path / "train", [0, 1])
-    make(tmp_path / "test", [1])
+    make_image_folder(tmp_path / "train", [0, 1])
+    make_image_folder(tmp_path / "test", [1])
     refuses(DataError, r"val or validation with class folders inside is missing", load_image_folder, tmp_path)
-    make(tmp_path / "val", [2])
+    make_image_folder(tmp_path / "val", [2])
     refuses(DataError, r"'class001' lies in both train and test", load_image_folder, tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    make(tmp_path, range(3))
+    make_image_folder(tmp_path, range(3))
     (tmp_path / "class000").rename(tmp_path / "train")
     splits = load_image_folder(tmp_path, image_size=2)
     assert {name for part in splits for name in part.class_names} == {"train", "class001", "class002"}
 
 
 def test_other_files_and_hidden_folders_are_left_out(tmp_path):
-    make(tmp_path, range(3), suffix="JPG")
+    make_image_folder(tmp_path, range(3), suffix="JPG")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "class000" / "notes.txt").write_text("x")
     assert sum(len(part) for part in load_image_folder(tmp_path, image_size=2)) == 6
 
 
 def test_palette_and_transparent_images_become_plain_colour(tmp_path):
-    make(tmp_path, range(3), images=1)
+    make_image_folder(tmp_path, range(3), images=1)
     stripes = np.zeros((8, 8), dtype=np.uint8)
     stripes[:, ::2] = 1
     palette = Image.fromarray(stripes).convert("P")
@@ -96,18 +85,24 @@ def test_palette_and_transparent_images_become_plain_colour(tmp_path):
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     refuses(DataError, r"no folder at", load_image_folder, tmp_path / "none")
     refuses(DataError, r"holds no class folder", load_image_folder, tmp_path)
-    make(tmp_path, range(2))
+    make_image_folder(tmp_path, range(2))
     refuses(DataError, r"2 classes are too few", load_image_folder, tmp_path)
     (tmp_path / "empty").mkdir()
     refuses(DataError, r"empty' holds no image", load_image_folder, tmp_path)
 
 
 def test_a_broken_image_is_named(tmp_path):
-    make(tmp_path, range(3))
+    make_image_folder(tmp_path, range(3))
     (tmp_path / "class001" / "1.png").write_bytes(b"GIF89a and no more")
     refuses(DataError, r"'class001/1\.png' is not a readable image", load_image_folder, tmp_path)
 
 
 @pytest.mark.parametrize("splits", [(0.5, 0.5), (0.6, 0.6, -0.2), (0.5, 0.5, 0.5), ("a", "b", "c"), 3])
 def test_shares_that_make_no_whole_are_refused(tmp_path, splits):
-    refuses(ArgumentError, r"splits: expected three shares", load_image_folder, make(tmp_path, range(3)), splits=splits)
+    refuses(
+        ArgumentError,
+        r"splits: expected three shares",
+        load_image_folder,
+        make_image_folder(tmp_path, range(3)),
+        splits=splits,
+    )

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import checksum, numbered_images
+from data_helpers import checksum, make_image_folder, numbered_images, zipped
 from published import mini_caches, mini_csv, noise, tiered_pickles
 from refusals import refuses
-from test_folder import make
-from test_published_sets import zipped
 
 from metawrap.data import (
     EpisodeSampler,
@@ -33,7 +31,7 @@ from metawrap.errors import ArgumentError, DataError
 
 def streamed(root: Path, junk: bool = False, classes: int = 4) -> StreamedImages:
     """The train part of a folder, streamed; `junk` breaks every file."""
-    make(root, range(classes))
+    make_image_folder(root, range(classes))
     for file in root.rglob("*.png") if junk else ():
         file.write_bytes(b"junk")
     return load_image_folder(root, image_size=6, stream=True).train
@@ -51,7 +49,7 @@ def sets(tmp_path: Path) -> dict[str, tuple]:
     mini_caches(tmp_path / "text", "labels", protocol=0)
     tiered_pickles(tmp_path / "tiered")
     return {
-        "folder": (load_image_folder, make(tmp_path / "folder", range(5), images=4)),
+        "folder": (load_image_folder, make_image_folder(tmp_path / "folder", range(5), images=4)),
         "csv": (load_mini_imagenet, tmp_path / "csv"),
         "zip": (load_mini_imagenet, zipped(tmp_path / "csv", tmp_path / "csv.zip")),
         "cache": (load_mini_imagenet, tmp_path / "cache"),
@@ -149,7 +147,7 @@ def test_workers_are_for_streamed_images() -> None:
 
 
 def test_memory_decides_unless_told(tmp_path: Path, monkeypatch) -> None:
-    root = make(tmp_path, range(4))
+    root = make_image_folder(tmp_path, range(4))
     for less in (0, 2):
         monkeypatch.setattr(image_sets, "free_memory", lambda: 3 * 6 * 6 * 8 * 2 - less)  # noqa: B023
         assert isinstance(load_image_folder(root, image_size=6).train, StreamedImages) is bool(less)

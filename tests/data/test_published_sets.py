@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_helpers import zipped
 from PIL import Image
 from published import (
     CIFAR_COARSE,
@@ -41,14 +41,6 @@ def images_of(part: LabelledImages, name: str) -> np.ndarray:
     """(images, height, width, channels) of one class."""
     chosen = part.images[part.labels == part.class_names.index(name)]
     return chosen.permute(0, 2, 3, 1).numpy()
-
-
-def zipped(folder: Path, path: Path, prefix: str = "") -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, prefix + file.relative_to(folder).as_posix())
-    return path
 
 
 @pytest.mark.parametrize("layout", ["folder", "nested", "zip", "zip with a folder"])

@@ -94,11 +94,7 @@ HELD: dict[str, Callable[[], nn.Module]] = {
     "its class": ByClass,
     "a global": ByGlobal,
 }
-# Its reader keeps ids of values that are freed at once, so that the second generator is taken for the first.
-UNSEEN = pytest.param("the second of two numpy generators", marks=pytest.mark.xfail(strict=False))
-
-
-@pytest.mark.parametrize("held", [UNSEEN if "two numpy" in name else name for name in HELD])
+@pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
     alone = build(seeded(HELD[held]), engine="functional")

@@ -18,14 +18,24 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from distributed_cases import main
-from distributed_learners import RUN, TASKS, Counting, PartlyUsed, TwoPrecisions, as_after, fresh, marked, stepped
-from face import MEASURED, assert_same_state, build, reference_for
+from distributed_learners import (
+    RUN,
+    TASKS,
+    Counting,
+    PartlyUsed,
+    TwoPrecisions,
+    as_after,
+    assert_same_run,
+    fresh,
+    marked,
+    stepped,
+)
+from face import assert_same_state, build, reference_for
 from models import NormedMlp, seeded
 from oracle import Reference, assert_same_gradients
 from torch import nn
 
 import metawrap
-from metawrap.training.checkpoints import load_checkpoint
 from metawrap.training.run import train
 from metawrap.training.torchrun import share
 
@@ -59,13 +69,11 @@ def found(place: Path) -> list[Found]:
         process.join(SECONDS_TO_WAIT)
         process.kill()
     cases = [torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    failed = [f"rank {rank}, {name}: {case}" for rank in (0, 1) for name, case in cases[rank].items() if _fell(case)]
+    failed = [
+        f"rank {rank}, {name}: {case}" for rank in (0, 1) for name, case in cases[rank].items() if isinstance(case, str)
+    ]
     assert not failed, "\n".join(failed)
     return cases
-
-
-def _fell(case: Any) -> bool:
-    return isinstance(case, str) and "Traceback" in case
 
 
 def expected(model: type[nn.Module] = NormedMlp, tasks: Any = TASKS, norm: str = "batch", **options: Any) -> Reference:
@@ -202,8 +210,8 @@ def test_ddp_gives_unused_parameters_zeros_and_goes_on(found: list[Found], optio
 
 @pytest.mark.parametrize("case", ["case_ddp_around_another_module", "case_ddp_flat_memory"])
 def test_ddp_around_a_module_that_holds_the_learner_and_flat_memory(found: list[Found], case: str) -> None:
-    for rank in (0, 1):
-        assert_is(found[rank][case], expected())
+    for rank in found:
+        assert_is(rank[case], expected())
 
 
 def test_ddp_accumulates_gradients_without_sync(found: list[Found]) -> None:
@@ -216,12 +224,8 @@ def test_ddp_accumulates_gradients_without_sync(found: list[Found]) -> None:
 
 def test_what_fails_on_one_rank_fails_on_both_and_changes_neither(found: list[Found]) -> None:
     other, failing = (case["case_one_fails"] for case in found)
-    for kind, words in {
-        "late": "holds labels 7..9",
-        "none": "0 (empty)",
-        "form": "no tasks",
-        "ddp": "labels 7",
-    }.items():
+    told = {"late": "holds labels 7..9", "none": "0 (empty)", "form": "no tasks", "ddp": "labels 7"}
+    for kind, words in told.items():
         assert failing[kind].startswith("TaskError: "), failing[kind]
         assert other[kind].startswith("RankError: ")
         assert words in failing[kind]
@@ -234,23 +238,23 @@ def test_what_fails_on_one_rank_fails_on_both_and_changes_neither(found: list[Fo
     assert_is(same_on_both(found, "case_one_fails", "then"), expected())
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("seed", "'model.first.weight'"),
-        ("loaded", "'model.linear.bias'. Build"),
-        ("iteration", "at iteration 1, but rank 1 in meta_step at iteration 2"),
-        ("settings", "not the same: the settings"),
-        ("optimizer", "not the same: the optimizer"),
-        ("frozen", "model.first.bias, model.norm.bias is frozen on rank 0 or on rank 1"),
-        ("call", "Rank 0 is in forward at iteration 0, but rank 1 in meta_step"),
-    ],
-)
-def test_processes_that_differ_are_told_where(found: list[Found], kind: str, words: str) -> None:
+DIFFER = {
+    "seed": "'model.first.weight'",
+    "loaded": "'model.linear.bias'. Build",
+    "iteration": "at iteration 1, but rank 1 in meta_step at iteration 2",
+    "settings": "not the same: the settings",
+    "optimizer": "not the same: the optimizer",
+    "frozen": "model.first.bias, model.norm.bias is frozen on rank 0 or on rank 1",
+    "call": "Rank 0 is in forward at iteration 0, but rank 1 in meta_step",
+}
+
+
+@pytest.mark.parametrize("kind", DIFFER)
+def test_processes_that_differ_are_told_where(found: list[Found], kind: str) -> None:
     for case in found:
         message = case["case_not_the_same"][kind]
         assert message.startswith("RankError: ")
-        assert words in message
+        assert DIFFER[kind] in message
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_both(found: list[Found]) -> None:
@@ -274,43 +278,22 @@ def test_calls_of_one_process_alone_do_not_wait_for_the_other(found: list[Found]
     assert second["ddp_eval"] > 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("sharded", "sharded ('model.linear.weight' by FSDP"),
-        ("fsdp", "The learner is sharded"),
-        ("fsdp_forward", "The learner is sharded"),
-        ("sparse", "SparseAdam"),
-        ("embedding", "'model.table' has sparse=True"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused_by_name(found: list[Found], kind: str, words: str) -> None:
+REFUSED = {
+    "sharded": "sharded ('model.linear.weight' by FSDP",
+    "fsdp": "The learner is sharded",
+    "fsdp_forward": "The learner is sharded",
+    "sparse": "SparseAdam",
+    "embedding": "'model.table' has sparse=True",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_shared_is_refused_by_name(found: list[Found], kind: str) -> None:
     for case in found:
-        assert words in case["case_refused"][kind]
+        assert REFUSED[kind] in case["case_refused"][kind]
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
-    """The same weights, statistics, optimizer state and log, but for the time it took."""
-    first, second = (load_checkpoint(path / "checkpoints" / "epoch-0003.pt") for path in (one, other))
-    for found, wanted in ((first.learner, second.learner), *zip(_moments(first), _moments(second), strict=True)):
-        for name, value in wanted.items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
-    assert first.learner["_extra_state"] == second.learner["_extra_state"] == {"iteration": 9}
-    for record, reference in zip(_log(one), _log(other), strict=True):
-        assert record == pytest.approx(reference, rel=max(tolerance, 1e-12), abs=1e-6)
-
-
-def _moments(checkpoint: Any) -> list[dict[str, Any]]:
-    return list(checkpoint.optimizer["state"].values())
-
-
-def _log(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
 
 
 def test_a_run_in_two_processes_is_that_of_one(place: Path, found: list[Found]) -> None:

@@ -183,3 +183,26 @@ def test_a_meta_step_in_inference_mode_leaves_the_learner_usable_outside() -> No
         learner.meta_step(BATCH)
     learner.meta_step(BATCH)
     assert learner.iteration == 2
+
+
+def test_a_replaced_module_is_reported_not_left_untrained() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1)
+    learner.meta_step(BATCH)
+    learner.model[3] = nn.Linear(8, 3)
+    with pytest.raises(ArgumentError, match=r"optimizer: it does not hold model\.3\.weight.*wrap the model again"):
+        learner.meta_step(BATCH)
+
+
+def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
+    learner = MAMLPlusPlus(network(), inner_steps=1, wrapping={"keep_norm": "1"})
+    before = copy.deepcopy(dict(learner.model[1].named_buffers()))
+    learner.model.train()
+    learner.meta_step(BATCH)
+    assert all(torch.equal(value, before[name]) for name, value in learner.model[1].named_buffers())
+
+
+def test_a_frozen_norm_that_is_made_per_step_is_reported() -> None:
+    model = network()
+    model[1].eval()
+    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*'keep_norm': \['1'\]"):
+        MAMLPlusPlus(model)

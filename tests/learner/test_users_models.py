@@ -13,7 +13,7 @@ from engine_cases import ENGINES
 from torch import Tensor, nn
 from users_network import BATCH, DOUBLE, Only, network
 
-from metawrap import FOMAML, MAML, ArgumentError, MAMLPlusPlus, MetaWrapWarning, TaskBatch, UnsupportedModuleError
+from metawrap import FOMAML, MAML, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
 from metawrap.engines.calling import HardGates
 
 
@@ -185,14 +185,6 @@ def test_a_hook_on_a_parameter_is_carried_to_the_copy() -> None:
     assert not torch.equal(learner.model[0].weight, model[0].weight)
 
 
-def test_a_replaced_module_is_reported_not_left_untrained() -> None:
-    learner = MAMLPlusPlus(network(), inner_steps=1)
-    learner.meta_step(BATCH)
-    learner.model[3] = nn.Linear(8, 3)
-    with pytest.raises(ArgumentError, match=r"optimizer: it does not hold model\.3\.weight.*wrap the model again"):
-        learner.meta_step(BATCH)
-
-
 class TypeTest(Only):
     def forward(self, x: Tensor) -> Tensor:
         return self.only(x) * (1.0 if type(self.only) is nn.Linear else 0.5)
@@ -201,21 +193,6 @@ class TypeTest(Only):
 def test_higher_is_checked_when_it_is_named_too() -> None:
     with pytest.raises(UnsupportedModuleError, match=r'engine="higher" cannot carry.*engine="functional"'):
         MAMLPlusPlus(TypeTest(), inner_steps=1, engine="higher").meta_step(BATCH)
-
-
-def test_a_kept_norm_is_kept_through_train_on_the_model() -> None:
-    learner = MAMLPlusPlus(network(), inner_steps=1, wrapping={"keep_norm": "1"})
-    before = copy.deepcopy(dict(learner.model[1].named_buffers()))
-    learner.model.train()
-    learner.meta_step(BATCH)
-    assert all(torch.equal(value, before[name]) for name, value in learner.model[1].named_buffers())
-
-
-def test_a_frozen_norm_that_is_made_per_step_is_reported() -> None:
-    model = network()
-    model[1].eval()
-    with pytest.warns(MetaWrapWarning, match=r"1: in eval mode.*'keep_norm': \['1'\]"):
-        MAMLPlusPlus(model)
 
 
 class Closed(nn.Module):

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{Path(path).stem}", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+from example_modules import load
 
 
 def test_a_users_own_cnn_learns_to_adapt_in_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=40, tasks_to_test=40)
+    accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=30, tasks_to_test=20)
     assert accuracy > 0.4, "chance is 0.2"
 
 
@@ -36,7 +22,7 @@ def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, 
 def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    learner = load("examples/negative_rates.py", monkeypatch).main(meta_steps=200)
+    learner = load("examples/negative_rates.py", monkeypatch).main(meta_steps=120)
     assert float(learner.learning_rates["weight"].detach()[0]) < -0.5
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "target loss" in line)
     assert after < before / 3

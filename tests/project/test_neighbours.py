@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from example_modules import load
 from face import assert_same_state, assert_same_values
 from keywords import grouped
 from models import Conv4
-from test_examples import load
 from torch import Tensor, nn
 
 from metawrap import MAMLPlusPlus, TaskBatch

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from keywords import grouped
-from test_checkpoints import checkpoint_after, saved_run
+from tiny_runs import checkpoint_after, saved_run
 
 import metawrap
 from metawrap.cli import main

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from data_helpers import make_image_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import cifar_archive, cifar_folder, mini_csv
 from refusals import refuses
-from test_folder import make
 
 from metawrap.data import load_cifar_fs, load_image_folder, load_mini_imagenet
 from metawrap.data.tar_members import read_members
@@ -146,16 +146,16 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
 def test_a_picture_that_claims_too_many_pixels_is_refused_cheaply(tmp_path: Path, side: int) -> None:
-    root = make(tmp_path / "hostile", range(4))
+    root = make_image_folder(tmp_path / "hostile", range(4))
     (root / "class001" / "1.png").write_bytes(png_header(side, side))
-    load_image_folder(make(tmp_path / "warm", range(3)), image_size=4)  # Pillow's plugins are loaded once.
+    load_image_folder(make_image_folder(tmp_path / "warm", range(3)), image_size=4)  # Pillow's plugins are loaded once.
     assert peak_of(lambda: load_image_folder(root, image_size=8)) < 4 * MIB
     words = rf"'class001/1\.png'.*({side} x {side} pixels|exceeds limit of \d+ pixels)"
     refuses(DataError, words, load_image_folder, root, image_size=8)
 
 
 def test_a_picture_with_a_text_that_decompresses_to_gigabytes_is_refused_cheaply(tmp_path: Path) -> None:
-    root = make(tmp_path, range(4))
+    root = make_image_folder(tmp_path, range(4))
     plain = (root / "class001" / "1.png").read_bytes()
     text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(256 * MIB), 9))
     (root / "class001" / "1.png").write_bytes(plain[:33] + text + plain[33:])

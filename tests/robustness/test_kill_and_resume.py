@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import assert_ended_alike
+from tiny_runs import NETWORK, assert_ended_alike
 
 import metawrap
 from metawrap.training.checkpoints import CheckpointFolder
@@ -20,35 +20,6 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals"
 
 EPOCHS = 6
 SECONDS_TO_WAIT = 400  # a busy machine takes its time to import torch
-
-# Dropout draws from torch's global generator, and batch norm has buffers: both must survive a kill. The module can also
-# kill its own process at the n-th call of a function of `os`, to hit the moments that a clock would miss.
-NETWORK = """
-import os, signal
-from torch import nn
-
-def build(ways):
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, ways)
-    )
-
-def kill_at(name, count, after):
-    real = getattr(os, name)
-    def counting(*args, **keywords):
-        counting.calls += 1
-        if counting.calls == count and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **keywords)
-        if counting.calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    counting.calls = 0
-    setattr(os, name, counting)
-
-if "KILL_AT" in os.environ:
-    name, count, when = os.environ["KILL_AT"].split(":")
-    kill_at(name, int(count), when == "after")
-"""
 
 
 class Workplace:

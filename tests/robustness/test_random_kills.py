@@ -11,8 +11,7 @@ import sys
 import time
 
 import pytest
-from test_kill_and_resume import NETWORK
-from tiny_runs import assert_ended_alike
+from tiny_runs import NETWORK, assert_ended_alike
 
 from metawrap.cli import main
 

@@ -69,3 +69,21 @@ def write_folder(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
+
+
+def make_image_folder(root: Path, classes: range | list[int], images: int = 2, suffix: str = "png") -> Path:
+    """Every class is one flat colour, which survives any resize."""
+    for number in classes:
+        folder = root / f"class{number:03d}"
+        folder.mkdir(parents=True)
+        for image in range(images):
+            Image.new("RGB", (9 + image, 7), (number, 2 * number, 200)).save(folder / f"{image}.{suffix}")
+    return root
+
+
+def zipped(folder: Path, path: Path, prefix: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path

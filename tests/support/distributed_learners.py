@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from face import build, gradients_of, snapshot, statistics_of
+from face import MEASURED, build, gradients_of, snapshot, statistics_of
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metawrap import Task
+from metawrap.training.checkpoints import load_checkpoint
 from metawrap.training.run_settings import RunSettings
 
 TASKS = [Task(*parts, id=number) for number, parts in enumerate(zip(*class_tasks((4,), tasks=4), strict=True))]
@@ -173,3 +176,24 @@ def as_after(run: Path, epoch: int, copy: Path) -> None:
     (copy / "checkpoints").mkdir(parents=True)
     for name in ("run.json", *(f"checkpoints/epoch-{number + 1:04d}.pt" for number in range(epoch))):
         shutil.copy(run / name, copy / name)
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    """The same weights, statistics, optimizer state and log, but for the time it took."""
+    first, second = (load_checkpoint(path / "checkpoints" / "epoch-0003.pt") for path in (one, other))
+    for found, wanted in ((first.learner, second.learner), *zip(_moments(first), _moments(second), strict=True)):
+        for name, value in wanted.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+    assert first.learner["_extra_state"] == second.learner["_extra_state"] == {"iteration": 9}
+    for record, reference in zip(_log(one), _log(other), strict=True):
+        assert record == pytest.approx(reference, rel=max(tolerance, 1e-12), abs=1e-6)
+
+
+def _moments(checkpoint: Any) -> list[dict[str, Any]]:
+    return list(checkpoint.optimizer["state"].values())
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]

@@ -6,30 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import checkpoint_after, history_of, saved_run
 
 from metawrap.errors import CheckpointError
-from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint, write_atomically
-
-
-def history_of(accuracies):
-    return [{"epoch": epoch, "validation_accuracy": value} for epoch, value in enumerate(accuracies, start=1)]
-
-
-def checkpoint_after(accuracies, value=0.0):
-    return Checkpoint(
-        settings={"seed": 0, "options": {"msl_epochs": 3}},
-        learner={"weight": torch.full((3,), value), "_extra_state": {"epoch": len(accuracies)}},
-        optimizer={"state": {0: {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
-        scheduler=None,
-        rng={"cpu": torch.get_rng_state(), "cuda": []},
-        history=history_of(accuracies),
-        seconds=1.5,
-    )
-
-
-def saved_run(folder, accuracies):
-    for epoch in range(1, len(accuracies) + 1):
-        folder.save(checkpoint_after(accuracies[:epoch], value=epoch))
+from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_checkpoint, write_atomically
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):

@@ -6,6 +6,7 @@ import patterns_attention
 import patterns_autograd
 import patterns_classes
 import patterns_flow
+import patterns_hooks
 import patterns_layers
 import patterns_norms
 import patterns_parameters
@@ -21,6 +22,7 @@ _FAMILIES = (
     patterns_classes,
     patterns_flow,
     patterns_state,
+    patterns_hooks,
     patterns_wrappers,
     patterns_autograd,
     patterns_parameters,

@@ -6,7 +6,7 @@ import torch
 from face import MEASURED
 
 from metawrap.cli import main
-from metawrap.training.checkpoints import load_checkpoint
+from metawrap.training.checkpoints import Checkpoint, load_checkpoint
 from metawrap.training.run_settings import RunSettings
 
 TINY = RunSettings(
@@ -20,6 +20,35 @@ TINY = RunSettings(
     test_tasks=4,
     device="cpu",
 )
+
+# Dropout draws from torch's global generator, and batch norm has buffers: both must survive a kill. The module can also
+# kill its own process at the n-th call of a function of `os`, to hit the moments that a clock would miss.
+NETWORK = """
+import os, signal
+from torch import nn
+
+def build(ways):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, ways)
+    )
+
+def kill_at(name, count, after):
+    real = getattr(os, name)
+    def counting(*args, **keywords):
+        counting.calls += 1
+        if counting.calls == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **keywords)
+        if counting.calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    counting.calls = 0
+    setattr(os, name, counting)
+
+if "KILL_AT" in os.environ:
+    name, count, when = os.environ["KILL_AT"].split(":")
+    kill_at(name, int(count), when == "after")
+"""
 
 
 def refusal(capsys, arguments):
@@ -91,3 +120,24 @@ def interrupt_call(monkeypatch, owner, name, call):
         return real(*arguments)
 
     monkeypatch.setattr(owner, name, interrupted)
+
+
+def history_of(accuracies):
+    return [{"epoch": epoch, "validation_accuracy": value} for epoch, value in enumerate(accuracies, start=1)]
+
+
+def checkpoint_after(accuracies, value=0.0):
+    return Checkpoint(
+        settings={"seed": 0, "options": {"msl_epochs": 3}},
+        learner={"weight": torch.full((3,), value), "_extra_state": {"epoch": len(accuracies)}},
+        optimizer={"state": {0: {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
+        scheduler=None,
+        rng={"cpu": torch.get_rng_state(), "cuda": []},
+        history=history_of(accuracies),
+        seconds=1.5,
+    )
+
+
+def saved_run(folder, accuracies):
+    for epoch in range(1, len(accuracies) + 1):
+        folder.save(checkpoint_after(accuracies[:epoch], value=epoch))
