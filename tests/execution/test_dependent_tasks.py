@@ -94,6 +94,8 @@ HELD: dict[str, Callable[[], nn.Module]] = {
     "its class": ByClass,
     "a global": ByGlobal,
 }
+
+
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
