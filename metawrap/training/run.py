@@ -54,8 +54,8 @@ def train(settings: RunSettings, out: str | Path, resume: bool = False, tensorbo
 
     >>> import tempfile
     >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
-    >>> result = train(settings, out=f"{tempfile.mkdtemp()}/run")
-    >>> sorted(result["test"]["norms"])
+    >>> test = train(settings, out=f"{tempfile.mkdtemp()}/run")["test"]
+    >>> sorted(test["norms"])
     ['batch', 'running', 'support']
 
     Args:
@@ -121,7 +121,7 @@ def train_seeds(
 
     >>> import tempfile
     >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
-    >>> train_seeds(settings, [0, 1], out=f"{tempfile.mkdtemp()}/runs")["summary"]["seeds"]
+    >>> train_seeds(settings, [0, 1], out=f"{tempfile.mkdtemp()}/runs").get("summary").get("seeds")
     [0, 1]
 
     Returns:
@@ -159,7 +159,7 @@ def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) 
     >>> import tempfile
     >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
     >>> result = train(settings, folder := f"{tempfile.mkdtemp()}/run")
-    >>> evaluate_run(folder, norms=["batch"], test_tasks=4)["test"]["tasks"]
+    >>> evaluate_run(folder, norms=["batch"], test_tasks=4).get("test").get("tasks")
     4
 
     Args:
