@@ -48,7 +48,7 @@ from metawrap.errors import MetaWrapError, UnsupportedModuleError
 from metawrap.inner_loop.flat_memory import DisturbedError
 from metawrap.inner_loop.task_layout import stacked, start_of
 from metawrap.inner_loop.task_solver import TaskSolver
-from metawrap.inner_loop.update_rules import UpdateRule, inner_optimizer
+from metawrap.inner_loop.update_rules import inner_optimizer
 from metawrap.settings.groups import InnerOptions, Memory
 from metawrap.settings.schedules import is_second_order
 from metawrap.snapshot.module_state import attributes_put_back, unchanged
@@ -264,7 +264,7 @@ def probed_gradient(
     amplifies rounding.
     """
     model, settings = solver.wrapped.model, solver.settings
-    plain = replace(solver.update, optimizer=partial(inner_optimizer, rule=UpdateRule()))
+    plain = replace(solver.update, optimizer=partial(inner_optimizer, options=InnerOptions()))
     probe = replace(
         solver,
         engine=ENGINES["functional" if engine == "batched" else engine](model, solver.edits),

@@ -1,7 +1,8 @@
 """How a gradient becomes the next fast weight: SGD, with momentum or without, and Adam, each differentiable.
 
-A rule holds the numbers. An inner optimizer applies it, and holds nothing else: a task's state goes in and comes out,
-with its graph. The learning rates come from outside, one scalar per tensor and step, so every rule can learn them.
+`InnerOptions` holds the numbers of a rule. An inner optimizer applies it and holds nothing else: a task's state goes in
+and comes out, with its graph. The learning rates come from outside, one scalar per tensor and step, so that every rule
+can learn them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,19 +20,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from higher.optim import DifferentiableOptimizer, get_diff_optim
 
+from metawrap.settings.groups import InnerOptions
+
 Gradients = Mapping[str, Tensor | None]
 # By parameter name: what the rule remembers of it, tensors and counts; nothing before the first step.
 OptimizerState = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """Which update, with its constants. momentum belongs to "sgd"; betas and eps to "adam"."""
-
-    name: str = "sgd"
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
 
 
 class InnerOptimizer(Protocol):
@@ -60,9 +52,9 @@ class InnerOptimizer(Protocol):
 class OwnInnerOptimizer:
     """The rules, written out."""
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
-        self._update = {"sgd": self._sgd, "adam": self._adam}[rule.name]
+    def __init__(self, options: InnerOptions) -> None:
+        self.options = options
+        self._update = {"sgd": self._sgd, "adam": self._adam}[options.rule]
 
     def step(
         self,
@@ -81,22 +73,22 @@ class OwnInnerOptimizer:
         return updated, after
 
     def _sgd(self, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
-        if not self.rule.momentum:
+        if not self.options.momentum:
             return gradient, state
         # As in torch: the first velocity is the gradient itself.
-        velocity = self.rule.momentum * state["velocity"] + gradient if state else gradient
+        velocity = self.options.momentum * state["velocity"] + gradient if state else gradient
         return velocity, {"velocity": velocity}
 
     def _adam(self, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         # Kingma & Ba 2015, arXiv:1412.6980, in the order at the end of section 2: eps is added before the correction.
-        (beta1, beta2), step = self.rule.betas, state.get("step", 0) + 1
+        (beta1, beta2), step = self.options.betas, state.get("step", 0) + 1
         zero = torch.zeros_like(gradient)
         mean = beta1 * state.get("mean", zero) + (1 - beta1) * gradient
         square = beta2 * state.get("square", zero) + (1 - beta2) * gradient * gradient
         # The root has no derivative at zero; an entry that never had a gradient takes no part.
         nothing = square == 0
         root = torch.where(nothing, zero, torch.where(nothing, torch.ones_like(square), square).sqrt())
-        direction = mean / (root + self.rule.eps) * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        direction = mean / (root + self.options.eps) * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
         return direction, {"step": step, "mean": mean, "square": square}
 
 
@@ -107,8 +99,8 @@ class HigherInnerOptimizer:
     back through all earlier inner steps; and its first order does not train the initial weights.
     """
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
+    def __init__(self, options: InnerOptions) -> None:
+        self.options = options
         self._optimizer: DifferentiableOptimizer | None = None
 
     def step(
@@ -121,7 +113,7 @@ class HigherInnerOptimizer:
     ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
         if self._optimizer is None or len(self._optimizer.state) != len(fast):
-            self._optimizer = _differentiable(self.rule, len(fast))
+            self._optimizer = _differentiable(self.options, len(fast))
         # One group for each weight, so a group's state is that of its only weight.
         self._optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
         nothing = torch.zeros((), requires_grad=True)
@@ -135,21 +127,21 @@ class HigherInnerOptimizer:
         return dict(zip(fast, updated, strict=True)), after
 
 
-def _differentiable(rule: UpdateRule, count: int) -> DifferentiableOptimizer:
+def _differentiable(options: InnerOptions, count: int) -> DifferentiableOptimizer:
     # It copies its parameters, and asks them for no more than their number: empty ones cost nothing.
     places = [torch.empty(0, requires_grad=True) for _ in range(count)]
     groups = [{"params": [place]} for place in places]
     plain: torch.optim.Optimizer = (
-        torch.optim.Adam(groups, betas=rule.betas, eps=rule.eps)
-        if rule.name == "adam"
-        else torch.optim.SGD(groups, lr=1.0, momentum=rule.momentum)
+        torch.optim.Adam(groups, betas=options.betas, eps=options.eps)
+        if options.rule == "adam"
+        else torch.optim.SGD(groups, lr=1.0, momentum=options.momentum)
     )
     return get_diff_optim(plain, places)
 
 
-def inner_optimizer(engine: str, rule: UpdateRule) -> InnerOptimizer:
-    """The update of fast weights by `rule`, through `higher.optim` under the engine "higher"."""
-    return HigherInnerOptimizer(rule) if engine == "higher" else OwnInnerOptimizer(rule)
+def inner_optimizer(engine: str, options: InnerOptions) -> InnerOptimizer:
+    """The update of fast weights by the rule of `options`, through `higher.optim` under the engine "higher"."""
+    return HigherInnerOptimizer(options) if engine == "higher" else OwnInnerOptimizer(options)
 
 
 def clipped(

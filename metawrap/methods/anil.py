@@ -16,11 +16,12 @@ from metawrap.engines.calling import differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
 from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point
-from metawrap.inner_loop.update_rules import LearningRates, UpdateRule, inner_optimizer
+from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
 from metawrap.results import TaskOutcome, outcome_of, task_loss
+from metawrap.settings.groups import InnerOptions
 from metawrap.settings.settings import check_choice
 from metawrap.tasks import Task
 
@@ -99,7 +100,7 @@ class ANIL(HeadLearner):
         loop = InnerLoop(
             Task(embedded, labels, embedded, labels),
             FunctionalEngine(head),
-            inner_optimizer("functional", UpdateRule()),
+            inner_optimizer("functional", InnerOptions()),
             {name: rates[full[name]] for name in adapted},
             partial(task_loss, self.loss_fn),
             differentiable=graph,

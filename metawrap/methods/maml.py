@@ -114,9 +114,9 @@ class MAML(Learner):
         return {"learning_rates": rates}
 
     def _inner_update(self) -> InnerUpdate:
-        rule = self.settings.inner_update.update_rule
+        options = self.settings.inner_update
         learned = [rate for _, rate in self.learning_rates.items()]
-        return InnerUpdate(self.learning_rates, partial(inner_optimizer, rule=rule), learned)
+        return InnerUpdate(self.learning_rates, partial(inner_optimizer, options=options), learned)
 
     def _solver(self, **changes: Any) -> TaskSolver:
         """Solves tasks with the present state. Args: changes: of fields of `TaskSolver`, for a probe."""

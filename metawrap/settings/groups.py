@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SkipValidation
 
 from metawrap.errors import ArgumentError
-from metawrap.inner_loop.update_rules import UpdateRule
 from metawrap.settings.validated import (
     Betas,
     Count,
@@ -67,11 +66,6 @@ class InnerOptions(Options):
                 raise ArgumentError(
                     f'{self.named(name)}: has no effect with rule="{self.rule}". Leave it out, or pass rule="{rule}".'
                 )
-
-    @cached_property
-    def update_rule(self) -> UpdateRule:
-        """The rule and its constants, for an engine."""
-        return UpdateRule(self.rule, self.momentum, self.betas, self.eps)
 
 
 @validated

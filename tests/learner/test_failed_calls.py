@@ -190,10 +190,12 @@ def test_probes_of_the_first_task_take_plain_inner_steps(monkeypatch: pytest.Mon
 
     rules: list[Any] = []
     real = first_task.inner_optimizer
-    monkeypatch.setattr(first_task, "inner_optimizer", lambda name, rule: rules.append(rule) or real(name, rule))
+    monkeypatch.setattr(
+        first_task, "inner_optimizer", lambda name, options: rules.append(options) or real(name, options)
+    )
     MAML(seeded(NormedMlp), inner_steps=1, engine="higher", inner_update={"rule": "adam"}).meta_step(batch_of())
     assert rules
-    assert {rule.name for rule in rules} == {"sgd"}
+    assert {options.rule for options in rules} == {"sgd"}
 
 
 def test_adapt_keeps_the_weights_of_one_inner_step_at_a_time() -> None:
