@@ -208,7 +208,7 @@ def test_adapt_keeps_the_weights_of_one_inner_step_at_a_time() -> None:
         alive.append(sum(type(each) is Point for each in gc.get_objects()))
 
     handle = learner.model.register_forward_pre_hook(count)
-    learner.adapt(task.support_x, task.support_y, steps=20)
+    learner.adapt(task.support_x, task.support_y, steps=8)
     handle.remove()
     assert max(alive) <= 4
 
