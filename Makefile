@@ -12,7 +12,7 @@ TEST_PROCESSES ?= auto
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 6 --iterations 50 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 300
 
-.PHONY: help train test test-all zoo trust fuzz browser docs docs-serve lint format types bench clean
+.PHONY: help gpu train test test-all zoo trust fuzz browser docs docs-serve lint format types bench clean
 
 help:
 	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
@@ -25,6 +25,7 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make bench     compare one meta-step with a plain loop and other libraries, in time and memory (half an hour)"
 	@echo "               BENCH_FLAGS='--cases A --repeats 3' for less; into BENCH_OUT, runs/bench"
+	@echo "make gpu       lay wheels and the first script for a machine with a GPU into .whl and .dev"
 	@echo "make clean     remove $(VENV), caches and build files; runs/ stays"
 
 # A second `make train` shows the result again, or continues what was interrupted: OUT=runs/other starts a new run.
@@ -72,6 +73,9 @@ types: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks compare --out $(BENCH_OUT) $(BENCH_FLAGS)
+
+gpu:
+	bash benchmarks/gpu/prepare.sh
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
