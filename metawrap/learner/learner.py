@@ -181,19 +181,17 @@ class Learner(nn.Module, ABC):
             with put_back_on_error(self, self.optimizer, self.scheduler) if ends else nullcontext():
                 norm, applied = self.outer.apply(parameters, gradients)
                 skipped = row_of_skipped(self.skipped_steps, applied)
+                place = self.epoch, self.iteration
                 if not (diverged := has_diverged(self, skipped)):
-                    self.outer.end(self.iteration + 1)
+                    self.iteration += 1
+                    self.outer.end(self.iteration)
             if diverged:
                 raise_diverged(self, batch)
             restore(~applied)
         _keep_outcomes(self, outcomes, applied)
         self.skipped_steps.copy_(skipped)
         output = meta_output(outcomes, mean_loss(outcomes))
-        metrics = StepMetrics(
-            output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, self.epoch, self.iteration
-        )
-        self.iteration += 1
-        return metrics
+        return StepMetrics(output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, *place)
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """The differentiable meta-loss of a batch, for those who own their loop: `learner(batch).loss.backward()`.

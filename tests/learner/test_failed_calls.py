@@ -88,6 +88,25 @@ def test_a_scheduler_that_raises_undoes_the_update() -> None:
     assert_same_state(dict(learner.state_dict()), dict(twin.state_dict()))
 
 
+def test_a_scheduler_sees_the_epoch_that_begins() -> None:
+    seen: list[int] = []
+
+    class Watches(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, epoch: int | None = None) -> None:
+            if "learner" in globals_of_test:
+                seen.append(globals_of_test["learner"].epoch)
+            super().step()
+
+    globals_of_test: dict[str, Any] = {}
+    scheduler = lambda optimizer: Watches(optimizer, lambda _: 1.0)
+    learner = globals_of_test["learner"] = MAML(
+        seeded(NormedMlp), inner_steps=1, iterations_per_epoch=2, scheduler=scheduler
+    )
+    steps = [learner.meta_step(batch_of()) for _ in range(4)]
+    assert seen == [1, 2]
+    assert [(step.epoch, step.iteration) for step in steps] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+
+
 def test_a_learner_with_nothing_to_learn_is_named() -> None:
     learner = MAML(seeded(NormedMlp), inner_steps=1)
     learner.requires_grad_(False)
