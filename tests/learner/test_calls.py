@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -150,23 +152,13 @@ def test_a_metric_may_adapt_and_tasks_may_be_drawn_by_a_meta_step() -> None:
     assert learner.calls.shared(learner).__enter__() is learner  # One thread alone uses the learner's own modules.
 
 
-class Locked(NormedMlp):
-    """Cannot be copied once it holds a lock, so that its calls take turns."""
-
-
 def test_a_model_that_cannot_be_replicated_serves_one_call_after_another() -> None:
-    learner = MAMLPlusPlus(seeded(Locked), inner_steps=2)
+    learner = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2)
     batches = [tasks_of(seed) for seed in range(THREADS)]
     alone = [predictions(learner, batch[0]) for batch in batches]
-    learner.model.lock = threading.Lock()
-    copied: list[Any] = []
-
-    def adapted(batch: list[Task]) -> Any:
-        result = learner.evaluate(batch[:1], keep_predictions=True).predictions[0]
-        copied.append(result)
-        return result
-
-    found = at_once(*(lambda b=b: adapted(b) for b in batches))  # type: ignore[misc]
+    learner.model.lock = threading.Lock()  # No deep copy of it.
+    evaluate = partial(learner.evaluate, keep_predictions=True)
+    found = at_once(*(lambda b=b: evaluate(b[:1]).predictions[0] for b in batches))  # type: ignore[misc]
     for one, expected in zip(found, alone, strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
 
@@ -174,12 +166,7 @@ def test_a_model_that_cannot_be_replicated_serves_one_call_after_another() -> No
 def test_a_call_that_waits_to_be_alone_and_is_interrupted_hinders_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
     learner.evaluate(batch)
-    condition = learner.calls._changed
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(condition, "wait_for", interrupted)
+    monkeypatch.setattr(learner.calls._changed, "wait_for", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         learner.meta_step(batch)
     monkeypatch.undo()
