@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -203,14 +204,10 @@ def test_anomaly_detection_names_the_operation_although_probes_of_the_first_task
 def test_probes_of_the_first_task_take_plain_inner_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from metawrap.checks import first_task
 
-    rules: list[Any] = []
-    real = first_task.inner_optimizer
-    monkeypatch.setattr(
-        first_task, "inner_optimizer", lambda name, options: rules.append(options) or real(name, options)
-    )
+    spy = Mock(side_effect=first_task.inner_optimizer)
+    monkeypatch.setattr(first_task, "inner_optimizer", spy)
     MAML(seeded(NormedMlp), inner_steps=1, engine="higher", inner_update={"rule": "adam"}).meta_step(batch_of())
-    assert rules
-    assert {options.rule for options in rules} == {"sgd"}
+    assert {call.kwargs["options"].rule for call in spy.call_args_list} == {"sgd"}
 
 
 def test_adapt_keeps_the_weights_of_one_inner_step_at_a_time() -> None:
