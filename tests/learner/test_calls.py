@@ -149,7 +149,8 @@ def test_a_metric_may_adapt_and_tasks_may_be_drawn_by_a_meta_step() -> None:
         return float(predictions(learner, batch[0]).sum())
 
     assert learner.evaluate(batch, metric=metric).tasks == len(batch)
-    assert learner.calls.shared(learner).__enter__() is learner  # One thread alone uses the learner's own modules.
+    with learner.calls.shared(learner) as used:
+        assert used is learner  # One thread alone uses the learner's own modules.
 
 
 def test_a_model_that_cannot_be_replicated_serves_one_call_after_another() -> None:
