@@ -6,9 +6,10 @@ The floors of this room, top to bottom; a module imports only modules of lower f
     episodes, catalog
     omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, user_data
     folder
-    pixel_sources, class_split, cached_labels, downloads
-    image_sets, pickles, tar_members, text_files, loader_workers, normalisation
-    stored_arrays, image_files
+    class_folders, augmentation, pixel_sources
+    class_split, cached_labels, downloads, pictures
+    image_sets, pickles, text_files, loader_workers, normalisation, image_files
+    stored_arrays, tar_members
     random_stream, problems
 """
 

@@ -34,14 +34,14 @@ _NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub":
 
 
 def load_data(name_or_path: str | Path, root: str | Path | None = None, **options: Any) -> DataSplits:
-    """A named data set, or a folder of class folders.
+    """A named data set, or a folder or archive of class folders.
 
         >>> splits = load_data("glyphs", classes=(6, 2, 3))
         >>> [part.num_classes for part in splits]
         [6, 2, 3]
 
     Args:
-        name_or_path: a name in `DATASETS`, or the path of a folder for `load_image_folder`. A name wins over a folder
+        name_or_path: a name in `DATASETS`, or a path for `load_image_folder`. A name wins over a folder
             of the same name; write "./omniglot" for the folder.
         root: the place of a named data set's files; "glyphs" has none.
         options: passed on to load_omniglot, load_mini_imagenet, load_image_folder, ...
@@ -53,11 +53,11 @@ def load_data(name_or_path: str | Path, root: str | Path | None = None, **option
     if name in DATASETS:
         loader = DATASETS[name]
         given = options if root is None else {"root": root, **options}
-    elif root is None and Path(name).expanduser().is_dir():
+    elif root is None and Path(name).expanduser().exists():
         loader, given = load_image_folder, {"root": name, **options}
     else:
         raise DataError(
-            f"'{name}' is neither a data set ({', '.join(sorted(DATASETS))}) nor an existing folder"
+            f"'{name}' is neither a data set ({', '.join(sorted(DATASETS))}) nor an existing folder or archive"
             f"{'' if root is None else ' (root is only for named data sets)'}. {advice(name)}"
         )
     _check_options(name, loader, given)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,55 @@ PARTS = ("train", "validation", "test")
 SHARES = (0.64, 0.16, 0.20)
 
 GivenSplit: TypeAlias = str | Path | Mapping[str, Sequence[Any]]
-_PART_OF = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+VALIDATION = ("val", "validation", "valid")
+_PART_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_PART_OF |= dict.fromkeys(VALIDATION, "validation")
+
+
+def part_of(name: str) -> str | None:
+    """The part that a name stands for: train, validation or test; None for another name.
+
+    >>> part_of("Train"), part_of("meta-val"), part_of("testosterone")
+    ('train', 'validation', None)
+    """
+    return _PART_OF.get(re.sub(r"[-_ ]", "", name.casefold()).removeprefix("meta"))
+
+
+def part_files(has: Callable[[str], bool], pattern: str, train: str = "train") -> list[str] | None:
+    """The files of train, validation and test by a pattern such as "{}.csv"; None if none of them is there.
+
+    Args:
+        has: whether a file has a name.
+        train: the word for the training part in the names.
+    Raises:
+        DataError: some of the three are missing, or a part has two files.
+    """
+    found = [[word for word in words if has(pattern.format(word))] for words in ((train,), VALIDATION, ("test",))]
+    if not any(found):
+        return None
+    for part, words in zip(PARTS, found, strict=True):
+        if len(words) != 1:
+            first = pattern.format(train if part == "train" else part if part == "test" else VALIDATION[0])
+            names = ", ".join(pattern.format(word) for word in words)
+            problem = f"{names} are both there for {part}" if words else f"'{first}' is missing beside other parts"
+            raise DataError(f"{problem}. Put one file for each of {', '.join(PARTS)} into one folder.")
+    return [pattern.format(words[0]) for words in found]
+
+
+def validation_drawn(train: Sequence[str], shares: Sequence[float], seed: int | str) -> tuple[list[str], list[str]]:
+    """Training classes, and the validation classes drawn from them by seed, where a data set has train and test alone.
+
+    The validation share is that of `shares` among train and validation.
+
+    Raises:
+        DataError: fewer than two training classes.
+    """
+    ordered = sorted(train)
+    count = max(1, round(len(ordered) * shares[1] / (shares[0] + shares[1])))
+    if count >= len(ordered):
+        raise DataError(f"train has {len(ordered)} classes, too few to draw validation classes from. Add some.")
+    shuffled = [ordered[index] for index in RandomStream(seed).permutation(len(ordered))]
+    return shuffled[count:], shuffled[:count]
 
 
 def split_by_seed(names: Sequence[str], shares: Sequence[float], seed: int | str) -> list[list[str]]:
@@ -93,7 +142,7 @@ def _read_split(split: Any) -> Mapping[str, Any]:
 def _three_parts(given: Mapping[str, Any], where: str) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for key, classes in given.items():
-        part = _PART_OF.get(key) if isinstance(key, str) else None
+        part = part_of(key) if isinstance(key, str) else None
         if part is None or part in found:
             raise ArgumentError(
                 f"{where}: expected train, validation (or val) and test, but got the part {key!r}"

@@ -11,17 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from metawrap.data.class_split import GivenSplit, split_as_given
-from metawrap.data.image_files import ImageFiles, check_name, files_at
+from metawrap.data.image_files import ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, as_splits
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
-from metawrap.data.problems import check_int
+from metawrap.data.pictures import Decoding
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
+from metawrap.data.problems import check_int, check_name
 from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 
 _FOLDER = "CUB_200_2011"
+_ARCHIVE = "CUB_200_2011.tgz"
 _TABLES = ("images.txt", "image_class_labels.txt", "classes.txt")
 _HOW_TO_GET = (
-    f"Pass root=<the unpacked folder {_FOLDER}, the folder that holds it, or a zip of it>, with images/, "
+    f"Pass root=<the unpacked folder {_FOLDER}, the folder that holds it, or its tgz or zip>, with images/, "
     f"{', '.join(_TABLES)}."
 )
 
@@ -34,7 +36,7 @@ def load_cub(
         >>> train, validation, test = load_cub("path/to/CUB_200_2011")  # doctest: +SKIP
 
     Args:
-        root: the folder CUB_200_2011, its parent, or a zip of it.
+        root: the folder CUB_200_2011, the published tgz or a zip of it, or the folder that holds one of the first two.
         split: "closer-look", the rule of Chen et al. above; or the names of the classes, as for `load_image_folder`.
         image_size, stream: as for `load_image_folder`.
     Raises:
@@ -42,7 +44,7 @@ def load_cub(
     """
     check_int("image_size", image_size, 1)
     base = Path(root).expanduser()
-    base = base / _FOLDER if (base / _FOLDER).is_dir() else base
+    base = next((place for place in (base / _FOLDER, base / _ARCHIVE) if place.exists()), base)
     if not base.exists():
         raise DataError(f"CUB was not found at '{base}'. {_HOW_TO_GET}")
     files = files_at(base, MAX_IMAGE_BYTES)

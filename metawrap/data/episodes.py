@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from metawrap.data.augmentation import Augment, augmented, check_augment
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
 from metawrap.data.problems import check_int, wrong_argument
-from metawrap.data.random_stream import Ints, RandomStream
+from metawrap.data.random_stream import Ints, RandomStream, seeded_generators
 from metawrap.errors import DataError
 from metawrap.settings.settings import check_switch
 from metawrap.tasks import TaskBatch
 
 ROTATIONS = 4
+_Read: TypeAlias = Pixels | NDArray[np.float32]
 
 
 class EpisodeSampler:
@@ -56,11 +60,17 @@ class EpisodeSampler:
         rotations: add the three quarter turns of every class as separate classes; needs square images.
         device: the device of the batches; default the CPU.
         normalise: "imagenet", or (mean, deviation) with a number for each channel: x becomes (x - mean) / deviation.
-        workers: processes in which `batches` and iteration read streamed images ahead; with 0 the calling process
-            reads them, as `batch` always does. The episodes do not depend on it.
+        workers: processes in which `batches` and iteration read streamed images, or augment images, ahead; with 0 the
+            calling process does it, as `batch` always does. The episodes do not depend on it.
+        augment: a random transform for the sampler of training episodes, such as those of torchvision.transforms.v2.
+            It gets one image at a time, uint8 of shape (channels, height, width), before normalisation, and returns
+            uint8 or floats in [0, 1]; another height and width are allowed. Support and target images are augmented
+            alike, each by a draw of its own, after a quarter turn. The draws come from the global generators, which
+            are seeded for each batch and put back: the same seed gives the same episodes.
     Raises:
         ArgumentError: a count is not an integer of at least 1, the seed is negative, the device does not exist,
-            `normalise` does not fit the images, or workers are asked for with images in memory.
+            `normalise` or `augment` does not fit the images, or workers are asked for with images in memory that are
+            not augmented.
         DataError: too few classes, a class with too few images, or rotations of images that are not square.
     """
 
@@ -76,6 +86,7 @@ class EpisodeSampler:
         device: torch.device | str | None = None,
         normalise: Normalise = None,
         workers: int = 0,
+        augment: Augment | None = None,
     ) -> None:
         if not isinstance(images, LabelledImages | StreamedImages):
             fix = "splits_from makes both from arrays and data sets."
@@ -86,17 +97,21 @@ class EpisodeSampler:
         check_int("seed", seed, 0)
         check_switch("rotations", rotations)
         check_int("workers", workers, 0)
-        if workers and isinstance(images, LabelledImages):
+        if workers and isinstance(images, LabelledImages) and augment is None:
             raise wrong_argument("workers", "0 for images in memory", workers, "Leave it out, or stream the images.")
         self.device = _device(device)
         _check_enough(images, ways, shots, targets, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
         self.workers = workers
-        self._pixels = _store(images.images, self.device) if isinstance(images, LabelledImages) else None
+        if augment is not None:
+            check_augment(augment, images)
+        held = isinstance(images, LabelledImages) and augment is None
+        self._pixels = _store(images.images, self.device) if held else None  # type: ignore[union-attr]
         self._draws = _EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
+        self._draw_and_read = _DrawAndRead(self._draws, images, augment)
         home = self.device if self._pixels is None else self._pixels.device
-        self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations else None
+        self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations and augment is None else None
         statistics = statistics_of(normalise, images.image_shape[0])
         self._statistics = None if statistics is None else tuple(part.to(self.device) for part in statistics)
         self._support_y = torch.arange(ways, device=self.device).repeat_interleave(shots)
@@ -116,7 +131,7 @@ class EpisodeSampler:
         """
         check_int("index", index, 0)
         if self._pixels is None:
-            return self._read(*_DrawAndRead(self._draws, self.images)(index))
+            return self._read(*self._draw_and_read(index))
         drawn = self._draws.draw(index)
         # One copy to the device: (2, tasks, ways, shots + targets).
         chosen = torch.from_numpy(np.stack([drawn.examples, drawn.quarter_turns])).to(self._pixels.device)
@@ -139,20 +154,22 @@ class EpisodeSampler:
     def _each(self, indices: Iterable[int]) -> Iterator[TaskBatch]:
         if not self.workers:
             return (self.batch(index) for index in indices)
-        ahead = made_ahead(_DrawAndRead(self._draws, self.images), indices, self.workers)
+        ahead = made_ahead(self._draw_and_read, indices, self.workers)
         return (self._read(drawn, pixels) for drawn, pixels in ahead)
 
-    def _read(self, drawn: _Drawn, pixels: Pixels) -> TaskBatch:
+    def _read(self, drawn: _Drawn, pixels: _Read) -> TaskBatch:
         turns = torch.from_numpy(drawn.quarter_turns.flatten()).to(self.device)
         return self._assemble(drawn, torch.from_numpy(pixels).to(self.device), turns)
 
     def _assemble(self, drawn: _Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
-        """The batch of these pixels, uint8, (tasks * ways * (shots + targets), channels, height, width)."""
+        """The batch of these pixels, (tasks * ways * (shots + targets), channels, height, width)."""
         if self._turned is not None:
             source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
             pixels = pixels.flatten(2).gather(2, source).view_as(pixels)
         # A product: CUDA turns a division by a number into a product, and the CPU's last bit would differ from it.
-        pixels = pixels.to(self.device).to(torch.float32).mul_(1 / 255)
+        scale = 1 / 255 if pixels.dtype == torch.uint8 else None
+        pixels = pixels.to(self.device).to(torch.float32)
+        pixels = pixels if scale is None else pixels.mul_(scale)
         if self._statistics is not None:
             mean, deviation = self._statistics
             pixels = pixels.sub_(mean).div_(deviation)
@@ -182,7 +199,7 @@ class _EpisodeDraws:
     """The draws of a sampler, numbers only: the same for images in memory and streamed images of the same labels."""
 
     def __init__(self, images: ImageSet, ways: int, examples: int, tasks: int, seed: int, rotations: bool) -> None:
-        self._ways, self._examples, self._tasks, self._seed = ways, examples, tasks, seed
+        self._ways, self._examples, self._tasks, self.seed = ways, examples, tasks, seed
         self._distinct = images.num_classes
         self.num_classes = images.num_classes * (ROTATIONS if rotations else 1)
         labels = images.labels.cpu().numpy()
@@ -192,7 +209,7 @@ class _EpisodeDraws:
 
     def draw(self, index: int) -> _Drawn:
         """The draws of the batch with this number."""
-        random = RandomStream(self._seed, index)
+        random = RandomStream(self.seed, index)
         drawn = random.distinct(np.full(self._tasks, self.num_classes, dtype=np.int64), self._ways).reshape(-1)
         classes, quarter_turns = drawn % self._distinct, drawn // self._distinct
         within = random.distinct(self._counts[classes], self._examples)
@@ -203,14 +220,22 @@ class _EpisodeDraws:
 
 
 class _DrawAndRead:
-    """The work of a worker for one batch: draws it and reads its images. Holds nothing that is on a device."""
+    """The work of a worker for one batch: draws it, reads and augments its images. Holds nothing of a device."""
 
-    def __init__(self, draws: _EpisodeDraws, images: ImageSet) -> None:
-        self._draws, self._images = draws, images
+    def __init__(self, draws: _EpisodeDraws, images: ImageSet, augment: Augment | None) -> None:
+        self._draws, self._images, self._augment = draws, images, augment
+        self._seeded = augment is not None or getattr(getattr(images, "source", None), "draws_numbers", False)
 
-    def __call__(self, index: int) -> tuple[_Drawn, Pixels]:
+    def __call__(self, index: int) -> tuple[_Drawn, _Read]:
         drawn = self._draws.draw(index)
-        return drawn, self._images.gather(drawn.examples.reshape(-1)).numpy()
+        # The user's code draws from the global generators, in a worker as here.
+        with seeded_generators(self._draws.seed, "augment", index) if self._seeded else nullcontext():
+            pixels = self._images.gather(drawn.examples.reshape(-1)).numpy()
+            if self._augment is None:
+                return drawn, pixels
+            turns = drawn.quarter_turns.reshape(-1)
+            turned = np.stack([np.rot90(image, int(turn), (1, 2)) for image, turn in zip(pixels, turns, strict=True)])
+            return drawn, augmented(turned, self._augment)
 
 
 def _check_enough(images: ImageSet, ways: int, shots: int, targets: int, rotations: bool) -> None:

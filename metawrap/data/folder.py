@@ -1,24 +1,32 @@
-"""Your own images: a folder with one folder per class, or with train, val and test folders of such folders."""
+"""Your own images: class folders, with or without part folders, or a webdataset; in a folder, a zip or a tar."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import TypeAlias
 
-from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
-from metawrap.data.image_files import FolderFiles
+from metawrap.data.class_folders import (
+    ClassFiles,
+    class_files,
+    folder_tree,
+    part_classes,
+    visible,
+    webdataset_classes,
+)
+from metawrap.data.class_split import (
+    SHARES,
+    GivenSplit,
+    check_shares,
+    split_as_given,
+    split_by_seed,
+    validation_drawn,
+)
+from metawrap.data.image_files import ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, Decoding, file_classes
+from metawrap.data.pictures import Decoding
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
 from metawrap.data.problems import check_int, check_seed
 from metawrap.errors import ArgumentError, DataError
-
-# Class name -> the names of its image files.
-ClassFiles: TypeAlias = dict[str, list[str]]
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_SPLIT_NAMES = (("train",), ("val", "validation"), ("test",))
 
 
 def load_image_folder(
@@ -31,14 +39,18 @@ def load_image_folder(
     grayscale: bool = False,
     stream: bool | None = None,
 ) -> DataSplits:
-    """A folder of class folders, split by class; files that are no images are left out.
+    """A folder of class folders, split by class; other files are left out, and `metawrap data check` tells which.
 
         >>> train, validation, test = load_image_folder("path/to/birds", image_size=28)  # doctest: +SKIP
 
     Args:
-        root: holds one folder of images per class; or folders train, val (or validation) and test of such folders.
+        root: a folder, zip, tar or tar.gz. It holds one folder of images per class, where classes may lie in groups
+            and are then called "<group>/<class>"; or folders train, val and test of such folders (also Train,
+            meta-train, validation, ...); or a webdataset, in which `key.cls` has the label of `key.jpg`. Without a
+            val folder, validation classes are drawn by seed from those of train.
         image_size: images are squeezed or stretched to this many pixels on either side (Lanczos).
-        splits: shares of the classes for train, validation and test; not used where split folders exist.
+        splits: shares of the classes for train, validation and test; where a val folder is missing, the
+            shares of train and validation count; not used where all three folders exist.
         split: the classes of each part by name: {"train": [...], "validation": [...], "test": [...]}, or the path of
             a JSON or YAML file with such a mapping, or of a CSV file with the columns class and split.
         seed: names the shuffle of the classes; the same seed gives the same split on every platform.
@@ -48,69 +60,53 @@ def load_image_folder(
             `metawrap data check` finds it earlier.
     Raises:
         ArgumentError: image_size, seed, splits or split is out of range.
-        DataError: no folder, too few classes, a class without an image or in two splits, or an unreadable image.
+        DataError: no folder, too few classes, a class without an image or in two splits, a folder that can be read in
+            two ways, or an unreadable image.
     """
     check_int("image_size", image_size, 1)
     check_seed(seed)
     shares = check_shares(splits)
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"There is no folder at '{folder}'. Pass one that holds a folder of images per class.")
-    decoding = Decoding(image_size, grayscale)
-    parts = split_folder_sets(folder, decoding)
+    place = Path(root).expanduser()
+    if not place.exists():
+        raise DataError(f"There is no folder at '{place}'. Pass one that holds a folder of images per class.")
+    files, decoding = files_at(place, MAX_IMAGE_BYTES), Decoding(image_size, grayscale)
+    names = visible(files.names())
+    tree, labelled = folder_tree(names), webdataset_classes(files, names)
+    parts = None if labelled else part_classes(tree, place)
     if parts is None:
-        classes = _class_files(folder, folder)
+        classes = labelled or class_files(tree, place)
         named = split_by_seed(list(classes), shares, seed) if split is None else split_as_given(list(classes), split)
-        origin = f"class folders, split by {'seed' if split is None else 'name'}"
-        files = FolderFiles(folder, MAX_IMAGE_BYTES)
-        parts = [file_classes(files, {name: classes[name] for name in part}, decoding, origin) for part in named]
-    elif split is not None:
-        raise ArgumentError(f"split: '{folder}' has train, validation and test folders already. Leave split out.")
-    return as_splits(parts, stream)
+        kind = "webdataset" if labelled else "class folders"
+        origin = f"{kind}, split by {'seed' if split is None else 'name'}"
+        return as_splits(
+            _sets(files, [{name: classes[name] for name in part} for part in named], decoding, origin), stream
+        )
+    if split is not None:
+        raise ArgumentError(f"split: '{place}' has train and test folders already. Leave split out.")
+    origin = f"{', '.join(parts)} folders of class folders"
+    if "validation" not in parts:
+        train, validation = validation_drawn(list(parts["train"]), shares, seed)
+        origin += f"; {len(validation)} of {len(parts['train'])} train classes, drawn by seed, are the validation part"
+        parts = {
+            "train": {name: own for name, own in parts["train"].items() if name in train},
+            "validation": {name: parts["train"][name] for name in validation},
+            "test": parts["test"],
+        }
+    return as_splits(_sets(files, list(parts.values()), decoding, origin), stream)
 
 
-def split_folder_sets(root: Path, decoding: Decoding) -> list[StreamedImages] | None:
-    """The sets of the folders train, val (or validation) and test; None if none of these folders exists.
+def published_parts(files: ImageFiles, where: Path, decoding: Decoding) -> list[StreamedImages] | None:
+    """The sets of the folders train, validation and test of a published data set; None if none of them exists.
 
     Raises:
-        DataError: some of the folders are missing, or a class is in two of them.
+        DataError: as `part_classes`, or the validation part is missing.
     """
-    found = [next((root / name for name in names if _folders(root / name)), None) for names in _SPLIT_NAMES]
-    if not any(found):
-        return None
-    missing = [" or ".join(names) for names, folder in zip(_SPLIT_NAMES, found, strict=True) if folder is None]
-    if missing:
-        raise DataError(
-            f"'{root}' has some split folders, but {', '.join(missing)} with class folders inside is missing. "
-            "Add it, or move all class folders directly into one folder."
-        )
-    parts = {names[0]: _class_files(folder, root) for names, folder in zip(_SPLIT_NAMES, found, strict=True) if folder}
-    for first, second in combinations(parts, 2):
-        if shared := sorted(parts[first].keys() & parts[second].keys()):
-            raise DataError(
-                f"Class '{shared[0]}' lies in both {first} and {second} of '{root}'; expected different classes in "
-                "each. Few-shot splits are by class: move it to one of them."
-            )
-    files, origin = FolderFiles(root, MAX_IMAGE_BYTES), "train, validation and test folders of class folders"
-    return [file_classes(files, part, decoding, origin) for part in parts.values()]
+    parts = part_classes(folder_tree(visible(files.names())), where)
+    if parts is not None and "validation" not in parts:
+        raise DataError(f"'{where}' has train and test folders, but val is missing. Get it from the publisher.")
+    origin = "train, validation and test folders of class folders"
+    return None if parts is None else _sets(files, list(parts.values()), decoding, origin)
 
 
-def _class_files(folder: Path, root: Path) -> ClassFiles:
-    files: ClassFiles = {}
-    for class_folder in _folders(folder):
-        names = [path for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-        if not names:
-            raise DataError(
-                f"The class folder '{class_folder}' holds no image ({', '.join(IMAGE_SUFFIXES)}). Remove it."
-            )
-        files[class_folder.name] = sorted(path.relative_to(root).as_posix() for path in names)
-    if not files:
-        raise DataError(f"'{folder}' holds no class folder. Expected one folder of images per class.")
-    return files
-
-
-def _folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(inside, key=lambda path: path.name)
+def _sets(files: ImageFiles, parts: Sequence[ClassFiles], decoding: Decoding, origin: str) -> list[StreamedImages]:
+    return [file_classes(files, part, decoding, origin) for part in parts]

@@ -1,20 +1,20 @@
-"""Files of a folder or a zip: names -> checked bytes.
+"""Files of a folder, a zip or a tar: names -> checked bytes.
 
-A zip is never extracted, so it cannot write anywhere. Names that would leave the folder are refused all the same: no
-data set has them. Both classes can be pickled and read in another process.
+An archive is never extracted, so it cannot write anywhere. Names that would leave the folder are refused all the same:
+no data set has them. Each class can be pickled and read in another process.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from metawrap.data.problems import reading
+from metawrap.data.problems import check_name, check_no_page, check_size, reading
+from metawrap.data.tar_members import TarFiles
 from metawrap.errors import DataError
 
 _PIECE = 2**20
@@ -23,12 +23,21 @@ _PIECE = 2**20
 class FolderFiles:
     """The files under a folder; names have forward slashes. A file of more than `max_bytes` is refused when read."""
 
+    sequential = False
+
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = root, max_bytes
 
     def names(self) -> list[str]:
-        """All file names below the root, sorted."""
-        return sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
+        """All file names below the root, sorted; links are followed, and a folder without files ends in a slash."""
+        found = []
+        for place, folders, files in os.walk(self._root, followlinks=True):
+            inside = Path(place).relative_to(self._root).as_posix()
+            prefix = "" if inside == "." else f"{inside}/"
+            found += [prefix + name for name in files] or ([] if folders or not prefix else [prefix])
+            # A link to a folder above would be followed for ever.
+            folders[:] = [name for name in folders if not _leads_up(Path(place, name))]
+        return sorted(found)
 
     def has(self, name: str) -> bool:
         """Whether a file has this name."""
@@ -36,18 +45,32 @@ class FolderFiles:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, or DataError."""
-        with reading(f"'{name}' in {self._root} cannot be read", OSError), open(self._root / name, "rb") as file:
+        path = self._root / name
+        if not path.is_file():  # To open a pipe would wait for ever.
+            link = f"a link to '{path.readlink()}', which is not there" if path.is_symlink() else "missing, or no file"
+            raise DataError(f"'{name}' in {self._root} cannot be read: it is {link}. Replace or remove it.")
+        with reading(f"'{name}' in {self._root} cannot be read", OSError), open(path, "rb") as file:
             # `read` allocates as much memory as it is asked for.
             content = file.read(min(os.fstat(file.fileno()).st_size, self._max_bytes) + 1)
-        _check_size(name, len(content), self._max_bytes)
+        check_size(name, len(content), self._max_bytes)
         return content
+
+    def position(self, name: str) -> int:
+        """0: files of a folder may be read in any order."""
+        return 0
 
     def close(self) -> None:
         """Nothing: no file stays open."""
 
 
+def _leads_up(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 class ZipFiles:
     """The members of a zip, all of them checked before the first is read; `max_bytes` bounds each."""
+
+    sequential = False
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path, self._max_bytes = path, max_bytes
@@ -79,7 +102,7 @@ class ZipFiles:
         member = self._members.get(name)
         if member is None:
             raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
-        _check_size(name, member.file_size, self._max_bytes)
+        check_size(name, member.file_size, self._max_bytes)
         content = bytearray()
         errors = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
         with reading(f"'{name}' in the archive cannot be read", *errors), self._open().open(member) as file:
@@ -88,6 +111,10 @@ class ZipFiles:
             while piece := file.read(_PIECE):
                 content += piece
         return bytes(content)
+
+    def position(self, name: str) -> int:
+        """0: members of a zip may be read in any order."""
+        return 0
 
     def close(self) -> None:
         """Closes the file; another read opens it again."""
@@ -108,28 +135,17 @@ class ZipFiles:
         return {**self.__dict__, "_archive": None}
 
 
-ImageFiles: TypeAlias = FolderFiles | ZipFiles
+ImageFiles: TypeAlias = FolderFiles | ZipFiles | TarFiles
 
 
 def files_at(path: Path, max_bytes: int) -> ImageFiles:
-    """The files of a folder or a zip; DataError if neither is there, or a member of the zip is unsafe."""
+    """The files of a folder, a zip, a tar or a tar.gz; DataError if none is there, or a member is unsafe."""
     if path.is_dir():
         return FolderFiles(path, max_bytes)
     if not path.is_file():
-        raise DataError(f"There is no folder and no zip file at '{path}'.")
-    return ZipFiles(path, max_bytes)
-
-
-def check_name(name: str, where: str = "The archive") -> None:
-    """Raises DataError unless this is a relative name with forward slashes that stays in its folder."""
-    if name.startswith("/") or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
-        raise DataError(f"{where} holds the unsafe name {name!r}; expected a relative name with forward slashes.")
-    if ".." in PurePosixPath(name).parts:
-        raise DataError(f"{where} holds the unsafe name {name!r}, which leaves the folder; it was not read.")
-
-
-def _check_size(name: str, size: int, max_bytes: int) -> None:
-    if size > max_bytes:
-        raise DataError(
-            f"'{name}' holds more than {max_bytes} bytes, too many for one image here. Shrink or remove it."
-        )
+        raise DataError(f"There is no folder and no zip or tar file at '{path}'.")
+    with reading(f"'{path}' cannot be read", OSError), open(path, "rb") as file:
+        head = file.read(512)
+    check_no_page(head, str(path))
+    is_zip = head.startswith(b"PK") or path.suffix.lower() == ".zip"
+    return ZipFiles(path, max_bytes) if is_zip else TarFiles(path, max_bytes)

@@ -160,9 +160,10 @@ class StreamedImages(_LabelledSet):
     def gather(self, indices: NDArray[np.int64]) -> Tensor:
         """The images at these indices, uint8, (len(indices), channels, height, width); or DataError that names one."""
         images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
-        for row, index in enumerate(indices):
+        places, positions = self.places[indices], _positions(self)
+        for row in range(len(places)) if positions is None else np.argsort(positions[places]):
             # A copy: torch warns of views of a mapped file, which are read-only.
-            images[row] = torch.from_numpy(np.array(self.source.pixels(int(self.places[index]))))
+            images[row] = torch.from_numpy(np.array(self.source.pixels(int(places[row]))))
         return images
 
     def name(self, index: int) -> str:
@@ -176,9 +177,10 @@ class StreamedImages(_LabelledSet):
         """All images, read now; DataError if one cannot be read, or memory is too small for all of them."""
         needed, free = len(self) * int(np.prod(self.image_shape)), free_memory()
         if needed > free:
+            first = "Pass stream=True (--stream)" if _positions(self) is None else "Unpack the archive and stream it"
             raise DataError(
                 f"stream: {len(self)} images of shape {self.image_shape} take {needed / 2**30:.1f} GiB, but "
-                f"{free / 2**30:.1f} GiB of memory are free. Pass stream=True (--stream), or a smaller image_size."
+                f"{free / 2**30:.1f} GiB of memory are free. {first}, or pass a smaller image_size."
             )
         return LabelledImages(self.gather(np.arange(len(self))), self.labels, self.class_names, self.origin)
 
@@ -202,9 +204,22 @@ class DataSplits(NamedTuple):
 
 def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplits:
     """The three parts, read into memory unless `stream`; None streams sets that would fill half of the free memory."""
+    sequential = any(_positions(part) is not None for part in parts)
+    if stream and sequential:
+        raise DataError(
+            "stream: the archive is compressed, so its images cannot be drawn one by one. Unpack it and pass the "
+            "folder, or leave stream out (--no-stream) to hold the images in memory."
+        )
     if stream is None:
-        stream = sum(len(part) * int(np.prod(part.image_shape)) for part in parts) > free_memory() // 2
+        stream = (
+            not sequential and sum(len(part) * int(np.prod(part.image_shape)) for part in parts) > free_memory() // 2
+        )
     return DataSplits(*(parts if stream else [part.in_memory() for part in parts]))
+
+
+def _positions(part: StreamedImages) -> NDArray[np.int64] | None:
+    """The place of each image in a compressed archive, which is read in order; None for sources of another kind."""
+    return getattr(part.source, "positions", None)
 
 
 def free_memory() -> int:

@@ -15,23 +15,21 @@ import numpy as np
 import torch
 
 from metawrap.data.cached_labels import kind_of, renumbered, texts, whole_numbers
-from metawrap.data.class_split import PARTS
-from metawrap.data.folder import split_folder_sets
-from metawrap.data.image_files import FolderFiles, ImageFiles, check_name, files_at
+from metawrap.data.class_split import PARTS, VALIDATION, part_files
+from metawrap.data.folder import published_parts
+from metawrap.data.image_files import FolderFiles, ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, Decoding, file_classes
-from metawrap.data.problems import check_int
+from metawrap.data.pictures import Decoding
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, file_classes
+from metawrap.data.problems import check_int, check_name
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.data.text_files import decoded, read_table
 from metawrap.errors import DataError
 
-CSV_FILES = ("train.csv", "val.csv", "test.csv")
-CACHES = (
-    tuple(f"mini-imagenet-cache-{part}.pkl" for part in ("train", "val", "test")),
-    tuple(f"mini-imagenet-cache-{part}.pkl" for part in ("train", "validation", "test")),
-    tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")),
-)
+# Patterns of file names for `part_files`, and the word for the training part in them.
+CSV_FILES = ("{}.csv", "train")
+CACHES = (("mini-imagenet-cache-{}.pkl", "train"), ("miniImageNet_category_split_{}.pickle", "train_phase_train"))
 _HOW_TO_GET = (
     "Pass root=<folder> with train.csv, val.csv, test.csv and images/ (or a zip of them), with "
     "mini-imagenet-cache-{train,val,test}.pkl, with miniImageNet_category_split_{train_phase_train,val,test}.pickle, "
@@ -55,16 +53,15 @@ def load_mini_imagenet(root: str | Path, *, image_size: int = 84, stream: bool |
     base = Path(root).expanduser()
     if not base.exists():
         raise DataError(f"mini-ImageNet was not found at '{base}'. {_HOW_TO_GET}")
-    for names in CACHES:
-        if any((base / name).is_file() for name in names):
-            return as_splits(
-                [_read_cache(base / name, image_size) for name in names if _must_exist(base / name)], stream
-            )
+    for pattern, train in CACHES:
+        if names := part_files(lambda name: (base / name).is_file(), pattern, train):
+            return as_splits([_read_cache(base / name, image_size) for name in names], stream)
     decoding = Decoding(image_size)
     files = files_at(base, MAX_IMAGE_BYTES)
-    if (prefix := _csv_prefix(files)) is not None:
-        return as_splits(list(_csv_parts(files, prefix, decoding)), stream)
-    if isinstance(files, FolderFiles) and (parts := split_folder_sets(base, decoding)) is not None:
+    prefix = _csv_prefix(files)
+    if tables := part_files(lambda name: files.has(prefix + name), *CSV_FILES):
+        return as_splits(list(_csv_parts(files, prefix, tables, decoding)), stream)
+    if (parts := published_parts(files, base, decoding)) is not None:
         return as_splits(parts, stream)
     raise DataError(f"'{base}' is not mini-ImageNet in a layout that metawrap knows. {_HOW_TO_GET}")
 
@@ -110,25 +107,26 @@ def _of_class_dict(classes: Any, count: int, path: Path) -> tuple[Any, Any, tupl
     return np.array(places, dtype=np.int64), np.array(labels, dtype=np.int64), texts(classes)
 
 
-def _csv_prefix(files: ImageFiles) -> str | None:
-    """The part of the names before train.csv: nothing, or one folder of a zip; None without CSV files."""
-    if isinstance(files, FolderFiles):
-        return "" if any(files.has(name) for name in CSV_FILES) else None
-    found = [name for name in files.names() if name.rpartition("/")[2] == "train.csv" and name.count("/") < 2]
-    return found[0].removesuffix("train.csv") if len(found) == 1 else None
+def _csv_prefix(files: ImageFiles) -> str:
+    """The part of the names before train.csv: nothing, or one folder of an archive."""
+    names = [] if isinstance(files, FolderFiles) else files.names()
+    found = [name for name in names if name.rpartition("/")[2] == "train.csv" and name.count("/") < 2]
+    return found[0].removesuffix("train.csv") if len(found) == 1 else ""
 
 
-def _csv_parts(files: ImageFiles, prefix: str, decoding: Decoding) -> Iterator[StreamedImages]:
+def _csv_parts(files: ImageFiles, prefix: str, tables: list[str], decoding: Decoding) -> Iterator[StreamedImages]:
     owner: dict[str, str] = {}
-    for part, table in zip(PARTS, CSV_FILES, strict=True):
+    for part, table in zip(PARTS, tables, strict=True):
         classes: dict[str, list[str]] = {}
         for image, label in read_table(decoded(files.read(prefix + table), table), table, ("filename", "label")):
             check_name(image, f"'{table}'")
             check_name(label, f"'{table}'")
             if owner.setdefault(label, part) != part:
                 raise DataError(f"'{table}': the class '{label}' is in {owner[label]} as well; expected other classes.")
-            # images/<file>, as Ravi & Larochelle have it, or images/<class>/<file>.
-            places = (f"{prefix}images/{image}", f"{prefix}images/{label}/{image}")
+            # images/<file>, as Ravi & Larochelle have it, or images/<class>/<file>, or train/<class>/<file>.
+            folders = ("images", *(VALIDATION if part == "validation" else (part,)))
+            inside = [f"{folder}/{where}{image}" for folder in folders for where in ("", f"{label}/")]
+            places = [prefix + each for each in (*inside, f"{label}/{image}", image)]
             place = next((each for each in places if files.has(each)), None)
             if place is None:
                 raise DataError(
@@ -138,9 +136,3 @@ def _csv_parts(files: ImageFiles, prefix: str, decoding: Decoding) -> Iterator[S
         if not classes:
             raise DataError(f"'{table}' names no image. Get a fresh copy of it.")
         yield file_classes(files, classes, decoding, "CSV split of Ravi & Larochelle, with images/")
-
-
-def _must_exist(path: Path) -> bool:
-    if not path.is_file():
-        raise DataError(f"'{path}' is missing, beside other parts of mini-ImageNet. Put all three into one folder.")
-    return True

@@ -13,18 +13,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from metawrap.data.class_folders import ClassFiles
 from metawrap.data.downloads import locate
-from metawrap.data.folder import ClassFiles
 from metawrap.data.image_files import files_at
 from metawrap.data.image_sets import DataSplits
-from metawrap.data.pixel_sources import Decoding, file_classes
+from metawrap.data.pictures import Decoding
+from metawrap.data.pixel_sources import file_classes
 from metawrap.data.problems import check_counts, check_int, check_seed, wrong_argument
 from metawrap.data.random_stream import RandomStream
 from metawrap.errors import DataError
 
 MAX_IMAGE_BYTES = 2**20  # the largest real image has under 600 bytes
 MAX_IMAGE_PIXELS = 2**20  # the real images have 105 x 105
-_FILE = re.compile(r"(?:omniglot-py/)?(images_background|images_evaluation)/([^/]+/[^/]+)/([^/.][^/]*\.png)")
+_FILE = re.compile(r"(?:[^/]+/)?(images_background|images_evaluation)/([^/]+/[^/]+)/([^/.][^/]*\.png)")
+# The folder of Antoniou et al. has all alphabets side by side, at most in one folder more.
+_NESTED = re.compile(r"((?:[^/]+/)?)([^/.][^/]*/[^/]+)/([^/.][^/]*_[^/]*\.png)")
 _HOW_TO_GET = (
     "Pass root=<omniglot-py.zip, or the folder that holds omniglot-py/>, or download=True, "
     "or use the data set 'glyphs', which needs no files."
@@ -48,7 +51,8 @@ def load_omniglot(
 
     Args:
         root: a zip file or a folder in torchvision's layout, `omniglot-py/images_background/<alphabet>/<character>/`
-            and `images_evaluation/`; the folder may be `omniglot-py` itself or its parent.
+            and `images_evaluation/`; the folder may be `omniglot-py` itself or its parent. Or all alphabets in one
+            folder, `<alphabet>/<character>/`, which is enough for the paper split.
         split: "paper" sorts all classes by name, shuffles them once and cuts them by `counts`. "alphabet" tests on
             images_evaluation, validates on some whole alphabets of images_background and trains on the others.
         image_size: side of the square images, in pixels.
@@ -115,6 +119,11 @@ def _class_files(names: list[str]) -> tuple[ClassFiles, ClassFiles]:
     for name in sorted(names):
         if match := _FILE.fullmatch(name):
             parts[match[1]].setdefault(match[2], []).append(name)
+    if not any(parts.values()):
+        nested = [match for name in sorted(names) if (match := _NESTED.fullmatch(name))]
+        if len({match[1] for match in nested}) == 1:
+            for match in nested:
+                parts["images_background"].setdefault(match[2], []).append(match[0])
     background, evaluation = parts.values()
     if not background and not evaluation:
         raise DataError(f"No image at images_background/<alphabet>/<character>/*.png was found. {_HOW_TO_GET}")
@@ -149,7 +158,11 @@ def _locate(root: str | Path | None, download: bool) -> Path:
         "Omniglot",
         "omniglot-py",
         "omniglot-py.zip",
-        lambda folder: all((folder / part).is_dir() for part in needed),
+        lambda folder: all((folder / part).is_dir() for part in needed) or (not download and _has_alphabets(folder)),
         fetch if download else None,
         _HOW_TO_GET,
     )
+
+
+def _has_alphabets(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*/*/*_*.png", "*/*/*/*_*.png"))

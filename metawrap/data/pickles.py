@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from metawrap.data.problems import check_no_page
 from metawrap.data.stored_arrays import FileContent, FileSpan, RefusedPickleError, Sealed, StoredArray
 from metawrap.errors import DataError
 
@@ -81,10 +82,11 @@ def read_pickle(source: Path | bytes, name: str = "", max_values: int = MAX_VALU
         max_values: opcodes that are read before the file is refused.
     Raises:
         DataError: a name other than NumPy's for arrays, an array of objects, a size that the file does not bear out,
-            too many values, or a file that is cut short or no pickle.
+            too many values, or a file that is cut short or no pickle, such as a web page.
     """
     path, held = (None, source) if isinstance(source, bytes) else (source, None)
     content = FileContent(path, name or ("the pickle" if path is None else str(path)), held)
+    check_no_page(content.view()[:512], content.name)
     try:
         value = _Reader(content, *_condensed(content, max_values)).load()
         if isinstance(value, _Name):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -48,3 +50,31 @@ def check_counts(name: str, counts: Any, least: int) -> tuple[int, int, int]:
     for part, count in zip(("train", "validation", "test"), counts, strict=True):
         check_int(f"{name} ({part})", count, least)
     return counts[0], counts[1], counts[2]
+
+
+def check_name(name: str, where: str = "The archive") -> None:
+    """Raises DataError unless this is a relative name with forward slashes that stays in its folder."""
+    if name.startswith("/") or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"{where} holds the unsafe name {name!r}; expected a relative name with forward slashes.")
+    if ".." in PurePosixPath(name).parts:
+        raise DataError(f"{where} holds the unsafe name {name!r}, which leaves the folder; it was not read.")
+
+
+def check_size(name: str, size: int, max_bytes: int) -> None:
+    """Raises DataError if a file of one image has more than `max_bytes`."""
+    if size > max_bytes:
+        raise DataError(
+            f"'{name}' holds more than {max_bytes} bytes, too many for one image here. Shrink or remove it."
+        )
+
+
+def check_no_page(head: bytes, name: str) -> None:
+    """Raises DataError if the first bytes of a file show that something else was saved in its place."""
+    start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"<") and any(mark in start for mark in (b"<!doctype html", b"<html", b"<head", b"<error")):
+        raise DataError(
+            f"'{name}' is a web page that was saved in place of the file. Open it in a browser to see why, and "
+            "download the file again."
+        )
+    if start.startswith(b"version https://git-lfs.github.com"):
+        raise DataError(f"'{name}' is a pointer of Git LFS, not the file. Run 'git lfs pull' where it was cloned.")

@@ -1,16 +1,22 @@
 """Random numbers that are the same on every platform and with every version of NumPy.
 
 NumPy promises a fixed stream for the raw bits of a bit generator, but not for the numbers that `Generator` derives from
-them. So all numbers here are derived from `PCG64.random_raw`. The global generators are never touched.
+them. So all numbers here are derived from `PCG64.random_raw`. The global generators keep their state.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from metawrap.snapshot.generators import Generators
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -56,6 +62,19 @@ class RandomStream:
             pool[rows, picks[:, place]] = pool[:, place]
             pool[:, place] = chosen
         return pool[:, :count].copy()
+
+
+@contextmanager
+def seeded_generators(*key: int | str) -> Iterator[None]:
+    """Seeds the global generators of torch (CPU), NumPy and Python for the user's code, and puts them back after it."""
+    kept, seed = Generators(), int(RandomStream(*key).raw(1)[0] >> np.uint64(1))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        kept.put_back()
 
 
 def _as_int(part: int | str) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from metawrap.data.problems import reading
+from metawrap.data.problems import check_no_page, reading
 from metawrap.errors import DataError
 
 
@@ -117,6 +117,8 @@ def npz_array(file: Path, name: str) -> StoredArray:
     with reading(
         f"'{file}' holds no readable array '{name}'", zipfile.BadZipFile, KeyError, OSError, ValueError, struct.error
     ):
+        with open(file, "rb") as raw:
+            check_no_page(raw.read(512), str(file))
         with zipfile.ZipFile(file) as archive:
             member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from metawrap.data.problems import reading
+from metawrap.data.problems import check_no_page, reading
 from metawrap.errors import DataError
 
 MAX_TEXT_BYTES = 2**26  # mini-ImageNet's train.csv has 1.2 MB
@@ -26,6 +26,7 @@ def read_text(path: Path) -> str:
 
 def decoded(content: bytes, name: str) -> str:
     """Bytes in UTF-8 as text without a byte-order mark, or DataError."""
+    check_no_page(content[:512], name)
     if len(content) > MAX_TEXT_BYTES:
         raise DataError(f"'{name}' holds more than {MAX_TEXT_BYTES} bytes, too many for a list of names. Check it.")
     with reading(f"'{name}' is not text in UTF-8", UnicodeDecodeError, fix="Save it as UTF-8."):

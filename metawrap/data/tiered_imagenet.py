@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from metawrap.data.cached_labels import renumbered, texts, whole_numbers, with_text_keys
-from metawrap.data.folder import split_folder_sets
+from metawrap.data.folder import published_parts
+from metawrap.data.image_files import FolderFiles
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, Decoding, PicturePixels
+from metawrap.data.pictures import Decoding
+from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, PicturePixels
 from metawrap.data.problems import check_int
 from metawrap.data.stored_arrays import StoredArray, npz_array
 from metawrap.errors import DataError
@@ -54,7 +56,7 @@ def load_tiered_imagenet(root: str | Path, *, image_size: int = 84, stream: bool
         if parts is None and any(file.is_file() for file in files):
             parts = [_read_part(file, part, decoding) for file, part in zip(files, _PARTS, strict=True)]
     if parts is None and base.is_dir():
-        parts = split_folder_sets(base, decoding)
+        parts = published_parts(FolderFiles(base, MAX_IMAGE_BYTES), base, decoding)
     if parts is None:
         raise DataError(f"tieredImageNet was not found at '{base}' in a layout that metawrap knows. {_HOW_TO_GET}")
     return as_splits(parts, stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
 from metawrap.data.image_sets import DataSplits, Pixels, StreamedImages, as_splits
-from metawrap.data.pixel_sources import GRAY, RGB, resized
+from metawrap.data.pictures import GRAY, RGB, plain, resized
 from metawrap.data.problems import check_int, check_seed, wrong_argument
+from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, DataError
+from metawrap.snapshot.generators import Generators
 from metawrap.tasks import describe_value
+
+_SPOTS = 8  # images that are read twice, and whose labels are compared, before anything else
 
 
 def splits_from(
@@ -25,6 +30,7 @@ def splits_from(
     labels: Any = None,
     *,
     class_names: Sequence[str] | None = None,
+    channels: str | None = None,
     splits: Sequence[float] = SHARES,
     split: GivenSplit | None = None,
     seed: int | str = 0,
@@ -41,26 +47,36 @@ def splits_from(
     Args:
         data: images as one array, with `labels`; or a map-style `torch.utils.data.Dataset` of (image, label). As in
             torchvision, a tensor is (channels, height, width), and an array or PIL image (height, width, channels) or
-            (height, width). Pixels are uint8, bool, or floats in [0, 1], which are rounded to the nearest 1/255.
+            (height, width). Pixels are uint8, bool, or floats in [0, 1], which are rounded to the nearest 1/255. PIL
+            images are converted as files are, see `load_image_folder`. The images must not be random: see `stream`.
         labels: whole numbers or texts, one for each image of an array. The labels of a data set are its `targets` or
-            `labels` if it has them and no `target_transform`; else one pass over the data set collects them.
-        class_names: the name of label 0, 1, ...; by default the data set's `classes`, else the labels as text.
+            `labels` if it has them and no `target_transform`, and if some items agree; else one pass over the data set
+            collects them. Each item that is read later is held against its label.
+        class_names: the name of label 0, 1, ...; by default the data set's `classes` if the labels are its `targets`,
+            or it has none; else the labels as text.
+        channels: "first" or "last", the place of the channels in a tensor or array; needed where the shape does not
+            tell, as with other numbers of channels than 1, 3 and 4.
         splits: shares of the classes for train, validation and test.
         split: the classes of each part by name, as for `load_image_folder`.
         seed: names the shuffle of the classes; the same seed gives the same split on every platform.
         image_size: images are squeezed or stretched to this many pixels on either side (Lanczos); without it, all
             images must have one size.
         stream: True keeps the data set and takes images from it when they are drawn, also in workers; False takes all
-            images now; by default, sets that would fill half of the free memory are streamed. Stream a data set whose
-            images are random.
+            images now; by default, sets that would fill half of the free memory are streamed. A data set with random
+            images, by a transform such as RandomResizedCrop, is refused without stream=True: in memory, each image
+            would keep its first draw. With it, the images of all three parts are random. `augment` of `EpisodeSampler`
+            changes those of the training part alone.
     Raises:
-        ArgumentError: an argument of the wrong type or range, or labels that do not fit the images.
+        ArgumentError: an argument of the wrong type or range, labels that do not fit the images, channels at an unknown
+            place, or random images.
         DataError: too few classes, images of different sizes, or pixels in another range.
     """
     shares = check_shares(splits)
     check_seed(seed)
     if image_size is not None:
         check_int("image_size", image_size, 1)
+    if channels not in (None, "first", "last"):
+        raise wrong_argument("channels", "'first', 'last' or None", channels)
     items, found, names = _labelled(data, labels)
     named = list(map(str, class_names)) if class_names is not None else names
     by_class: dict[str, list[int]] = {}
@@ -68,7 +84,9 @@ def splits_from(
         by_class.setdefault(_text_of(label, place, named), []).append(place)
     existing = sorted(by_class)
     parts = split_by_seed(existing, shares, seed) if split is None else split_as_given(existing, split)
-    source = _ItemPixels(items, image_size)
+    source = _ItemPixels(items, found, image_size, channels)
+    if not stream:
+        _refuse_random(source)
     shape = source.pixels(0).shape
     streamed = []
     for part in parts:
@@ -82,8 +100,10 @@ def splits_from(
 class _ItemPixels:
     """The images of an array or a map-style data set, all of one shape."""
 
-    def __init__(self, items: Any, size: int | None) -> None:
-        self._items, self._size = items, size
+    draws_numbers = True  # A data set may have random transforms; the sampler seeds the generators for them.
+
+    def __init__(self, items: Any, labels: list[Any], size: int | None, channels: str | None) -> None:
+        self._items, self._labels, self._size, self._channels = items, labels, size, channels
         self._shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
@@ -93,8 +113,14 @@ class _ItemPixels:
         """The image, or DataError."""
         item = self._items[place]
         if isinstance(item, tuple | list):
+            if len(item) > 1 and not _same_label(item[1], self._labels[place]):
+                raise DataError(
+                    f"{self.name(place)} has the label {_plain(item[1])!r:.40}, but the data set says "
+                    f"{self._labels[place]!r:.40} elsewhere. Pass torch.utils.data.Subset(data, range(len(data))): it "
+                    "has the items alone, so their own labels are read."
+                )
             item = item[0] if item else None
-        pixels = _pixels_of(item, self.name(place), self._size)
+        pixels = _pixels_of(item, self.name(place), self._size, self._channels)
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             raise DataError(
@@ -108,27 +134,44 @@ class _ItemPixels:
         return f"image {place}"
 
 
-def _pixels_of(image: Any, name: str, size: int | None) -> Pixels:
-    """An image of any accepted kind as uint8 of shape (channels, height, width), or DataError."""
+def _pixels_of(image: Any, name: str, size: int | None, channels: str | None) -> Pixels:
+    """An image of any accepted kind as uint8 of shape (channels, height, width), or an error."""
+    usual = "first" if isinstance(image, Tensor) else "last"
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    if isinstance(image, Tensor):
-        array = image.detach().cpu().numpy()
-        array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+        plain_image = plain(image, name)
+        array = np.asarray(plain_image if image.mode == "L" else plain_image.convert("RGB"))
+    elif isinstance(image, Tensor | np.ndarray):
+        array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     else:
-        array = np.asarray(image) if isinstance(image, np.ndarray) else np.empty(())
-    array = array[:, :, None] if array.ndim == 2 else array
-    if array.ndim != 3 or 0 in array.shape:
+        array = np.empty(())
+    if array.ndim not in (2, 3) or 0 in array.shape:
         raise DataError(
             f"{name}: expected a PIL image, a tensor (channels, height, width) or an array (height, width, channels), "
             f"but got {describe_value(image)}. Let the data set, or its transform, return one."
         )
+    if channels is not None and (array.ndim == 2 or isinstance(image, Image.Image)):
+        raise wrong_argument("channels", f"None, because {name} has no axis of channels", channels, "Leave it out.")
+    if array.ndim == 3 and not isinstance(image, Image.Image):
+        array = np.moveaxis(array, 0, 2) if (channels or _place_of_channels(array, usual, name)) == "first" else array
+    array = array[:, :, None] if array.ndim == 2 else array
     pixels = _in_bytes(array, name)
     if size is None:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     if pixels.shape[2] not in (GRAY, RGB) and pixels.shape[:2] != (size, size):
         raise DataError(f"{name}: expected 1 or 3 channels to resize, but got {pixels.shape[2]}. Leave image_size out.")
     return resized(pixels, size)
+
+
+def _place_of_channels(array: NDArray[Any], usual: str, name: str) -> str:
+    """The usual place of the channels, or ArgumentError where the shape may mean another."""
+    ends = {"first": array.shape[0], "last": array.shape[2]}
+    if ends[usual] in (GRAY, RGB, 4) and min(ends[end] for end in ends if end != usual) not in (GRAY, RGB):
+        return usual
+    kind, order = ("A tensor", "first") if usual == "first" else ("An array", "last")
+    raise ArgumentError(
+        f"channels: {name} has the shape {array.shape}. {kind} is read with its channels {order}, which would be "
+        f"{ends[usual]} channels, but the shape does not tell that for sure. Pass channels='first' or channels='last'."
+    )
 
 
 def _in_bytes(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
@@ -151,6 +194,8 @@ def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]
         if data.ndim not in (3, 4) or len(data) == 0:
             kinds = "a tensor (images, channels, height, width) or an array (images, height, width, channels)"
             raise wrong_argument("data", f"images as {kinds}, at least one", data)
+        if data.dtype in (torch.uint8, np.uint8) and data.max() == 1:
+            raise DataError("data: expected uint8 up to 255, but there are 0 and 1 only, nearly black. Pass data != 0.")
         if labels is None or len(labels) != len(data):
             got = None if labels is None else len(labels)
             raise wrong_argument("labels", f"one for each of {len(data)} images", got)
@@ -163,32 +208,71 @@ def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]
         raise ArgumentError("labels: expected None, because a data set has labels of its own. Leave labels out.")
     names = getattr(data, "classes", None)
     known = [str(name) for name in names] if isinstance(names, list | tuple) else None
-    return data, _own_labels(data), known
+    stated = _stated_labels(data)
+    if stated is not None:
+        items = [(place, data[place]) for place in _spots(len(data))]
+        if all(
+            _same_label(item[1], stated[place]) for place, item in items if isinstance(item, tuple | list) and item[1:]
+        ):
+            return data, stated, known
+        known = None  # A wrapper that hands on wrong labels may hand on wrong names.
+    return data, _labels_of_items(data), known
 
 
-def _own_labels(data: Dataset[Any]) -> list[Any]:
+def _stated_labels(data: Dataset[Any]) -> list[Any] | None:
+    """The labels of all items in an attribute of the data set, if it has one that is meant for them."""
     for attribute in ("targets", "labels"):
         own = getattr(data, attribute, None)
-        plain = getattr(data, "target_transform", None) is None
-        if own is not None and plain and hasattr(own, "__len__") and len(own) == len(data):  # type: ignore[arg-type]
+        plain_targets = getattr(data, "target_transform", None) is None
+        if own is not None and plain_targets and hasattr(own, "__len__") and len(own) == len(data):  # type: ignore[arg-type]
             return _as_list(own)
+    return None
+
+
+def _labels_of_items(data: Dataset[Any]) -> list[Any]:
     labels = []
     for place in range(len(data)):  # type: ignore[arg-type]
         item = data[place]
-        if not isinstance(item, tuple | list) or len(item) < 2:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            got = f"{len(item)} values" if isinstance(item, tuple | list) else describe_value(item)
             raise ArgumentError(
-                f"data: expected items (image, label), but item {place} is {describe_value(item)}. "
-                "Wrap the data set so that it returns both."
+                f"data: expected items (image, label), but item {place} is {got}. "
+                "Wrap the data set so that it returns both, and nothing else."
             )
         labels.append(item[1])
     return _as_list(labels)
 
 
+def _refuse_random(source: _ItemPixels) -> None:
+    """Reads some images twice; ArgumentError if the two differ, or if reading draws random numbers."""
+    for place in _spots(len(source)):
+        first, before = source.pixels(place), Generators()
+        if not np.array_equal(first, source.pixels(place)) or before.moved():
+            raise ArgumentError(
+                f"data: {source.name(place)} is random: it changes whenever it is read, and memory would keep one draw "
+                "for ever. Take the random transforms out of the data set and pass augment= to the EpisodeSampler "
+                "of the training part, or pass stream=True to have random images in all parts."
+            )
+
+
+def _spots(count: int) -> list[int]:
+    """Some places of a data set to look at, in order: the first, and others at random, the same ones every time."""
+    return sorted({0, *(RandomStream("spots").permutation(count)[: _SPOTS - 1].tolist())})
+
+
+def _same_label(one: Any, other: Any) -> bool:
+    one, other = _plain(one), _plain(other)
+    return isinstance(one, str | int | float) and isinstance(other, str | int | float) and one == other
+
+
+def _plain(label: Any) -> Any:
+    """A label as a number or text, where it is an array or tensor of one."""
+    single = isinstance(label, np.generic) or (isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1)
+    return label.item() if single else label
+
+
 def _as_list(labels: Any) -> list[Any]:
-    if isinstance(labels, Tensor | np.ndarray):
-        labels = labels.tolist()
-    singles = (isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1) for label in labels)
-    return [label.item() if single else label for label, single in zip(labels, singles, strict=True)]
+    return [_plain(label) for label in (labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels)]
 
 
 def _text_of(label: Any, place: int, names: list[str] | None) -> str:
