@@ -49,10 +49,10 @@ def test_split_folders_are_used_where_they_exist(tmp_path, validation):
 
 
 def test_incomplete_or_leaking_split_folders_are_refused(tmp_path):
-    make_image_folder(tmp_path / "train", [0, 1])
-    make_image_folder(tmp_path / "test", [1])
-    refuses(DataError, r"val or validation with class folders inside is missing", load_image_folder, tmp_path)
     make_image_folder(tmp_path / "val", [2])
+    make_image_folder(tmp_path / "test", [1])
+    refuses(DataError, r"split folders, but train with class folders inside is missing", load_image_folder, tmp_path)
+    make_image_folder(tmp_path / "train", [0, 1])
     refuses(DataError, r"'class001' lies in both train and test", load_image_folder, tmp_path)
 
 

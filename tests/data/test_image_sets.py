@@ -160,20 +160,6 @@ def test_free_memory_is_a_number_of_this_machine() -> None:
     assert 2**20 < image_sets.free_memory() < 2**50
 
 
-def test_a_data_set_of_random_images_is_asked_again_when_streamed() -> None:
-    class Flickering(torch.utils.data.Dataset):
-        targets = list(range(4)) * 4
-
-        def __len__(self) -> int:
-            return 16
-
-        def __getitem__(self, place: int):
-            return np.full((2, 2, 1), np.random.randint(256), np.uint8), self.targets[place]
-
-    images = splits_from(Flickering(), stream=True).train
-    assert len({float(EpisodeSampler(images, ways=2).batch(0)[0].support_x.sum()) for _ in range(9)}) > 1
-
-
 @pytest.mark.parametrize("normalise", ["imagenet", ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
 def test_normalised_images_are_those_of_the_formula(normalise) -> None:
     images = numbered_images(channels=3, classes=8)

@@ -43,13 +43,14 @@ class Birds(Dataset):
         return made, int(LABELS[place])
 
 
-def expect_the_images(splits, names: list[str]) -> None:
-    """Every class once, and with it just its images, in their order."""
+def expect_the_images(splits, names: list[str], order: np.ndarray | slice = slice(None)) -> None:
+    """Every class once, and with it just its images, in their order in the data set."""
+    images, labels = IMAGES[order], LABELS[order]
     seen = []
     for part in splits:
         pixels = part.gather(np.arange(len(part))).permute(0, 2, 3, 1).numpy()
         for label, name in enumerate(part.class_names):
-            np.testing.assert_array_equal(pixels[part.labels.numpy() == label], IMAGES[names.index(name) == LABELS])
+            np.testing.assert_array_equal(pixels[part.labels.numpy() == label], images[names.index(name) == labels])
             seen.append(name)
     assert sorted(seen) == sorted(names)
 
@@ -95,8 +96,91 @@ def test_gray_images_need_no_channel_and_bools_are_black_and_white() -> None:
 def test_known_labels_save_a_pass_over_the_images(attribute: str) -> None:
     data = Birds(**{attribute: torch.from_numpy(LABELS), "classes": NAMES})
     splits = splits_from(data, stream=True)
-    assert data.asked == 1  # for the shape
+    assert data.asked <= 9  # eight to compare the labels, and one for the shape
     expect_the_images(splits, NAMES)
+
+
+class Shuffled(Dataset):
+    """A wrapper that reads the places of another data set in another order, and hands on all its attributes."""
+
+    def __init__(self, order: np.ndarray, relabel: int = 0) -> None:
+        self.data, self.order, self.relabel = Birds(targets=LABELS.tolist(), classes=NAMES), order, relabel
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int):
+        image, label = self.data[int(self.order[place])]
+        return image, (label + self.relabel) % 10
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.data, name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "order", [np.random.RandomState(0).permutation(30), np.arange(30)[::-1], np.roll(range(30), 1)]
+)
+def test_labels_that_a_wrapper_hands_on_in_another_order_are_not_believed(order: np.ndarray, stream: bool) -> None:
+    expect_the_images(splits_from(Shuffled(order), stream=stream), NUMBERS, order)
+
+
+def test_class_names_that_come_with_wrong_labels_are_not_believed() -> None:
+    splits = splits_from(Shuffled(np.arange(30), relabel=3))
+    expect_the_images(splits, [str((label + 3) % 10) for label in range(10)])
+
+
+def test_a_single_wrong_label_is_named_when_its_image_is_read() -> None:
+    order = np.arange(30)
+    order[[17, 18]] = 18, 17
+    refuses(DataError, r"image 18 has the label 7, but the data set says 8.*Subset", splits_from, Shuffled(order))
+    images = splits_from(Shuffled(order), stream=True)
+    with pytest.raises(DataError, match=r"image 1[78] has the label"):
+        expect_the_images(images, NAMES)
+    # The remedy that the message names.
+    expect_the_images(splits_from(Subset(Shuffled(order), range(30))), NUMBERS, order)
+
+
+def test_items_of_three_values_need_labels_that_are_known() -> None:
+    items = [(image, place, label) for place, (image, label) in enumerate(zip(IMAGES, LABELS.tolist(), strict=True))]
+    refuses(ArgumentError, "item 0 is 3 values", splits_from, items)
+
+    class Indexed(Shuffled):
+        def __getitem__(self, place: int):
+            image, label = self.data[place]
+            return (image, label, place) if self.relabel else (image, place, label)
+
+    expect_the_images(splits_from(Indexed(np.arange(30), relabel=1)), NAMES)
+    refuses(ArgumentError, "item 0 is 3 values", splits_from, Indexed(np.arange(30)))
+
+
+FIRST = np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        (FIRST, "first"),
+        (torch.from_numpy(IMAGES), "last"),
+        (list(zip(FIRST, LABELS.tolist(), strict=True)), "first"),
+        (TensorDataset(torch.from_numpy(IMAGES) / 255, torch.from_numpy(LABELS)), "last"),
+    ],
+)
+def test_the_place_of_the_channels_is_asked_for_where_the_shape_tells_another(data, place: str) -> None:
+    labels = LABELS if isinstance(data, np.ndarray | torch.Tensor) else None
+    refuses(ArgumentError, "channels: image 0 has the shape", splits_from, data, labels)
+    expect_the_images(splits_from(data, labels, channels=place), NUMBERS)
+
+
+def test_other_numbers_of_channels_are_asked_for_and_four_are_not() -> None:
+    wide = noise(6, 8, 8, 13)
+    refuses(ArgumentError, "which would be 13 channels", splits_from, wide, list("aabbcc"))
+    assert splits_from(wide, list("aabbcc"), channels="last").train.image_shape == (13, 8, 8)
+    assert splits_from(noise(6, 8, 8, 4), list("aabbcc")).train.image_shape == (4, 8, 8)
+    refuses(ArgumentError, "which would be 3 channels", splits_from, noise(6, 3, 8, 3), list("aabbcc"))
+    refuses(ArgumentError, "has no axis of channels", splits_from, wide[..., 0], list("aabbcc"), channels="last")
+    refuses(ArgumentError, "channels: expected 'first', 'last'", splits_from, wide, list("aabbcc"), channels=1)
+    refuses(DataError, "0 and 1 only", splits_from, noise(6, 8, 8) // 128, list("aabbcc"))
 
 
 def test_labels_that_a_transform_changes_are_taken_from_the_items() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import struct
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from published import cifar_archive, cifar_folder, mini_csv
 from refusals import refuses
 
-from metawrap.data import load_cifar_fs, load_image_folder, load_mini_imagenet
-from metawrap.data.tar_members import read_members
+from metawrap.data import load_cifar_fs, load_data, load_image_folder, load_mini_imagenet, tar_members
+from metawrap.data.class_split import PARTS
+from metawrap.data.tar_members import TarFiles, read_members
 from metawrap.data.text_files import read_table
 from metawrap.errors import DataError
 
@@ -61,11 +63,13 @@ def tar(path: Path, *members: tuple, mode: str = "w:gz") -> Path:
         (member("cifar-100-python/meta", kind=tarfile.LNKTYPE, link="../../evil"), "a link"),
         (member("evil", kind=tarfile.FIFOTYPE), "a device or pipe"),
         (member("evil", kind=tarfile.CHRTYPE), "a device or pipe"),
+        (member("evil", kind=tarfile.GNUTYPE_SPARSE), "a sparse file"),
     ],
 )
 def test_tar_members_that_leave_the_folder_are_refused(untouched: Path, mode: str, evil: tuple, what: str) -> None:
     path = tar(untouched / "cifar-100-python.tar.gz", evil, mode=mode)
-    refuses(DataError, what, load_cifar_fs, path)
+    for load in (load_cifar_fs, load_data):
+        refuses(DataError, what, load, path)
 
 
 def test_an_ordinary_archive_passes_the_same_checks(untouched: Path) -> None:
@@ -82,7 +86,8 @@ def peak_of(function, *arguments) -> int:
         tracemalloc.stop()
 
 
-def test_a_tar_that_decompresses_to_too_much_is_stopped(untouched: Path) -> None:
+def test_a_tar_that_decompresses_to_too_much_is_stopped(untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_members, "_LEAST_LIMIT", MIB)
     path = untouched / "bomb.tar.gz"
     header = tarfile.TarInfo("cifar-100-python/file.txt")
     header.size = 400 * MIB
@@ -93,6 +98,21 @@ def test_a_tar_that_decompresses_to_too_much_is_stopped(untouched: Path) -> None
     tar(path, *(member(f"file{number}", bytes(7 * MIB)) for number in range(10)))
     refuses(DataError, "decompresses to more than", read_members, path, ["cifar-100-python/meta"], 8 * MIB)
     assert peak_of(read_members, path, ["cifar-100-python/meta"], 8 * MIB) < 24 * MIB
+    refuses(DataError, "decompresses to more than", load_data, path)
+    assert peak_of(load_data, path) < 24 * MIB
+
+
+def test_a_member_of_an_image_archive_is_bounded_and_a_name_comes_once(untouched: Path) -> None:
+    images = [member(f"{name}/0.png", bytes(65 * MIB if name == "a" else 1)) for name in "abc"]
+    path = tar(untouched / "a.tar.gz", *images)
+    refuses(
+        DataError,
+        r"'a/0\.png' holds more than 67108864 bytes",
+        load_data,
+        path,
+        split={part: [name] for part, name in zip(PARTS, "abc", strict=True)},
+    )
+    refuses(DataError, r"'a/0\.png' twice", load_data, tar(path, images[1], member("a/0.png"), member("./a/0.png")))
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
@@ -102,6 +122,7 @@ def test_a_tar_header_that_claims_gigabytes_is_not_believed(untouched: Path, kin
     path = untouched / "bomb.tar.gz"
     path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(32 * MIB), 1))
     assert peak_of(read_members, path, ["a"], 64 * MIB) < 16 * MIB
+    assert peak_of(load_data, path) < 16 * MIB
 
 
 def test_ten_thousand_members_are_enough(untouched: Path) -> None:
@@ -117,11 +138,11 @@ def test_a_damaged_tar_is_read_or_refused(tmp_path: Path, noise: bytes, place: i
     place %= len(content)
     content[place : place + len(noise)] = noise
     path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
-    try:
-        found = read_members(path, ["meta", "train"], MIB)
-    except DataError:
-        return
-    assert set(found) == {"meta", "train"}
+    with contextlib.suppress(DataError):
+        files = TarFiles(path, MIB)
+        assert all(len(files.read(name)) <= MIB for name in files.names())
+    with contextlib.suppress(DataError):
+        assert set(read_members(path, ["meta", "train"], MIB)) == {"meta", "train"}
 
 
 @pytest.mark.parametrize("file", ["meta", "train", "test"])

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import omniglot_files, write_zip
+from data_helpers import omniglot_files, write_zip, zipped
 from PIL import Image
 from published import cifar_archive, cub_folder, mini_caches, mini_csv, noise, tiered_pickles
 from tiny_runs import log_of
 
 from metawrap.cli import main
 from metawrap.data import EpisodeSampler, load_image_folder
+
+
+def cub_archive(root: Path) -> Path:
+    folder = cub_folder(root / "unpacked")
+    with tarfile.open(root / "CUB_200_2011.tgz", "w:gz") as archive:
+        archive.add(folder, "CUB_200_2011")
+    return root / "CUB_200_2011.tgz"
 
 
 def birds(root: Path, classes: int = 15, images: int = 4) -> Path:
@@ -107,12 +115,63 @@ def test_an_image_in_two_parts_is_a_note(tmp_path, capsys):
     assert f"{train.class_names[0]}/0.png (train) = {test.class_names[0]}/9.png (test)" in out
 
 
+def test_images_that_come_again_inside_a_part_are_counted(tmp_path, capsys):
+    root = birds(tmp_path / "birds")
+    first, second = load_image_folder(root).train.class_names[:2]
+    for copy in ("7.png", "8.png"):  # two repeats in the class
+        (root / first / copy).write_bytes((root / first / "0.png").read_bytes())
+    with Image.open(root / first / "1.png") as image:  # other bytes, the same pixels
+        image.save(root / second / "9.bmp")
+    code, out, _ = check(capsys, root, "--ways", 2, "--out", tmp_path / "a.png", "--json")
+    own, other = sorted(json.loads(out)["notes"])
+    assert (code, own) == (
+        0,
+        "images that come again in another class of their part: 1, such as "
+        f"{first}/1.png (train) = {second}/9.bmp (train)",
+    )
+    assert other == (
+        "images that come again in their class, so that a target may equal a support image: 2, such as "
+        f"{first}/0.png (train) = {first}/7.png (train)"
+    )
+
+
+def test_conversions_of_pixels_and_files_that_are_not_read_are_told(tmp_path, capsys):
+    root = birds(tmp_path / "birds")
+    deep = np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10)
+    exif = Image.Exif()
+    exif[274] = 3
+    frames = [Image.fromarray(image) for image in noise(3, 10, 10)]
+    Image.fromarray(deep).save(root / "bird00" / "deep.png")
+    Image.fromarray(deep // 5).save(root / "bird01" / "dim.tif")
+    Image.fromarray((deep.T / 65535).astype(np.float32)).save(root / "bird02" / "float.tif")
+    Image.merge("LA", [frames[0], frames[1]]).save(root / "bird03" / "icon.png")
+    frames[2].save(root / "bird04" / "turned.png", exif=exif)
+    frames[0].save(root / "bird05" / "moving.gif", save_all=True, append_images=frames[1:])
+    for name in ("a.txt", "b.txt", "c.mp4"):
+        (root / "bird06" / name).write_text("x")
+    code, out, _ = check(capsys, root, "--ways", 2, "--out", tmp_path / "a.png", "--json")
+    assert (code, sorted(json.loads(out)["notes"])) == (
+        0,
+        [
+            "files that are not read: 3, such as bird06/a.txt (2 .txt, 1 .mp4)",
+            "images with 16 bits, scaled to 8, and no value above a quarter of white: 1, such as bird01/dim.tif",
+            "images with 16 bits, scaled to 8: 1, such as bird00/deep.png",
+            "images with an orientation in EXIF, turned upright: 1, such as bird04/turned.png",
+            "images with floats in [0, 1], scaled to 8 bits: 1, such as bird02/float.tif",
+            "images with several frames, of which the first is read: 1, such as bird05/moving.gif",
+            "images with transparency, shown on white: 1, such as bird03/icon.png",
+        ],
+    )
+
+
 LAYOUTS = {
     "mini csv": (mini_csv, "mini-imagenet"),
     "mini cache": (lambda root: mini_caches(root, "class_dict"), "mini-imagenet"),
     "tiered": (tiered_pickles, "tieredimagenet"),
     "cub": (cub_folder, "cub"),
+    "cub tgz": (cub_archive, "cub"),
     "cifar": (cifar_archive, "cifar-fs"),
+    "zip": (lambda root: zipped(birds(root / "b"), root / "a.zip"), "folder"),
 }
 
 
@@ -122,21 +181,25 @@ def test_layouts_are_recognised(tmp_path, capsys, layout):
     root.mkdir()
     write, name = LAYOUTS["mini cache" if layout == "one pickle" else layout]
     written = write(root)
-    root = written if layout == "cifar" else root
+    root = written if layout in ("cub tgz", "cifar", "zip") else root
     path = root / "mini-imagenet-cache-val.pkl" if layout == "one pickle" else root
     code, out, err = check(capsys, path, "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
     assert (code, err) == (0, "")
     assert out.startswith(f"{name}: ")
-    assert f"--data-root {root}" in out
+    assert f"--data{'-root' if name != 'folder' else ''} {root}" in out
 
 
 def test_a_folder_of_omniglot_is_recognised(tmp_path, capsys):
+    (tmp_path / "all").mkdir()
     for name, content in omniglot_files().items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     code, _, err = check(capsys, tmp_path, "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
     # Ten classes are too few for the paper's split, which the error says.
     assert (code, "asks for 1623 classes" in err) == (2, True)
+    (tmp_path / "omniglot-py" / "images_background" / "Greek").rename(tmp_path / "all" / "Alphabet_of_the_Magi")
+    code, _, err = check(capsys, tmp_path / "all", "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
+    assert (code, "the data set has 3" in err) == (2, True)
 
 
 def test_a_hostile_pickle_is_refused_by_name(tmp_path, capsys):
