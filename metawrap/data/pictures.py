@@ -95,7 +95,7 @@ def plain(image: Image.Image, name: str, remarks: list[str] | None = None) -> Im
     kind, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     if image.getexif().get(_ORIENTATION, 1) != 1:
         done.append("an orientation in EXIF, turned upright")
-    image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return _scaled(image, name, kind, white_is_zero, done)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
