@@ -64,8 +64,6 @@ class HeadLearner(Learner):
         model: nn.Module,
         keywords: EmbeddingKeywords,
         *,
-        inner_steps: int,
-        options: Mapping[str, Any],
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
@@ -75,7 +73,7 @@ class HeadLearner(Learner):
                 f"makes sense, but got {source!r}. Leave it out; head= names the head."
             )
         self._in_training_forward = False
-        shown = {**options, "head": head, "embedding": source}
+        inner_steps, shown = self.own["inner_steps"], {**self.own, "head": head, "embedding": source}
         wrapped, settings = wrapped_as_it_is(
             type(self), model, keywords, defaults=self.defaults, head=head, own_steps=inner_steps
         )

@@ -19,7 +19,7 @@ from metawrap.heads.class_table import ClassTable
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
 from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
-from metawrap.settings.settings import InnerOptimizerName, check_choice, check_positive
+from metawrap.settings.settings import InnerOptimizerName
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Task, TaskBatch, call_model, describe_value, usable
 
@@ -54,15 +54,6 @@ class JointTraining:
     table: ClassTable
     by_classes: Callable[[Task], bool]
     outputs: Callable[[Task, str, list[Moments], Tensor], TrainingOutputs]
-
-    def __post_init__(self) -> None:
-        check_positive("inner_lr", self.inner_lr)
-        check_choice("inner_optimizer", self.inner_optimizer)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keywords, as `describe` shows them."""
-        return {"inner_lr": self.inner_lr, "inner_optimizer": self.inner_optimizer, "classes": self.table.limit}
 
     def solve(
         self,

@@ -59,9 +59,11 @@ class Learner(nn.Module, ABC):
 
     model: the wrapped copy of the user's module. head: name of the module whose output is the prediction; None before
     the first task. distributed: whether the processes of torch's default group share this learner's meta-steps.
-    findings: what the first task of each mode showed. options: the method's own keywords, as `describe` shows them.
+    findings: what the first task of each mode showed. own: the method's own keywords, as `checked` sets them. options:
+    the same as `describe` shows them.
     """
 
+    own: dict[str, Any]
     skipped_steps: Tensor
     distributed: bool = True
     head: str | None = None

@@ -22,7 +22,8 @@ from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
 from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.settings.groups import InnerOptions
-from metawrap.settings.settings import check_choice
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, Number, Switch
 from metawrap.tasks import Task
 
 
@@ -54,22 +55,20 @@ class ANIL(HeadLearner):
     defaults: ClassVar[Mapping[str, Any]] = {"norm": "batch"}
     learning_rates: LearningRates
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        inner_steps: int = 5,
-        inner_lr: float = 0.1,
-        learn_inner_lr: bool = False,
-        first_order: bool = False,
+        inner_steps: Count = 5,
+        inner_lr: Number = 0.1,
+        learn_inner_lr: Switch = False,
+        first_order: Switch = False,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        own = {"inner_lr": inner_lr, "learn_inner_lr": learn_inner_lr, "first_order": first_order}
-        for name, value in own.items():
-            check_choice(name, value)
         self.inner_lr, self.learn_inner_lr, self.first_order = inner_lr, learn_inner_lr, first_order
         rates = {"learning_rates": LearningRates([], inner_steps, inner_lr, learn_inner_lr)}
-        super().__init__(model, keywords, inner_steps=inner_steps, options=own, parts=rates)
+        super().__init__(model, keywords, parts=rates)
 
     def _solve(
         self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any

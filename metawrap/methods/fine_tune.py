@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
+from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.heads.embedding import support_and_target
 from metawrap.layers.per_step_norm import Moments
@@ -17,7 +17,9 @@ from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
 from metawrap.results import TaskOutcome, ignored_label
+from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
+from metawrap.settings.validated import Count, Positive
 from metawrap.tasks import Task, TaskBatch, describe_value, device_of
 
 
@@ -55,26 +57,23 @@ class FineTune(HeadLearner):
     Source: Chen, Liu, Kira, Wang, Huang 2019, arXiv:1904.04232, section 3.2.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
         tune: Tune = "head",
-        inner_steps: int = 100,
-        inner_lr: float = 0.1,
+        inner_steps: Count = 100,
+        inner_lr: Positive = 0.1,
         inner_optimizer: InnerOptimizerName = "sgd",
-        classes: int | None = None,
+        classes: Count | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        if tune not in ("full", "head"):
-            raise ArgumentError(f"tune: expected 'full' or 'head', but got {tune!r}.")
         self.head_runs_alone = tune == "head"
         self.joint = JointTraining(
             tune, inner_lr, inner_optimizer, ClassTable(classes), self._by_classes, self._outputs
         )
-        options = {"tune": tune, **self.joint.options}
-        parts = {"table": self.joint.table}
-        super().__init__(model, keywords, inner_steps=inner_steps, options=options, parts=parts)
+        super().__init__(model, keywords, parts={"table": self.joint.table})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         if task.classes is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import task_loss
-from metawrap.settings.settings import check_number, check_switch, check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, Positive, Several, Share, Switch
 from metawrap.tasks import Task
 
 Order = Literal["sorted", "given", "shuffled"]
@@ -63,35 +64,26 @@ class MANN(EmbeddingLearner):
     controller: Controller
     rows: ClassRows
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        ways: int | None = None,
-        hidden: int = 200,
-        slots: int = 128,
-        width: int = 40,
-        reads: int = 4,
-        decay: float = 0.95,
-        key_strength: float = 10.0,
+        ways: Several | None = None,
+        hidden: Count = 200,
+        slots: Count = 128,
+        width: Count = 40,
+        reads: Count = 4,
+        decay: Share = 0.95,
+        key_strength: Positive = 10.0,
         order: Order = "sorted",
-        support_loss: bool = False,
+        support_loss: Switch = False,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        sizes = {"hidden": hidden, "slots": slots, "width": width, "reads": reads}
-        for name, size in sizes.items():
-            check_whole(name, size, 1)
         if slots < reads:
             raise ArgumentError(f"slots: expected at least one for each of {reads} reads, but got {slots}.")
-        check_number("decay", decay, 0, 1)
-        check_number("key_strength", key_strength, 0, open_below=True)
-        if order not in ("sorted", "given", "shuffled"):
-            raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {order!r}.")
-        check_switch("support_loss", support_loss)
-        options: dict[str, Any] = {"ways": ways, **sizes, "decay": decay, "key_strength": key_strength}
-        options |= {"order": order, "support_loss": support_loss}
         controller = Controller(hidden, slots, width, reads, decay, key_strength)
-        super().__init__(model, keywords, options=options, parts={"controller": controller, "rows": ClassRows(ways)})
+        super().__init__(model, keywords, options=self.own, parts={"controller": controller, "rows": ClassRows(ways)})
         self.order: Order = order
         self.support_loss = support_loss
 

@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, cosine_similarities
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.settings.settings import check_positive, check_switch, check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, Positive, Switch
 
 _STEPS = 5
 
@@ -52,23 +53,20 @@ class MatchingNet(EmbeddingLearner):
     backwards: nn.LSTMCell
     reader: nn.LSTMCell
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        full_context: bool = False,
-        processing_steps: int | None = None,
-        scale: float = 1.0,
-        learn_scale: bool = False,
+        full_context: Switch = False,
+        processing_steps: Count | None = None,
+        scale: Positive = 1.0,
+        learn_scale: Switch = False,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        for name, value in {"full_context": full_context, "learn_scale": learn_scale}.items():
-            check_switch(name, value)
-        check_positive("scale", scale)
         if processing_steps is not None and not full_context:
             raise ArgumentError("processing_steps: has no effect without full_context=True. Leave it out.")
         steps = _STEPS if processing_steps is None else processing_steps
-        check_whole("processing_steps", steps, 1)
         options = {"full_context": full_context, "scale": scale, "learn_scale": learn_scale}
         parts: dict[str, nn.Module | nn.Parameter] = {}
         if learn_scale:

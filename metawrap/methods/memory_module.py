@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -12,7 +10,8 @@ from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import ignored_label, task_loss
-from metawrap.settings.settings import check_number, check_switch, check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, NotNegative, Positive, Switch
 from metawrap.tasks import Task
 
 _FREE = -1
@@ -52,31 +51,23 @@ class MemoryModule(EmbeddingLearner):
     Source: Kaiser, Nachum, Roy, Bengio 2017, arXiv:1703.03129, Section 2.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        slots: int = 8192,
-        neighbours: int = 256,
-        margin: float = 0.1,
-        inverse_temperature: float = 40.0,
-        age_noise: float = 8.0,
-        task_loss: float = 1.0,
-        key_gradients: bool = True,
+        slots: Count = 8192,
+        neighbours: Count = 256,
+        margin: NotNegative = 0.1,
+        inverse_temperature: Positive = 40.0,
+        age_noise: NotNegative = 8.0,
+        task_loss: NotNegative = 1.0,
+        key_gradients: Switch = True,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        for name, count in {"slots": slots, "neighbours": neighbours}.items():
-            check_whole(name, count, 1)
-        numbers = {"margin": margin, "age_noise": age_noise, "task_loss": task_loss}
-        for name, number in numbers.items():
-            check_number(name, number, 0)
-        check_number("inverse_temperature", inverse_temperature, 0, open_below=True)
-        check_switch("key_gradients", key_gradients)
         if task_loss == 0 and "loss_fn" in keywords:
             raise ArgumentError("loss_fn: has no effect with task_loss=0. Leave it out, or give task_loss a weight.")
-        options: dict[str, Any] = {"slots": slots, "neighbours": neighbours, "key_gradients": key_gradients}
-        options |= {**numbers, "inverse_temperature": inverse_temperature}
-        super().__init__(model, keywords, options=options)
+        super().__init__(model, keywords, options=self.own)
         self.slots, self.neighbours, self.margin = slots, neighbours, margin
         self.inverse_temperature, self.age_noise = inverse_temperature, age_noise
         self.task_loss, self.key_gradients = task_loss, key_gradients

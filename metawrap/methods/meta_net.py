@@ -10,7 +10,8 @@ from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, cosine_similarities, one_hot
 from metawrap.layers.learned_update import preprocessed
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.settings.settings import check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, Several
 
 # How small a gradient may be, exp(-p), before its logarithm says nothing.
 _P = 7.0
@@ -55,19 +56,17 @@ class MetaNet(EmbeddingLearner):
     task_fast_out: nn.Linear
     example_fast: nn.Sequential
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        ways: int | None = None,
-        representation: int = 64,
-        representation_steps: int = 5,
-        hidden: int = 20,
+        ways: Several | None = None,
+        representation: Count = 64,
+        representation_steps: Count = 5,
+        hidden: Count = 20,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        options = {"representation": representation, "representation_steps": representation_steps, "hidden": hidden}
-        for name, value in options.items():
-            check_whole(name, value, 1)
         parts: dict[str, nn.Module] = {
             "representation": nn.LazyLinear(representation, bias=False),
             "representation_rows": ClassRows(ways),
@@ -78,7 +77,7 @@ class MetaNet(EmbeddingLearner):
             ),
             "rows": ClassRows(ways),
         }
-        super().__init__(model, keywords, options={"ways": ways, **options}, parts=parts)
+        super().__init__(model, keywords, options=self.own, parts=parts)
         self.representation_steps = representation_steps
 
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FastWeights:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, LinearHead, one_hot, ridge_weights
 from metawrap.heads.multiclass_svm import check_solver, multiclass_svm
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.settings.settings import check_positive
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Positive
 
 Solver = Literal["svm", "ridge"]
 _REGULARIZERS = {"svm": 0.1, "ridge": 50.0}
@@ -47,26 +47,23 @@ class MetaOptNet(EmbeddingLearner):
 
     scale: nn.Parameter
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
         solver: Solver = "svm",
-        regularizer: float | None = None,
-        scale: float = 10.0,
+        regularizer: Positive | None = None,
+        scale: Positive = 10.0,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        if solver not in ("svm", "ridge"):
-            raise ArgumentError(f"solver: expected 'svm' or 'ridge', but got {solver!r}.")
         regularizer = _REGULARIZERS[solver] if regularizer is None else regularizer
-        check_positive("regularizer", regularizer)
-        check_positive("scale", scale)
         if solver == "svm":
             check_solver()
         super().__init__(
             model,
             keywords,
-            options={"solver": solver, "regularizer": regularizer, "scale": scale},
+            options=self.own | {"regularizer": regularizer},
             parts={"scale": nn.Parameter(torch.tensor(scale, dtype=torch.float64))},
         )
         self.solver: Solver = solver

@@ -19,7 +19,9 @@ from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
 from metawrap.results import TaskOutcome
+from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
+from metawrap.settings.validated import Count, Positive
 from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, device_of
 
 
@@ -52,20 +54,20 @@ class MultiTask(HeadLearner):
 
     heads: TaskHeads
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        inner_steps: int = 100,
-        inner_lr: float = 0.1,
+        inner_steps: Count = 100,
+        inner_lr: Positive = 0.1,
         inner_optimizer: InnerOptimizerName = "sgd",
-        classes: int | None = None,
+        classes: Count | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         table = ClassTable(classes)
         self.joint = JointTraining("head", inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
-        parts = {"table": table, "heads": TaskHeads()}
-        super().__init__(model, keywords, inner_steps=inner_steps, options=self.joint.options, parts=parts)
+        super().__init__(model, keywords, parts={"table": table, "heads": TaskHeads()})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))

@@ -18,7 +18,8 @@ from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import ignored_label, task_loss
-from metawrap.settings.settings import check_number, check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, NotNegative
 from metawrap.tasks import Inputs, Task, describe_value
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -77,30 +78,25 @@ class NeuralStatistician(EmbeddingLearner):
 
     statistician: Statistician
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        context: int = 64,
-        latent: int = 16,
-        hidden: int = 256,
+        context: Count = 64,
+        latent: Count = 16,
+        hidden: Count = 256,
         likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
-        discriminative: float = 0.0,
+        discriminative: NotNegative = 0.0,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        sizes = {"context": context, "latent": latent, "hidden": hidden}
-        for name, size in sizes.items():
-            check_whole(name, size, 1)
-        if likelihood not in ("auto", "bernoulli", "gaussian"):
-            raise ArgumentError(f"likelihood: expected 'auto', 'bernoulli' or 'gaussian', but got {likelihood!r}.")
-        check_number("discriminative", discriminative, 0)
         if "loss_fn" in keywords and not discriminative:
             raise ArgumentError(
                 "loss_fn: has no effect on NeuralStatistician, which is trained by its variational bound. Leave it "
                 "out, or give it a weight with discriminative=."
             )
-        options = {**sizes, "likelihood": likelihood, "discriminative": discriminative}
-        super().__init__(model, keywords, options=options, parts={"statistician": Statistician(**sizes)})
+        parts = {"statistician": Statistician(context, latent, hidden)}
+        super().__init__(model, keywords, options=self.own, parts=parts)
         self.discriminative = discriminative
         self._likelihood: Likelihood | None = None if likelihood == "auto" else likelihood
 

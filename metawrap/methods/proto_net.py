@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError
 from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.settings.keywords import checked
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -28,12 +28,11 @@ class ProtoNet(EmbeddingLearner):
     Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1 and 2.
     """
 
+    @checked
     def __init__(
         self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddingKeywords]
     ) -> None:
-        if distance not in ("euclidean", "cosine"):
-            raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {distance!r}.")
-        super().__init__(model, keywords, options={"distance": distance})
+        super().__init__(model, keywords, options=self.own)
         self.distance: Distance = distance
 
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from metawrap.heads.fitted import FittedHead, LinearHead, one_hot, ridge_weights
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.settings.settings import check_positive
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Positive
 
 
 class R2D2(EmbeddingLearner):
@@ -39,14 +40,18 @@ class R2D2(EmbeddingLearner):
     scale: nn.Parameter
     bias: nn.Parameter
 
+    @checked
     def __init__(
-        self, model: nn.Module, *, regularizer: float = 1.0, scale: float = 10.0, **keywords: Unpack[EmbeddingKeywords]
+        self,
+        model: nn.Module,
+        *,
+        regularizer: Positive = 1.0,
+        scale: Positive = 10.0,
+        **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        check_positive("regularizer", regularizer)
-        check_positive("scale", scale)
         starts = {"log_regularizer": math.log(regularizer), "scale": scale, "bias": 0}
         parts = {name: nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in starts.items()}
-        super().__init__(model, keywords, options={"regularizer": regularizer, "scale": scale}, parts=parts)
+        super().__init__(model, keywords, options=self.own, parts=parts)
 
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         # LAPACK knows no half precision.

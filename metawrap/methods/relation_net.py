@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.heads.fitted import FittedHead, class_sums, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import IGNORED
-from metawrap.settings.settings import check_whole
+from metawrap.settings.keywords import checked
+from metawrap.settings.validated import Count, Expected
 from metawrap.tasks import describe_value
 
 
@@ -63,16 +64,15 @@ class RelationNet(EmbeddingLearner):
     flat: ClassVar[bool] = False
     relation: nn.Module
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        hidden: int | None = None,
-        relation: nn.Module | None = None,
+        hidden: Count | None = None,
+        relation: Annotated[nn.Module, Expected("a torch.nn.Module")] | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        if hidden is not None:
-            check_whole("hidden", hidden, 1)
         if relation is None:
             hidden = hidden or 64
             part = relation_module(hidden)
@@ -166,8 +166,6 @@ def _as_maps(pairs: Tensor) -> Tensor:
 
 
 def _check_relation(relation: nn.Module) -> None:
-    if not isinstance(relation, nn.Module):
-        raise ArgumentError(f"relation: expected a torch.nn.Module, but got {type(relation).__name__}.")
     for name, module in relation.named_modules():
         if isinstance(module, _BatchNorm):
             raise ArgumentError(

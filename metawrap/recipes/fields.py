@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -26,7 +26,7 @@ from metawrap.training.run_settings import METHODS, RunSettings
 
 # The keywords of the method become `options`, and the name of the file becomes `recipe`.
 RUN_FIELDS: dict[str, Any] = {
-    name: hint for name, hint in get_type_hints(RunSettings).items() if name not in ("options", "recipe")
+    name: hint for name, hint in field_types(RunSettings).items() if name not in ("options", "recipe")
 }
 
 

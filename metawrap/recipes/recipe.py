@@ -65,11 +65,7 @@ class Recipe:
         """
         given, start = {**self.given, **by_field(changes or {})}, replace(start or RunSettings(), recipe=self.name)
         run, options = split(given, _method(given, start.method))
-        try:
-            return replace(start, **run, options=nested({**flattened(start.options), **flattened(options)}))
-        except ArgumentError as error:  # A value out of range; the text begins with the field.
-            place = given[name].place if (name := str(error).partition(":")[0]) in given else ""
-            raise ArgumentError(f"{place}: {error}" if place else str(error)) from error
+        return replace(start, **run, options=nested({**flattened(start.options), **flattened(options)}))
 
 
 def recipe_names() -> list[str]:

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from metawrap.report.gather import Group, recorded
-from metawrap.training.run_records import Number
+from metawrap.report.records import Number
 
 # The colours of inner steps in their order. All can be seen on white and on black.
 RAMP = ("#5b4bb7", "#3f78c9", "#2f9c9c", "#6fae4e", "#d0a52c", "#e07b39", "#d1528a")

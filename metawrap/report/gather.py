@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metawrap.training.run_records import RunRecords, read_records
+from metawrap.report.records import RunRecords, read_records
 from metawrap.training.run_settings import FREE_ON_RESUME
 from metawrap.training.tables import method_title
 

@@ -19,7 +19,7 @@ from metawrap.report.charts import (
     value_at,
 )
 from metawrap.report.gather import COLOURS, Group, runs_with
-from metawrap.training.run_records import Epoch, Number, RunRecords
+from metawrap.report.records import Epoch, Number, RunRecords
 
 # A slider offers at most this many epochs, at equal distances, the first and the last among them.
 MOST_SLIDES = 40

@@ -18,9 +18,9 @@ from metawrap.report import tables
 from metawrap.report.charts import accuracy_by_step, curves, step_losses
 from metawrap.report.gather import Group, recorded
 from metawrap.report.layer_charts import learned_rates, norm_statistics
+from metawrap.report.records import RunRecords
 from metawrap.templates import fill_template, packaged_text
 from metawrap.training.checkpoints import write_atomically
-from metawrap.training.run_records import RunRecords
 
 _PACKAGE = "metawrap.report"
 

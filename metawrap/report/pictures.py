@@ -23,7 +23,7 @@ from metawrap.report.charts import (
 )
 from metawrap.report.gather import Group
 from metawrap.report.layer_charts import learned_rates, norm_statistics, shortened
-from metawrap.training.run_records import Example, Number
+from metawrap.report.records import Example, Number
 
 # What plotly calls them, and what matplotlib calls them.
 _MARKERS = dict(zip(SYMBOLS, "osD^X*Pv", strict=True))

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from metawrap.report.gather import Group, differences
+from metawrap.report.records import RunRecords, Score
 from metawrap.training.progress import duration
-from metawrap.training.run_records import RunRecords, Score
 
 _POLICY_KINDS = {"batch": "transductive", "running": "inductive", "support": "inductive"}
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}

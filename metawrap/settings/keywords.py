@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, wraps
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from typing_extensions import Unpack, get_type_hints, is_typeddict
 
 from metawrap.errors import ArgumentError
 from metawrap.settings.groups import GROUPS
-from metawrap.settings.validated import field_types
+from metawrap.settings.validated import check_value, field_types
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 # Names of 0.1 that no part of a name of today resembles.
@@ -37,7 +37,7 @@ def keyword_types(taker: Any) -> Mapping[str, Any]:
         found = get_type_hints(taker, include_extras=True)
         return found | {dotted: hint for name, each in found.items() for dotted, hint in _fields_of(name, each)}
     hints = get_type_hints(taker.__init__, include_extras=True)
-    names = inspect.signature(taker.__init__, follow_wrapped=False).parameters
+    names = inspect.signature(taker.__init__).parameters
     found = {name: hints[name] for name in names if name in hints and name not in ("model", "keywords")}
     if get_origin(hints.get("keywords")) is Unpack:
         found |= keyword_types(get_args(hints["keywords"])[0])
@@ -70,6 +70,31 @@ def shows(keywords: type) -> Callable[[Constructor], Constructor]:
         return constructor
 
     return mark
+
+
+def checked(constructor: Constructor) -> Constructor:
+    """Checks a constructor's own keywords against their types, before it runs, and keeps their values in `self.own`.
+
+    Raises:
+        ArgumentError: a value of the wrong type or range; names it.
+    """
+
+    @wraps(constructor)
+    def init(self: Any, model: Any, **given: Any) -> None:
+        hints = _hints_of(constructor)
+        for name, value in given.items():
+            if name in hints:
+                check_value(name, value, hints[name])
+        own = inspect.signature(constructor).parameters.values()
+        self.own = {each.name: given.get(each.name, each.default) for each in own if each.kind is each.KEYWORD_ONLY}
+        constructor(self, model, **given)
+
+    return init  # type: ignore[return-value]
+
+
+@cache
+def _hints_of(constructor: Any) -> Mapping[str, Any]:
+    return get_type_hints(constructor, include_extras=True)
 
 
 def _bare(hint: Any) -> Any:

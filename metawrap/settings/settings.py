@@ -214,13 +214,7 @@ _REPLACED = {"optimizer": ("meta_lr", "outer_update.betas", *_SCHEDULE), "schedu
 
 def check_choice(name: str, value: Any) -> None:
     """Checks one argument that is also taken outside the constructor (`norm=` of `evaluate`, say)."""
-    others = {"inner_optimizer": InnerOptimizerName, "first_order": Switch, "mask_unused_outputs": Switch}
-    check_value(name, value, others[name] if name in others else field_types(Settings)[name])
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Checks a method's own argument: a finite number above 0."""
-    check_value(name, value, Positive)
+    check_value(name, value, Switch if name == "mask_unused_outputs" else field_types(Settings)[name])
 
 
 def check_switch(name: str, value: Any) -> None:
@@ -231,11 +225,3 @@ def check_switch(name: str, value: Any) -> None:
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raises ArgumentError unless the value is a whole number of at least `least`."""
     check_value(name, value, Annotated[int, Field(ge=least), Expected(f"a whole number of at least {least}")])
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_below: bool = False) -> None:
-    """Raises ArgumentError unless the value is a finite number in low..high, where low itself may be left out."""
-    words = f"a number {'above' if open_below else 'of at least'} {low:g}"
-    words += "" if high == math.inf else f" and at most {high:g}"
-    above = Field(gt=low, le=high) if open_below else Field(ge=low, le=high)
-    check_value(name, value, Annotated[float, above, Expected(words)])

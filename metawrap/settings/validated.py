@@ -45,6 +45,7 @@ def _whole_or_infinite(value: Any) -> Any:
 Switch = Annotated[bool, Expected("True or False")]
 Count = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
 CountOrNone = Annotated[Annotated[int, Field(ge=1)] | None, Expected("a whole number of at least 1, or None")]
+Several = Annotated[int, Field(ge=2), Expected("a whole number of at least 2")]
 Whole = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
 WholeOrInfinite = Annotated[
     float, PlainValidator(_whole_or_infinite), Expected("a whole number of at least 0, or math.inf")
@@ -53,6 +54,7 @@ Number = Annotated[float, Expected("a finite number")]
 Positive = Annotated[float, Field(gt=0), Expected("a positive number")]
 PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, Expected("a positive number or None")]
 NotNegative = Annotated[float, Field(ge=0), Expected("a number of at least 0")]
+Share = Annotated[float, Field(ge=0, le=1), Expected("a number of at least 0 and at most 1")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Expected("a number from 0 up to, not including, 1")]
 Betas = Annotated[
     tuple[Fraction, Fraction],
@@ -170,4 +172,4 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 @lru_cache(256)
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))

@@ -1,9 +1,8 @@
 """Runs: epochs, validation, checkpoints, resume, logs, the final test. Read `train` in `run.py` first.
 
 From top to bottom; a module imports those below it alone:
-study -> comparison -> run -> final_evaluation, insight, tensorboard, inspection -> experiment -> run_records ->
-run_folder -> run_lock, checkpoints -> checkpoint_archive -> plots -> progress -> machine, tables -> torchrun ->
-run_settings.
+study -> comparison -> run -> final_evaluation, insight, tensorboard, inspection -> experiment -> run_folder ->
+run_lock, checkpoints -> checkpoint_archive -> plots -> progress -> machine, tables -> torchrun -> run_settings.
 """
 
 from metawrap.training.run import evaluate_run, train, train_seeds

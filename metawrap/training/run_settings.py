@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Annotated, Any, Literal, get_args
 
-from metawrap.errors import ArgumentError, CheckpointError
+from pydantic import Field
+
+from metawrap.errors import CheckpointError
+from metawrap.settings.settings import NormPolicy
+from metawrap.settings.validated import Count, Expected, Number, Options, Several, Switch, Whole, validated
 
 # The name on the command line, and the class in metawrap.methods.
 METHODS = {
@@ -32,29 +36,24 @@ METHODS = {
     "multi-task": "MultiTask",
     "zero-step": "ZeroStep",
 }
-BACKBONES = ("conv4", "conv4-strided")
-NORMS = ("batch", "running", "support")
+Backbone = Literal["conv4", "conv4-strided"]
+BACKBONES: tuple[str, ...] = get_args(Backbone)
+NORMS: tuple[str, ...] = get_args(NormPolicy)
 
 # A resumed run may change these settings: they decide where training runs, which files stay and what is tested.
 FREE_ON_RESUME = frozenset(
     {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
 )
 
-_AT_LEAST = {"ensemble": 0, "loader_workers": 0, "ways": 2, "train_ways": 2, "validation_tasks": 2, "test_tasks": 2}
-_AT_LEAST |= dict.fromkeys(
-    ("shots", "targets", "filters", "inner_steps", "epochs", "iterations_per_epoch", "tasks_per_batch", "keep"), 1
-)
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": tuple(METHODS),
-    "backbone": BACKBONES,
-    "norm": (None, *NORMS),
-    "normalise": (None, "none", "imagenet"),
-    "test_norms": ("all", "own"),
-}
+Text = Annotated[str, Expected("text")]
+Keywords = Annotated[dict[str, Any], Expected("a dict of keyword arguments by name")]
+Method = Annotated[
+    str, Field(pattern=f"^({'|'.join(map(re.escape, METHODS))})$"), Expected(f"one of {', '.join(METHODS)}")
+]
 
 
-@dataclass(frozen=True)
-class RunSettings:
+@validated
+class RunSettings(Options):
     """The settings of `metawrap train`. None means: the default of the data set, method or preset.
 
     data: the name of a data set, or a folder of class folders. split: see the loader of the data set. normalise:
@@ -72,52 +71,40 @@ class RunSettings:
     'conv4'
     """
 
-    data: str = "glyphs"
-    data_root: str | None = None
-    split: str | None = None
-    image_size: int | None = None
-    rotations: bool | None = None
-    normalise: str | None = None
-    stream: bool | None = None
-    loader_workers: int | None = None
-    ways: int = 5
-    train_ways: int | None = None
-    shots: int = 1
-    targets: int = 1
-    method: str = "maml++"
-    preset: str | None = None
-    norm: str | None = None
-    engine: str | None = None
-    backbone: str = "conv4"
-    filters: int = 64
-    model: str | None = None
-    inner_steps: int | None = None
-    inner_lr: float | None = None
-    meta_lr: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 10
-    iterations_per_epoch: int = 50
-    tasks_per_batch: int = 8
-    validation_tasks: int = 200
-    test_tasks: int = 600
-    test_norms: str = "all"
-    seed: int = 0
-    device: str = "auto"
-    keep: int = 5
-    ensemble: int = 0
-    recipe: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        for name, least in _AT_LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ArgumentError(f"{name}: expected at least {least}, but got {value}.")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                listed = ", ".join(choice for choice in allowed if choice)
-                raise ArgumentError(f"{name}: expected one of {listed}, but got '{getattr(self, name)}'.")
-        if self.seed < 0:
-            raise ArgumentError(f"seed: expected 0 or more, but got {self.seed}.")
+    data: Text = "glyphs"
+    data_root: Text | None = None
+    split: Text | None = None
+    image_size: Count | None = None
+    rotations: Switch | None = None
+    normalise: Literal["none", "imagenet"] | None = None
+    stream: Switch | None = None
+    loader_workers: Whole | None = None
+    ways: Several = 5
+    train_ways: Several | None = None
+    shots: Count = 1
+    targets: Count = 1
+    method: Method = "maml++"
+    preset: Text | None = None
+    norm: NormPolicy | None = None
+    engine: Text | None = None
+    backbone: Backbone = "conv4"
+    filters: Count = 64
+    model: Text | None = None
+    inner_steps: Count | None = None
+    inner_lr: Number | None = None
+    meta_lr: Number | None = None
+    options: Keywords = Field(default_factory=dict)
+    epochs: Count = 10
+    iterations_per_epoch: Count = 50
+    tasks_per_batch: Count = 8
+    validation_tasks: Several = 200
+    test_tasks: Several = 600
+    test_norms: Literal["all", "own"] = "all"
+    seed: Whole = 0
+    device: Text = "auto"
+    keep: Count = 5
+    ensemble: Whole = 0
+    recipe: Text | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON and `torch.load(weights_only=True)` can hold."""
@@ -145,26 +132,3 @@ class RunSettings:
                     f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
                     "Leave it out to continue the run as it was, or start a new one with another --out."
                 )
-
-
-_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "str": ("text", (str,)),
-    "int": ("a whole number", (int,)),
-    "float": ("a number", (int, float)),
-    "bool": ("True or False", (bool,)),
-    "dict[str, Any]": ("a dict of keyword arguments", (dict,)),
-}
-
-
-def _check_types(settings: RunSettings) -> None:
-    """Raises ArgumentError for a value that differs from its field's type: a recipe or a file can hold anything."""
-    for each in fields(settings):
-        value, (kind, optional, _) = getattr(settings, each.name), str(each.type).partition(" | None")
-        words, types = _KINDS[kind]
-        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        if not right and not (value is None and optional):
-            raise ArgumentError(f"{each.name}: expected {words}, but got {type(value).__name__} {value!r:.60}.")
-        if isinstance(value, dict) and (bad := [key for key in value if not isinstance(key, str)]):
-            raise ArgumentError(f"{each.name}: expected names of keyword arguments, but got the key {bad[0]!r:.60}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ArgumentError(f"{each.name}: expected a finite number, but got {value}.")

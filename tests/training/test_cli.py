@@ -78,7 +78,7 @@ def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
     ("flags", "words"),
     [
         (["train", "--data", "no-such-data"], "'no-such-data' is neither a data set"),
-        (["train", "--ways", "1"], "ways: expected at least 2, but got 1"),
+        (["train", "--ways", "1"], "ways: expected a whole number of at least 2, but got 1"),
         (["train", "--ways", "1000", "--device", "cpu"], "ways=1000, but there are only"),
         (["train", "--model", "nothing"], "model: expected 'package.module:factory'"),
         (["train", *FLAGS, "--preset", "mine"], "preset: expected one of"),

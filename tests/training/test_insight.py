@@ -15,6 +15,7 @@ from torch import nn
 
 import metawrap.training.run
 from metawrap.errors import MetaWrapError
+from metawrap.report.records import read_records
 from metawrap.results import EvaluationResult
 from metawrap.tasks import Task
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint
@@ -22,7 +23,6 @@ from metawrap.training.experiment import build_experiment
 from metawrap.training.insight import as_png, final_insight, quartiles, step_counts
 from metawrap.training.run import train
 from metawrap.training.run_folder import RunFolder
-from metawrap.training.run_records import read_records
 
 TINY = replace(tiny_runs.TINY, test_norms="own", options={"msl_epochs": 2})
 pytestmark = pytest.mark.usefixtures("tiny_training")

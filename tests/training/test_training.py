@@ -143,11 +143,11 @@ def test_settings_survive_json_and_unknown_ones_are_named():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ways": 1}, "ways: expected at least 2, but got 1"),
-        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"ways": 1}, "ways: expected a whole number of at least 2, but got 1"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1"),
         ({"method": "mamba"}, r"method: expected one of maml\+\+, maml, .*, but got 'mamba'"),
-        ({"norm": "layer"}, "norm: expected one of batch, running, support"),
-        ({"seed": -1}, "seed: expected 0 or more"),
+        ({"norm": "layer"}, "norm: expected 'batch', 'running' or 'support'"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, but got -1"),
     ],
 )
 def test_impossible_settings_name_the_argument_and_what_was_expected(change, words):
