@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 
@@ -43,3 +47,12 @@ class CheckpointError(MetaWrapError, RuntimeError):
 
 class MetaWrapWarning(UserWarning):
     """Something is allowed but is known to surprise people; the text says what and how to silence it."""
+
+
+@contextmanager
+def writing(argument: str, path: Path, fix: str = "Name a file in a folder of yours.") -> Iterator[None]:
+    """Raises ArgumentError in place of an OSError while a path that the user named is written."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(f"{argument}: cannot write '{path}' ({error.strerror}). {fix}") from error

@@ -282,7 +282,7 @@ def probed_gradient(
         ),
     )
     learned = [parameter for parameter in solver.learned if parameter.requires_grad]
-    with solver_unchanged(solver):
+    with model_unchanged(solver):
         loss, _ = probe.solve_all(tasks, training=True, norm=settings.norm, whole_graph=False)
         gradients = torch.autograd.grad(loss, learned, allow_unused=True)
     return tuple(None if gradient is None else dense(gradient) for gradient in gradients)
@@ -315,20 +315,8 @@ def carries_channels_last(learner: Any, task: Task, **changes: Any) -> bool:
 
 @contextmanager
 def model_unchanged(learner: Any, edits: BufferEdits | None = None) -> Iterator[None]:
-    """Restores all that a probe may change in the model and the loss."""
-    with _restored(learner.wrapped.model, learner.loss_fn, device_of(learner.wrapped.model), edits):
-        yield
-
-
-@contextmanager
-def solver_unchanged(solver: TaskSolver) -> Iterator[None]:
-    """The same for a solver."""
-    with _restored(solver.wrapped.model, solver.loss_fn, solver.device, None):
-        yield
-
-
-@contextmanager
-def _restored(model: nn.Module, loss_fn: Any, device: torch.device, edits: BufferEdits | None) -> Iterator[None]:
+    """Restores all that a probe may change in the model and the loss of a learner or of a solver."""
+    model, loss_fn, device = learner.wrapped.model, learner.loss_fn, device_of(learner.wrapped.model)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model, device, edits))
         if isinstance(loss_fn, nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metawrap.checks.task_batches import PARTS, is_finite
 from metawrap.engines.calling import autograd
 from metawrap.errors import DivergedError, MetaWrapError
 from metawrap.inner_loop.inner_loop import Point
@@ -46,8 +47,8 @@ def find_trouble(learner: Any, batch: TaskBatch) -> list[Trouble]:
 
 
 def _first_place(learner: Any, task: Task, parameters: dict[str, nn.Parameter]) -> tuple[int | None, str | None]:
-    for name in ("support_x", "support_y", "target_x", "target_y"):
-        if not all(map(_finite, tensors_in(getattr(task, name)))):
+    for name, part in zip(PARTS, task.parts(), strict=True):
+        if not all(map(is_finite, tensors_in(part))):
             return None, f"{name} holds values"
     solver = learner._solver()
     if isinstance(solver, TaskSolver):
@@ -58,10 +59,10 @@ def _first_place(learner: Any, task: Task, parameters: dict[str, nn.Parameter]) 
         loss = solver.solve(task, training=True, norm=learner.settings.norm, whole_graph=False).loss
     if seen:
         return None, f"on the target set, the output of {seen[0]}"
-    if not _finite(loss):
+    if not is_finite(loss):
         return None, "the target loss"
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    bad = [name for name, g in zip(parameters, gradients, strict=True) if g is not None and not _finite(g)]
+    bad = [name for name, g in zip(parameters, gradients, strict=True) if g is not None and not is_finite(g)]
     return None, f"the meta-gradient of {_listed(bad)}" if bad else None
 
 
@@ -73,7 +74,7 @@ def _in_inner_loop(solver: TaskSolver, learner: Any, task: Task) -> tuple[int | 
         for step, point in enumerate(loop.inner_steps(start, examples)):
             if seen:
                 return step, f"the output of {seen[0]}"
-            if bad := [name for name, weight in point.fast.items() if not _finite(weight)]:
+            if bad := [name for name, weight in point.fast.items() if not is_finite(weight)]:
                 return step, f"the update of {_listed(bad)}"
     return None, None
 
@@ -89,7 +90,7 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
     def watch(name: str, kind: str) -> Callable[..., None]:
         def look(module: nn.Module, _: Any, output: Any) -> None:
-            if not all(map(_finite, tensors_in(output))):
+            if not all(map(is_finite, tensors_in(output))):
                 seen.append(f"'{name}' ({kind})" if name else "the model")
 
         return look
@@ -102,10 +103,6 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
 def trouble_in_words(learner: Any, batch: TaskBatch) -> str:

@@ -127,9 +127,9 @@ def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> N
         f"{name} holds values that are not finite"
         for name, part in zip(PARTS, task.parts(), strict=True)
         for tensor in tensors_in(part)
-        if not _finite(tensor)
+        if not is_finite(tensor)
     ]
-    if bad and not all(map(_finite, found)):
+    if bad and not all(map(is_finite, found)):
         raise TaskError(
             f"{where}{bad[0]} (NaN or infinity), and the result is not finite either. Leave such examples out, "
             "or replace the values, with torch.nan_to_num for example."
@@ -141,7 +141,8 @@ def _is_cross_entropy(loss_fn: Any) -> bool:
     return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are finite; True for a layout that cannot be looked through."""
     values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
     return values.layout != torch.strided or bool(values.isfinite().all())
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in
-from metawrap.errors import ArgumentError, MetaWrapError, RankError
+from metawrap.errors import ArgumentError, MetaWrapError, RankError, writing
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.report import draw_report_pictures, gather, write_report_page
@@ -153,12 +153,8 @@ def _inspect(arguments: Namespace) -> None:
 
 def _write_page(path: Path, description: Description) -> None:
     page = _PAGE.format(table=description._repr_html_())
-    try:
+    with writing("html", path):
         path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            f"html: cannot write '{path}' ({error.strerror}). Name a file in a folder of yours."
-        ) from error
 
 
 def _report(arguments: Namespace) -> None:

@@ -15,7 +15,7 @@ from metawrap.data import DataSplits, EpisodeSampler
 from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
-from metawrap.errors import ArgumentError, DataError
+from metawrap.errors import ArgumentError, DataError, writing
 from metawrap.training.machine import program
 from metawrap.training.progress import say
 
@@ -58,13 +58,10 @@ def _draw(splits: DataSplits, arguments: Namespace, out: Path) -> str | None:
             samplers.append(
                 EpisodeSampler(part, arguments.ways, arguments.shots, arguments.targets, seed=arguments.seed)
             )
-        contact_sheet(samplers[0]).save(out)
+        with writing("out", out):
+            contact_sheet(samplers[0]).save(out)
     except DataError as error:
         return f"{PARTS[len(samplers) % 3]}: {error}"
-    except OSError as error:
-        raise ArgumentError(
-            f"out: cannot write '{out}' ({error.strerror}). Name a file in a folder of yours."
-        ) from error
     return None
 
 

@@ -57,6 +57,7 @@ class Executor:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what was measured."""
+        self.same_everywhere = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"same_everywhere": False, "keeps_memory": False}
@@ -120,6 +121,11 @@ def chunk_gradient(
 def stateful_modules(learner: Any) -> list[nn.Module]:
     """The modules that a pass may run: the model, the loss function if it is one, and the method's own parts."""
     return list(learner.children())
+
+
+def edits_weights(model: nn.Module) -> bool:
+    """Whether an embedding with max_norm edits its weights in forward."""
+    return any(getattr(module, "max_norm", None) is not None for module in model.modules())
 
 
 class OneProcess:
@@ -228,8 +234,8 @@ class Calls:
 
     def _replica_of(self, learner: Any) -> Any:
         """A replica with buffers of its own; None where the model cannot be replicated, so that calls take turns."""
-        if any(getattr(module, "max_norm", None) is not None for module in learner.model.modules()):
-            return None  # Its forward edits weights that all replicas share.
+        if edits_weights(learner.model):
+            return None  # All replicas share the weights.
         try:
             return replica(learner, shared=[learner.outer, learner.executor, self], buffers=False)
         except Exception:  # Whatever a model of the user's own raises when it is copied.

@@ -21,7 +21,7 @@ from metawrap.checks.first_look import Gradients, differ, warn_tasks_in_order
 from metawrap.checks.first_task import carries_channels_last, model_unchanged, probed_gradient
 from metawrap.engines import ENGINES, differentiable_twice, first_line
 from metawrap.execution.cuda_graphs import Recordings, check_can_record, form_of
-from metawrap.execution.executor import Chunk, Executor, MetaGradient, chunk_gradient, stateful_modules
+from metawrap.execution.executor import Chunk, Executor, MetaGradient, chunk_gradient, edits_weights, stateful_modules
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes, refused
 from metawrap.execution.threads import has_modes, in_threads, replica
 from metawrap.execution.tuning import Speed, fastest
@@ -105,7 +105,7 @@ class ParallelExecutor(Executor):
 
     def in_any_order(self, learner: Any) -> bool:
         """Whether the passes of a task may run in another order than their own."""
-        if not self._any_order or learner.checks.passes_in_order or _edits_weights(learner.model):
+        if not self._any_order or learner.checks.passes_in_order or edits_weights(learner.model):
             return False
         return self._left_behind(learner) is None
 
@@ -118,7 +118,7 @@ class ParallelExecutor(Executor):
             return f'engine="{learner.checks.engine.name}" runs in one thread'
         if reason := self.in_order_because or self._left_behind(learner):
             return reason
-        if _edits_weights(learner.model):
+        if edits_weights(learner.model):
             return "an embedding with max_norm edits its weights in forward"
         if processes and (reason := refused()):
             return reason
@@ -157,6 +157,7 @@ class ParallelExecutor(Executor):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what was measured, if these options would measure."""
+        super().load_state(state)
         if self.options.tune and "speed" in state:
             self.measured = Speed(**state["speed"])
             self.channels_last = self.measured.channels_last
@@ -286,10 +287,6 @@ def _parts(learner: Any) -> tuple[nn.Module, Any]:
 
 def _twice(learner: Any) -> AbstractContextManager[None]:
     return differentiable_twice(learner.model, learner.checks.hard_gates)
-
-
-def _edits_weights(model: nn.Module) -> bool:
-    return any(getattr(module, "max_norm", None) is not None for module in model.modules())
 
 
 def executor_for(options: ExecutionOptions, several_at_once: bool) -> Executor:

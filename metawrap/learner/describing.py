@@ -25,11 +25,9 @@ _NO_RATES: dict[str, Tensor] = {}
 def describe_learner(
     learner: Any,
     *,
-    wrapped: Wrapped,
-    head: str | None,
-    looks: Mapping[bool, FirstLook],
     settings: Mapping[str, Any],
-    warnings: Iterable[str],
+    wrapped: Wrapped | None = None,
+    warnings: Iterable[str] = (),
     title: str = "",
     rates: Mapping[str, Tensor] | LearningRates = _NO_RATES,
     engine: tuple[str, str] = ("", ""),
@@ -38,12 +36,13 @@ def describe_learner(
     """What wrapping found and did.
 
     Args:
-        looks: what the first task showed, in training mode (True) and in eval mode (False).
+        wrapped: the network and what was done to it, where that is not the learner's own.
         title: text behind the name of the method.
         rates: the inner learning rates, by parameter.
         engine: its name, and why it was chosen.
         speed: how tasks are run.
     """
+    wrapped, looks = wrapped or learner.wrapped, learner.findings
     unused = set.intersection(*(set(look.unused) for look in looks.values())) if looks else set()
     parameters = dict(wrapped.model.named_parameters())
     fates = {name: _fate(name, parameter, wrapped.adapted, unused) for name, parameter in parameters.items()}
@@ -59,7 +58,7 @@ def describe_learner(
         frozen={name: shape for name, shape in shapes.items() if fates[name] == "frozen"},
         swapped=wrapped.swapped,
         left_alone=wrapped.kept,
-        head=head,
+        head=learner.head,
         engine=engine[0],
         engine_reason=engine[1],
         rates=0 if every_rate is None else every_rate.numel(),

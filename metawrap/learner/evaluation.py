@@ -19,6 +19,7 @@ from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
+from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers
 from metawrap.tasks import Task, TaskBatch, describe_value, device_of, iterate_task_batches, same_device, usable
 
@@ -115,8 +116,7 @@ def in_eval_mode(learner: Any) -> Iterator[None]:
 
 def check_steps(steps: int | None) -> None:
     """Raises ArgumentError unless `steps` is None or a whole number of at least 0."""
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
-        raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {steps!r}.")
+    check_value("steps", steps, WholeOrNone)
 
 
 def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None) -> str:

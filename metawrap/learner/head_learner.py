@@ -22,7 +22,6 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
 from metawrap.execution.executor import Executor, shared
 from metawrap.heads.own_head import OwnHead
-from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -163,16 +162,8 @@ class HeadLearner(Learner):
 
     def describe(self) -> Description:
         """What wrapping found and did."""
-        rates = getattr(self, "learning_rates", None)
-        return describe_learner(
-            self,
-            wrapped=replace(self.wrapped, adapted=tuple(self._tuned_names())),
-            head=self.head,
-            looks=self.findings,
-            settings=shown_settings(self),
-            warnings=[],
-            rates=rates if isinstance(rates, LearningRates) else {},
-        )
+        tuned, rates = replace(self.wrapped, adapted=tuple(self._tuned_names())), getattr(self, "learning_rates", {})
+        return describe_learner(self, settings=shown_settings(self), wrapped=tuned, rates=rates)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)

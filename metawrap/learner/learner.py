@@ -47,6 +47,7 @@ from metawrap.results import (
     meta_output,
 )
 from metawrap.settings.settings import OuterSettings
+from metawrap.settings.validated import Whole, check_value
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
@@ -127,14 +128,7 @@ class Learner(nn.Module, ABC):
 
     def describe(self) -> Description:
         """What wrapping found and did."""
-        return describe_learner(
-            self,
-            wrapped=self.wrapped,
-            head=self.head,
-            looks=self.findings,
-            settings=shown_settings(self),
-            warnings=[],
-        )
+        return describe_learner(self, settings=shown_settings(self))
 
     @alone
     def meta_step(self, task_batch: Any) -> StepMetrics:
@@ -292,8 +286,7 @@ class Learner(nn.Module, ABC):
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(f"epoch: expected a whole number of at least 0, but got {value!r}.")
+        check_value("epoch", value, Whole)
         self.iteration = value * self.settings.iterations_per_epoch
         self.outer.start(self.epoch)
 
@@ -329,13 +322,13 @@ class Learner(nn.Module, ABC):
             return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The counters, for state_dict."""
-        return {"iteration": self.iteration}
+        """The counters and what the executor measured, for state_dict."""
+        return {"iteration": self.iteration} | self.executor.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the counters."""
+        """Restores the counters; what was measured, too, where this learner would measure."""
         self.iteration = int(state["iteration"])
-        self.executor.same_everywhere = False
+        self.executor.load_state(state)
 
 
 def _distributed() -> bool:

@@ -225,9 +225,6 @@ class MAML(Learner):
         """What wrapping found and did."""
         return describe_learner(
             self,
-            wrapped=self.wrapped,
-            head=self.head,
-            looks=self.findings,
             settings=self.settings.as_dict(),
             warnings=[*unused_warnings(self.findings), *norm_warnings(self.settings, self.wrapped)],
             title=f'(preset="{self.options["preset"]}")',
@@ -235,15 +232,6 @@ class MAML(Learner):
             engine=(self.checks.engine.name, self.checks.engine.why),
             speed=self.executor.in_words(self),
         )
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """The counters and what was measured, for state_dict."""
-        return super().get_extra_state() | self.executor.state()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the counters; what was measured, too, where this learner would measure."""
-        super().set_extra_state(state)
-        self.executor.load_state(state)
 
 
 def _check_goes_with(engine: str, settings: Settings) -> None:

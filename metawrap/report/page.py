@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from metawrap import __version__
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import MetaWrapError, writing
 from metawrap.report import tables
 from metawrap.report.charts import accuracy_by_step, curves, step_losses
 from metawrap.report.gather import Group, recorded
@@ -50,13 +50,9 @@ def write_report_page(groups: Sequence[Group], path: Path) -> None:
         MetaWrapError: plotly is not installed.
     """
     page = render(groups, plotly_library())
-    try:
+    with writing("out", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda handle: handle.write(page.encode("utf-8", "replace")))
-    except OSError as error:
-        raise ArgumentError(
-            f"out: cannot write '{path}' ({error.strerror}). Name a file in a folder of yours."
-        ) from error
 
 
 def render(groups: Sequence[Group], library: str) -> str:

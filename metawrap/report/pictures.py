@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import MetaWrapError, writing
 from metawrap.report.charts import (
     GREY,
     SYMBOLS,
@@ -56,7 +56,7 @@ def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
         "norms": norm_statistics,
     }
     written = []
-    try:
+    with writing("png", folder, "Name a folder of yours."):
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*panels, "episode"):
             figure = Figure(layout="constrained")
@@ -67,8 +67,6 @@ def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
             if is_drawn:
                 figure.savefig(path := folder / f"report-{name}.png", dpi=130, facecolor="white")
                 written.append(path)
-    except OSError as error:
-        raise ArgumentError(f"png: cannot write in '{folder}' ({error.strerror}). Name a folder of yours.") from error
     return written
 
 

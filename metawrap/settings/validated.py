@@ -47,6 +47,7 @@ Count = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
 CountOrNone = Annotated[Annotated[int, Field(ge=1)] | None, Expected("a whole number of at least 1, or None")]
 Several = Annotated[int, Field(ge=2), Expected("a whole number of at least 2")]
 Whole = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
+WholeOrNone = Annotated[Annotated[int, Field(ge=0)] | None, Expected("a whole number of at least 0, or None")]
 WholeOrInfinite = Annotated[
     float, PlainValidator(_whole_or_infinite), Expected("a whole number of at least 0, or math.inf")
 ]

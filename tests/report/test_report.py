@@ -349,7 +349,7 @@ def test_what_is_no_run_and_where_nothing_can_be_written_is_said_in_one_line(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match=r"out: cannot write .*file/page\.html.*folder of yours"):
         write_report_page(gather([run]), tmp_path / "file" / "page.html")
-    with pytest.raises(ArgumentError, match=r"png: cannot write in .*folder of yours"):
+    with pytest.raises(ArgumentError, match=r"png: cannot write .*folder of yours"):
         draw_report_pictures(gather([run]), tmp_path / "file")
     with pytest.raises(CheckpointError, match="no run in"):
         gather([tmp_path / "file"])
