@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint, snapshot
-from method_cases import CLASSES, assert_a_failed_call_changes_nothing, conv_tasks, mlp, net, vector_tasks
+from method_cases import (
+    CLASSES,
+    assert_a_failed_call_changes_nothing,
+    assert_fitted_by_torch,
+    assert_same_gradients,
+    conv_tasks,
+    mlp,
+    net,
+    vector_tasks,
+)
 from torch import nn
 
 from metawrap import (
@@ -47,9 +56,7 @@ def test_joint_gradient_is_that_of_plain_cross_entropy_on_all_examples():
     torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=0)
     torch.testing.assert_close(table.weight.grad, weight.grad, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(table.bias.grad, bias.grad, rtol=1e-9, atol=1e-12)
-    for name, parameter in plain.body.named_parameters():
-        got = learner.model.body.get_parameter(name).grad
-        torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
+    assert_same_gradients(learner.model.body, plain.body)
     assert learner.model.head.weight.grad is None or not learner.model.head.weight.grad.any()
     # Among the task's own classes.
     right = 0.0
@@ -93,12 +100,7 @@ def test_fine_tuning_is_a_torch_loop(tune, optimizer):
     plain = learner.unwrap().eval()
     parameters = plain.linear.parameters() if tune == "head" else plain.parameters()
     made = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](parameters, lr=0.05)
-    for _ in range(4):
-        made.zero_grad()
-        F.cross_entropy(plain(task.support_x), task.support_y).backward()
-        made.step()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(adapted.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
+    assert_fitted_by_torch(adapted, plain, task, made)
     torch.testing.assert_close(adapted(task.target_x), plain(task.target_x), rtol=1e-9, atol=1e-12)
     assert not torch.equal(adapted.linear.weight, learner.model.linear.weight)
     body_moved = not torch.equal(adapted.conv0.conv.weight, learner.model.conv0.conv.weight)

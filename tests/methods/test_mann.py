@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import sigmoid
 from keywords import grouped
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -29,10 +30,6 @@ def small(**options: Any) -> MANN:
     with torch.no_grad():
         learner.controller.alpha.copy_(torch.tensor([[0.4], [-0.6]]))
     return learner
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))  # type: ignore[no-any-return]
 
 
 def read_by_hand(keys: np.ndarray, memory: np.ndarray, strength: float) -> np.ndarray:

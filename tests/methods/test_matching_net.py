@@ -6,13 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from by_hand import (
-    embedded,
-    mlp,
-    one_hot,
-    prediction,
-    task_with,
-)
+from by_hand import embedded, mlp, one_hot, prediction, sigmoid, task_with
 from torch import Tensor, nn
 
 from metawrap import MatchingNet, Task
@@ -21,10 +15,6 @@ from metawrap import MatchingNet, Task
 def softmax(scores: np.ndarray) -> np.ndarray:
     raised = np.exp(scores)
     return raised / raised.sum(-1, keepdims=True)  # type: ignore[no-any-return]
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))  # type: ignore[no-any-return]
 
 
 def lstm(cell: Any, x: np.ndarray, h: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import assert_same_state, fingerprint
-from method_cases import CLASSES, assert_a_failed_call_changes_nothing, conv_tasks, mlp, net, vector_tasks
+from method_cases import (
+    CLASSES,
+    assert_a_failed_call_changes_nothing,
+    assert_fitted_by_torch,
+    assert_same_gradients,
+    conv_tasks,
+    mlp,
+    net,
+    vector_tasks,
+)
 
 from metawrap import ArgumentError, MultiTask, TaskError
 
@@ -32,9 +41,7 @@ def test_a_run_with_heads_is_that_of_a_loop_by_hand():
         loss.backward()
         metrics = learner.meta_step(shown)
         torch.testing.assert_close(metrics.loss, float(loss.detach()), rtol=1e-9, atol=0)
-        for name, parameter in body.named_parameters():
-            got = learner.model.body.get_parameter(name).grad
-            torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
+        assert_same_gradients(learner.model.body, body)
         made.step()
     for key, head in heads.items():
         found = learner.heads.of(key, dict(head.named_parameters()))
@@ -63,8 +70,7 @@ def test_gradient_by_classes_is_that_of_a_softmax_over_the_tasks_own_classes():
     torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=0)
     torch.testing.assert_close(learner.table.weight.grad, weight.grad, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(learner.table.bias.grad, bias.grad, rtol=1e-9, atol=1e-12)
-    for name, parameter in plain.body.named_parameters():
-        torch.testing.assert_close(learner.model.body.get_parameter(name).grad, parameter.grad, rtol=1e-9, atol=1e-12)
+    assert_same_gradients(learner.model.body, plain.body)
 
 
 @pytest.mark.parametrize("task_id", [None, "a.b", "new"])
@@ -81,12 +87,7 @@ def test_a_task_is_fitted_by_a_torch_loop_on_its_head(task_id):
             for name, value in learner.heads.of("a.b", {"weight": 0, "bias": 0}).items():
                 plain.linear.get_parameter(name).copy_(value)
     made = torch.optim.SGD(plain.linear.parameters(), lr=0.05)
-    for _ in range(4):
-        made.zero_grad()
-        F.cross_entropy(plain(task.support_x), task.support_y).backward()
-        made.step()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(adapted.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
+    assert_fitted_by_torch(adapted, plain, task, made)
     again = learner.evaluate(replace(task, id=task_id), keep_predictions=True).predictions[0]
     torch.testing.assert_close(again, plain(task.target_x).detach(), rtol=1e-9, atol=1e-12)
 

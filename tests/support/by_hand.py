@@ -44,3 +44,7 @@ def one_hot(labels: Tensor) -> np.ndarray:
 
 def prediction(learner: Any, task: Task) -> np.ndarray:
     return learner.evaluate([task], keep_predictions=True).predictions[0].numpy()  # type: ignore[no-any-return]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))  # type: ignore[no-any-return]

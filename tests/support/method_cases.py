@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from face import assert_same_state, fingerprint
 from models import Conv4
 from torch import Tensor, nn
@@ -99,6 +100,22 @@ def gradients(learner: Any) -> dict[str, Tensor | None]:
     """Of everything that is learned, after a meta_step or a backward pass."""
     found = {name: p.grad for name, p in learner.named_parameters() if p.requires_grad}
     return {name: None if g is None else g.detach().clone() for name, g in found.items()}
+
+
+def assert_same_gradients(learned: nn.Module, plain: nn.Module) -> None:
+    """Those that a backward pass left in two modules with the same names."""
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(learned.get_parameter(name).grad, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def assert_fitted_by_torch(adapted: nn.Module, plain: nn.Module, task: Task, optimizer: torch.optim.Optimizer) -> None:
+    """Takes four steps of a torch optimizer on the support set; the plain module then is the adapted one."""
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(task.support_x), task.support_y).backward()
+        optimizer.step()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(adapted.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
 
 
 def assert_a_failed_call_changes_nothing(learner: Any, call: Any, batch: Any, *, raises: Any = TaskError) -> None:
