@@ -83,8 +83,9 @@ class RelationNet(EmbeddingLearner):
             _check_relation(relation)
             part, shown = copy.deepcopy(relation), type(relation).__name__
         keywords.setdefault("loss_fn", relation_loss)
-        options = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
-        super().__init__(model, keywords, options=options, parts={"relation": part})
+        # Not the user's own module: a copy of the learner would copy it.
+        self.own = {"relation": shown} | ({"hidden": hidden} if relation is None else {})
+        super().__init__(model, keywords, options=self.own, parts={"relation": part})
 
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         return Relations(class_sums(support, labels, ways), self.relation)
