@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from metawrap.engines import BatchedEngine, BufferEdits, Engine, differentiable_twice
 from metawrap.inner_loop.flat_memory import unrolled_flat
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.inner_loop import EagerTargetGradients, FastWeights, InnerLoop, Unrolled, unrolled
+from metawrap.inner_loop.inner_loop import (
+    EagerTargetGradients,
+    FastWeights,
+    GradientSums,
+    InnerLoop,
+    Unrolled,
+    unrolled,
+)
 from metawrap.inner_loop.masking import used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
@@ -56,7 +63,7 @@ class TaskSolver:
     learned: every parameter that the outer loop learns. epoch: decides about step weights and derivative order.
     modules: every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
     channels_last: hands images to the model in this layout. clone_inputs: the model edits its inputs.
-    hard_gates: the model has operations whose second derivative needs another form.
+    plain_forms: forward runs an operation that `PlainForms` replaces.
     any_order: the passes of a task may run in another order.
     examples: the support set of each inner step in training; the task's own at each step if None.
     training_path: runs a loop in training, in place of the weighted target losses.
@@ -76,7 +83,7 @@ class TaskSolver:
     batched: BatchedEngine | None = None
     channels_last: bool = False
     clone_inputs: bool = False
-    hard_gates: bool = False
+    plain_forms: bool = False
     any_order: bool = False
     examples: Callable[[InnerLoop, int], Iterable[Task]] | None = None
     training_path: Callable[[InnerLoop, FastWeights, Sequence[float]], Unrolled] | None = None
@@ -223,7 +230,7 @@ class TaskSolver:
     ) -> Unrolled:
         if training and self.training_path is not None:
             return self.training_path(loop, start, weights)
-        twice = differentiable_twice(self.wrapped.model, self.hard_gates) if loop.second_order else nullcontext()
+        twice = differentiable_twice(self.wrapped.model, self.plain_forms) if loop.second_order else nullcontext()
         with twice:
             keeps_graph = loop.second_order or self.update.keeps_graph
             if weights and loop.differentiable and keeps_graph and self.settings.execution.memory == "flat":
@@ -236,9 +243,10 @@ class TaskSolver:
                     modules=self.modules,
                     device=self.device,
                     in_order=whole_graph or not self.any_order,
+                    whole_graph=whole_graph,
                 )
             if loop.differentiable and not whole_graph:
-                loop = replace(loop, eager=EagerTargetGradients(self.learned_besides()))
+                loop = replace(loop, eager=EagerTargetGradients(GradientSums(self.learned_besides())))
             return unrolled(loop, start, weights)
 
     def _step_weights(self, steps: int, training: bool) -> Sequence[float]:
