@@ -8,6 +8,8 @@ any sizes. Inputs (`x`) are a tensor, or a tuple or dict of tensors that reach t
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Integral
@@ -151,7 +153,7 @@ def as_task_batch(batch: Any) -> TaskBatch:
         return batch
     if isinstance(batch, Task):
         return TaskBatch((batch,))
-    if _is_stacked(batch):
+    if is_stacked(batch):
         return TaskBatch.stacked(*batch)
     if isinstance(batch, Sequence) and batch and all(_is_task(item) for item in batch):
         return TaskBatch(tuple(item if isinstance(item, Task) else Task(*item) for item in batch))
@@ -161,27 +163,41 @@ def as_task_batch(batch: Any) -> TaskBatch:
     )
 
 
-def iterate_task_batches(tasks: Any) -> Iterator[TaskBatch]:
-    """Task batches from one batch (any accepted form) or from any iterable of them (a sampler, a data loader).
+def iterate_task_batches(tasks: Any) -> Iterator[Any]:
+    """Task batches, each in an accepted form, from one or from any iterable of them (a sampler, a data loader).
 
     A plain list of four-tuples could mean single tasks or stacked batches. It is read as whichever the shapes
-    prove, and refused when they prove neither.
+    prove, and refused when they prove neither. So is an iterable that is known to be endless; a generator may be.
     """
-    if isinstance(tasks, TaskBatch | Task) or _is_stacked(tasks):
-        yield as_task_batch(tasks)
+    if _is_endless(tasks):
+        some = "tasks.batches(100)" if hasattr(tasks, "batches") else "itertools.islice(tasks, 100)"
+        raise TaskError(f"tasks: {type(tasks).__name__} never ends. Pass as many batches as you mean: {some}.")
+    if isinstance(tasks, TaskBatch | Task) or is_stacked(tasks):
+        yield tasks
         return
     if isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks):
-        yield as_task_batch(tasks)
+        yield tasks
         return
     if not isinstance(tasks, Iterable):
         raise TaskError(
             f"tasks: expected a task batch or an iterable of task batches, but got {describe_value(tasks)}."
         )
     for item in tasks:
-        if isinstance(tasks, list) and isinstance(item, tuple) and len(item) == 4:
-            yield as_task_batch([item]) if _is_single_task(item) else as_task_batch(item)
-        else:
-            yield as_task_batch(item)
+        bare = isinstance(tasks, list) and isinstance(item, tuple) and len(item) == 4
+        yield [item] if bare and _is_single_task(item) else item
+
+
+def endless(iterate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Marks an `__iter__` whose iterator never ends, so that a call which takes all of it refuses."""
+    iterate.endless = True  # type: ignore[attr-defined]
+    return iterate
+
+
+def _is_endless(tasks: Any) -> bool:
+    if isinstance(tasks, itertools.repeat):
+        return operator.length_hint(tasks, -1) < 0
+    endless_iter = getattr(getattr(type(tasks), "__iter__", None), "endless", False)
+    return endless_iter or isinstance(tasks, itertools.count | itertools.cycle)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -228,9 +244,12 @@ def describe_value(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"[:120]
 
 
-def _is_stacked(batch: Any) -> bool:
+def is_stacked(batch: Any) -> bool:
+    """Whether a batch has the form of four parts with a leading task axis."""
     # A list, too: a DataLoader makes one of the tuple that it collates.
-    return isinstance(batch, tuple | list) and len(batch) == 4 and not any(_is_task(part) for part in batch)
+    if not isinstance(batch, tuple | list) or len(batch) != 4 or any(isinstance(p, Task | TaskBatch) for p in batch):
+        return False
+    return not all(isinstance(part, tuple | list) and len(part) == 4 for part in batch)
 
 
 def _is_task(item: Any) -> bool:

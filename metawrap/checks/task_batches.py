@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metawrap.engines.calling import leaves_behind
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.results import ignored_label
-from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, same_device, tensors_in
+from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, same_device, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
 
@@ -47,6 +47,12 @@ def checked_batch(task_batch: Any, loss_fn: Any, device: torch.device) -> TaskBa
     Raises:
         TaskError: it has the wrong form, shapes, labels or device.
     """
+    if is_stacked(task_batch) and _may_be_one_task(loss_fn, *map(tensors_in, task_batch)):
+        raise TaskError(
+            f"task_batch: support_x is {describe_value(task_batch[0])} and support_y {describe_value(task_batch[1])}. "
+            "Their first axis may count tasks, or the examples of one task. Write TaskBatch.stacked(*parts) for tasks, "
+            "or Task(*parts) for one task."
+        )
     batch = as_task_batch(task_batch)
     same_device(batch, device)
     check_labels(batch, loss_fn)
@@ -170,6 +176,26 @@ def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> N
             f"{where}{bad[0]} (NaN or infinity), and the result is not finite either. Leave such examples out, "
             "or replace the values, with torch.nan_to_num for example."
         )
+
+
+def _may_be_one_task(loss_fn: Any, sx: list[Tensor], sy: list[Tensor], tx: list[Tensor], ty: list[Tensor]) -> bool:
+    """Whether four parts with a leading task axis could as well be one task, with several numbers in each label.
+
+    No doubt is left by classes (tasks, examples) of examples with further axes, by numbers (tasks, examples, n) of
+    such examples, and by support and target sets of unequal size. Other complaints are left to other checks.
+    """
+    if not (sx and sy and tx and ty) or any(tensor.ndim < 2 for tensor in (*sx, *sy, *tx, *ty)):
+        return False
+    axes, label_axes = max(tensor.ndim for tensor in sx), max(tensor.ndim for tensor in sy)
+    if axes == 2:
+        return True
+    if [t.shape[1:] for t in (*sx, *sy)] != [t.shape[1:] for t in (*tx, *ty)]:
+        return False
+    if sy[0].shape[1] == 1:
+        return True
+    if sy[0].is_floating_point() or sy[0].is_complex() or sy[0].dtype == torch.bool:
+        return label_axes != 3 and not _is_cross_entropy(loss_fn)
+    return axes <= label_axes
 
 
 def _is_cross_entropy(loss_fn: Any) -> bool:

@@ -25,7 +25,7 @@ from metawrap.data.problems import check_int, wrong_argument
 from metawrap.data.random_stream import Ints, RandomStream, seeded_generators
 from metawrap.errors import DataError
 from metawrap.settings.settings import check_switch
-from metawrap.tasks import TaskBatch
+from metawrap.tasks import TaskBatch, endless
 
 ROTATIONS = 4
 _Read: TypeAlias = Pixels | NDArray[np.float32]
@@ -147,6 +147,7 @@ class EpisodeSampler:
         check_int("start", start, 0)
         return self._each(range(start, start + count))
 
+    @endless
     def __iter__(self) -> Iterator[TaskBatch]:
         """Endless, from batch 0."""
         return self._each(itertools.count())

@@ -2,6 +2,7 @@
 
 own_head.py: the user's own head, fitted in its place by gradient steps
 embedding.py: the tensor that enters the head
+joint_rows.py: support and target as one batch, and trials of whether rows are examples
 class_rows.py: learned rows, one for each class of a task
 class_table.py: a weight vector for each class of all tasks, or a head for each task
 fitted.py: prototypes, linear heads, and their arithmetic

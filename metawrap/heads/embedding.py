@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from metawrap.engines.batched import first_line
 from metawrap.errors import UnsupportedModuleError
-from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.heads.joint_rows import form_of, joined, may_hold_places, rows_stand_alone
+from metawrap.layers.per_step_norm import Moments, PerStepNorm, Statistics
 from metawrap.surgery.inspect import find_head
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
@@ -32,6 +34,7 @@ class Embedding:
     method: name of the learner's class, for errors. run: `run(inputs, statistics, moments)` is one pass of `model`.
     head: name of the module that the embedding enters; None until the first task. source: "output" takes the network's
     own output as the embedding, and then no module is the head. flat: whether embeddings are flattened to vectors.
+    joint: by form of the inputs, whether support and target rows may run as one batch.
     """
 
     keeps_head: ClassVar[bool] = False
@@ -42,6 +45,7 @@ class Embedding:
     head: str | None
     source: EmbeddingSource = "head_input"
     flat: bool = True
+    joint: dict[str, bool] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -74,9 +78,40 @@ class Embedding:
             )
         return found.flatten(1) if self.flat else found
 
-    def of_task(self, task: Task, training: bool, norm: str, moments: list[Moments] | None) -> tuple[Tensor, Tensor]:
-        """The embeddings of a task's support and target sets; see `support_and_target`."""
-        return support_and_target(self.of, task, training, norm, moments)
+    def of_task(
+        self, task: Task, training: bool, norm: str, moments: list[Moments] | None, run: Run | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings of a task's support and target sets, with the statistics of a norm policy.
+
+        Args:
+            run: `run(inputs, statistics, moments)` to something else than embeddings, such as predictions.
+        """
+        run, kind = run or self.of, "embeddings" if run is None else "others"
+        if norm == "support":
+            return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
+        if norm == "running" and training and (both := self._joint_inputs(task, run, kind)) is not None:
+            # One batch, as in ordinary training: its statistics are stored, and used in evaluation.
+            rows = run(both, "batch", moments)
+            count = len(tensors_in(task.support_x)[0])
+            return rows[:count], rows[count:]
+        statistics: Statistics = "running" if norm == "running" and not training else "batch"
+        return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
+
+    def _joint_inputs(self, task: Task, run: Run, kind: str) -> Inputs | None:
+        """Support and target inputs as one batch; None where that is not known to give the same rows.
+
+        Without a batch norm a joint pass has no advantage, so the sets stay apart.
+        """
+        normed = any(isinstance(module, PerStepNorm) for module in self.model.modules())
+        if not normed or may_hold_places(task.support_x):
+            return None
+        if (both := joined(task.support_x, task.target_x)) is None:
+            return None
+        form = f"{kind}: {form_of(task.support_x)}"
+        if form not in self.joint:
+            stored = partial(run, statistics="running", moments=None)
+            self.joint[form] = rows_stand_alone(self.model, stored, task.support_x, task.target_x)
+        return both if self.joint[form] else None
 
     @contextmanager
     def found(self, inputs: Inputs, *, needed: bool = True) -> Iterator[None]:
@@ -167,21 +202,6 @@ class Embedding:
         return "" if self.keeps_head else f', or pass embedding="output"{condition}'
 
 
-def support_and_target(
-    run: Callable[..., Tensor], task: Task, training: bool, norm: str, moments: list[Moments] | None
-) -> tuple[Tensor, Tensor]:
-    """`run(inputs, statistics, moments)` of support and target inputs, with the statistics of a norm policy."""
-    if norm == "support":
-        return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
-    if norm == "running" and training and (both := _together(task)) is not None:
-        # One batch, as in ordinary training: its statistics are stored, and used in evaluation.
-        rows = run(both, "batch", moments)
-        count = len(tensors_in(task.support_x)[0])
-        return rows[:count], rows[count:]
-    statistics: Statistics = "running" if norm == "running" and not training else "batch"
-    return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
-
-
 def put_in_place(model: nn.Module, name: str, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Registers a module wherever the one called `name` is; returns owner, local name and old module of each place."""
     original = model.get_submodule(name)
@@ -191,17 +211,6 @@ def put_in_place(model: nn.Module, name: str, module: nn.Module) -> list[tuple[n
     for owner, local, _ in places:
         owner._modules[local] = module
     return places
-
-
-def _together(task: Task) -> Inputs | None:
-    """Support and target inputs as one batch; None where their shapes differ."""
-    one, other = tensors_in(task.support_x), tensors_in(task.target_x)
-    alike = len(one) == len(other) and all(
-        a.ndim and b.ndim and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and len(a) == len(one[0])
-        for a, b in zip(one, other, strict=True)
-    )
-    targets = iter(other)
-    return map_tensors(task.support_x, lambda support: torch.cat([support, next(targets)])) if alike else None
 
 
 def _holds(prediction: Any, output: Any) -> bool:

@@ -230,7 +230,8 @@ class Learner(nn.Module, ABC):
         Random numbers (head_init="random") come from torch's global generator: seed it to repeat a figure.
 
         Args:
-            tasks: a task batch in any form, or an iterable of batches that waits for no other call of the learner.
+            tasks: a task batch in any form, or an iterable of batches that ends, and waits for no other call of the
+                learner.
             norm: batch-norm policy; the learner's own if None.
             steps: inner steps; as in training if None, 0 for before adaptation; more than in training is fine.
             mask_unused_outputs: as in the constructor, which decides if None: for tasks with fewer ways than the model

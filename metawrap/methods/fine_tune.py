@@ -11,8 +11,7 @@ from typing_extensions import Unpack
 
 from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
-from metawrap.heads.embedding import support_and_target
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
@@ -20,7 +19,7 @@ from metawrap.results import TaskOutcome, ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
 from metawrap.settings.validated import Count, Positive
-from metawrap.tasks import Task, TaskBatch, describe_value, device_of
+from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of
 
 
 class FineTune(HeadLearner):
@@ -77,15 +76,15 @@ class FineTune(HeadLearner):
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
         if task.classes is None:
-            both = torch.cat(support_and_target(self._predicted, task, True, norm, moments))
+            both = torch.cat(self.own_head.of_task(task, True, norm, moments, self._predicted))
             return TrainingOutputs(both, labels, both)
         rows = torch.tensor(task.classes, device=device_of(self))
         logits = self.joint.table(torch.cat(self.own_head.of_task(task, True, norm, moments)))
         counted = labels != ignored_label(self.loss_fn)
         return TrainingOutputs(logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows])
 
-    def _predicted(self, *arguments: Any) -> Tensor:
-        found = self.wrapped.run(*arguments)
+    def _predicted(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None) -> Tensor:
+        found = self.wrapped.run(inputs, statistics, moments)
         if not isinstance(found, Tensor):
             raise UnsupportedModuleError(
                 f"FineTune trains on the network's prediction as one tensor, but it is {describe_value(found)}. "

@@ -70,12 +70,12 @@ class MultiTask(HeadLearner):
         super().__init__(model, keywords, parts={"table": table, "heads": TaskHeads()})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
-        embedded = torch.cat(self.own_head.of_task(task, True, norm, moments))
+        embedded = self.own_head.of_task(task, True, norm, moments)
         if self._by_classes(task):
-            logits = self.joint.table(embedded, torch.tensor(task.classes, device=device_of(self)))
+            logits = self.joint.table(torch.cat(embedded), torch.tensor(task.classes, device=device_of(self)))
         else:
-            head = self.heads.of(task.id, self.own_head.names())
-            logits = FunctionalEngine(self.own_head.module).call(head, embedded)
+            head, engine = self.heads.of(task.id, self.own_head.names()), FunctionalEngine(self.own_head.module)
+            logits = torch.cat([engine.call(head, rows) for rows in embedded])
         return TrainingOutputs(logits, labels, logits)
 
     def _solve(self, task: Task, **how: Any) -> TaskOutcome:

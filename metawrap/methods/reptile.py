@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from metawrap.checks.task_batches import with_graphs
 from metawrap.errors import ArgumentError, TaskError
+from metawrap.heads.joint_rows import form_of, rows_stand_alone, trial
 from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled, with_gradients
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.learner.keywords import ReptileKeywords
@@ -27,7 +28,11 @@ from metawrap.results import MetaOutput
 from metawrap.settings.keywords import shows
 from metawrap.settings.settings import Settings
 from metawrap.settings.validated import Count, CountOrNone, Switch, validated
+<<<<<<< HEAD
 from metawrap.tasks import Inputs, Task, as_task_batch, describe_value, map_tensors, tensors_in
+=======
+from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, map_tensors, tensors_in
+>>>>>>> rows
 
 
 @validated
@@ -71,6 +76,7 @@ class Reptile(MAML):
     Raises:
         ArgumentError: an argument has the wrong type, range or combination.
         UnsupportedModuleError: the model has something that no engine can adapt correctly.
+        TaskError: at the first meta-step: rows of a batch act on each other, except through batch norms.
     """
 
     default_preset = "reptile"
@@ -89,6 +95,7 @@ class Reptile(MAML):
         self._build(model, keywords, ReptileKeywords)
         # Training forwards so far, and where the present call's draws stand because of them: 0 in a meta-step.
         self.forwards = self._ahead = 0
+        self._known_forms: set[str] = set()
 
     def forward(self, task_batch: Any) -> MetaOutput:
         """See `Learner.forward`; in training mode the next call draws other mini-batches."""
@@ -115,6 +122,32 @@ class Reptile(MAML):
         """Restores these; in states from before forwards were counted there were none."""
         super().set_extra_state(state)
         self.forwards = int(state.get("forwards", 0))
+
+    def _check_trainable(self, batch: TaskBatch) -> None:
+        super()._check_trainable(batch)
+        for task in batch:
+            form = form_of(task.support_x)
+            if form not in self._known_forms:
+                self._refuse_mixed_rows(task)
+                self._known_forms.add(form)
+
+    def _refuse_mixed_rows(self, task: Task) -> None:
+        """Raises TaskError where rows act on each other, except through batch norms: no draw of them is right."""
+        both, _ = _joined(task, 0)
+
+        def run(inputs: Inputs) -> Any:
+            self.wrapped.run(both, "capture")
+            found = self.wrapped.run(inputs, "captured")
+            return found if tensors_in(found) else vars(found)  # An object of the user's own.
+
+        trial(self.model, run, both)  # An input that the model does not take is to be told as such.
+        if not rows_stand_alone(self.model, run, task.support_x, task.target_x):
+            raise TaskError(
+                "support_x: Reptile draws mini-batches from support and target examples together, but in this model "
+                "rows act on each other: through places of other rows (edges, a batch vector), as steps of one "
+                "sequence, or by moments of the batch outside of a batch norm. Use FOMAML or MAML, which keep the two "
+                "sets whole."
+            )
 
     def _solver(self, **changes: Any) -> TaskSolver:
         draw = partial(mini_batches, size=self.settings.inner_batch_size, seed=self.iteration + self._ahead)
