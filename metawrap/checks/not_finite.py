@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metawrap.checks.task_batches import PARTS, is_finite
 from metawrap.engines.calling import autograd

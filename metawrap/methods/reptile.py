@@ -28,11 +28,7 @@ from metawrap.results import MetaOutput
 from metawrap.settings.keywords import shows
 from metawrap.settings.settings import Settings
 from metawrap.settings.validated import Count, CountOrNone, Switch, validated
-<<<<<<< HEAD
-from metawrap.tasks import Inputs, Task, as_task_batch, describe_value, map_tensors, tensors_in
-=======
-from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, map_tensors, tensors_in
->>>>>>> rows
+from metawrap.tasks import Inputs, Task, TaskBatch, as_task_batch, describe_value, map_tensors, tensors_in
 
 
 @validated
