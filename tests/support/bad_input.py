@@ -300,7 +300,7 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("shots", True, "whole number.*True"),
     ("targets", None, "whole number.*None"),
     ("method", "mamlpp", "one of maml"),
-    ("method", [], "text"),
+    ("method", [], "one of maml"),
     ("norm", "layer", "'batch', 'running'"),
     ("backbone", "resnet", "'conv4' or"),
     ("inner_lr", "0.1", "number.*'0.1'"),
