@@ -38,7 +38,7 @@ from metawrap.engines import (
     BatchedEngine,
     BufferEdits,
     EngineChoice,
-    HardGates,
+    PlainForms,
     cannot,
     differentiable_twice,
     first_line,
@@ -64,8 +64,8 @@ class FirstTaskChecks:
     """Findings about one model, and the questions that lead to them.
 
     engine: the chosen engine; a finding may change the choice. findings: by mode, True for training mode.
-    edits: buffers that forward edits. edits_inputs: forward edits its inputs. hard_gates: forward runs hardsigmoid or
-    hardswish. batched: several tasks at once are known to have the right gradient.
+    edits: buffers that forward edits. edits_inputs: forward edits its inputs. plain_forms: forward runs an operation
+    that `PlainForms` replaces. batched: several tasks at once are known to have the right gradient.
     passes_in_order: why the passes of one task must run in their own order, or None.
     """
 
@@ -73,7 +73,7 @@ class FirstTaskChecks:
         self.engine = engine
         self.findings: dict[bool, FirstLook] = {}
         self.edits = BufferEdits(find_buffer_aliases(model))
-        self.hard_gates = self.edits_inputs = self.batched = False
+        self.plain_forms = self.edits_inputs = self.batched = False
         self.passes_in_order: str | None = None
 
     def prepare(self, learner: Any, task: Task) -> None:
@@ -119,12 +119,12 @@ class FirstTaskChecks:
         versions = [tensor._version for tensor in tensors_in(task.support_x)]
         self.edits.carried.clear()
         before = state_of((wrapped.model, learner.loss_fn))
-        with HardGates() as gates:
+        with PlainForms() as forms:
             unused = support_gradient(learned, support_loss)
         changed = difference(before, state_of((wrapped.model, learner.loss_fn)))
-        self.hard_gates |= gates.seen
+        self.plain_forms |= forms.seen
         self.edits_inputs |= versions != [tensor._version for tensor in tensors_in(task.support_x)]
-        solver = replace(solver, hard_gates=self.hard_gates, clone_inputs=self.edits_inputs)
+        solver = replace(solver, plain_forms=self.plain_forms, clone_inputs=self.edits_inputs)
         if differentiable:
             refuse_carried_graphs(wrapped.model, self.edits.carried, lambda: support_loss(learned))
         refuse_bypassed(prediction(), wrapped.adapted_parameters())
@@ -135,7 +135,7 @@ class FirstTaskChecks:
             learner.head = head
         cause = None
         if differentiable and not math.isinf(settings.first_order_epochs):
-            with differentiable_twice(wrapped.model, self.hard_gates):
+            with differentiable_twice(wrapped.model, self.plain_forms):
                 cause = missing_second_derivative(wrapped.model, learned, support_loss)
             self._refuse_second_order(learner, cause)
         if self.engine.name == "higher":

@@ -9,7 +9,7 @@ calling.py: edited buffers, and modes of torch in which a model is run
 """
 
 from metawrap.engines.batched import BatchedEngine, cannot, first_line
-from metawrap.engines.calling import HardGates, differentiable_twice
+from metawrap.engines.calling import PlainForms, differentiable_twice
 from metawrap.engines.choice import ENGINES, BuiltEngines, Engine, EngineChoice, choose_engine
 from metawrap.snapshot.module_state import BufferEdits
 
@@ -20,7 +20,7 @@ __all__ = [
     "BuiltEngines",
     "Engine",
     "EngineChoice",
-    "HardGates",
+    "PlainForms",
     "cannot",
     "choose_engine",
     "differentiable_twice",

@@ -63,18 +63,17 @@ class EditedBuffers:
 
 
 @contextmanager
-def differentiable_twice(model: nn.Module, hard: bool) -> Iterator[None]:
-    """Makes fused attention, recurrent networks, and, if `hard`, hard gates differentiable twice.
+def differentiable_twice(model: nn.Module, plain: bool) -> Iterator[None]:
+    """Makes fused attention, recurrent networks, and, if `plain`, hard gates and weight norms differentiable twice.
 
-    Fused attention runs as plain matrix products, recurrent networks without cuDNN, and hardsigmoid and hardswish,
-    whose derivative torch cannot differentiate, as relu6(x + 3) / 6.
+    Fused attention runs as plain matrix products, recurrent networks without cuDNN, the rest as in `PlainForms`.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if hard:
-            stack.enter_context(HardGates())
+        if plain:
+            stack.enter_context(PlainForms())
         yield
 
 
@@ -92,18 +91,33 @@ def _placed(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
     return x.copy_(value) if inplace else value
 
 
-_GATES: dict[Any, Callable[..., Tensor]] = {
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_FORMS: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
     F.hardswish: _hardswish,
     torch._C._nn.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardswish: _hardswish,
     torch._C._nn.hardsigmoid_: partial(_hardsigmoid, inplace=True),
     torch._C._nn.hardswish_: partial(_hardswish, inplace=True),
+    torch._weight_norm: _weight_norm,
 }
+# As the graphs of torch.export call them.
+for _name, _form in [("hardsigmoid", _hardsigmoid), ("hardswish", _hardswish), ("_weight_norm", _weight_norm)]:
+    _packet = getattr(torch.ops.aten, _name)
+    _FORMS |= {_packet: _form, _packet.default: _form}
 
 
-class HardGates(TorchFunctionMode):
-    """Computes hard gates by `relu6`; `seen` is true once one ran. The mode slows every operation a little."""
+class PlainForms(TorchFunctionMode):
+    """Computes by plain operations what torch cannot differentiate twice, or differentiates wrongly.
+
+    Hard gates run by `relu6`. Weight norm runs by a norm and a product: the second derivative of `torch._weight_norm`
+    is wrong where its norm keeps the first or the last axis. The mode slows every operation a little.
+
+    seen: whether such an operation ran.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +125,8 @@ class HardGates(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
-        self.seen |= func in _GATES
-        return _GATES.get(func, func)(*args, **(kwargs or {}))
+        self.seen |= func in _FORMS
+        return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ class ParallelExecutor(Executor):
 def _copied(each: Any, solver: TaskSolver) -> TaskSolver:
     """The replica's solver, with the findings that the first task has shown so far."""
     own: TaskSolver = each._solver(engine=ENGINES["functional"](each.model, solver.edits))
-    found = {name: getattr(solver, name) for name in ("settings", "hard_gates", "clone_inputs")}
+    found = {name: getattr(solver, name) for name in ("settings", "plain_forms", "clone_inputs")}
     return replace(own, **found)
 
 
@@ -285,7 +285,7 @@ def _parts(learner: Any) -> tuple[nn.Module, Any]:
 
 
 def _twice(learner: Any) -> AbstractContextManager[None]:
-    return differentiable_twice(learner.model, learner.checks.hard_gates)
+    return differentiable_twice(learner.model, learner.checks.plain_forms)
 
 
 def _edits_weights(model: nn.Module) -> bool:

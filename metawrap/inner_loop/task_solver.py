@@ -56,7 +56,7 @@ class TaskSolver:
     learned: every parameter that the outer loop learns. epoch: decides about step weights and derivative order.
     modules: every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
     channels_last: hands images to the model in this layout. clone_inputs: the model edits its inputs.
-    hard_gates: the model has operations whose second derivative needs another form.
+    plain_forms: forward runs an operation that `PlainForms` replaces.
     any_order: the passes of a task may run in another order.
     examples: the support set of each inner step in training; the task's own at each step if None.
     training_path: runs a loop in training, in place of the weighted target losses.
@@ -76,7 +76,7 @@ class TaskSolver:
     batched: BatchedEngine | None = None
     channels_last: bool = False
     clone_inputs: bool = False
-    hard_gates: bool = False
+    plain_forms: bool = False
     any_order: bool = False
     examples: Callable[[InnerLoop, int], Iterable[Task]] | None = None
     training_path: Callable[[InnerLoop, FastWeights, Sequence[float]], Unrolled] | None = None
@@ -223,7 +223,7 @@ class TaskSolver:
     ) -> Unrolled:
         if training and self.training_path is not None:
             return self.training_path(loop, start, weights)
-        twice = differentiable_twice(self.wrapped.model, self.hard_gates) if loop.second_order else nullcontext()
+        twice = differentiable_twice(self.wrapped.model, self.plain_forms) if loop.second_order else nullcontext()
         with twice:
             keeps_graph = loop.second_order or self.update.keeps_graph
             if weights and loop.differentiable and keeps_graph and self.settings.execution.memory == "flat":

@@ -109,7 +109,7 @@ class ANIL(HeadLearner):
         # Clones keep in-place edits of fast weights away from the parameters, whose hooks do not see them either.
         copies = {name: weight.clone() for name, weight in adapted.items()}
         start = {n: w if graph and w.requires_grad else w.detach().requires_grad_() for n, w in copies.items()}
-        with differentiable_twice(head, hard=True) if second_order else nullcontext():
+        with differentiable_twice(head, plain=True) if second_order else nullcontext():
             return loop.adapted(Point(start, {}), steps).fast
 
     def _tuned_names(self) -> Iterable[str]:
@@ -132,7 +132,7 @@ class ANIL(HeadLearner):
             )
         if self.first_order:
             return
-        with differentiable_twice(head, hard=True):
+        with differentiable_twice(head, plain=True):
             fix = "Use first_order=True, or put something differentiable in its place."
             reason = missing_second_derivative(head, fast, loss, fix=fix)
         if reason:

@@ -134,7 +134,7 @@ class MAML(Learner):
             "edits": checks.edits,
             "channels_last": self.executor.channels_last,
             "clone_inputs": checks.edits_inputs,
-            "hard_gates": checks.hard_gates,
+            "plain_forms": checks.plain_forms,
         }
         if "engine" not in changes:
             made["engine"] = self._engine("functional" if checks.engine.name == "batched" else checks.engine.name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from users_network import BATCH, DOUBLE, Only, network
 
 from metawrap import FOMAML, MAML, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
-from metawrap.engines.calling import HardGates
+from metawrap.engines.calling import PlainForms
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -23,7 +23,7 @@ def test_hard_gates_stand_in_with_the_same_values_and_first_derivatives(gate: An
     # Not at the kinks, -3 and 3, where a derivative is a matter of choice.
     x = torch.linspace(-5, 5, 41, dtype=torch.float64) + 0.01
     found, wanted = (x.clone().requires_grad_() for _ in range(2))
-    with HardGates() as mode:
+    with PlainForms() as mode:
         value = gate(found * 1, inplace=inplace)
     assert mode.seen
     expected = gate(wanted * 1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,23 @@ PLAIN_GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Hardsigmoid: lambda x: torch.clamp(x / 6 + 0.5, 0, 1),
     nn.Hardswish: lambda x: x * torch.clamp(x / 6 + 0.5, 0, 1),
 }
+
+
+def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By its formula: the second derivative of `torch._weight_norm` is wrong."""
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim]
+    return g * v / v.square().sum(axes, keepdim=True).sqrt()
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Attention and weight norm of operations that torch differentiates twice, and rightly."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        mock.patch("torch._weight_norm", plain_weight_norm),
+        mock.patch.object(sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", plain_weight_norm),
+    ):
+        yield
 
 
 @dataclass
@@ -77,6 +96,7 @@ def meta_gradient(
     after_norm: Mapping[type, Callable[[Tensor], Tensor]] | None = None,
     kept: Collection[str] = (),
     in_place: bool = False,
+    loss_alone: bool = False,
 ) -> Reference:
     """Loss, meta-gradients (`grad` of every value, and of `lr/<name>` for every rate) and statistics of a task batch.
 
@@ -95,7 +115,9 @@ def meta_gradient(
         after_norm: what a norm of this exact class does after normalising.
         kept: norms that stay torch's own, on their stored statistics.
         in_place: works on the model itself, for models that copy.deepcopy does not copy whole, such as closures.
+        loss_alone: leaves the meta-gradients out.
     """
+    second_order = second_order and not loss_alone
     model = (model if in_place else copy.deepcopy(model)).train(training)
     own = dict(model.named_parameters())
     start = {name: (values or own)[name].detach().clone() for name in own}
@@ -107,7 +129,7 @@ def meta_gradient(
     machine = _Machine(model, statistics, after_norm or {}, kept)
     result = Reference(torch.zeros(()), {}, machine.statistics)
     losses = []
-    with sdpa_kernel(SDPBackend.MATH):
+    with plain_operations():
         for support_x, support_y, target_x, target_y in tasks:
             # What is not adapted is the model's own, and what forward does to it in place stays.
             fast = {name: value.clone() if name in start_rates else value for name, value in start.items()}
@@ -149,9 +171,9 @@ def meta_gradient(
     result.loss = torch.stack(losses).mean()
     leaves = {name: value for name, value in start.items() if value.requires_grad}
     leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
-    gradients = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
+    gradients = [] if loss_alone else torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
     dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
-    result.gradients = dict(zip(leaves, dense, strict=True))
+    result.gradients = dict(zip(leaves, dense, strict=not loss_alone))
     result.loss = result.loss.detach()
     normed = {f"{name}.{local}" for name, norm in norms_of(model).items() for local in norm._buffers}
     result.buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in normed}

@@ -90,14 +90,13 @@ def as_tasks(batch: Any) -> list[tuple[Any, Any, Any, Any]]:
 
 def reference_for(model: nn.Module, learner: Any, batch: Any, step_weights: list[float], **options: Any) -> Reference:
     """The oracle on the learner's present values. The fixed rates get no gradient, so they are left out."""
+    present = {"rates": rates_of(learner), "values": dict(learner.model.named_parameters())}
     reference = meta_gradient(
         model,
         as_tasks(batch),
-        rates=rates_of(learner),
         step_weights=step_weights,
-        values=dict(learner.model.named_parameters()),
         statistics=statistics_of(learner),
-        **options,
+        **{**present, **options},
     )
     fixed = {f"lr/{name}" for name, rate in learner.learning_rates.items() if not rate.requires_grad}
     reference.gradients = {n: g for n, g in reference.gradients.items() if n not in fixed}

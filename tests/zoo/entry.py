@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from face import assert_equals_reference, build, fingerprint, reference_for
+from differences import AT_MOST, REASONS, difference_error
+from face import assert_equals_reference, build, fingerprint, rates_of, reference_for
 from models import seeded
 from oracle import Reference, msl_weights
 from torch import Tensor, nn
@@ -74,7 +75,12 @@ class Outcome:
 
 
 def check(entry: Entry, engine: str) -> Outcome:
-    """Tries one network under one engine: "auto", "functional", "higher", or "threads": functional with two workers."""
+    """Tries one network under one engine: "auto", "functional", "higher", or "threads": functional with two workers.
+
+    "differences" is no engine: the plain loop itself is tried.
+    """
+    if engine == "differences":
+        return check_differences(entry)
     if engine == "higher" and entry.higher and entry.refused is None:
         chosen = _check(entry, "auto")
         if chosen.engine == "higher":  # The very run that a named `higher` would be.
@@ -150,10 +156,37 @@ def assert_same_buffers(learner: Any, reference: Reference) -> None:
         torch.testing.assert_close(buffers[name], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def check_differences(entry: Entry) -> Outcome:
+    """The plain loop's meta-gradient is that of finite differences, or is not, for the reason in REASONS."""
+    model = seeded(entry.plain or entry.make)
+    parameters = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    if entry.refused is not None:
+        return Outcome("", parameters)
+    learner, gradients = _learner(entry, model, "functional"), _reference(entry).gradients
+    values = {name: value.detach() for name, value in learner.model.named_parameters()}
+    values |= {f"lr/{name}": rate for name, rate in rates_of(learner).items()}
+    error = difference_error(partial(_loss_at, entry, learner), values, gradients)
+    reason = REASONS.get(entry.name)
+    assert (error <= AT_MOST) is (reason is None), (error, reason)
+    return Outcome(reason or f"{error:.0e}", parameters)
+
+
+def _loss_at(entry: Entry, learner: Any, values: dict[str, Tensor]) -> float:
+    rates = {name: values[f"lr/{name}"] for name in rates_of(learner)}
+    own = {name: value for name, value in values.items() if not name.startswith("lr/")}
+    # A new model: the one before may have counted or cached something.
+    model = seeded(entry.plain or entry.make)
+    return float(_run_reference(entry, model, learner, rates=rates, values=own, loss_alone=True).loss)
+
+
 @lru_cache(maxsize=2)
 def _reference(entry: Entry, training: bool = True) -> Reference:
     model = seeded(entry.plain or entry.make)
     learner = _learner(entry, model, "functional")  # For the rates, norm rows and statistics that `build` draws.
+    return _run_reference(entry, model, learner, training)
+
+
+def _run_reference(entry: Entry, model: nn.Module, learner: Any, training: bool = True, **options: Any) -> Reference:
     torch.manual_seed(SEED)
     return reference_for(
         model,
@@ -166,6 +199,7 @@ def _reference(entry: Entry, training: bool = True) -> Reference:
         norm=entry.options.get("norm", "batch"),
         training=training,
         in_place=True,
+        **options,
     )
 
 

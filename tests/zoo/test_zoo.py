@@ -1,4 +1,7 @@
-"""Every network of the zoo under every engine: the gradient of a plain float64 loop, or a refusal that says why."""
+"""Every network of the zoo under every engine: the gradient of a plain float64 loop, or a refusal that says why.
+
+The plain loop's gradient is held against finite differences of its loss.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from differences import REASONS
 from entry import Entry, check, check_evaluation
 from hugging_face import HUGGING_FACE
 from patterns import PATTERNS
@@ -27,15 +31,19 @@ def _marks(entry: Entry) -> list[Any]:
 
 
 def _cases() -> list[Any]:
+    small = set(PATTERNS)  # The others take too long for a run by default.
     return [
-        pytest.param(entry, engine, id=f"{entry.name}-{engine}", marks=_marks(entry))
+        pytest.param(entry, engine, id=f"{entry.name}-{engine}", marks=[*_marks(entry), *more])
         for entry in ENTRIES
-        for engine in ("functional", "auto", "higher")
+        for engine in ("functional", "auto", "higher", "differences")
+        for more in [[pytest.mark.zoo] if engine == "differences" and entry not in small else []]
     ]
 
 
-def test_names_are_unique() -> None:
-    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+def test_names_are_unique_and_reasons_are_of_networks_that_are_here() -> None:
+    names = {entry.name for entry in ENTRIES}
+    assert len(names) == len(ENTRIES)
+    assert names >= set(REASONS)
 
 
 def test_every_small_classifier_of_torchvision_is_here() -> None:

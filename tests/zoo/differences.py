@@ -1,0 +1,76 @@
+"""Finite differences of a meta-loss along a random direction: no derivative of torch's beyond the first takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+AT_MOST = 1e-6
+# Longer ones leave the straight piece between the kinks of ReLU and max-pooling; shorter ones drown in rounding.
+EXPONENTS = (-5, -6, -4, -7, -3, -8)
+# Networks whose gradient is not the derivative of what they compute, by reason.
+_REASONS = {
+    "detached average": (
+        *("counts in buffers", "multiplies by a buffer that it edits", "divides by a buffer that it edits"),
+        *("buffers that grow", "replaces its buffers", "edits a buffer's data", "assigns a buffer's data"),
+        *("edits buffers by batch_norm", "slow copy of its own layer"),
+    ),
+    "detached part": ("fixed point", "detached path", ".data", ".item() in the arithmetic"),
+    "straight-through": ("gumbel softmax", "codebook", "function of one's own, straight through"),
+    "backward of its own": ("function of one's own, gradient reversal", "Embedding, gradient by frequency"),
+    "hook on gradients": (
+        *("hook: full backward", "hook: before full backward", "hook: on a parameter"),
+        *("hook: on a parameter, over the model", "hook on a hidden value"),
+    ),
+    "weights edited without gradient": (
+        *("in place on the weights themselves", "Embedding, max_norm", "Embedding, max_norm, not adapted"),
+    ),
+    "padding without gradient": ("Embedding, padding",),
+    "power iteration without gradient": ("spectral_norm", "legacy spectral_norm", "two parametrized layers"),
+    "signs in its diagonal": ("orthogonal, Householder",),
+    "part in float32": ("half in single precision",),
+}
+REASONS = {name: reason for reason, names in _REASONS.items() for name in names}
+
+
+def difference_error(loss: Callable[[Values], float], values: Values, gradients: Mapping[str, Tensor | None]) -> float:
+    """The relative error of the gradients' slope along one random direction, from the best of several step lengths.
+
+    Every tensor has a like part in the slope, all of one sign, so that no error hides behind larger gradients. The step
+    grows shorter or longer until the error is at most `AT_MOST`. Central differences of two lengths, a factor of ten
+    apart, are also extrapolated (Richardson).
+    """
+    present = {name: g for name, g in gradients.items() if g is not None and g.numel()}
+    norms = {name: float(torch.linalg.vector_norm(g)) for name, g in present.items()}
+    floor = 1e-2 * max(norms.values())
+    generator = torch.Generator().manual_seed(1)
+    direction = {}
+    for name, g in present.items():
+        unit = torch.randn(g.shape, generator=generator, dtype=g.dtype)
+        direction[name] = unit * (-1 if _product(g, unit) < 0 else 1) / max(norms[name], floor)
+    longest = max(float(d.abs().square().mean()) ** 0.5 for d in direction.values())
+    direction = {name: d / longest for name, d in direction.items()}
+    slope = sum(_product(g, direction[name]) for name, g in present.items())
+
+    def moved(length: float) -> float:
+        return loss({n: v + length * direction[n] if n in direction else v for n, v in values.items()})
+
+    found: dict[int, float] = {}
+    tried: list[float] = []
+    for exponent in EXPONENTS:
+        length = 10.0**exponent
+        found[exponent] = (moved(length) - moved(-length)) / (2 * length)
+        tried.append(found[exponent])
+        pairs = [(exponent, exponent + 1), (exponent - 1, exponent)]
+        tried += [(100 * found[a] - found[b]) / 99 for a, b in pairs if a in found and b in found]
+        if min(abs(one - slope) for one in tried) <= AT_MOST * abs(slope):
+            break
+    return min(abs(one - slope) for one in tried) / abs(slope)
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    # torch's gradient of a complex entry is that of its real part plus i times that of its imaginary part.
+    return float((a.conj() * b).real.sum())
