@@ -313,6 +313,11 @@ def same_device(tasks: Iterable[Task], device: torch.device) -> None:
                     )
 
 
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy without the graph that leads to the tensor; it requires a gradient if the tensor does."""
+    return tensor.detach().requires_grad_(tensor.requires_grad).clone()
+
+
 def usable(task: Task) -> Task:
     """The task with its inference-mode tensors cloned, as a backward pass cannot save such tensors."""
     return task.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

@@ -54,7 +54,7 @@ from metawrap.settings.schedules import is_second_order
 from metawrap.snapshot.module_state import attributes_put_back, unchanged
 from metawrap.snapshot.reachable_state import difference, state_of
 from metawrap.surgery.inspect import find_buffer_aliases, find_head
-from metawrap.tasks import Task, device_of, tensors_in
+from metawrap.tasks import Task, copy_of, device_of, tensors_in
 
 # Relative differences of gradients that pass for rounding.
 _DOUBLE, _SINGLE = 1e-6, 1e-3
@@ -86,7 +86,7 @@ class FirstTaskChecks:
         known = self.findings.get(training)
         if known is None or (differentiable and not known.differentiable):
             with autograd(True), model_unchanged(learner, self.edits):
-                known = self._first_look(learner, task.map(Tensor.clone), differentiable)
+                known = self._first_look(learner, task.map(copy_of), differentiable)
             self.findings[training] = known
             workers = learner.settings.execution.workers
             if training and workers not in (1, "auto") and (reason := learner.executor.why_in_order(learner)):
@@ -95,8 +95,8 @@ class FirstTaskChecks:
             self._refuse_second_order(learner, known.no_second_derivative)
         if self.engine.name == "batched" and training and not self.batched:
             with autograd(True), model_unchanged(learner, self.edits):
-                self._refuse_impure(learner, task.map(Tensor.clone))
-                self.batched = self._several_at_once_are_right(learner, task.map(Tensor.clone), differentiable)
+                self._refuse_impure(learner, task.map(copy_of))
+                self.batched = self._several_at_once_are_right(learner, task.map(copy_of), differentiable)
 
     def _first_look(self, learner: Any, task: Task, differentiable: bool) -> FirstLook:
         wrapped, settings = learner.wrapped, learner.settings

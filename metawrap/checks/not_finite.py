@@ -22,7 +22,7 @@ from metawrap.inner_loop.inner_loop import Point
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.results import Trouble
 from metawrap.snapshot.module_state import unchanged
-from metawrap.tasks import Task, TaskBatch, device_of, tensors_in, usable
+from metawrap.tasks import Task, TaskBatch, copy_of, device_of, tensors_in, usable
 
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
@@ -39,7 +39,7 @@ def find_trouble(learner: Any, batch: TaskBatch) -> list[Trouble]:
         with autograd(True):
             learner._prepare(usable(task))
         with autograd(True), unchanged(learner.model, device_of(learner)):
-            step, place = _first_place(learner, usable(task.map(Tensor.clone)), parameters)
+            step, place = _first_place(learner, usable(task.map(copy_of)), parameters)
         if place is not None:
             found.append(Trouble(index, task.classes, step, place))
     return found

@@ -6,13 +6,14 @@ Most of them raise in the second backward pass, with a message that names no mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metawrap.engines.calling import graph_behind
 from metawrap.tasks import tensors_in
 
 
@@ -83,8 +84,8 @@ def _obstacle(outputs: Sequence[Tensor], inner: Sequence[Tensor], outer: Sequenc
         gradients = [g.to_dense() if g.is_sparse else g for g in found if g is not None and g.requires_grad]
         if not gradients:
             return None
-        if any(node.name().endswith("::Error") for node in _graph(gradients)):
-            names = sorted({node._forward_cls.__name__ for node in _graph([total]) if _is_marked(node)})
+        if any(node.name().endswith("::Error") for node in graph_behind(gradients)):
+            names = sorted({node._forward_cls.__name__ for node in graph_behind([total]) if _is_marked(node)})
             return f"the backward of {', '.join(names) or 'a function'} is marked once_differentiable"
         squares = torch.stack([gradient.abs().square().sum().float() for gradient in gradients]).sum()
         torch.autograd.grad(squares, outer, allow_unused=True, retain_graph=True)
@@ -93,18 +94,6 @@ def _obstacle(outputs: Sequence[Tensor], inner: Sequence[Tensor], outer: Sequenc
     except RuntimeError as error:
         return str(error).strip().rstrip(".").splitlines()[0]
     return None
-
-
-def _graph(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the graph behind the tensors."""
-    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [before for before, _ in node.next_functions]
 
 
 def _is_marked(node: Any) -> bool:

@@ -8,6 +8,7 @@ finite are looked for where a result is on its way out; in training, to look at 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.errors import MetaWrapError, TaskError
+from metawrap.engines.calling import leaves_behind
+from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.results import ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, same_device, tensors_in
 
@@ -33,6 +35,9 @@ _MISFIT = re.compile(
     r"|Expected target|must match the size|on the same device|sparse tensors?|can't be cast|inconsistent tensor size"
     r"|more than 1 spatial element|[Cc]omplex"
 )
+_FOLLOWED = (
+    "Pass it detached (tensor.detach()), or call learner(task_batch).loss.backward() and step the optimizers yourself."
+)
 _MISCALL = re.compile(r"positional arguments?\b|unexpected keyword argument")
 
 
@@ -46,6 +51,37 @@ def checked_batch(task_batch: Any, loss_fn: Any, device: torch.device) -> TaskBa
     same_device(batch, device)
     check_labels(batch, loss_fn)
     return batch
+
+
+def without_graphs(batch: TaskBatch, learner: nn.Module) -> TaskBatch:
+    """The batch without the graphs that lead to its tensors: a meta-step does not follow them, and says so.
+
+    Raises:
+        TaskError: such a graph leads to the learner's own parameters, so that a part of their gradient would be lost.
+    """
+    graphs = with_graphs(batch)
+    if not graphs:
+        return batch
+    owned = {id(parameter): name for name, parameter in learner.named_parameters()}
+    for part, tensor in graphs:
+        if own := [owned[id(leaf)] for leaf in leaves_behind([tensor]) if id(leaf) in owned]:
+            raise TaskError(
+                f"{part} was computed from the learner's own '{own[0]}', and meta_step does not follow its graph: a "
+                f"part of the gradient would be lost. {_FOLLOWED}"
+            )
+    warnings.warn(
+        f"{graphs[0][0]} was computed with a graph, which meta_step does not follow: the network that computed it gets "
+        f"no gradient. {_FOLLOWED}",
+        MetaWrapWarning,
+        stacklevel=3,
+    )
+    return TaskBatch(tuple(task.map(lambda t: t.detach().requires_grad_(t.requires_grad)) for task in batch))
+
+
+def with_graphs(batch: TaskBatch) -> list[tuple[str, Tensor]]:
+    """The tensors that were computed with a graph, each with the name of its part of the task."""
+    parts = [(name, part) for task in batch for name, part in zip(PARTS, task.parts(), strict=True)]
+    return [(name, tensor) for name, part in parts for tensor in tensors_in(part) if tensor.grad_fn is not None]
 
 
 def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:

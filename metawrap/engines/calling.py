@@ -1,8 +1,8 @@
-"""Calls of a model: its inputs, the buffers that it edits, and operations without a second derivative."""
+"""Calls of a model: its inputs, the buffers that it edits, operations without a second derivative, graphs behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -127,6 +127,23 @@ class PlainForms(TorchFunctionMode):
         """Every call of a torch function passes here."""
         self.seen |= func in _FORMS
         return _FORMS.get(func, func)(*args, **(kwargs or {}))
+
+
+def graph_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of autograd's graph behind the tensors."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [before for before, _ in node.next_functions]
+
+
+def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that require a gradient in the graph behind the tensors."""
+    return [node.variable for node in graph_behind(tensors) if hasattr(node, "variable")]
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Recordings:
 
 class _Recording:
     def __init__(self, run: Run, batch: TaskBatch) -> None:
-        self._batch = TaskBatch(tuple(task.map(Tensor.clone) for task in batch))
+        self._batch = TaskBatch(tuple(task.map(_leaf_of) for task in batch))
         record = RECORDERS[tensors_in(batch[0].support_x)[0].device.type]
         _, expected = _copied(run(batch))
         try:
@@ -66,7 +66,8 @@ class _Recording:
     def replay(self, batch: TaskBatch) -> Outcome:
         for here, there in zip(self._batch, batch, strict=True):
             for mine, new in zip(_tensors(here), _tensors(there), strict=True):
-                mine.copy_(new)
+                with torch.no_grad():
+                    mine.copy_(new)
         self._replay()
         solved, gradients = _copied(self._outcome)
         return [replace(s, task_id=task.id) for s, task in zip(solved, batch, strict=True)], gradients
@@ -96,6 +97,10 @@ def _shape(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple(map(_shape, value))
     return (value.shape, value.dtype, value.device, value.stride()) if isinstance(value, Tensor) else repr(value)
+
+
+def _leaf_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _tensors(task: Task) -> Iterator[Tensor]:

@@ -1,10 +1,10 @@
 """A meta-gradient whose memory does not grow with inner steps: the graph of one step at a time, last step first.
 
 The forward sweep stores where each inner step started, and no graph. The reverse sweep repeats each step with a graph
-and pulls the gradient u back through it: u becomes u * d(step)/d(weights), and its products with d(step)/d(rates) and
-d(step)/d(others) are summed. This is reverse accumulation with a checkpoint at every step; it is exact for any update
-rule. Where the order of passes does not matter, each target loss waits until the reverse sweep uses its gradient, so
-that a step stores only its weights and the state of its update rule.
+and pulls the gradient u back through it: u becomes u * d(step)/d(weights), and its products with d(step)/d(rates),
+d(step)/d(others) and d(step)/d(inputs) are summed. This is reverse accumulation with a checkpoint at every step; it is
+exact for any update rule. Where the order of passes does not matter, each target loss waits until the reverse sweep
+uses its gradient, so that a step stores only its weights and the state of its update rule.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from metawrap.inner_loop.inner_loop import (
     EagerTargetGradients,
     FastWeights,
+    GradientSums,
     InnerLoop,
     Point,
     Unrolled,
     added,
     as_leaf,
     as_leaves,
-    hooks_removed,
     weighted_sum,
     with_gradients,
 )
 from metawrap.inner_loop.update_rules import OptimizerState
 from metawrap.layers.per_step_norm import Moments
 from metawrap.snapshot.module_state import ForwardState
+from metawrap.tasks import tensors_in
 
 
 class DisturbedError(Exception):
@@ -49,6 +50,7 @@ def unrolled_flat(
     modules: Iterable[nn.Module],
     device: torch.device,
     in_order: bool,
+    whole_graph: bool,
 ) -> Unrolled:
     """As `unrolled`, with the graph of one inner step at a time; the loss is differentiable once.
 
@@ -57,11 +59,18 @@ def unrolled_flat(
         learned_besides: parameters that a target loss depends on besides the fast weights.
         modules: every module that a pass runs.
         in_order: computes each target loss right after its inner step, as `unrolled` does.
+        whole_graph: the loss is also differentiable with respect to what is not the learner's: the task's tensors, and
+            through them the networks in front, and tensors that the model or the loss reads from elsewhere.
     Raises:
         DisturbedError: a pass changed something, so that the order of passes matters.
     """
-    eager = EagerTargetGradients(learned_besides, by_step=True)
-    loop = replace(loop, eager=eager)
+    # As leaves: the graph in front of the task must be passed once, for the sums of all steps.
+    given, task = loop.task, loop.task.map(lambda tensor: as_leaf(tensor) if tensor.requires_grad else tensor)
+    pairs = zip(*map(tensors_in, (given.parts(), task.parts())), strict=True)
+    inputs = [(tensor, leaf) for tensor, leaf in pairs if tensor.requires_grad and whole_graph]
+    others = GradientSums([*learned_by_update, *learned_besides, *(leaf for _, leaf in inputs)], outside=whole_graph)
+    eager = EagerTargetGradients(others, by_step=True)
+    loop = replace(loop, task=task, eager=eager)
     forward = replace(loop, differentiable=False, second_order=False)
     again = replace(loop, moments=None)
     checkpoints = StepCheckpoints(modules, device, len(weights))
@@ -78,8 +87,6 @@ def unrolled_flat(
             waiting[step] = len(loop.moments or ())
     fast = point.fast
 
-    others = [*learned_by_update, *learned_besides]
-    direct: list[Tensor | None] = [None] * len(others)
     behind: dict[Any, Tensor | None] = {}
     for step in reversed(range(len(weights))):
         if step in waiting:
@@ -92,15 +99,16 @@ def unrolled_flat(
             behind[name] = added(behind.get(name), gradient)
         with checkpoints.restored(step) as before:
             after = next(again.inner_steps(before, [loop.task], step))
-        behind, more = pulled_through(before, after, behind, others)
-        direct = [added(old, new) for old, new in zip(direct, more, strict=True)]
+        behind = pulled_through(before, after, behind, others)
         # Frees this step's graph before the next one is built.
         del before, after
     if waiting and (disturbed := checkpoints.taken_back()):
         raise DisturbedError(disturbed)
     total = weighted_sum(losses, weights)
-    found = [(start[name], behind[name]) for name in start] + list(zip(others, direct, strict=True))
-    return Unrolled(with_gradients(total.sum(), [*found, *eager.pairs()]), total, losses, prediction, fast)
+    given_as = {id(leaf): tensor for tensor, leaf in inputs}
+    found = [(start[name], behind[name]) for name in start]
+    found += ((given_as.get(id(tensor), tensor), gradient) for tensor, gradient in others.pairs())
+    return Unrolled(with_gradients(total.sum(), found), total, losses, prediction, fast)
 
 
 class StepCheckpoints:
@@ -183,23 +191,17 @@ class _Checkpoint(NamedTuple):
 
 
 def pulled_through(
-    before: Point, after: Point, behind: Mapping[Any, Tensor | None], others: Sequence[Tensor]
-) -> tuple[dict[Any, Tensor | None], tuple[Tensor | None, ...]]:
-    """The gradient before an inner step from the gradient after it, and the step's own part in that of `others`.
+    before: Point, after: Point, behind: Mapping[Any, Tensor | None], others: GradientSums
+) -> dict[Any, Tensor | None]:
+    """The gradient before an inner step from the gradient after it; the step's own part in `others` is added there.
 
     Keys are names of fast weights and, for tensors of an optimizer's state, pairs of parameter name and key.
     """
     inputs: dict[Any, Tensor] = before.fast | _tensors_of(before.state)
     outputs: dict[Any, Tensor] = after.fast | _tensors_of(after.state)
     reached = [key for key in outputs if behind.get(key) is not None]
-    with hooks_removed(others):
-        found = torch.autograd.grad(
-            [outputs[key] for key in reached],
-            [*inputs.values(), *others],
-            [behind[key] for key in reached],
-            allow_unused=True,
-        )
-    return dict(zip(inputs, found, strict=False)), found[len(inputs) :]
+    wanted = [behind[key] for key in reached]
+    return dict(zip(inputs, others.take([outputs[key] for key in reached], list(inputs.values()), wanted), strict=True))
 
 
 def _as_leaves(point: Point) -> Point:

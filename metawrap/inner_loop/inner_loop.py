@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metawrap.engines import Engine
-from metawrap.engines.calling import autograd, dense
+from metawrap.engines.calling import autograd, dense, leaves_behind
 from metawrap.inner_loop.masking import check_masked_loss, mask_unused
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
 from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
@@ -208,17 +208,54 @@ def weighted_sum(losses: Sequence[Tensor | None], weights: Sequence[float]) -> T
     return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]).sum(0)
 
 
+class GradientSums:
+    """Sums of gradients, from several backward passes, of the tensors that losses depend on besides the fast weights.
+
+    Args:
+        tensors: the tensors.
+        outside: also every other leaf in a graph, such as a parameter that a loss function reads from a closure.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], outside: bool = False) -> None:
+        self._sums: dict[int, tuple[Tensor, Tensor | None]] = {id(tensor): (tensor, None) for tensor in tensors}
+        self._outside, self._count = outside, len(self._sums)
+
+    def take(
+        self, outputs: Sequence[Tensor], own: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of outputs with respect to `own`; that with respect to the tensors is added to the sums.
+
+        Args:
+            gradients: of each output; 1 if None.
+        """
+        if self._outside:
+            known = {id(tensor) for tensor in own} | self._sums.keys()
+            self._sums |= {id(leaf): (leaf, None) for leaf in leaves_behind(outputs) if id(leaf) not in known}
+        tensors = [tensor for tensor, _ in self._sums.values()]
+        # The graph between two outside tensors may serve several passes.
+        again = len(tensors) > self._count or None
+        with hooks_removed(tensors):
+            found = torch.autograd.grad(outputs, [*own, *tensors], gradients, allow_unused=True, retain_graph=again)
+        for tensor, gradient in zip(tensors, found[len(own) :], strict=True):
+            self._sums[id(tensor)] = tensor, added(self._sums[id(tensor)][1], gradient)
+        return found[: len(own)]
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each tensor with the sum of its gradients."""
+        yield from self._sums.values()
+
+
 class EagerTargetGradients:
     """Computes the gradient of each target loss right after its forward pass.
 
-    others: parameters that a target loss depends on besides the fast weights.
-    direct: the gradient with respect to each of them, without the part that flows through the fast weights.
-    by_step: stores the gradients of each step for the reverse sweep of flat memory.
+    Args:
+        others: sums of gradients of what a target loss depends on besides the fast weights, without the part that flows
+            through the fast weights.
+        by_step: stores the gradients of each step for the reverse sweep of flat memory.
     """
 
-    def __init__(self, others: Sequence[Tensor], by_step: bool = False) -> None:
-        self.others, self._by_step = others, by_step
-        self.direct: list[Tensor | None] = [None] * len(others)
+    def __init__(self, others: GradientSums, by_step: bool = False) -> None:
+        self._others, self._by_step = others, by_step
         self._of_steps: dict[int, dict[str, Tensor | None]] = {}
         self._of_fast_weights: list[tuple[Tensor, Tensor | None]] = []
 
@@ -229,14 +266,11 @@ class EagerTargetGradients:
             loss: scalar, computed on `leaves`.
             fast: the fast weights with their graph; `leaves` are the same values without it.
         """
-        with hooks_removed(self.others):
-            found = torch.autograd.grad(loss, [*leaves.values(), *self.others], allow_unused=True)
-        gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=False))
+        gradients = dict(zip(leaves, self._others.take([loss], list(leaves.values())), strict=True))
         if self._by_step:
             self._of_steps[step] = gradients
         else:
             self._of_fast_weights += ((fast[name], gradient) for name, gradient in gradients.items())
-        self.direct = [added(old, new) for old, new in zip(self.direct, found[len(leaves) :], strict=True)]
 
     def of_step(self, step: int) -> dict[str, Tensor | None]:
         """The gradient with respect to the fast weights after one step; removes it from the store."""
@@ -245,7 +279,7 @@ class EagerTargetGradients:
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor that a target loss was computed from, with its gradient."""
         yield from self._of_fast_weights
-        yield from zip(self.others, self.direct, strict=True)
+        yield from self._others.pairs()
 
 
 def as_leaves(fast: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from metawrap.engines import BatchedEngine, BufferEdits, Engine, differentiable_twice
 from metawrap.inner_loop.flat_memory import unrolled_flat
 from metawrap.inner_loop.head_starts import HeadStart
-from metawrap.inner_loop.inner_loop import EagerTargetGradients, FastWeights, InnerLoop, Unrolled, unrolled
+from metawrap.inner_loop.inner_loop import (
+    EagerTargetGradients,
+    FastWeights,
+    GradientSums,
+    InnerLoop,
+    Unrolled,
+    unrolled,
+)
 from metawrap.inner_loop.masking import used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
@@ -236,9 +243,10 @@ class TaskSolver:
                     modules=self.modules,
                     device=self.device,
                     in_order=whole_graph or not self.any_order,
+                    whole_graph=whole_graph,
                 )
             if loop.differentiable and not whole_graph:
-                loop = replace(loop, eager=EagerTargetGradients(self.learned_besides()))
+                loop = replace(loop, eager=EagerTargetGradients(GradientSums(self.learned_besides())))
             return unrolled(loop, start, weights)
 
     def _step_weights(self, steps: int, training: bool) -> Sequence[float]:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.checks.not_finite import find_trouble, naming_operations
-from metawrap.checks.task_batches import checked_batch, explained
+from metawrap.checks.task_batches import checked_batch, explained, without_graphs
 from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.execution.allocator import keep_memory
@@ -148,7 +148,7 @@ class Learner(nn.Module, ABC):
 
         Args:
             task_batch: a `TaskBatch`, a tuple (support_x, support_y, target_x, target_y) with a leading task axis, or a
-                list of `Task`.
+                list of `Task`. Graphs that lead to its tensors are not followed, with a warning: `forward` does.
         Raises:
             TaskError: the batch has the wrong form, shapes, labels or device.
             DivergedError: at least `outer_update.max_skipped_steps` steps in a row, this one included, were skipped;
@@ -162,7 +162,7 @@ class Learner(nn.Module, ABC):
                 raise MetaWrapError(
                     "meta_step needs training mode, but the learner is in eval(). Call learner.train()."
                 )
-            batch = checked_batch(task_batch, self.loss_fn, device_of(self))
+            batch = without_graphs(checked_batch(task_batch, self.loss_fn, device_of(self)), self)
             with explained(batch, self.model):
                 self._check_trainable(batch)
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
@@ -17,7 +17,7 @@ from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown
 from metawrap.settings.settings import PLAIN_TRAINING, OuterSettings, TunedSettings, resolve
 from metawrap.snapshot.module_state import unchanged
 from metawrap.surgery.wrap import Wrapped, wrap
-from metawrap.tasks import Task, device_of
+from metawrap.tasks import Task, copy_of, device_of
 
 
 def wrapped_as_it_is(
@@ -71,7 +71,7 @@ def inspect_once(learner: Any, task: Task, inspect: Callable[[Task], FirstLook])
     _place_unsized(learner)
     if learner.model.training not in learner.findings:
         with autograd(True), unchanged(learner.model, device_of(learner.model)):
-            found = inspect(task.map(Tensor.clone))
+            found = inspect(task.map(copy_of))
         learner.findings[learner.model.training] = found
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from metawrap.checks.task_batches import with_graphs
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point, Unrolled, with_gradients
 from metawrap.inner_loop.task_solver import TaskSolver
@@ -26,7 +27,7 @@ from metawrap.results import MetaOutput
 from metawrap.settings.keywords import shows
 from metawrap.settings.settings import Settings
 from metawrap.settings.validated import Count, CountOrNone, Switch, validated
-from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
+from metawrap.tasks import Inputs, Task, as_task_batch, describe_value, map_tensors, tensors_in
 
 
 @validated
@@ -93,6 +94,11 @@ class Reptile(MAML):
         """See `Learner.forward`; in training mode the next call draws other mini-batches."""
         if not self.training:
             return super().forward(task_batch)
+        if graphs := with_graphs(as_task_batch(task_batch)):
+            raise TaskError(
+                f"{graphs[0][0]} was computed with a graph, and Reptile, which moves weights without derivatives, has "
+                "no gradient for it. Pass it detached (tensor.detach()), or use another method."
+            )
         self._ahead = self.forwards
         try:
             output = super().forward(task_batch)
