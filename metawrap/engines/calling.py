@@ -91,8 +91,17 @@ def _placed(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
     return x.copy_(value) if inplace else value
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """As `torch._weight_norm`, by plain operations.
+
+    Args:
+        v, g: direction and magnitude. dim: the axis whose slices each have a norm; -1: one norm for all.
+    """
+    if dim == -1:
+        return v * (g / torch.linalg.vector_norm(v))
+    # torch.norm_except_dim has no rule under vmap.
+    norms = torch.linalg.vector_norm(v.movedim(dim, 0).reshape(v.shape[dim], -1), dim=1)
+    return v * (g / norms.view([-1 if axis == dim else 1 for axis in range(v.ndim)]))
 
 
 _FORMS: dict[Any, Callable[..., Tensor]] = {
@@ -102,10 +111,10 @@ _FORMS: dict[Any, Callable[..., Tensor]] = {
     torch._C._nn.hardswish: _hardswish,
     torch._C._nn.hardsigmoid_: partial(_hardsigmoid, inplace=True),
     torch._C._nn.hardswish_: partial(_hardswish, inplace=True),
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: weight_norm,
 }
 # As the graphs of torch.export call them.
-for _name, _form in [("hardsigmoid", _hardsigmoid), ("hardswish", _hardswish), ("_weight_norm", _weight_norm)]:
+for _name, _form in [("hardsigmoid", _hardsigmoid), ("hardswish", _hardswish), ("_weight_norm", weight_norm)]:
     _packet = getattr(torch.ops.aten, _name)
     _FORMS |= {_packet: _form, _packet.default: _form}
 

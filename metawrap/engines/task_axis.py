@@ -1,8 +1,8 @@
 """Operations under `torch.func.vmap` whose rules in torch are wrong, slow or missing, in forms of their own.
 
 torch's rule for `embedding` with a `padding_idx` loses that the padding's gradient is zero. Batch norm with a scale per
-task becomes one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks have no
-rule in torch.
+task becomes one norm over (tasks * channels) channels, which takes a third of the passes. Recurrent networks and
+weight norm have no rule in torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
+from metawrap.engines.calling import weight_norm
 from metawrap.layers.quick_forms import batch_norm, convolution, for_each
 
 _PLANE = 4  # Axes of a batch of images.
@@ -239,6 +240,7 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     torch.instance_norm: _torch_instance_norm,
     F.embedding: _embedding,
     torch.embedding: _torch_embedding,
+    torch._weight_norm: weight_norm,
     **{func: _pooled(func) for func in (torch.max_pool2d, F.avg_pool2d)},
     **{getattr(torch, name): _recurrent(name) for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")},
 }

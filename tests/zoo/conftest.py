@@ -34,7 +34,7 @@ are compared with a plain loop written by hand ([the oracle](../tests/reference/
 - engine of `auto`: the one that `engine="auto"`, the default, ran, with an equal result. Where that is `higher`, the
   column `higher` shows that same run: it is not repeated under the engine's name.
 - finite differences: the relative error of the plain loop's meta-gradient along a random direction of all that is
-  learned, against central differences of its meta-loss ([how](../tests/zoo/differences.py)). Of torch's derivatives
+  learned, against central differences of its meta-loss ([how](../tests/support/differences.py)). Of torch's derivatives
   these need only the first, so a wrong second derivative, which both loops would share, shows. At most 1e-6; or the
   reason why the gradient of such a network is not the derivative of its output.
 - evaluation: `equal` where `learner.evaluate` and the modules of `learner.adapt` were compared as well.

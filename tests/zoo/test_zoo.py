@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from differences import REASONS
 from entry import Entry, check, check_evaluation
 from hugging_face import HUGGING_FACE
+from not_derivatives import REASONS
 from patterns import PATTERNS
 from torchvision_nets import TORCHVISION, builders_below_limit
 
