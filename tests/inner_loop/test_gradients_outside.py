@@ -48,9 +48,7 @@ PLACES: dict[str, Callable[[Front, Any, Parts], Task]] = {
     "one tensor as both": lambda front, _, t: Task(*2 * (front.encoder(t[2]), t[3])),
     "one of two inputs": lambda front, _, t: Task((t[0], front.scale(t[0])), t[1], {"x": t[2], "scale": 2.0}, t[3]),
     "soft labels": lambda front, _, t: Task(t[0], front.labels(t[0]).softmax(1), t[2], front.labels(t[2]).softmax(1)),
-    "the learner's own layer": lambda front, learner, t: Task(
-        torch.tanh(learner.model.first(front.encoder(t[0]))[:, :4]), *t[1:]
-    ),
+    "the learner's own layer": lambda front, own, t: Task(own.model.first(front.encoder(t[0]))[:, :4].tanh(), *t[1:]),
     "closure": lambda front, _, t: Task(*t),
     "closure with a graph": lambda front, _, t: Task(*t),
 }

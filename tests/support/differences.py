@@ -28,8 +28,9 @@ def difference_error(loss: Callable[[Values], float], values: Values, gradients:
     for name, g in present.items():
         unit = torch.randn(g.shape, generator=generator, dtype=g.dtype)
         direction[name] = unit * (-1 if _product(g, unit) < 0 else 1) / max(norms[name], floor)
-    longest = max(float(d.abs().square().mean()) ** 0.5 for d in direction.values())
-    direction = {name: d / longest for name, d in direction.items()}
+    # Of unit length as a whole: a larger network has more kinks, and moves less in each of its entries.
+    whole = sum(float(torch.linalg.vector_norm(d)) ** 2 for d in direction.values()) ** 0.5
+    direction = {name: d / whole for name, d in direction.items()}
     slope = sum(_product(g, direction[name]) for name, g in present.items())
 
     def moved(length: float) -> float:
