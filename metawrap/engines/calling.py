@@ -97,11 +97,12 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     Args:
         v, g: direction and magnitude. dim: the axis whose slices each have a norm; -1: one norm for all.
     """
-    if dim == -1:
-        return v * (g / torch.linalg.vector_norm(v))
-    # torch.norm_except_dim has no rule under vmap.
-    norms = torch.linalg.vector_norm(v.movedim(dim, 0).reshape(v.shape[dim], -1), dim=1)
-    return v * (g / norms.view([-1 if axis == dim else 1 for axis in range(v.ndim)]))
+    norms: Tensor = torch.linalg.vector_norm(v)
+    if dim != -1:
+        # torch.norm_except_dim has no rule under vmap.
+        norms = torch.linalg.vector_norm(v.movedim(dim, 0).reshape(v.shape[dim], -1), dim=1)
+        norms = norms.view([-1 if axis == dim else 1 for axis in range(v.ndim)])
+    return v * (g / norms)
 
 
 _FORMS: dict[Any, Callable[..., Tensor]] = {
