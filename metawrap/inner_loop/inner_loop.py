@@ -11,8 +11,8 @@ shape may go through it as one stack: fast weights, inputs, predictions and loss
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ class InnerLoop:
     moments: the statistics that the norms saw are appended here; None records nothing.
     used: classes whose outputs are not masked; None masks nothing.
     eager: computes target-loss gradients eagerly; None leaves them to autograd.
+    losses_in: the mode of the model for passes that a loss is taken of; None takes losses and predictions in one pass.
     """
 
     task: Task
@@ -74,6 +75,7 @@ class InnerLoop:
     eager: EagerTargetGradients | None = None
     clone_inputs: bool = False
     examples: str = "support"
+    losses_in: Callable[[], AbstractContextManager[None]] | None = None
 
     def inner_steps(self, start: Point, support: Iterable[Task], first: int = 0) -> Iterator[Point]:
         """Yields the point after each inner step.
@@ -107,7 +109,8 @@ class InnerLoop:
 
     def support_loss(self, fast: FastWeights, task: Task, step: int) -> Tensor:
         """The loss on a task's support set at an inner step: a scalar, or (tasks,) for a stack."""
-        prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
+        with self.losses_in() if self.losses_in else nullcontext():
+            prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
         return self._judged(prediction, task.support_y, self.examples)[1]
 
     def _updated(self, point: Point, gradients: Sequence[Tensor | None], losses: Tensor, step: int) -> Point:
@@ -130,6 +133,10 @@ class InnerLoop:
         Args:
             weight: of this step in the meta-loss; scales the gradient that `eager` takes.
         """
+        if self.losses_in is not None:
+            with self.losses_in():
+                _, loss = replace(self, losses_in=None).target_loss(fast, step, weight)
+            return self._predict_target(fast, step), loss
         if self.eager is None:
             return self._judged(self._predict_target(fast, step), self.task.target_y, "target")
         leaves = as_leaves(fast)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metawrap.checks.task_batches import check_labels, checked_batch, explained, refuse_not_finite, refuse_uncounted
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
+from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError, shown
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
@@ -116,7 +116,7 @@ def in_eval_mode(learner: Any) -> Iterator[None]:
 def check_steps(steps: int | None) -> None:
     """Raises ArgumentError unless `steps` is None or a whole number of at least 0."""
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
-        raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {steps!r}.")
+        raise ArgumentError(f"steps: expected a whole number of at least 0, or None, but got {shown(steps)}.")
 
 
 def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None) -> str:

@@ -25,7 +25,7 @@ from metawrap.checks.first_look import FirstLook
 from metawrap.checks.not_finite import find_trouble, naming_operations
 from metawrap.checks.task_batches import checked_batch, explained
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import ArgumentError, MetaWrapError, shown
 from metawrap.execution.allocator import keep_memory
 from metawrap.execution.executor import Calls, Executor, OneProcess, alone, shared, stateful_modules
 from metawrap.execution.ranks import Ranks
@@ -291,7 +291,7 @@ class Learner(nn.Module, ABC):
     @epoch.setter
     def epoch(self, value: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(f"epoch: expected a whole number of at least 0, but got {value!r}.")
+            raise ArgumentError(f"epoch: expected a whole number of at least 0, but got {shown(value)}.")
         self.iteration = value * self.settings.iterations_per_epoch
         self.outer.start(self.epoch)
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import task_loss
 from metawrap.settings.settings import check_number, check_switch, check_whole
 from metawrap.tasks import Task
 
@@ -86,7 +85,7 @@ class MANN(EmbeddingLearner):
         check_number("decay", decay, 0, 1)
         check_number("key_strength", key_strength, 0, open_below=True)
         if order not in ("sorted", "given", "shuffled"):
-            raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {order!r}.")
+            raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {shown(order)}.")
         check_switch("support_loss", support_loss)
         options: dict[str, Any] = {"ways": ways, **sizes, "decay": decay, "key_strength": key_strength}
         options |= {"order": order, "support_loss": support_loss}
@@ -101,9 +100,9 @@ class MANN(EmbeddingLearner):
     def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
         head, guesses, order = self._presented(support, labels, ways)
         prediction = head(target)
-        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
+        loss = self._loss(prediction, task.target_y, "target")
         if self.support_loss:
-            loss = loss + task_loss(self.loss_fn, guesses, labels[order], "support")
+            loss = loss + self._loss(guesses, labels[order], "support")
         return prediction, loss
 
     def _presented(self, support: Tensor, labels: Tensor, ways: int) -> tuple[AfterSupport, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import ignored_label, task_loss
+from metawrap.results import ignored_label
 from metawrap.settings.settings import check_number, check_switch, check_whole
 from metawrap.tasks import Task
 
@@ -98,7 +98,7 @@ class MemoryModule(EmbeddingLearner):
         counted = task.target_y != ignored_label(self.loss_fn)
         loss = memory.loss(target[counted], task.target_y[counted], self.margin)
         if self.task_loss:
-            loss = loss + self.task_loss * task_loss(self.loss_fn, prediction, task.target_y, "target")
+            loss = loss + self.task_loss * self._loss(prediction, task.target_y, "target")
         return prediction, loss
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.heads.fitted import FittedHead, LinearHead, one_hot, ridge_weights
 from metawrap.heads.multiclass_svm import check_solver, multiclass_svm
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
@@ -57,7 +57,7 @@ class MetaOptNet(EmbeddingLearner):
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         if solver not in ("svm", "ridge"):
-            raise ArgumentError(f"solver: expected 'svm' or 'ridge', but got {solver!r}.")
+            raise ArgumentError(f"solver: expected 'svm' or 'ridge', but got {shown(solver)}.")
         regularizer = _REGULARIZERS[solver] if regularizer is None else regularizer
         check_positive("regularizer", regularizer)
         check_positive("scale", scale)

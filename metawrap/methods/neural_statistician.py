@@ -14,10 +14,10 @@ from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import ArgumentError, TaskError, shown
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import ignored_label, task_loss
+from metawrap.results import ignored_label
 from metawrap.settings.settings import check_number, check_whole
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -92,7 +92,7 @@ class NeuralStatistician(EmbeddingLearner):
         for name, size in sizes.items():
             check_whole(name, size, 1)
         if likelihood not in ("auto", "bernoulli", "gaussian"):
-            raise ArgumentError(f"likelihood: expected 'auto', 'bernoulli' or 'gaussian', but got {likelihood!r}.")
+            raise ArgumentError(f"likelihood: expected 'auto', 'bernoulli' or 'gaussian', but got {shown(likelihood)}.")
         check_number("discriminative", discriminative, 0)
         if "loss_fn" in keywords and not discriminative:
             raise ArgumentError(
@@ -118,7 +118,7 @@ class NeuralStatistician(EmbeddingLearner):
         with autograd(torch.is_grad_enabled() and self.discriminative > 0):
             prediction = self._fit_head(support, labels, ways)(target)
         if self.discriminative:
-            loss = loss + self.discriminative * task_loss(self.loss_fn, prediction, task.target_y, "target")
+            loss = loss + self.discriminative * self._loss(prediction, task.target_y, "target")
         return prediction, loss
 
     def _numbers(self, inputs: Inputs) -> Tensor:

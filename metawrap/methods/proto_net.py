@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 
@@ -32,7 +32,7 @@ class ProtoNet(EmbeddingLearner):
         self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddingKeywords]
     ) -> None:
         if distance not in ("euclidean", "cosine"):
-            raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {distance!r}.")
+            raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {shown(distance)}.")
         super().__init__(model, keywords, options={"distance": distance})
         self.distance: Distance = distance
 
