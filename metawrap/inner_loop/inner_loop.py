@@ -26,6 +26,7 @@ from metawrap.engines.calling import autograd, dense
 from metawrap.inner_loop.masking import check_masked_loss, mask_unused
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
 from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
+from metawrap.outputs import prediction_in
 from metawrap.tasks import Inputs, Task, map_tensors
 
 FastWeights = dict[str, Tensor]
@@ -163,10 +164,12 @@ class InnerLoop:
         """The prediction, masked if `used` is given, and its loss."""
         if self.used is None:
             return prediction, self.engine.each(partial(self.loss, part=part), prediction, y)
-        masked = mask_unused(prediction, y, self.used)
-        loss = self.loss(masked, y, part)
+        logits = prediction_in(prediction)
+        masked = mask_unused(prediction if logits is None else logits, y, self.used)
+        output = map_tensors(prediction, lambda tensor: masked if tensor is logits else tensor)
+        loss = self.loss(output, y, part)
         check_masked_loss(loss, masked, self.used)
-        return masked, loss
+        return output, loss
 
 
 @dataclass

@@ -68,13 +68,14 @@ class EmbeddingLearner(Learner):
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
-        if source not in ("head_input", "output") and (not callable(source) or isinstance(source, nn.Module)):
+        known = isinstance(source, str) and source in ("head_input", "output")
+        if not known and (not callable(source) or isinstance(source, nn.Module)):
             raise ArgumentError(
-                "embedding: expected 'head_input', 'output' or a function that reads the embedding from the network's "
-                f"output, but got {describe_value(source)}. A module with weights belongs into the network."
+                "embedding: expected 'head_input' or 'output', or a function that reads the embedding from the "
+                f"network's output, but got {describe_value(source)}. A module with weights belongs into the network."
             )
-        if source != "head_input" and head is not None:
-            raise ArgumentError('head: has an effect with embedding="head_input" only. Leave one of them out.')
+        if head is not None and source != "head_input":
+            raise ArgumentError('head: has no effect with another embedding than "head_input". Leave one of them out.')
         named = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
         options = {**(options or {}), "head": head, "embedding": named}
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=head, own_steps=None)

@@ -70,7 +70,7 @@ class HeadLearner(Learner):
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
-        if source != "head_input":
+        if not isinstance(source, str) or source != "head_input":
             raise ArgumentError(
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
                 f"makes sense, but got {shown(source)}. Leave it out; head= names the head."

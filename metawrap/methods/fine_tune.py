@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, shown
+from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.heads.embedding import support_and_target
 from metawrap.layers.per_step_norm import Moments
@@ -20,6 +20,7 @@ from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
 from metawrap.outputs import form_of, in_words, prediction_in
 from metawrap.results import TaskOutcome, ignored_label
 from metawrap.settings.settings import InnerOptimizerName
+from metawrap.settings.validated import check_value
 from metawrap.tasks import Task, TaskBatch, device_of, tensors_in
 
 
@@ -68,11 +69,10 @@ class FineTune(HeadLearner):
         classes: int | Literal["shared"] | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        if tune not in ("full", "head"):
-            raise ArgumentError(f"tune: expected 'full' or 'head', but got {shown(tune)}.")
+        check_value("tune", tune, Tune)
         self.head_runs_alone = tune == "head"
-        self.shared_labels = classes == "shared"
-        table = ClassTable(None if classes == "shared" else classes)
+        self.shared_labels = isinstance(classes, str) and classes == "shared"
+        table = ClassTable(None if isinstance(classes, str) and self.shared_labels else classes)
         self.joint = JointTraining(tune, inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
         options = {"tune": tune, **self.joint.options, "classes": classes}
         parts = {"table": self.joint.table}

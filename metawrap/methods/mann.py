@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError, shown
+from metawrap.errors import ArgumentError
 from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_number, check_switch, check_whole
+from metawrap.settings.validated import check_value
 from metawrap.tasks import Task
 
 Order = Literal["sorted", "given", "shuffled"]
@@ -84,8 +85,7 @@ class MANN(EmbeddingLearner):
             raise ArgumentError(f"slots: expected at least one for each of {reads} reads, but got {slots}.")
         check_number("decay", decay, 0, 1)
         check_number("key_strength", key_strength, 0, open_below=True)
-        if order not in ("sorted", "given", "shuffled"):
-            raise ArgumentError(f"order: expected 'sorted', 'given' or 'shuffled', but got {shown(order)}.")
+        check_value("order", order, Order)
         check_switch("support_loss", support_loss)
         options: dict[str, Any] = {"ways": ways, **sizes, "decay": decay, "key_strength": key_strength}
         options |= {"order": order, "support_loss": support_loss}

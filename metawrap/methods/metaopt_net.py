@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError, shown
 from metawrap.heads.fitted import FittedHead, LinearHead, one_hot, ridge_weights
 from metawrap.heads.multiclass_svm import check_solver, multiclass_svm
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.settings import check_positive
+from metawrap.settings.validated import check_value
 
 Solver = Literal["svm", "ridge"]
 _REGULARIZERS = {"svm": 0.1, "ridge": 50.0}
@@ -56,8 +56,7 @@ class MetaOptNet(EmbeddingLearner):
         scale: float = 10.0,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
-        if solver not in ("svm", "ridge"):
-            raise ArgumentError(f"solver: expected 'svm' or 'ridge', but got {shown(solver)}.")
+        check_value("solver", solver, Solver)
         regularizer = _REGULARIZERS[solver] if regularizer is None else regularizer
         check_positive("regularizer", regularizer)
         check_positive("scale", scale)

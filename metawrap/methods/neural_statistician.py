@@ -14,11 +14,12 @@ from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError, TaskError, shown
+from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.results import ignored_label
 from metawrap.settings.settings import check_number, check_whole
+from metawrap.settings.validated import check_value
 from metawrap.tasks import Inputs, Task, describe_value
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -91,8 +92,7 @@ class NeuralStatistician(EmbeddingLearner):
         sizes = {"context": context, "latent": latent, "hidden": hidden}
         for name, size in sizes.items():
             check_whole(name, size, 1)
-        if likelihood not in ("auto", "bernoulli", "gaussian"):
-            raise ArgumentError(f"likelihood: expected 'auto', 'bernoulli' or 'gaussian', but got {shown(likelihood)}.")
+        check_value("likelihood", likelihood, Literal["auto", "bernoulli", "gaussian"])
         check_number("discriminative", discriminative, 0)
         if "loss_fn" in keywords and not discriminative:
             raise ArgumentError(

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.errors import ArgumentError, shown
 from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
+from metawrap.settings.validated import check_value
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -31,8 +31,7 @@ class ProtoNet(EmbeddingLearner):
     def __init__(
         self, model: nn.Module, *, distance: Distance = "euclidean", **keywords: Unpack[EmbeddingKeywords]
     ) -> None:
-        if distance not in ("euclidean", "cosine"):
-            raise ArgumentError(f"distance: expected 'euclidean' or 'cosine', but got {shown(distance)}.")
+        check_value("distance", distance, Distance)
         super().__init__(model, keywords, options={"distance": distance})
         self.distance: Distance = distance
 
