@@ -164,7 +164,8 @@ def are_logits(prediction: Any, y: Any) -> bool:
 
 def accuracy_of(prediction: Any, y: Any, ignored: int = IGNORED) -> Tensor | None:
     """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
-    prediction = prediction_in(prediction)
+    if not isinstance(prediction, Tensor):
+        prediction = prediction_in(prediction)
     if not are_logits(prediction, y):
         return None
     labelled = y != ignored

@@ -108,7 +108,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ArgumentError(f"X: expected rows of shape {self.example_shape_}, as in fit, but got {X.shape[1:]}.")
         with torch.no_grad():
             parts = torch.split(self._as_inputs(X, self._dtype), self.batch_size or len(X))
-            scores = torch.cat([prediction_in(self.module_(part)) for part in parts])
+            scores = torch.cat([prediction_in(self.module_(part)) for part in parts])  # type: ignore[misc]
             shares = scores[:, : len(self.classes_)].double().softmax(1)
         numbers: np.ndarray[Any, Any] = shares.cpu().numpy()
         return numbers

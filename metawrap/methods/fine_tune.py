@@ -72,7 +72,7 @@ class FineTune(HeadLearner):
         check_value("tune", tune, Tune)
         self.head_runs_alone = tune == "head"
         self.shared_labels = isinstance(classes, str) and classes == "shared"
-        table = ClassTable(None if isinstance(classes, str) and self.shared_labels else classes)
+        table = ClassTable(None if self.shared_labels else classes)  # type: ignore[arg-type]
         self.joint = JointTraining(tune, inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
         options = {"tune": tune, **self.joint.options, "classes": classes}
         parts = {"table": self.joint.table}

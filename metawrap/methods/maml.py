@@ -291,7 +291,7 @@ class MAMLPlusPlus(MAML):
             batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
             start that is no longer learned.
         adapt_norm: adapts batch-norm scale and shift in the inner loop too, as one (channels,) vector each.
-        loss_fn: `loss_fn(prediction, y)` to a scalar.
+        loss_fn: `loss_fn(prediction, y)` to a scalar; one that is not of torch gets the output as the network gives it.
         optimizer: function from parameters to an optimizer, in place of Adam; brings its own learning rate.
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         head: name of the module that makes the prediction; found by watching a forward pass if None.
