@@ -87,9 +87,24 @@ class JointTraining:
             module = learner._module(task, norm, learner.settings.inner_steps if steps is None else steps)
             # A graph would lead to the weights of this module only, and backward would do nothing without an error.
             with autograd(False):
-                prediction = call_model(module, task.target_x)
-                loss = task_loss(learner.loss_fn, prediction, task.target_y, "target")
+                prediction, loss = self._judged(learner, module, task)
         return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments)
+
+    def _judged(self, learner: HeadLearner, module: nn.Module, task: Task) -> tuple[Any, Tensor]:
+        """The prediction of a fitted module for the targets, and its loss; those of a head that was fitted alone."""
+        if self.tune == "full":
+            prediction = call_model(module, task.target_x)
+            return prediction, task_loss(learner.loss_fn, prediction, task.target_y, "target")
+        made: list[Tensor] = []
+        handle = module.get_submodule(str(learner.head)).register_forward_hook(
+            lambda _, args, output: made.append(output)
+        )
+        try:
+            call_model(module, task.target_x)
+        finally:
+            handle.remove()
+        loss = learner.own_head.loss(learner.loss_fn, made[-1], task.target_y, "target")
+        return learner.own_head.in_form(made[-1]), loss
 
     def module(self, learner: HeadLearner, task: Task, norm: str, steps: int, start: Mapping[str, Tensor]) -> nn.Module:
         """A plain module fitted to a task from the values in `start`, by name in the network, and else from its own."""

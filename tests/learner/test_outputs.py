@@ -92,7 +92,9 @@ def test_an_ambiguous_prediction_is_refused_and_the_fix_works(method: str, outpu
     losses = []
     for own, head in ((form, "head"), (KNOWN["tensor"], None)):
         torch.manual_seed(0)
-        losses.append(getattr(metawrap, method)(network(own), head=head, **METHODS[method]).meta_step(TASKS).loss)
+        learner = getattr(metawrap, method)(network(own), head=head, **METHODS[method])
+        metrics, result = learner.meta_step(TASKS), learner.evaluate(TASKS)
+        losses.append((metrics.loss, metrics.accuracy, result.loss, result.accuracy))
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
