@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,3 +57,19 @@ def writing(argument: str, path: Path, fix: str = "Name a file in a folder of yo
         yield
     except OSError as error:
         raise ArgumentError(f"{argument}: cannot write '{path}' ({error.strerror}). {fix}") from error
+
+
+def shown(value: Any, most: int = 120) -> str:
+    """A value as errors show it, in one line: its repr, cut where it is long; the dtype and shape of an array."""
+    if is_array(value):
+        kind = "tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+        return f"a {f'{value.dtype} ' if hasattr(value, 'dtype') else ''}{kind} of shape {tuple(value.shape)}"
+    if type(value) in (list, tuple) and len(value) > 10:
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(shown(item, 20) for item in value[:10])}, ..."
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is a tensor, an array with an axis, or a table."""
+    return isinstance(value, torch.Tensor) or bool(isinstance(getattr(value, "shape", None), tuple) and value.shape)

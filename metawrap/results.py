@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import ArgumentError, MetaWrapError, TaskError
+from metawrap.outputs import in_words, prediction_for, prediction_in
 from metawrap.tasks import Task, TaskId, describe_value, map_tensors, tensors_in
 
 
@@ -163,6 +164,8 @@ def are_logits(prediction: Any, y: Any) -> bool:
 
 def accuracy_of(prediction: Any, y: Any, ignored: int = IGNORED) -> Tensor | None:
     """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
+    if not isinstance(prediction, Tensor):
+        prediction = prediction_in(prediction)
     if not are_logits(prediction, y):
         return None
     labelled = y != ignored
@@ -271,12 +274,22 @@ def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
         part: which examples, "support" or "target", for errors.
     Raises:
         TaskError: cross-entropy met a label that the model has no output for.
-        ArgumentError: the loss function returned something other than a scalar tensor.
+        ArgumentError: the loss function returned something other than a scalar tensor, or cannot read the output.
     """
+    if not isinstance(prediction, Tensor):
+        prediction = prediction_for(loss_fn, prediction)
     try:
         loss = loss_fn(prediction, y)
-    except IndexError as error:
-        if loss_fn is F.cross_entropy and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+    except (AttributeError, TypeError, LookupError) as error:
+        if not isinstance(prediction, Tensor) and not isinstance(error, MetaWrapError):
+            raise ArgumentError(
+                f"loss_fn: it gets what the network returns, {in_words(prediction)}, and fails with "
+                f"{type(error).__name__}: {error}. Read the prediction from that in loss_fn. For a network that "
+                "returns its losses in training mode alone, methods with an inner loop take "
+                'outputs={"losses_in_training_mode": True}.'
+            ) from error
+        index = isinstance(error, IndexError)
+        if index and loss_fn is F.cross_entropy and isinstance(y, Tensor) and isinstance(prediction, Tensor):
             ways = prediction.shape[1]
             raise TaskError(
                 f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. Relabel the "

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError, shown
 from metawrap.learner.learner import Learner
+from metawrap.outputs import in_words, prediction_in
 from metawrap.surgery.inspect import batch_norms
-from metawrap.tasks import describe_value
+from metawrap.tasks import describe_value, device_of
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -83,9 +84,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_classification_targets(y)
         classes, numbers = np.unique(y, return_inverse=True)
         # The attributes change last, so that a failed fit keeps the previous one.
-        shape, rows = X.shape[1:], self._as_inputs(X)
-        module = self._adapted(rows, torch.as_tensor(numbers, device=rows.device), len(classes))
-        self.classes_, self.example_shape_, self.module_ = classes, shape, module
+        rows, outputs = self._tried(X)
+        module = self._adapted(rows, torch.as_tensor(numbers, device=rows.device), len(classes), outputs)
+        self.classes_, self.example_shape_, self.module_ = classes, X.shape[1:], module
+        self._dtype = rows.dtype
         return self
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:  # noqa: N803
@@ -105,8 +107,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if X.shape[1:] != self.example_shape_:
             raise ArgumentError(f"X: expected rows of shape {self.example_shape_}, as in fit, but got {X.shape[1:]}.")
         with torch.no_grad():
-            parts = torch.split(self._as_inputs(X), self.batch_size or len(X))
-            scores = torch.cat([self.module_(part) for part in parts])
+            parts = torch.split(self._as_inputs(X, self._dtype), self.batch_size or len(X))
+            scores = torch.cat([prediction_in(self.module_(part)) for part in parts])  # type: ignore[misc]
             shares = scores[:, : len(self.classes_)].double().softmax(1)
         numbers: np.ndarray[Any, Any] = shares.cpu().numpy()
         return numbers
@@ -127,8 +129,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 'would change it. Leave batch_size out, or build the learner with norm="support" or "running".'
             )
 
-    def _as_inputs(self, X: np.ndarray[Any, Any]) -> Tensor:  # noqa: N803
-        """The rows as a tensor in the network's shape, dtype and device."""
+    def _as_inputs(self, X: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:  # noqa: N803
+        """The rows as the network takes them; raises ArgumentError where numbers would change."""
         if self.input_shape is not None:
             if math.prod(X.shape[1:]) != math.prod(self.input_shape):
                 raise ArgumentError(
@@ -136,28 +138,59 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"{self.input_shape} has {math.prod(self.input_shape)}."
                 )
             X = X.reshape(len(X), *self.input_shape)  # noqa: N806
-        like = next(parameter for parameter in self.learner.parameters() if parameter.is_floating_point())
-        return torch.tensor(X, dtype=like.dtype, device=like.device)
+        rows = torch.tensor(X, dtype=dtype, device=device_of(self.learner))
+        whole = X.dtype.kind in _WHOLE
+        if whole and not np.array_equal(rows.cpu().to(torch.int64).numpy(), X):
+            raise ArgumentError(
+                f"X: whole numbers up to {X.max()} are not exact in {dtype}, in which the network runs. Pass "
+                "X.astype(float) if rounding does no harm."
+            )
+        if not whole and dtype == torch.int64:
+            raise ArgumentError(f"X: expected whole numbers, as in fit, but got {X.dtype}. Pass X.astype(int).")
+        return rows
 
-    def _adapted(self, rows: Tensor, labels: Tensor, classes: int) -> nn.Module:
+    def _tried(self, X: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:  # noqa: N803
+        """The rows in the dtype that the network takes, and what it returns for them.
+
+        Whole numbers stay what they are where the network takes them, as one of token ids does. All else becomes
+        floating-point numbers of the network's own precision.
+        """
+        network = self.learner.unwrap().eval()
+        like = next(parameter for parameter in self.learner.parameters() if parameter.is_floating_point())
+        failed: dict[torch.dtype, Exception] = {}
+        for dtype in [*([torch.int64] if X.dtype.kind in _WHOLE else []), like.dtype]:
+            rows = self._as_inputs(X, dtype)
+            try:
+                with torch.no_grad():
+                    return rows, network(rows)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                failed[dtype] = error
+        told = "; ".join(f"as {dtype}, {' '.join(str(error).split())[:200]}" for dtype, error in failed.items())
+        fix = "" if X.dtype.kind in _WHOLE else ", and X.astype(int) token ids their dtype"
+        raise ArgumentError(
+            f"X: {type(network).__name__} cannot take rows of shape {tuple(rows.shape[1:])}: {told}. Pass rows as it "
+            f"takes them; input_shape= gives flat rows their shape{fix}."
+        ) from failed[like.dtype]
+
+    def _adapted(self, rows: Tensor, labels: Tensor, classes: int, output: Any) -> nn.Module:
         extra: dict[str, Any] = {}
         if "mask_unused_outputs" in inspect.signature(self.learner.adapt).parameters:
-            outputs = self._check_outputs(self.learner.unwrap().eval(), rows, classes)
-            extra = {"mask_unused_outputs": True} if classes < outputs else {}
+            fewer = classes < self._check_outputs(output, rows, classes)
+            extra = {"mask_unused_outputs": True} if fewer else {}
         try:
             module = self.learner.adapt(rows, labels, self.steps, **extra)
         except TaskError:
-            self._check_outputs(self.learner.unwrap().eval(), rows, classes)
+            self._check_outputs(output, rows, classes)
             raise
-        self._check_outputs(module, rows, classes)
+        with torch.no_grad():
+            self._check_outputs(module(rows), rows, classes)
         return module
 
-    def _check_outputs(self, module: nn.Module, rows: Tensor, classes: int) -> int:
+    def _check_outputs(self, output: Any, rows: Tensor, classes: int) -> int:
         """The number of outputs. Raises ArgumentError if `classes` is larger."""
-        with torch.no_grad():
-            scores = module(rows)
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(rows):
-            found = describe_value(scores) if isinstance(scores, Tensor) else f"of type {type(scores).__name__}"
+        scores = prediction_in(output)
+        if scores is None or scores.ndim != 2 or len(scores) != len(rows):
+            found = in_words(output) if scores is None else describe_value(scores)
             raise UnsupportedModuleError(
                 f"The network's prediction is {found} for {len(rows)} rows, but FewShotClassifier "
                 "needs a tensor of logits, (rows, classes). Wrap a network that returns these."
@@ -170,7 +203,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return outputs
 
 
+# The kinds of numpy's whole numbers, truth values among them.
+_WHOLE = "iub"
+
+
 def _check_sizes(name: str, sizes: Any, given: Any) -> None:
     whole = isinstance(sizes, tuple | list) and all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
     if not whole or min(sizes, default=1) < 1:
-        raise ArgumentError(f"{name}: expected whole numbers of at least 1, or None, but got {given!r}.")
+        raise ArgumentError(f"{name}: expected whole numbers of at least 1, or None, but got {shown(given)}.")

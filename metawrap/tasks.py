@@ -12,13 +12,14 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import ArgumentError, TaskError, is_array, shown
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 TaskId: TypeAlias = str | int
@@ -200,22 +201,26 @@ def _is_endless(tasks: Any) -> bool:
     return endless_iter or isinstance(tasks, itertools.count | itertools.cycle)
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to every tensor inside nested tuples, lists, dicts and dataclasses; all else stays as it is."""
+def map_tensors(value: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Applies `change` to every tensor inside nested tuples, lists, dicts and dataclasses, and `other` to all else."""
+    again = partial(map_tensors, change=change, other=other)
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
+        changes = {part.name: again(getattr(value, part.name)) for part in fields(value)}
+        if isinstance(value, dict):  # Outputs of transformers, which hold each field a second time, as an item.
+            return type(value)(**changes)
         changed = copy.copy(value)
-        for part in fields(value):
-            object.__setattr__(changed, part.name, map_tensors(getattr(value, part.name), change))
+        for name, part in changes.items():
+            object.__setattr__(changed, name, part)
         return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
+        return type(value)(*map(again, value))
     if isinstance(value, tuple | list):
-        return type(value)(map_tensors(item, change) for item in value)
+        return type(value)(map(again, value))
     if isinstance(value, dict):
-        return type(value)((key, map_tensors(item, change)) for key, item in value.items())
-    return value
+        return type(value)((key, again(item)) for key, item in value.items())
+    return other(value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -236,12 +241,10 @@ def call_model(model: Any, inputs: Any) -> Any:
 
 def describe_value(value: Any) -> str:
     """A short account of a value for error messages."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, list | tuple):
         inside = ", ".join(sorted({type(item).__name__ for item in value}))
         return f"a {type(value).__name__} of {len(value)} ({inside or 'empty'})"
-    return f"{type(value).__name__} {value!r}"[:120]
+    return shown(value) if is_array(value) else f"{type(value).__name__} {shown(value)}"
 
 
 def is_stacked(batch: Any) -> bool:
@@ -288,6 +291,8 @@ def _class_numbers(classes: Any) -> tuple[int, ...]:
 
 
 def _lengths(value: Any) -> set[int]:
+    if isinstance(value, tuple | list) and value and all(isinstance(item, dict) for item in value):
+        return {len(value)}  # A dict for each example, as detectors take: it may hold any number of boxes.
     return {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(value)}
 
 

@@ -129,7 +129,7 @@ class FirstTaskChecks:
             refuse_carried_graphs(wrapped.model, self.edits.carried, lambda: support_loss(learned))
         refuse_bypassed(prediction(), wrapped.adapted_parameters())
         if learner.head is None:
-            head, exact = find_head(wrapped.model, prediction)
+            head, exact, _ = find_head(wrapped.model, prediction)
             # Before it is stored: a head that was refused must be refused again.
             learner.head_start.find(wrapped.model, head if exact else None, wrapped.adapted)
             learner.head = head

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metawrap.engines.batched import BatchedEngine
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.higher import HigherEngine
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, UnsupportedModuleError, shown
 from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.inspect import find_higher_hazards, find_hooks
 
@@ -93,7 +93,7 @@ def choose_engine(name: str, model: nn.Module, threads: bool = False) -> EngineC
         UnsupportedModuleError: the named engine cannot carry the model.
     """
     if name not in ("auto", *ENGINES):
-        raise ArgumentError(f"engine: expected 'auto', {', '.join(map(repr, ENGINES))}, but got {name!r}.")
+        raise ArgumentError(f"engine: expected 'auto', {', '.join(map(repr, ENGINES))}, but got {shown(name)}.")
     if name in ("functional", "batched"):  # Whether "batched" carries it, the first task shows.
         return EngineChoice(name, name, "asked for")
     if threads and name == "auto":

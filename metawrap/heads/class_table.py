@@ -10,7 +10,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import ArgumentError, TaskError, shown
 from metawrap.tasks import Task, TaskId, describe_value
 
 
@@ -31,7 +31,7 @@ class ClassTable(nn.Module):
     def __init__(self, limit: int | None = None) -> None:
         super().__init__()
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ArgumentError(f"classes: expected a whole number of at least 1, or None, but got {limit!r}.")
+            raise ArgumentError(f"classes: expected a whole number of at least 1, or None, but got {shown(limit)}.")
         self.limit = limit
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)

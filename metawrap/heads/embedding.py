@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from metawrap.engines.batched import first_line
 from metawrap.errors import UnsupportedModuleError
-from metawrap.heads.joint_rows import form_of, joined, may_hold_places, rows_stand_alone
+from metawrap.heads.joint_rows import form_of as form_of_inputs
+from metawrap.heads.joint_rows import joined, may_hold_places, rows_stand_alone
 from metawrap.layers.per_step_norm import Moments, PerStepNorm, Statistics
+from metawrap.outputs import candidates, filled, form_of, in_words, left_out, only_tensor, takes_tensors
+from metawrap.results import task_loss
 from metawrap.surgery.inspect import find_head
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
-EmbeddingSource = Literal["head_input", "output"]
+EmbeddingSource = Literal["head_input", "output"] | Callable[[Any], Tensor]
 Run = Callable[..., Any]
 _HIDDEN = "is called through something other than its place in the network (a list, a closure)"
 
@@ -33,7 +36,8 @@ class Embedding:
 
     method: name of the learner's class, for errors. run: `run(inputs, statistics, moments)` is one pass of `model`.
     head: name of the module that the embedding enters; None until the first task. source: "output" takes the network's
-    own output as the embedding, and then no module is the head. flat: whether embeddings are flattened to vectors.
+    own output as the embedding, a function what it reads from that output, and then no module is the head.
+    flat: whether embeddings are flattened to vectors. forms: the output in each mode around the head's own output.
     joint: by form of the inputs, whether support and target rows may run as one batch.
     """
 
@@ -46,6 +50,7 @@ class Embedding:
     source: EmbeddingSource = "head_input"
     flat: bool = True
     joint: dict[str, bool] = field(default_factory=dict)
+    forms: dict[bool, Any] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -55,8 +60,8 @@ class Embedding:
 
     def of(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
         """The embeddings of inputs: (examples, numbers) if `flat`, else (examples, ...) as the head gets them."""
-        if self.source == "output":
-            entered = [self.run(inputs, statistics, moments)]
+        if self.source != "head_input":
+            entered = [embedding_in(self.run(inputs, statistics, moments), self.source)]
         else:
             entered = []
 
@@ -71,7 +76,7 @@ class Embedding:
         self._check_calls(len(entered))
         found = entered[0]
         if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
-            where = "the model's output" if self.source == "output" else f"the input of the head '{self.head}'"
+            where = "the model's output" if self.source != "head_input" else f"the input of the head '{self.head}'"
             raise UnsupportedModuleError(
                 f"Expected {where} to be a floating-point tensor of shape (examples, ...), but it is "
                 f"{describe_value(found)}. Name the module that an embedding enters with head={self._or_output('')}."
@@ -107,7 +112,7 @@ class Embedding:
             return None
         if (both := joined(task.support_x, task.target_x)) is None:
             return None
-        form = f"{kind}: {form_of(task.support_x)}"
+        form = f"{kind}: {form_of_inputs(task.support_x)}"
         if form not in self.joint:
             stored = partial(run, statistics="running", moments=None)
             self.joint[form] = rows_stand_alone(self.model, stored, task.support_x, task.target_x)
@@ -127,6 +132,30 @@ class Embedding:
 
     def check(self, inputs: Inputs) -> None:
         """Raises UnsupportedModuleError unless one call of the head, with one argument, makes the prediction."""
+        calls = self.note_form(inputs)
+        self._check_calls(len(calls))
+        [(arguments, found)] = calls
+        if arguments != 1:
+            raise UnsupportedModuleError(
+                f"The head '{self.head}' is called with {arguments} arguments, but {self.method} fits it on one, the "
+                "embedding. Name a module that takes one tensor with head=."
+            )
+        if not found:
+            other = "wrap the network without it, and say what embeds with embedding="
+            if self.keeps_head:
+                other = f"use MAML(..., adapt='{self.head}.*'), which runs the whole network"
+            raise UnsupportedModuleError(
+                f"The network does more behind the head '{self.head}': its prediction is not the head's own output, "
+                f"which {self.method} fits. Name the last module with head=, move what follows into the loss, "
+                f"or {other}."
+            )
+
+    def note_form(self, inputs: Inputs) -> list[tuple[int, bool]]:
+        """Runs the network and notes the form of its output around the head's own.
+
+        Returns:
+            For each call of the head the number of its arguments, and whether the output holds what it returned.
+        """
         calls: list[tuple[int, Any, Any]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -134,21 +163,26 @@ class Embedding:
 
         handle = self.module.register_forward_hook(note, with_kwargs=True)
         try:
-            prediction = self.run(inputs, "batch", None)
+            output = self.run(inputs, "batch", None)
         finally:
             handle.remove()
-        self._check_calls(len(calls))
-        [(arguments, output, value)] = calls
-        if arguments != 1:
-            raise UnsupportedModuleError(
-                f"The head '{self.head}' is called with {arguments} arguments, but {self.method} fits it on one, the "
-                "embedding. Name a module that takes one tensor with head=."
-            )
-        if prediction is not output if self.keeps_head else not _holds(prediction, value):
-            raise UnsupportedModuleError(
-                f"The network does more behind the head '{self.head}': its prediction is not the head's own output, "
-                f"which {self.method} fits. Name the last module with head=, or move what follows into the loss."
-            )
+
+        def holds(tensor: Tensor, own: Any, value: Any) -> bool:
+            # A fitted head takes the place of the user's, whose output may have another shape in the prediction.
+            return tensor is own if self.keeps_head else _same_rows(tensor, value)
+
+        last = calls[-1][1:] if calls else (None, None)
+        self.forms[self.model.training] = form_of(output, lambda tensor: holds(tensor, *last))
+        return [(count, any(holds(t, own, value) for t in tensors_in(output))) for count, own, value in calls]
+
+    def in_form(self, prediction: Tensor, other: Any = None) -> Any:
+        """A prediction of the head in the form of the network's output, with `other` for each other tensor in it."""
+        return filled(self.forms.get(self.model.training), prediction, other)
+
+    def loss(self, loss_fn: Any, prediction: Tensor, y: Any, part: str) -> Tensor:
+        """`task_loss` of a prediction of the head: a loss of the user's own gets the form of the network's output."""
+        shown = prediction if takes_tensors(loss_fn) else self.in_form(prediction, left_out())
+        return task_loss(loss_fn, shown, y, part)
 
     def check_replaceable(self, inputs: Inputs) -> None:
         """Raises UnsupportedModuleError when the network would not run another module in the head's place."""
@@ -182,7 +216,12 @@ class Embedding:
             )
 
     def _find(self, inputs: Inputs) -> str:
-        head, exact = find_head(self.model, lambda: self.run(inputs, "batch", None))
+        head, exact, ambiguous = find_head(self.model, lambda: self.run(inputs, "batch", None))
+        if ambiguous:
+            raise UnsupportedModuleError(
+                f"The network returns {ambiguous}, so it is not known which tensor is the prediction, and which module "
+                f"the head. Name the head with head={self._or_output(' if the network has no head')}."
+            )
         if head is None or not exact:
             raise UnsupportedModuleError(
                 "No module's output is the prediction itself, so the head, and with it the embedding, is not known for "
@@ -202,6 +241,19 @@ class Embedding:
         return "" if self.keeps_head else f', or pass embedding="output"{condition}'
 
 
+class BehindNetwork(nn.Module):
+    """A fitted head behind a network whose output is, or holds, the embedding."""
+
+    def __init__(self, network: nn.Module, source: EmbeddingSource, head: nn.Module) -> None:
+        super().__init__()
+        self.network, self.source, self.head = network, source, head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's inputs to (targets, ways)."""
+        logits: Tensor = self.head(embedding_in(self.network(*args, **kwargs), self.source))
+        return logits
+
+
 def put_in_place(model: nn.Module, name: str, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Registers a module wherever the one called `name` is; returns owner, local name and old module of each place."""
     original = model.get_submodule(name)
@@ -213,13 +265,29 @@ def put_in_place(model: nn.Module, name: str, module: nn.Module) -> list[tuple[n
     return places
 
 
-def _holds(prediction: Any, output: Any) -> bool:
-    """Whether a prediction holds the head's output, in its own or another shape."""
-    if not isinstance(output, Tensor):
-        return False
-    own = output.flatten()
-    return any(
-        part.shape[:1] == output.shape[:1] and torch.equal(part.flatten(), own) for part in tensors_in(prediction)
+def embedding_in(output: Any, source: EmbeddingSource) -> Any:
+    """The embedding that a network's output is, or holds.
+
+    Raises:
+        UnsupportedModuleError: the output holds several tensors, and `source` is no function that reads one.
+    """
+    if callable(source):
+        return source(output)
+    found = output if isinstance(output, Tensor) else only_tensor(output)
+    if found is None and (paths := candidates(output)):
+        raise UnsupportedModuleError(
+            f'embedding="output": the network returns {in_words(output)}, so it is not known which one is the '
+            f"embedding. Pass a function that reads it, such as embedding=lambda output: {list(paths)[-1]}."
+        )
+    return output if found is None else found
+
+
+def _same_rows(tensor: Tensor, value: Any) -> bool:
+    """Whether two tensors hold the same numbers for each example, in one shape or another."""
+    return (
+        isinstance(value, Tensor)
+        and tensor.shape[:1] == value.shape[:1]
+        and torch.equal(tensor.flatten(), value.flatten())
     )
 
 

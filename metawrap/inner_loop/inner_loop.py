@@ -11,8 +11,8 @@ shape may go through it as one stack: fast weights, inputs, predictions and loss
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from metawrap.engines.calling import autograd, dense, leaves_behind
 from metawrap.inner_loop.masking import check_masked_loss, mask_unused
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
 from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
+from metawrap.outputs import prediction_in
 from metawrap.tasks import Inputs, Task, map_tensors
 
 FastWeights = dict[str, Tensor]
@@ -54,6 +55,7 @@ class InnerLoop:
     moments: the statistics that the norms saw are appended here; None records nothing.
     used: classes whose outputs are not masked; None masks nothing.
     eager: computes target-loss gradients eagerly; None leaves them to autograd.
+    losses_in: the mode of the model for passes that a loss is taken of; None takes losses and predictions in one pass.
     """
 
     task: Task
@@ -74,6 +76,7 @@ class InnerLoop:
     eager: EagerTargetGradients | None = None
     clone_inputs: bool = False
     examples: str = "support"
+    losses_in: Callable[[], AbstractContextManager[None]] | None = None
 
     def inner_steps(self, start: Point, support: Iterable[Task], first: int = 0) -> Iterator[Point]:
         """Yields the point after each inner step.
@@ -107,7 +110,8 @@ class InnerLoop:
 
     def support_loss(self, fast: FastWeights, task: Task, step: int) -> Tensor:
         """The loss on a task's support set at an inner step: a scalar, or (tasks,) for a stack."""
-        prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
+        with self.losses_in() if self.losses_in else nullcontext():
+            prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
         return self._judged(prediction, task.support_y, self.examples)[1]
 
     def _updated(self, point: Point, gradients: Sequence[Tensor | None], losses: Tensor, step: int) -> Point:
@@ -130,6 +134,10 @@ class InnerLoop:
         Args:
             weight: of this step in the meta-loss; scales the gradient that `eager` takes.
         """
+        if self.losses_in is not None:
+            with self.losses_in():
+                _, loss = replace(self, losses_in=None).target_loss(fast, step, weight)
+            return self._predict_target(fast, step), loss
         if self.eager is None:
             return self._judged(self._predict_target(fast, step), self.task.target_y, "target")
         leaves = as_leaves(fast)
@@ -156,10 +164,12 @@ class InnerLoop:
         """The prediction, masked if `used` is given, and its loss."""
         if self.used is None:
             return prediction, self.engine.each(partial(self.loss, part=part), prediction, y)
-        masked = mask_unused(prediction, y, self.used)
-        loss = self.loss(masked, y, part)
+        logits = prediction_in(prediction)
+        masked = mask_unused(prediction if logits is None else logits, y, self.used)
+        output = map_tensors(prediction, lambda tensor: masked if tensor is logits else tensor)
+        loss = self.loss(output, y, part)
         check_masked_loss(loss, masked, self.used)
-        return masked, loss
+        return output, loss
 
 
 @dataclass

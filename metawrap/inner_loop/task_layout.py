@@ -17,7 +17,7 @@ def alike(tasks: Sequence[Task]) -> list[list[int]]:
     """The places of tasks that can be stacked: of the same structure, shapes, dtypes and values that are no tensors."""
     groups: list[tuple[Any, list[int]]] = []
     for place, task in enumerate(tasks):
-        form = [map_tensors(part, _Form) for part in task.parts()]  # type: ignore[arg-type]
+        form = [map_tensors(part, _Form) for part in task.parts()]
         places = next((places for known, places in groups if _equal(known, form)), None)
         if places is None:
             groups.append((form, [place]))

@@ -7,7 +7,7 @@ of its own; the live learner is not touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -189,7 +189,13 @@ class TaskSolver:
             moments=[] if training else None,
             used=used_labels(task, ignored_label(self.loss_fn)) if masked else None,
             clone_inputs=self.clone_inputs,
+            losses_in=self._mode_of_losses,
         )
+
+    @property
+    def _mode_of_losses(self) -> Callable[[], AbstractContextManager[None]] | None:
+        own = self.settings.outputs.losses_in_training_mode and not self.wrapped.model.training
+        return self.wrapped.in_training_mode if own else None
 
     def initial_weights(self, loop: InnerLoop, starts: Sequence[Start] | None = None) -> FastWeights:
         """Where the inner loop starts.

@@ -6,7 +6,6 @@ Read `_solve` first; each method below is one arrow of it. A method says which h
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
-from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, shown
 from metawrap.execution.executor import Executor, shared
-from metawrap.heads.embedding import Embedding, EmbeddingSource, put_in_place
+from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead, PlacedHead
 from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.evaluation import adapting, finished
@@ -30,7 +29,7 @@ from metawrap.learner.without_inner_loop import (
     refuse_inner_loop,
     wrapped_as_it_is,
 )
-from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
+from metawrap.results import TaskOutcome, ignored_label, outcome_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
 
@@ -40,7 +39,7 @@ class EmbeddingKeywords(OuterKeywords, total=False):
 
     head: name of the module that makes the prediction; found by watching a forward pass if None. embedding:
     "head_input" embeds by the input of that module; "output" embeds by the network's own output, for a network without
-    a head.
+    a head; a function reads the embedding from that output, such as `lambda output: output.pooler_output`.
     """
 
     head: str | None
@@ -69,14 +68,20 @@ class EmbeddingLearner(Learner):
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
-        if source not in ("head_input", "output"):
-            raise ArgumentError(f"embedding: expected 'head_input' or 'output', but got {source!r}.")
-        if source == "output" and head is not None:
-            raise ArgumentError('head: has no effect with embedding="output". Leave one of them out.')
-        shown = {**(options or {}), "head": head, "embedding": source}
+        known = isinstance(source, str) and source in ("head_input", "output")
+        if not known and (not callable(source) or isinstance(source, nn.Module)):
+            raise ArgumentError(
+                "embedding: expected 'head_input' or 'output', or a function that reads the embedding from the "
+                f"network's output, but got {describe_value(source)}. A module with weights belongs into the network."
+            )
+        if head is not None and source != "head_input":
+            raise ArgumentError('head: has no effect with another embedding than "head_input". Leave one of them out.')
+        named = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+        options = {**(options or {}), "head": head, "embedding": named}
         wrapped, settings = wrapped_as_it_is(type(self), model, keywords, defaults={}, head=head, own_steps=None)
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
+        executor = Executor(settings.execution)
+        super().__init__(wrapped, settings, keywords, executor=executor, parts=moved, options=options)
         leave_out_unsized(self)
         self.embedding = Embedding(type(self).__name__, self.model, self.wrapped.run, head, source, self.flat)
 
@@ -99,7 +104,11 @@ class EmbeddingLearner(Learner):
             support, target: the task's embeddings. labels: of the support set, (examples,) in 0..ways - 1.
         """
         prediction = self._fit_head(support, labels, ways)(target)
-        return prediction, task_loss(self.loss_fn, prediction, task.target_y, "target")
+        return prediction, self._loss(prediction, task.target_y, "target")
+
+    def _loss(self, prediction: Tensor, y: Any, part: str) -> Tensor:
+        """The user's loss of a prediction."""
+        return self.embedding.loss(self.loss_fn, prediction, y, part)
 
     def _solve(
         self, task: Task, *, training: bool, norm: str, steps: int | None = None, mask: bool | None = None, **_: Any
@@ -109,6 +118,7 @@ class EmbeddingLearner(Learner):
         moments: list[Moments] | None = [] if training else None
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
+        prediction = self.embedding.in_form(prediction)
         return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
 
     def _prepare(self, task: Task) -> None:
@@ -128,18 +138,18 @@ class EmbeddingLearner(Learner):
                     f"{part}: {name} needs the class of each example, (examples,) whole numbers, but got "
                     f"{describe_value(y)}."
                 )
-        shown, asked = torch.unique(task.support_y).tolist(), torch.unique(task.target_y).tolist()
-        ways = len(shown)
-        if shown != list(range(ways)):
+        found, asked = torch.unique(task.support_y).tolist(), torch.unique(task.target_y).tolist()
+        ways = len(found)
+        if found != list(range(ways)):
             raise TaskError(
-                f"support_y: {name} needs each class from 0 to the last, but it holds {shown}. Relabel the episode to "
-                f"0..{ways - 1}."
+                f"support_y: {name} needs each class from 0 to the last, but it holds {shown(found)}. Relabel the "
+                f"episode to 0..{ways - 1}."
             )
         ignored = ignored_label(self.loss_fn)
         if missing := [y for y in asked if y != ignored and not 0 <= y < ways]:
             raise TaskError(
-                f"target_y holds classes {missing}, which the support set has not shown. Leave such targets out, or "
-                "show the classes."
+                f"target_y holds classes {shown(missing)}, which the support set has not shown. Leave such targets "
+                "out, or show the classes."
             )
         return task.support_y.long(), ways
 
@@ -152,8 +162,8 @@ class EmbeddingLearner(Learner):
             # Batch statistics exist in every mode.
             support = self.embedding.of(task.support_x, "batch")
             self.embedding.check_rows(support, len(labels))
-            shown = replace(task, target_x=task.support_x, target_y=task.support_y)
-            _, loss = self._predict(shown, support, labels, ways, support)
+            own = replace(task, target_x=task.support_x, target_y=task.support_y)
+            _, loss = self._predict(own, support, labels, ways, support)
             learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             unused: list[str] = []
             if self.model.training and not loss.requires_grad:
@@ -171,8 +181,8 @@ class EmbeddingLearner(Learner):
         """A plain module of the user's own class, in eval mode, with a fitted head in the place of its own.
 
         Its norms are ordinary ones: under norm="running" with the stored statistics, under "batch" without any (they
-        use each batch's own), under "support" with the support set's. With embedding="output" it is a Sequential of the
-        user's network and the fitted head. The learner does not change.
+        use each batch's own), under "support" with the support set's. With another `embedding` than "head_input" it is
+        the user's network with the fitted head behind it. The learner does not change.
 
         Args:
             support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1.
@@ -186,11 +196,11 @@ class EmbeddingLearner(Learner):
             fitted = self._fit_head(self.embedding.of(task.support_x, statistics), labels, ways).plain()
             held = self.wrapped.clock.taken() if norm == "support" else None
             module = plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
+        placed = PlacedHead(fitted, self.flat).eval()
         if self.embedding.head is not None:
-            put_in_place(module, self.embedding.head, PlacedHead(fitted, self.flat).eval())
+            put_in_place(module, self.embedding.head, placed)
         else:
-            flatten = [("flatten", nn.Flatten())] if self.flat else []
-            module = nn.Sequential(OrderedDict([("network", module), *flatten, ("head", fitted)])).eval()
+            module = BehindNetwork(module, self.embedding.source, placed).eval()
         return finished(module, task)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.engines.calling import autograd
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
 from metawrap.execution.executor import Executor, shared
 from metawrap.heads.own_head import OwnHead
 from metawrap.learner.describing import describe_learner
@@ -66,18 +67,19 @@ class HeadLearner(Learner):
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
-        if source != "head_input":
+        if not isinstance(source, str) or source != "head_input":
             raise ArgumentError(
                 f"embedding: {type(self).__name__} fits the head of the network itself, so that only 'head_input' "
-                f"makes sense, but got {source!r}. Leave it out; head= names the head."
+                f"makes sense, but got {shown(source)}. Leave it out; head= names the head."
             )
         self._in_training_forward = False
-        inner_steps, shown = self.own["inner_steps"], {**self.own, "head": head, "embedding": source}
+        inner_steps, options = self.own["inner_steps"], {**self.own, "head": head, "embedding": source}
         wrapped, settings = wrapped_as_it_is(
             type(self), model, keywords, defaults=self.defaults, head=head, own_steps=inner_steps
         )
         moved = moved_parts(parts or {}, wrapped.model)
-        super().__init__(wrapped, settings, keywords, executor=Executor(settings.execution), parts=moved, options=shown)
+        executor = Executor(settings.execution)
+        super().__init__(wrapped, settings, keywords, executor=executor, parts=moved, options=options)
         leave_out_unsized(self)
         self.own_head = OwnHead(type(self).__name__, self.model, self.wrapped.run, head, flat=False)
         if self.own_head.head is not None:
@@ -181,10 +183,17 @@ class HeadLearner(Learner):
                 if self.head_runs_alone:
                     own_head.check_runs_alone(task.support_x, len(tensors_in(task.support_y)[0]))
                 self._check_head(task)
-            prediction = self.wrapped.run(task.support_x, "batch", None)
+            if self.head_runs_alone:
+                prediction = own_head.module(own_head.of(task.support_x, "batch"))
+                loss = partial(own_head.loss, self.loss_fn)
+            else:
+                prediction = self.wrapped.run(task.support_x, "batch", None)
+                loss = partial(task_loss, self.loss_fn)
             if not self._by_classes(task):
-                task_loss(self.loss_fn, prediction, task.support_y, "support")
+                loss(prediction, task.support_y, "support")
             self._make_parts(task)
+            if own_head.head is not None and not self.head_runs_alone:
+                own_head.note_form(task.support_x)
         return FirstLook(without_part(self.model, prediction), differentiable=True)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -224,8 +233,8 @@ def refuse_mask(learner: Learner, mask: bool | None) -> None:
     """Raises ArgumentError when a call asks to mask the head's outputs."""
     if mask is not None:
         raise ArgumentError(
-            f"mask_unused_outputs: {type(learner).__name__} compares all outputs of the head, but got {mask!r}. Leave "
-            "it out, and mask in loss_fn."
+            f"mask_unused_outputs: {type(learner).__name__} compares all outputs of the head, but got {shown(mask)}. "
+            "Leave it out, and mask in loss_fn."
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,28 +72,43 @@ class JointTraining:
         moments: list[Moments] = []
         if training:
             found = self.outputs(task, norm, moments, torch.cat([task.support_y, task.target_y]))
-            loss = task_loss(learner.loss_fn, found.logits, found.labels, "support and target")
-            prediction = found.own_logits[len(task.support_y) :]
+            loss = learner.own_head.loss(learner.loss_fn, found.logits, found.labels, "support and target")
+            prediction = learner.own_head.in_form(found.own_logits[len(task.support_y) :])
         else:
             module = learner._module(task, norm, learner.settings.inner_steps if steps is None else steps)
             # A graph would lead to the weights of this module only, and backward would do nothing without an error.
             with autograd(False):
-                prediction = call_model(module, task.target_x)
-                loss = task_loss(learner.loss_fn, prediction, task.target_y, "target")
+                prediction, loss = self._judged(learner, module, task)
         return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments)
+
+    def _judged(self, learner: HeadLearner, module: nn.Module, task: Task) -> tuple[Any, Tensor]:
+        """The prediction of a fitted module for the targets, and its loss; those of a head that was fitted alone."""
+        if self.tune == "full":
+            prediction = call_model(module, task.target_x)
+            return prediction, task_loss(learner.loss_fn, prediction, task.target_y, "target")
+        made: list[Tensor] = []
+        handle = module.get_submodule(str(learner.head)).register_forward_hook(
+            lambda _, args, output: made.append(output)
+        )
+        try:
+            call_model(module, task.target_x)
+        finally:
+            handle.remove()
+        loss = learner.own_head.loss(learner.loss_fn, made[-1], task.target_y, "target")
+        return learner.own_head.in_form(made[-1]), loss
 
     def module(self, learner: HeadLearner, task: Task, norm: str, steps: int, start: Mapping[str, Tensor]) -> nn.Module:
         """A plain module fitted to a task from the values in `start`, by name in the network, and else from its own."""
         module = plain_copy(learner.model, start, 0, None, keep_statistics=norm == "running").eval()
-        part, inputs = module, task.support_x
+        part, inputs, loss_of = module, task.support_x, partial(task_loss, learner.loss_fn)
         if self.tune == "head":
-            part = module.get_submodule(str(learner.head))
+            part, loss_of = module.get_submodule(str(learner.head)), partial(learner.own_head.loss, learner.loss_fn)
             inputs = learner.own_head.of(task.support_x, "running" if norm == "running" else "batch").detach()
         learned = [parameter for parameter in part.parameters() if parameter.requires_grad]
         optimizer = _OPTIMIZERS[self.inner_optimizer](learned, lr=self.inner_lr)  # type: ignore[call-arg]
         with autograd(True):
             for _ in range(steps):
-                loss = task_loss(learner.loss_fn, call_model(part, inputs), task.support_y, "support")
+                loss = loss_of(call_model(part, inputs), task.support_y, "support")
                 gradients = torch.autograd.grad(loss, learned, allow_unused=True)
                 for parameter, gradient in zip(learned, gradients, strict=True):
                     parameter.grad = None if gradient is None else dense(gradient)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown
 from metawrap.settings.settings import PLAIN_TRAINING, OuterSettings, TunedSettings, resolve
@@ -81,7 +81,7 @@ def refuse_inner_loop(learner: Any, steps: int | None, mask: bool | None = None)
         if value is not None:
             raise ArgumentError(
                 f"{name}: has no effect on {type(learner).__name__}, which has no inner loop on the network's own "
-                f"outputs, but got {value!r}. Leave it out."
+                f"outputs, but got {shown(value)}. Leave it out."
             )
 
 

@@ -20,7 +20,7 @@ from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
-from metawrap.results import TaskOutcome, outcome_of, task_loss
+from metawrap.results import TaskOutcome, outcome_of
 from metawrap.settings.groups import InnerOptions
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, Number, Switch
@@ -79,9 +79,10 @@ class ANIL(HeadLearner):
         support, target = self.own_head.of_task(task, training, norm, moments)
         fast = self._fast_weights(support, task.support_y, steps)
         prediction = FunctionalEngine(self.own_head.module).call(fast, target)
-        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
+        loss = self.own_head.loss(self.loss_fn, prediction, task.target_y, "target")
         step_losses = [None] * (steps - 1) + [loss] if steps else []
-        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, step_losses=step_losses, moments=moments)
+        shown = self.own_head.in_form(prediction)
+        return outcome_of(task, loss, shown, loss_fn=self.loss_fn, step_losses=step_losses, moments=moments)
 
     def _module(self, task: Task, norm: str, steps: int) -> nn.Module:
         support = self.own_head.of(task.support_x, "running" if norm == "running" else "batch")
@@ -101,7 +102,7 @@ class ANIL(HeadLearner):
             FunctionalEngine(head),
             inner_optimizer("functional", InnerOptions()),
             {name: rates[full[name]] for name in adapted},
-            partial(task_loss, self.loss_fn),
+            partial(self.own_head.loss, self.loss_fn),
             differentiable=graph,
             second_order=second_order,
         )
@@ -120,7 +121,7 @@ class ANIL(HeadLearner):
         fast = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
 
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
-            return task_loss(self.loss_fn, engine.call(weights, support), task.support_y, "support")
+            return self.own_head.loss(self.loss_fn, engine.call(weights, support), task.support_y, "support")
 
         value = loss(fast)
         found = torch.autograd.grad(value, list(fast.values()), allow_unused=True) if value.requires_grad else ()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -15,11 +16,12 @@ from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
+from metawrap.outputs import form_of, in_words, prediction_in
 from metawrap.results import TaskOutcome, ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
 from metawrap.settings.validated import Count, Positive
-from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of
+from metawrap.tasks import Inputs, Task, TaskBatch, device_of, tensors_in
 
 
 class FineTune(HeadLearner):
@@ -27,8 +29,8 @@ class FineTune(HeadLearner):
 
     Pre-training is supervised training on support and target examples. With f the body and W one weight vector for each
     class of all tasks, the loss is L(softmax(W f(x) + b), class of x), averaged over the examples of a task and over
-    tasks, which name their classes (`Task.classes`; `EpisodeSampler` does). Tasks without classes train the network's
-    own head with their labels as they are: where a label means the same in every task, and for regression.
+    tasks, which name their classes (`Task.classes`; `EpisodeSampler` does). For regression, and with classes="shared",
+    tasks name none, and train the network's own head with their labels as they are.
 
     A new task: gradient steps on its support set, from the network's own head. Pre-training by classes leaves this head
     as it was given; pre-training without classes trains it.
@@ -47,7 +49,7 @@ class FineTune(HeadLearner):
         inner_lr: their rate.
         inner_optimizer: "sgd" or "adam", torch's own.
         classes: how many classes the training tasks are drawn from; with None the table grows with the class numbers of
-            the tasks. Needed where several processes train together.
+            the tasks. Needed where several processes train together. "shared": a label means the same in every task.
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> learner = FineTune(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), inner_steps=20, classes=64)
@@ -65,13 +67,13 @@ class FineTune(HeadLearner):
         inner_steps: Count = 100,
         inner_lr: Positive = 0.1,
         inner_optimizer: InnerOptimizerName = "sgd",
-        classes: Count | None = None,
+        classes: Count | Literal["shared"] | None = None,
         **keywords: Unpack[EmbeddingKeywords],
     ) -> None:
         self.head_runs_alone = tune == "head"
-        self.joint = JointTraining(
-            tune, inner_lr, inner_optimizer, ClassTable(classes), self._by_classes, self._outputs
-        )
+        self.shared_labels = classes == "shared"
+        table = ClassTable(None if isinstance(classes, str) else classes)
+        self.joint = JointTraining(tune, inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
         super().__init__(model, keywords, parts={"table": self.joint.table})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
@@ -84,12 +86,14 @@ class FineTune(HeadLearner):
         return TrainingOutputs(logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows])
 
     def _predicted(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None) -> Tensor:
-        found = self.wrapped.run(inputs, statistics, moments)
-        if not isinstance(found, Tensor):
+        output = self.wrapped.run(inputs, statistics, moments)
+        found = prediction_in(output)
+        if found is None:
             raise UnsupportedModuleError(
-                f"FineTune trains on the network's prediction as one tensor, but it is {describe_value(found)}. "
-                "Return a tensor, or name each task's classes."
+                f"FineTune trains on the network's prediction, but the network returns {in_words(output)}, and which "
+                "tensor that is is not known. Return it under the name 'logits', or name each task's classes."
             )
+        self.own_head.forms[self.model.training] = form_of(output, lambda tensor: tensor is found)
         return found
 
     def _solve(self, task: Task, **how: Any) -> TaskOutcome:
@@ -100,11 +104,18 @@ class FineTune(HeadLearner):
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:
-            if task.classes is None and (self.joint.table.classes or self.joint.table.limit is not None):
+            if self.shared_labels and task.classes is not None:
                 raise TaskError(
-                    "classes: a task without them, after tasks that named theirs, or where classes= says how many "
-                    "there are: its labels are not known to mean the same. Pass Task(..., classes=...) for all tasks, "
-                    "or for none, and then no classes=."
+                    'classes: a task names its classes, but classes="shared" says that its labels are these. Leave one '
+                    "of them out."
+                )
+            named = bool(self.joint.table.classes) or self.joint.table.limit is not None
+            of_classes = named or _of_classes(self.loss_fn, task.support_y)
+            if task.classes is None and of_classes and not self.shared_labels:
+                raise TaskError(
+                    "classes: a task without them: label 0 of one task need not be label 0 of another. Pass "
+                    "Task(..., classes=...) for all tasks, as EpisodeSampler does, or build the learner with "
+                    'classes="shared" where a label means the same in every task, or is no class.'
                 )
         self.joint.check(self, batch)
         self.joint.prepare(self, batch)
@@ -122,3 +133,8 @@ class FineTune(HeadLearner):
         if self.joint.tune == "head":
             return list(super()._tuned_names())
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+
+def _of_classes(loss_fn: Any, y: Any) -> bool:
+    """Whether labels are classes: whole numbers, or probabilities of classes for cross-entropy."""
+    return any(not label.is_floating_point() for label in tensors_in(y)) or loss_fn is F.cross_entropy

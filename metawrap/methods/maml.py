@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
-from metawrap.errors import ArgumentError, MetaWrapWarning
+from metawrap.errors import ArgumentError, MetaWrapWarning, shown
 from metawrap.execution.executor import shared, stateful_modules
 from metawrap.execution.parallel import executor_for
 from metawrap.inner_loop.head_starts import HEAD_STARTS, HeadStart
@@ -65,8 +65,8 @@ class MAML(Learner):
         for name, value in self.fixed.items():
             if keywords.get(name) not in (None, value):
                 raise ArgumentError(
-                    f"{name}: cannot be {keywords[name]!r} in {method}, where it is {value!r}. Leave it out, or use "
-                    "MAML."
+                    f"{name}: cannot be {shown(keywords[name])} in {method}, where it is {shown(value)}. Leave it out, "
+                    "or use MAML."
                 )
         preset = check_preset(keywords.get("preset"), self.default_preset, method)
         own_outer = [name for name in ("optimizer", "scheduler") if keywords.get(name) is not None]
@@ -197,7 +197,7 @@ class MAML(Learner):
         if task_id is not None and self.settings.outputs.head_init != "stored":
             raise ArgumentError(
                 'task_id: has an effect only with outputs={"head_init": "stored"}, which keeps a head for each task, '
-                f"but got {task_id!r}. Leave it out."
+                f"but got {shown(task_id)}. Leave it out."
             )
         with adapting(self, own) as task:
             norm, solver = self.settings.norm, self._solver()
@@ -279,7 +279,7 @@ class MAMLPlusPlus(MAML):
             batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
             start that is no longer learned.
         adapt_norm: adapts batch-norm scale and shift in the inner loop too, as one (channels,) vector each.
-        loss_fn: `loss_fn(prediction, y)` to a scalar.
+        loss_fn: `loss_fn(prediction, y)` to a scalar; one that is not of torch gets the output as the network gives it.
         optimizer: function from parameters to an optimizer, in place of Adam; brings its own learning rate.
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         head: name of the module that makes the prediction; found by watching a forward pass if None.

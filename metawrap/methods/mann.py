@@ -12,7 +12,6 @@ from metawrap.errors import ArgumentError
 from metawrap.heads.class_rows import ClassRows
 from metawrap.heads.fitted import FittedHead, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import task_loss
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, Positive, Several, Share, Switch
 from metawrap.tasks import Task
@@ -93,9 +92,9 @@ class MANN(EmbeddingLearner):
     def _predict(self, task: Task, support: Tensor, labels: Tensor, ways: int, target: Tensor) -> tuple[Tensor, Tensor]:
         head, guesses, order = self._presented(support, labels, ways)
         prediction = head(target)
-        loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
+        loss = self._loss(prediction, task.target_y, "target")
         if self.support_loss:
-            loss = loss + task_loss(self.loss_fn, guesses, labels[order], "support")
+            loss = loss + self._loss(guesses, labels[order], "support")
         return prediction, loss
 
     def _presented(self, support: Tensor, labels: Tensor, ways: int) -> tuple[AfterSupport, Tensor, Tensor]:

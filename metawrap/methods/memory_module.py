@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import ignored_label, task_loss
+from metawrap.results import ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, NotNegative, Positive, Switch
 from metawrap.tasks import Task
@@ -89,7 +89,7 @@ class MemoryModule(EmbeddingLearner):
         counted = task.target_y != ignored_label(self.loss_fn)
         loss = memory.loss(target[counted], task.target_y[counted], self.margin)
         if self.task_loss:
-            loss = loss + self.task_loss * task_loss(self.loss_fn, prediction, task.target_y, "target")
+            loss = loss + self.task_loss * self._loss(prediction, task.target_y, "target")
         return prediction, loss
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metawrap.engines.functional import FunctionalEngine
-from metawrap.errors import ArgumentError, TaskError
+from metawrap.errors import ArgumentError, TaskError, shown
 from metawrap.execution.executor import shared
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
@@ -101,7 +101,8 @@ class MultiTask(HeadLearner):
         """
         if task_id is not None and not list(self.heads.parameters()):
             raise ArgumentError(
-                f"task_id: no task with an id was trained on, so {task_id!r} names no head to start from. Leave it out."
+                f"task_id: no task with an id was trained on, so {shown(task_id)} names no head to start from. "
+                "Leave it out."
             )
         return self._adapted_to(Task(support_x, support_y, support_x, support_y, id=task_id), steps)
 

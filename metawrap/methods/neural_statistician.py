@@ -17,7 +17,7 @@ from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import ignored_label, task_loss
+from metawrap.results import ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, NotNegative
 from metawrap.tasks import Inputs, Task, describe_value
@@ -114,7 +114,7 @@ class NeuralStatistician(EmbeddingLearner):
         with autograd(torch.is_grad_enabled() and self.discriminative > 0):
             prediction = self._fit_head(support, labels, ways)(target)
         if self.discriminative:
-            loss = loss + self.discriminative * task_loss(self.loss_fn, prediction, task.target_y, "target")
+            loss = loss + self.discriminative * self._loss(prediction, task.target_y, "target")
         return prediction, loss
 
     def _numbers(self, inputs: Inputs) -> Tensor:

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.results import ignored_label, task_loss
+from metawrap.results import ignored_label
 from metawrap.tasks import Task
 
 
@@ -50,7 +50,7 @@ class SiameseNet(EmbeddingLearner):
         matches = head.matches(target)
         prediction = head.best(matches)
         if not self.on_pairs:
-            return prediction, task_loss(self.loss_fn, prediction, target_y, "target")
+            return prediction, self._loss(prediction, target_y, "target")
         shown = target_y != ignored_label(self.loss_fn)
         one, other = torch.triu_indices(len(labels), len(labels), 1, device=labels.device).unbind()
         among = self.match((support[one] - support[other]).abs()).squeeze(-1)

@@ -212,6 +212,13 @@ class OutputOptions(Options):
             " with fewer ways than the model has outputs."
         ),
     )
+    losses_in_training_mode: Switch = Field(
+        default=False,
+        description=(
+            "for a network that returns its losses in training mode alone, as detectors do: `adapt` and `evaluate` take"
+            " every loss in training mode, too, and predictions in eval mode."
+        ),
+    )
 
 
 @validated

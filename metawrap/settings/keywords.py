@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from typing_extensions import Unpack, get_type_hints, is_typeddict
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.settings.groups import GROUPS
 from metawrap.settings.validated import check_value, field_types
 
@@ -124,7 +124,8 @@ def _given_in(name: str, value: Any) -> Mapping[str, Any]:
     if isinstance(value, Mapping) and all(isinstance(field, str) for field in value):
         return value
     raise ArgumentError(
-        f"{name}: expected {GROUPS[name].__name__} or a dict of its fields, but got {type(value).__name__} {value!r}."
+        f"{name}: expected {GROUPS[name].__name__} or a dict of its fields, but got {type(value).__name__} "
+        f"{shown(value)}."
     )
 
 

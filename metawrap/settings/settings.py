@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.settings.groups import (
     GROUPS,
     ExecutionOptions,
@@ -142,9 +142,9 @@ def check_preset(given: str | None, default: str, method: str) -> str:
     """
     preset = default if given is None else given
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {preset!r}.")
+        raise ArgumentError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, but got {shown(preset)}.")
     if preset != default and {preset, default} & OF_ONE_METHOD:
-        raise ArgumentError(f"preset: {preset!r} is no preset of {method}. Leave it out, or take its own method.")
+        raise ArgumentError(f"preset: {shown(preset)} is no preset of {method}. Leave it out, or take its own method.")
     return preset
 
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAda
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform, get_type_hints
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -145,8 +145,7 @@ def explained(error: ValidationError, cls: type[Options], values: Mapping[str, A
 def refusal(hint: Any, value: Any, error: Mapping[str, Any] | None = None) -> str:
     """ "expected a positive number, but got 0"."""
     words = expected(hint) or str((error or {}).get("msg", "another value")).removeprefix("Input should be ")
-    shown = repr(value)
-    return f"expected {words}, but got {shown if len(shown) <= 200 else f'{shown[:197]}...'}."
+    return f"expected {words}, but got {shown(value, 200)}."
 
 
 def expected(hint: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from metawrap.layers.per_step_norm import refuses_per_step
+from metawrap.outputs import candidates, in_words, prediction_in
 from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import tensors_in
 
@@ -104,13 +105,24 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def find_head(model: nn.Module, call: Callable[[], Any]) -> tuple[str | None, bool]:
-    """The name of the module that makes the prediction, found by watching one forward pass.
+class FoundHead(NamedTuple):
+    """The module that makes the prediction.
+
+    name: None where no module ran or the output is ambiguous. exact: whether the prediction is exactly that module's
+    output; if not, the name is that of the last module that ran. ambiguous: the output in words, where the prediction
+    in it is not known.
+    """
+
+    name: str | None
+    exact: bool
+    ambiguous: str = ""
+
+
+def find_head(model: nn.Module, call: Callable[[], Any]) -> FoundHead:
+    """Finds the module that makes the prediction by watching one forward pass.
 
     Args:
-        call: runs the model once and returns its prediction.
-    Returns:
-        The name, and whether the prediction is exactly that module's output; if not, the name is the last module's.
+        call: runs the model once and returns its output.
     """
     seen: list[tuple[str, list[Tensor]]] = []
 
@@ -120,12 +132,20 @@ def find_head(model: nn.Module, call: Callable[[], Any]) -> tuple[str | None, bo
     leaves = [(name, m) for name, m in model.named_modules() if m._parameters and not any(m.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
-        prediction = tensors_in(call())
+        output = call()
     finally:
         for handle in handles:
             handle.remove()
-    exact = [name for name, outputs in seen if any(out is p for out in outputs for p in prediction)]
-    return (exact[-1], True) if exact else (seen[-1][0] if seen else None, False)
+
+    def maker(tensor: Tensor | None) -> str | None:
+        return next((name for name, outputs in reversed(seen) if any(out is tensor for out in outputs)), None)
+
+    found = candidates(output)
+    if (prediction := prediction_in(output)) is None and len(found) > 1:
+        makers = {path: f" of '{name}'" for path, tensor in found.items() if (name := maker(tensor)) is not None}
+        return FoundHead(None, False, in_words(output, makers))
+    name = maker(prediction)
+    return FoundHead(name if name is not None else (seen[-1][0] if seen else None), name is not None)
 
 
 def _label(name: str, module: nn.Module) -> str:

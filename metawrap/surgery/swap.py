@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, shown
 from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, StepClock, per_step_class
 from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms
@@ -41,7 +41,7 @@ def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -
             new = made.setdefault(id(child), swap[type(child)](child)) if id(child) not in made else made[id(child)]
             if not isinstance(new, nn.Module):
                 raise ArgumentError(
-                    f"swap: the factory for {type(child).__name__} returned {new!r}, expected a module."
+                    f"swap: the factory for {type(child).__name__} returned {shown(new)}, expected a module."
                 )
             replaced[f"{path}.{child_name}" if path else child_name] = type(child)
             module._modules[child_name] = new

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError
+from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
 from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
@@ -44,6 +45,18 @@ class Wrapped:
         """One pass of the module as it is, its norms at row 0; the statistics that they see are added to `moments`."""
         with self.clock.at(0, statistics, moments):
             return call_model(self.model, inputs)
+
+    @contextmanager
+    def in_training_mode(self) -> Iterator[None]:
+        """Training mode for a while; every flag is put back."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        self.model.train()
+        self.hold_kept_norms()
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
 
     def hold_kept_norms(self) -> None:
         """Keeps the norms that were left alone on their stored statistics; call after every `train()`."""
@@ -81,7 +94,7 @@ def wrap(
     if problems := find_problems(copied, kept, affine):
         raise UnsupportedModuleError("\n".join(problems))
     if head is not None and (not isinstance(head, str) or head not in dict(copied.named_modules())):
-        raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {head!r}.")
+        raise ArgumentError(f"head: expected the name of a submodule of {type(model).__name__}, but got {shown(head)}.")
     adapted = () if adapt is False else _selected(copied, adapt, adapt_norm)
     _check_devices(copied)
     clock = StepClock()
@@ -114,7 +127,7 @@ def _selected(model: nn.Module, adapt: Selection, adapt_norm: bool) -> tuple[str
         return tuple(chosen)
     named = tuple(_named("adapt", adapt, candidates))
     if not named:
-        raise ArgumentError(f"adapt: expected at least one of {', '.join(candidates)}, but got {adapt!r}.")
+        raise ArgumentError(f"adapt: expected at least one of {', '.join(candidates)}, but got {shown(adapt)}.")
     return named
 
 
@@ -122,13 +135,13 @@ def _named(argument: str, patterns: str | Iterable[str], names: Iterable[str]) -
     """The names that match any of the patterns (shell wildcards), in order; every pattern must match something."""
     names = list(names)
     if not isinstance(patterns, Iterable):
-        raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {patterns!r}.")
+        raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {shown(patterns)}.")
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in wanted:
         if not isinstance(pattern, str):
-            raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {pattern!r}.")
+            raise ArgumentError(f"{argument}: expected names or wildcards such as 'head.*', but got {shown(pattern)}.")
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ArgumentError(f"{argument}: {pattern!r} matches none of {', '.join(names) or 'an empty list'}.")
+            raise ArgumentError(f"{argument}: {shown(pattern)} matches none of {', '.join(names) or 'an empty list'}.")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
 

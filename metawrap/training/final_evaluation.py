@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
+from metawrap.outputs import prediction_in
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
 from metawrap.training.run_settings import NORMS
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
@@ -45,7 +46,7 @@ def final_test(
     """
     epochs = on_rank_zero(lambda: _epochs_to_test(checkpoints, history, ensemble))
     scores: dict[str, dict[str, Any]] = {norm: {} for norm in norms}
-    logits: dict[str, list[Tensor]] = {}
+    logits: dict[str, list[Any]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetaWrapWarning)
         for epoch in reversed(epochs):  # The best comes last, so that its weights stay in the learner.
@@ -54,7 +55,7 @@ def final_test(
                 after = evaluate_shared(learner, tasks, count, norm=norm, keep_predictions=len(epochs) > 1)
                 scores[norm]["after"] = {"accuracy": after.accuracy, "interval": after.interval}
                 if len(epochs) > 1:
-                    sums, added = logits.get(norm), after.predictions
+                    sums, added = logits.get(norm), [prediction_in(each) for each in after.predictions]
                     logits[norm] = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
         for norm in norms if learner.settings.default_steps is not None else ():
             before = evaluate_shared(learner, tasks, count, norm=norm, steps=0)

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metawrap.data import EpisodeSampler
 from metawrap.errors import MetaWrapWarning
 from metawrap.inner_loop.update_rules import LearningRates
+from metawrap.outputs import prediction_in
 from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
@@ -119,8 +120,8 @@ def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[
         "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG.
     """
     task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
-    [prediction] = learner.evaluate([task], keep_predictions=True).predictions
-    if not are_logits(prediction, task.target_y) or prediction.ndim != 2:
+    prediction = prediction_in(learner.evaluate([task], keep_predictions=True).predictions[0])
+    if prediction is None or not are_logits(prediction, task.target_y) or prediction.ndim != 2:
         return None
     probabilities = prediction.detach().double().cpu().softmax(-1)
     guesses = prediction.argmax(-1).tolist()

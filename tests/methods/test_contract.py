@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "anil-rates": ("anil", {"learn_inner_lr": True}),
     "fine-tune-full": ("fine-tune", {"tune": "full", "inner_lr": 0.05}),
     "fine-tune-growing": ("fine-tune", {"classes": None}),
-    "fine-tune-own-labels": ("fine-tune", {"classes": None}),
+    "fine-tune-own-labels": ("fine-tune", {"classes": "shared"}),
     "multi-task-growing": ("multi-task", {"classes": None}),
     "multi-task-ids": ("multi-task", {}),
     "relationnet-maps": ("relationnet", {"head": "head"}),

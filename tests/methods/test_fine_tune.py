@@ -68,7 +68,7 @@ def test_joint_gradient_is_that_of_plain_cross_entropy_on_all_examples():
 
 def test_without_classes_the_gradient_is_that_of_the_network_itself_on_all_examples():
     model, batch = net(), conv_tasks(2)
-    learner = FineTune(model)
+    learner = FineTune(model, classes="shared")
     found = learner(batch)
     found.loss.backward()
     plain = copy.deepcopy(model).train()

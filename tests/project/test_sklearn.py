@@ -166,11 +166,68 @@ def test_what_is_no_learner_or_no_logits_is_refused_by_name():
 
     class Pair(NormedMlp):
         def forward(self, x: Tensor) -> Any:
-            return {"logits": super().forward(x)}
+            return super().forward(x), x
 
-    learner = MAMLPlusPlus(Pair().double(), loss_fn=lambda out, y: nn.functional.cross_entropy(out["logits"], y))
-    with pytest.raises(UnsupportedModuleError, match=r"prediction is of type dict.*needs a tensor of logits"):
+    learner = MAMLPlusPlus(Pair().double(), loss_fn=lambda out, y: nn.functional.cross_entropy(out[0], y))
+    with pytest.raises(UnsupportedModuleError, match=r"prediction is a tuple with output.*needs a tensor of logits"):
         FewShotClassifier(learner).fit(support, y)
+
+
+class Words(nn.Module):
+    """Token ids (rows, words) to a dict of logits; the ids must be whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Any:
+        return {"logits": self.head(torch.tanh(self.table(ids).mean(1)))}
+
+
+class Bits(Words):
+    """Looks up the bits of a number: takes truth values too."""
+
+    def forward(self, ids: Tensor) -> Any:
+        return super().forward(ids.long() % 20)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("method", [MAML, ANIL, ProtoNet])
+def test_token_ids_stay_whole_numbers(method, dtype):
+    learner, ids, y = method(seeded(Words)), np.arange(54).reshape(9, 6) % 20, NAMES[np.arange(9) % 3]
+    model = FewShotClassifier(learner, batch_size=4).fit(ids.astype(dtype), y)
+    numbers = torch.tensor([IN_ORDER.index(name) for name in y])
+    expected = learner.adapt(torch.tensor(ids), numbers)(torch.tensor(ids))["logits"].softmax(1)
+    np.testing.assert_allclose(model.predict_proba(ids), expected.detach().numpy(), rtol=1e-9)
+    with pytest.raises(ArgumentError, match=r"X: expected whole numbers, as in fit, but got float64"):
+        model.predict(ids + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids: ids.astype(float), r"as torch\.float64, .*indices.*X\.astype\(int\)"),
+        (lambda ids: ids + 20, r"as torch\.int64, index out of range.*as torch\.float64"),
+    ],
+)
+def test_rows_that_the_network_cannot_take_are_refused_as_x(change, words):
+    ids, y = np.arange(54).reshape(9, 6) % 20, NAMES[np.arange(9) % 3]
+    with pytest.raises(ArgumentError, match=r"^X: Words cannot take rows of shape \(6,\): " + words):
+        FewShotClassifier(MAML(seeded(Words))).fit(change(ids), y)
+    with pytest.raises(ArgumentError, match=r"^X: NormedMlp cannot take .*\(6,\): as torch.float64, mat1"):
+        FewShotClassifier(learner_for()).fit(ids * 0.5, y)
+
+
+def test_whole_numbers_are_kept_or_become_floats_only_where_that_is_exact():
+    learner = FewShotClassifier(ProtoNet(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))))
+    X, y = np.array([[0, 1], [255, 7]]), [0, 1]  # noqa: N806
+    np.testing.assert_array_equal(learner.fit(X, y).predict_proba(X), learner.fit(X * 1.0, y).predict_proba(X * 1.0))
+    with pytest.raises(ArgumentError, match=r"X: whole numbers up to 16777217 are not exact in torch\.float32"):
+        learner.fit(X + 2**24 - 254, y)
+    learner.fit((X + 2**24 - 254).astype(float), y)
+    big = np.array([[2**53 + 1], [2**53 + 2]])
+    taken = FewShotClassifier(ProtoNet(seeded(Bits))).fit(big, y)
+    assert taken.predict(big).tolist() == y
 
 
 def test_pipeline_cross_validation_and_grid_search_run_it():

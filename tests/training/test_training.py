@@ -10,6 +10,8 @@ import torch
 from tiny_runs import TINY, assert_same, assert_same_checkpoint, interrupt_call, log_of, without_time
 from torch import nn
 
+import metawrap.backbones
+import metawrap.training.experiment
 import metawrap.training.run
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import EvaluationResult
@@ -60,6 +62,18 @@ def test_the_result_has_every_policy_before_and_after_and_averaged(finished):
         assert list(scores) == ["before", "after", "ensemble"]
         assert all(0 <= score["accuracy"] <= 1 and score["interval"] >= 0 for score in scores.values())
     assert result["trained_norm"] == "batch"
+
+
+def test_a_network_that_returns_a_dict_is_tested_as_the_one_that_returns_its_logits(finished, tmp_path, monkeypatch):
+    class Dict(metawrap.backbones.Conv4):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    monkeypatch.setattr(metawrap.training.experiment, "Conv4", Dict)
+    result = train(replace(TINY, ensemble=2), tmp_path)
+    assert result["test"] == finished[1]["test"]
+    [mine, other] = ((folder / "final_insight.json").read_text() for folder in (tmp_path, finished[0]))
+    assert json.loads(mine)["episodes"] == json.loads(other)["episodes"] != []
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits_and_log(finished, tmp_path, monkeypatch):
