@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapError, TaskError
-from metawrap.results import ignored_label
+from metawrap.results import class_loss, ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, same_device, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
@@ -54,7 +53,7 @@ def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:
     Raises:
         TaskError: names the part, and what to pass in its place.
     """
-    if not _is_cross_entropy(loss_fn):
+    if class_loss(loss_fn) is not F.cross_entropy:
         return
     for task in tasks:
         for part in ("support_y", "target_y"):
@@ -96,14 +95,14 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
 
 
 def refuse_uncounted(task: Task, loss_fn: Any, where: str = "") -> None:
-    """Checks that cross-entropy counts a label of each part: without one its gradient is zero, and nothing is learned.
+    """Checks that a loss on classes counts a label of each part: without one its gradient is zero, and nothing learns.
 
     Synchronises with a GPU: call it only where the caller synchronises anyway.
 
     Raises:
         TaskError: names the part.
     """
-    if not _is_cross_entropy(loss_fn):
+    if class_loss(loss_fn) not in (F.cross_entropy, F.nll_loss):
         return
     ignored = ignored_label(loss_fn)
     for part in ("support_y", "target_y"):
@@ -134,11 +133,6 @@ def refuse_not_finite(task: Task, found: Iterable[Tensor], where: str = "") -> N
             f"{where}{bad[0]} (NaN or infinity), and the result is not finite either. Leave such examples out, "
             "or replace the values, with torch.nan_to_num for example."
         )
-
-
-def _is_cross_entropy(loss_fn: Any) -> bool:
-    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
-    return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
 
 
 def _finite(tensor: Tensor) -> bool:

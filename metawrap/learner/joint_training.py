@@ -88,7 +88,8 @@ class JointTraining:
             with autograd(False):
                 prediction = call_model(module, task.target_x)
                 loss = task_loss(learner.loss_fn, prediction, task.target_y, "target")
-        return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments)
+        known = self.by_classes(task)
+        return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments, known=known)
 
     def module(self, learner: HeadLearner, task: Task, norm: str, steps: int, start: Mapping[str, Tensor]) -> nn.Module:
         """A plain module fitted to a task from the values in `start`, by name in the network, and else from its own."""

@@ -222,7 +222,7 @@ class RememberedLogits:
         per_task = torch.stack([(p.argmax(1) == y).double().mean() for p, y in zip(self.logits, labels, strict=True)])
         if steps == 0:
             per_task = per_task * 0
-        return EvaluationResult.of("accuracy", per_task, per_task, norm=norm, steps=steps, predictions=self.logits)
+        return EvaluationResult.of({"accuracy": per_task}, per_task, norm=norm, steps=steps, predictions=self.logits)
 
 
 def test_the_best_checkpoint_is_tested_and_the_best_ones_are_averaged(tmp_path):
