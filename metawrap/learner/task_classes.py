@@ -86,12 +86,12 @@ class TaskClasses:
 
         with torch.inference_mode(False), torch.no_grad(), untouched_buffers(module):
             name, _ = find_head(module, run)
-            found = tensors_in(seen[0])
-            if len(found) == 1 and found[0].ndim == 2 and wanted == list(range(found[0].shape[1])):
+            [whole, *others] = tensors_in(seen[0])
+            if not others and whole.ndim == 2 and wanted == list(range(whole.shape[1])):
                 return module
-            axis = _keep_rows(module, name, wanted)
+            axis = None if others else _keep_rows(module, name, wanted, whole.shape)
             try:
-                if axis is not None and _are_those(tensors_in(run()), found, wanted, axis):
+                if axis is not None and _are_those(tensors_in(run())[0], whole, wanted, axis):
                     return module
             except Exception as error:  # Layers behind it may need all outputs.
                 reason = f"without the others it fails ({type(error).__name__}: {first_line(error)})"
@@ -103,12 +103,17 @@ class TaskClasses:
         )
 
 
-def _keep_rows(module: nn.Module, name: str | None, wanted: Sequence[int]) -> int | None:
-    """Keeps only these outputs of a layer; returns their axis, or None where the layer has no rows of its own."""
+def _keep_rows(module: nn.Module, name: str | None, wanted: Sequence[int], shape: torch.Size) -> int | None:
+    """Keeps only these outputs of a layer; returns their axis, or None where the layer has no rows of its own.
+
+    shape: of the prediction.
+    """
     layer: Any = None if name is None else module.get_submodule(name)
     places = [slots for slots in parameter_slots(module).values() if any(owner is layer for owner, _ in slots)]
     axis = _ROWS.get(type(layer))
     if axis is None or getattr(layer, "groups", 1) != 1 or any(len(slots) > 1 for slots in places):
+        return None  # Its weights serve something else, too.
+    if len(shape) < 2 or shape[axis] != len(layer.weight):
         return None
     if max(wanted) >= len(layer.weight):
         raise ArgumentError(f"classes: expected labels below {len(layer.weight)}, the outputs, but got {max(wanted)}.")
@@ -119,11 +124,8 @@ def _keep_rows(module: nn.Module, name: str | None, wanted: Sequence[int]) -> in
     return axis
 
 
-def _are_those(after: Sequence[Tensor], before: Sequence[Tensor], wanted: Sequence[int], axis: int) -> bool:
-    """Whether outputs are the wanted ones of before, or their probabilities again."""
-    if len(after) != 1 or len(before) != 1:
-        return False
-    [found], [whole] = after, before
+def _are_those(found: Tensor, whole: Tensor, wanted: Sequence[int], axis: int) -> bool:
+    """Whether outputs are the wanted ones of the whole, or their probabilities again."""
     chosen = whole.index_select(axis, torch.tensor(wanted, device=whole.device))
     close = torch.finfo(chosen.dtype).eps ** 0.5
     return found.shape == chosen.shape and any(
