@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError
 from metawrap.outputs import in_words, prediction_for, prediction_in
@@ -24,7 +24,7 @@ class MetaOutput(NamedTuple):
     `accuracy` are over the tasks of all processes, `step_losses` and `predictions` are of this process's own.
 
     loss: scalar, mean over tasks. step_losses: (tasks, inner steps), NaN where a loss has no weight. predictions: one
-    per task, on its target set, after the last step. accuracy: scalar mean over tasks, or None.
+    per task, on its target set, after the last step. accuracy: scalar mean over tasks, or None; see `accuracy_of`.
     """
 
     loss: Tensor
@@ -79,7 +79,7 @@ class StepMetrics:
 
     @property
     def accuracy(self) -> float | None:
-        """Fraction of targets right after the last step, mean over tasks; None when labels are not classes."""
+        """Fraction of targets right after the last step, mean over tasks; None where `accuracy_of` does not know it."""
         return None if self._accuracy is None else float(self._accuracy)
 
     @property
@@ -98,15 +98,29 @@ class StepMetrics:
         return f"StepMetrics(iteration={self.iteration}, loss={self.loss:.4f}{accuracy}{skipped})"
 
 
+class MetricResult(NamedTuple):
+    """A metric over tasks. interval: half width of the 95 % confidence interval of the mean. per_task: (tasks,)."""
+
+    mean: float
+    interval: float
+    per_task: Tensor
+
+    @classmethod
+    def of(cls, per_task: Tensor) -> MetricResult:
+        """From the value of each task, (tasks,)."""
+        spread = float(per_task.std()) if len(per_task) > 1 else math.nan
+        return cls(float(per_task.mean()), 1.96 * spread / math.sqrt(len(per_task)), per_task)
+
+
 @dataclass
 class EvaluationResult:
     """Result of `learner.evaluate(tasks)`.
 
-    metric: "accuracy", "loss", or the name of the user's metric; `mean` and `interval` are of it.
+    metric: "accuracy", "loss", or the name of the user's (first) metric; `mean`, `interval` and `per_task` are of it.
     mean: over tasks. interval: half width of the 95 % confidence interval of the mean over tasks (normal approximation;
     NaN for one task). loss: mean target loss. norm: the batch-norm policy used. steps: inner steps taken; None for a
     method without an inner loop.
-    per_task: (tasks,) the metric of each task. predictions: one per task if they were asked for.
+    per_task: (tasks,) the metric of each task. predictions: one per task if they were asked for. metrics: all, by name.
     """
 
     metric: str
@@ -118,36 +132,38 @@ class EvaluationResult:
     steps: int | None
     per_task: Tensor
     predictions: list[Any] = field(default_factory=list, repr=False)
+    metrics: dict[str, MetricResult] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, metric: str, per_task: Tensor, losses: Tensor, **details: Any) -> EvaluationResult:
-        """From the metric and the loss of each task, (tasks,) each."""
-        count = len(per_task)
-        spread = float(per_task.std()) if count > 1 else math.nan
-        interval = 1.96 * spread / math.sqrt(count)
-        return cls(metric, float(per_task.mean()), interval, float(losses.mean()), count, per_task=per_task, **details)
+    def of(cls, values: Mapping[str, Tensor], losses: Tensor, **details: Any) -> EvaluationResult:
+        """From metrics by name and the losses, (tasks,) each."""
+        metrics = {name: MetricResult.of(per_task) for name, per_task in values.items()}
+        name, first = next(iter(metrics.items()))
+        return cls(name, *first[:2], float(losses.mean()), len(losses), per_task=first[2], metrics=metrics, **details)
 
     @classmethod
     def joined(cls, parts: Sequence[EvaluationResult]) -> EvaluationResult:
         """One result of evaluations of the same learner on parts of the tasks, in their order."""
         first, predictions = parts[0], [each for part in parts for each in part.predictions]
-        per_task = torch.cat([part.per_task for part in parts])
+        values = {name: torch.cat([part.metrics[name].per_task for part in parts]) for name in first.metrics}
         losses = torch.cat([torch.full_like(part.per_task, part.loss) for part in parts])
-        return cls.of(first.metric, per_task, losses, norm=first.norm, steps=first.steps, predictions=predictions)
+        return cls.of(values, losses, norm=first.norm, steps=first.steps, predictions=predictions)
 
     @property
     def accuracy(self) -> float | None:
-        """The mean accuracy in 0..1, or None when another metric was measured."""
-        return self.mean if self.metric == "accuracy" else None
+        """The mean accuracy in 0..1, or None when it was not measured."""
+        return self.metrics["accuracy"].mean if "accuracy" in self.metrics else None
 
     def __str__(self) -> str:
         kind = "transductive" if self.norm == "batch" else "inductive"
-        if self.metric == "accuracy":
-            value = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f}"
-        else:
-            value = f"{self.metric} {self.mean:.4g} +- {self.interval:.2g}"
+        values = [
+            f"accuracy {100 * found.mean:.2f} % +- {100 * found.interval:.2f}"
+            if name == "accuracy"
+            else f"{name} {found.mean:.4g} +- {found.interval:.2g}"
+            for name, found in self.metrics.items()
+        ]
         steps = "" if self.steps is None else f"{self.steps} inner steps, "
-        return f'{value} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
+        return f'{", ".join(values)} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
 
 
 # The label that cross-entropy ignores unless it is told otherwise.
@@ -162,13 +178,33 @@ def are_logits(prediction: Any, y: Any) -> bool:
     return bool(fits) and prediction.shape[1] > 1
 
 
-def accuracy_of(prediction: Any, y: Any, ignored: int = IGNORED) -> Tensor | None:
-    """Fraction of right classes of (examples, classes, ...) logits on (examples, ...) labels, or None."""
+# Losses of torch on one score for each class, whose prediction is the class of the largest score.
+_CLASS_LOSSES: dict[Any, Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss.forward: F.cross_entropy,
+    nn.NLLLoss.forward: F.nll_loss,
+    nn.MultiMarginLoss.forward: F.multi_margin_loss,
+}
+
+
+def class_loss(loss_fn: Any) -> Callable[..., Tensor] | None:
+    """The loss of torch on classes that this is, itself or as module or partial; None for any other loss."""
+    function = _bare(loss_fn)
+    if isinstance(function, nn.Module):
+        return _CLASS_LOSSES.get(type(function).forward)
+    return next((known for known in _CLASS_LOSSES.values() if known is function), None)
+
+
+def accuracy_of(prediction: Any, y: Any, loss_fn: Any, known: bool = False) -> Tensor | None:
+    """Fraction of right classes of (examples, classes, ...) scores on (examples, ...) labels.
+
+    None unless the loss is cross-entropy, nll_loss or multi_margin_loss of torch, as function, module or partial, or
+    the method knows that these are classes (`known`): shapes do not tell, as ordinal labels and tokens have them too.
+    """
     if not isinstance(prediction, Tensor):
         prediction = prediction_in(prediction)
-    if not are_logits(prediction, y):
+    if not (known or class_loss(loss_fn)) or not are_logits(prediction, y):
         return None
-    labelled = y != ignored
+    labelled = y != ignored_label(loss_fn)
     right = (prediction.argmax(1) == y) & labelled
     accuracy: Tensor = right.sum() / labelled.sum()
     return accuracy
@@ -176,8 +212,17 @@ def accuracy_of(prediction: Any, y: Any, ignored: int = IGNORED) -> Tensor | Non
 
 def ignored_label(loss_fn: Any) -> int:
     """The label that a loss ignores: its own `ignore_index`, or torch's."""
+    return int(loss_option(loss_fn, "ignore_index", IGNORED))
+
+
+def loss_option(loss_fn: Any, name: str, default: Any) -> Any:
+    """An option of a loss that is a partial or a module."""
     keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
-    return int(keywords.get("ignore_index", getattr(loss_fn, "ignore_index", IGNORED)))
+    return keywords.get(name, getattr(_bare(loss_fn), name, default))
+
+
+def _bare(loss_fn: Any) -> Any:
+    return loss_fn.func if isinstance(loss_fn, partial) else loss_fn
 
 
 @dataclass
@@ -243,13 +288,14 @@ def outcome_of(
     step_losses: Sequence[Tensor | None] = (),
     moments: list[Any] | None = None,
     head: dict[str, Tensor] | None = None,
+    known: bool = False,
 ) -> TaskOutcome:
-    """The outcome of one task; everything but the loss is detached. `loss_fn` says which label does not count."""
+    """The outcome of one task; everything but the loss is detached. loss_fn, known: see `accuracy_of`."""
     prediction = map_tensors(prediction, Tensor.detach)
     missing = torch.full_like(loss.detach(), torch.nan)
     losses = [missing if step is None else step.detach() for step in step_losses]
     stacked = torch.stack(losses) if losses else missing.new_empty(0)
-    accuracy = accuracy_of(prediction, task.target_y, ignored_label(loss_fn))
+    accuracy = accuracy_of(prediction, task.target_y, loss_fn, known)
     return TaskOutcome(loss, stacked, prediction, accuracy, moments or [], task.id, head or {})
 
 
@@ -273,7 +319,7 @@ def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
     Args:
         part: which examples, "support" or "target", for errors.
     Raises:
-        TaskError: cross-entropy met a label that the model has no output for.
+        TaskError: a loss on classes met a label that the model has no output for.
         ArgumentError: the loss function returned something other than a scalar tensor, or cannot read the output.
     """
     if not isinstance(prediction, Tensor):
@@ -289,7 +335,7 @@ def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
                 'outputs={"losses_in_training_mode": True}.'
             ) from error
         index = isinstance(error, IndexError)
-        if index and loss_fn is F.cross_entropy and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+        if index and class_loss(loss_fn) and isinstance(y, Tensor) and isinstance(prediction, Tensor):
             ways = prediction.shape[1]
             raise TaskError(
                 f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. Relabel the "
@@ -313,5 +359,5 @@ def meta_output(outcomes: Sequence[TaskOutcome], loss: Tensor) -> MetaOutput:
         loss=loss,
         step_losses=torch.stack([outcome.step_losses for outcome in outcomes]),
         predictions=[outcome.prediction for outcome in outcomes],
-        accuracy=torch.stack(accuracies).mean() if accuracies else None,
+        accuracy=torch.stack(accuracies).mean() if len(accuracies) == len(outcomes) else None,
     )

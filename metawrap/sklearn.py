@@ -77,7 +77,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Adapts to X, (rows, ...) numbers, with the labels y, (rows,) of any type.
 
         For fewer classes than outputs, the inner loop masks the other outputs if the method can
-        (`mask_unused_outputs`). Predictions are always classes of y.
+        (`mask_unused_outputs`), and the loss too. Predictions are always classes of y.
         """
         self._check_arguments()
         X, y = validate_data(self, X, y, allow_nd=True)  # noqa: N806
@@ -179,9 +179,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             extra = {"mask_unused_outputs": True} if fewer else {}
         try:
             module = self.learner.adapt(rows, labels, self.steps, **extra)
-        except TaskError:
+        except TaskError as error:
             self._check_outputs(output, rows, classes)
-            raise
+            if not extra or "mask_unused_outputs" not in str(error):
+                raise
+            module = self.learner.adapt(rows, labels, self.steps)  # The loss counts them, as it did in training.
         with torch.no_grad():
             self._check_outputs(module(rows), rows, classes)
         return module

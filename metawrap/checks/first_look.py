@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
-from metawrap.tasks import tensors_in
+from metawrap.results import are_logits, class_loss, ignored_label, loss_option
+from metawrap.tasks import Task, tensors_in
 
 Gradients = Sequence[Tensor | None]
 _HOOKS_REFUSED = "metawrap: saved-tensor hooks are refused here"
@@ -169,6 +171,34 @@ def warn_unused(unused: list[str]) -> None:
         warnings.warn(
             f"The support loss does not depend on {', '.join(unused)}: they are not adapted. Freeze them before "
             "wrapping, or leave them out with adapt=, to silence this.",
+            MetaWrapWarning,
+            stacklevel=5,
+        )
+
+
+def warn_many_outputs(prediction: Any, task: Task, loss_fn: Any, or_else: str = "") -> None:
+    """Warns where a task is an episode of classes 0..ways - 1 and the network has more outputs.
+
+    Labels that mean the same in every task leave classes out, or show them unequally often; then only a network of at
+    least twice as many outputs is told.
+
+    Args:
+        prediction: on the support set. or_else: what else helps, if the loss can be masked.
+    """
+    if class_loss(loss_fn) is None or not are_logits(prediction, task.support_y):
+        return
+    counted = [y[y != ignored_label(loss_fn)] for y in (task.support_y, task.target_y)]
+    classes, counts = torch.unique(counted[0], return_counts=True)
+    ways, outputs = len(classes), prediction.shape[1]
+    if ways < 2 or classes.tolist() != list(range(ways)) or not set(counted[1].unique().tolist()) <= set(range(ways)):
+        return
+    if outputs >= 2 * ways or (outputs > ways and len(counts.unique()) == 1):
+        masked = class_loss(loss_fn) is not F.multi_margin_loss and not loss_option(loss_fn, "label_smoothing", 0.0)
+        fix = f"Give the network {ways} outputs{or_else if masked else ''}."
+        warnings.warn(
+            f"The network has {outputs} outputs, but its first task has {ways} classes: outputs of no class take "
+            f"probability from them, here and in what adapt returns. {fix} "
+            f"adapt(..., classes=range({ways})) returns a network with these outputs alone.",
             MetaWrapWarning,
             stacklevel=5,
         )

@@ -27,6 +27,7 @@ from metawrap.checks.first_look import (
     refuse_other_layout,
     support_gradient,
     warn_functional_instead_of_higher,
+    warn_many_outputs,
     warn_no_second_derivative,
     warn_tasks_in_order,
     warn_unused,
@@ -127,7 +128,8 @@ class FirstTaskChecks:
         solver = replace(solver, plain_forms=self.plain_forms, clone_inputs=self.edits_inputs)
         if differentiable:
             refuse_carried_graphs(wrapped.model, self.edits.carried, lambda: support_loss(learned))
-        refuse_bypassed(prediction(), wrapped.adapted_parameters())
+        predicted = prediction()
+        refuse_bypassed(predicted, wrapped.adapted_parameters())
         if learner.head is None:
             head, exact, _ = find_head(wrapped.model, prediction)
             # Before it is stored: a head that was refused must be refused again.
@@ -146,6 +148,9 @@ class FirstTaskChecks:
             self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
         earlier = {name for look in self.findings.values() for name in look.unused}
         warn_unused([name for name in unused if name not in earlier])
+        if wrapped.model.training and True not in self.findings and not settings.outputs.mask_unused_outputs:
+            mask = ', or pass outputs={"mask_unused_outputs": True}' if self.engine.name != "batched" else ""
+            warn_many_outputs(predicted, task, learner.loss_fn, mask)
         if cause:
             warn_no_second_derivative(cause, settings.first_order_epochs)
         several = differentiable and wrapped.model.training and settings.execution.workers != 1

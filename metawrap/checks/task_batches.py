@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from metawrap.engines.calling import leaves_behind
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
-from metawrap.results import ignored_label
+from metawrap.results import class_loss, ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, same_device, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
@@ -96,7 +95,7 @@ def check_labels(tasks: Iterable[Task], loss_fn: Any) -> None:
     Raises:
         TaskError: names the part, and what to pass in its place.
     """
-    if not _is_cross_entropy(loss_fn):
+    if class_loss(loss_fn) is not F.cross_entropy:
         return
     for task in tasks:
         for part in ("support_y", "target_y"):
@@ -138,14 +137,14 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
 
 
 def refuse_uncounted(task: Task, loss_fn: Any, where: str = "") -> None:
-    """Checks that cross-entropy counts a label of each part: without one its gradient is zero, and nothing is learned.
+    """Checks that a loss on classes counts a label of each part: without one its gradient is zero, and nothing learns.
 
     Synchronises with a GPU: call it only where the caller synchronises anyway.
 
     Raises:
         TaskError: names the part.
     """
-    if not _is_cross_entropy(loss_fn):
+    if class_loss(loss_fn) not in (F.cross_entropy, F.nll_loss):
         return
     ignored = ignored_label(loss_fn)
     for part in ("support_y", "target_y"):
@@ -194,13 +193,8 @@ def _may_be_one_task(loss_fn: Any, sx: list[Tensor], sy: list[Tensor], tx: list[
     if sy[0].shape[1] == 1:
         return True
     if sy[0].is_floating_point() or sy[0].is_complex() or sy[0].dtype == torch.bool:
-        return label_axes != 3 and not _is_cross_entropy(loss_fn)
+        return label_axes != 3 and class_loss(loss_fn) is None
     return axes <= label_axes
-
-
-def _is_cross_entropy(loss_fn: Any) -> bool:
-    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
-    return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
 
 
 def is_finite(tensor: Tensor) -> bool:

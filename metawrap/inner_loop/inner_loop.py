@@ -23,10 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from metawrap.engines import Engine
 from metawrap.engines.calling import autograd, dense, leaves_behind
-from metawrap.inner_loop.masking import check_masked_loss, mask_unused
+from metawrap.inner_loop.masking import Mask
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
 from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
-from metawrap.outputs import prediction_in
 from metawrap.tasks import Inputs, Task, map_tensors
 
 FastWeights = dict[str, Tensor]
@@ -53,7 +52,7 @@ class InnerLoop:
     second_order: the inner gradients keep their graph, too.
     max_norm, max_value: clipping of the inner gradient.
     moments: the statistics that the norms saw are appended here; None records nothing.
-    used: classes whose outputs are not masked; None masks nothing.
+    mask: of the outputs of classes that the task lacks; None masks nothing.
     eager: computes target-loss gradients eagerly; None leaves them to autograd.
     losses_in: the mode of the model for passes that a loss is taken of; None takes losses and predictions in one pass.
     """
@@ -72,7 +71,7 @@ class InnerLoop:
     max_norm: float | None = None
     max_value: float | None = None
     moments: list[Moments] | None = None
-    used: Tensor | None = None
+    mask: Mask | None = None
     eager: EagerTargetGradients | None = None
     clone_inputs: bool = False
     examples: str = "support"
@@ -161,15 +160,11 @@ class InnerLoop:
             return self.engine.call(fast, inputs, twice)
 
     def _judged(self, prediction: Any, y: Any, part: str) -> tuple[Any, Tensor]:
-        """The prediction, masked if `used` is given, and its loss."""
-        if self.used is None:
-            return prediction, self.engine.each(partial(self.loss, part=part), prediction, y)
-        logits = prediction_in(prediction)
-        masked = mask_unused(prediction if logits is None else logits, y, self.used)
-        output = map_tensors(prediction, lambda tensor: masked if tensor is logits else tensor)
-        loss = self.loss(output, y, part)
-        check_masked_loss(loss, masked, self.used)
-        return output, loss
+        """The prediction, masked if there is a `mask`, and its loss."""
+        loss = partial(self.loss, part=part)
+        if self.mask is not None:
+            return self.mask.judged(prediction, y, loss)
+        return prediction, self.engine.each(loss, prediction, y)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def apart(
     prediction: Any,
     moments: Iterable[Moments],
     head: Mapping[str, Tensor],
-    ignored: int,
+    loss_fn: Any,
 ) -> list[TaskOutcome]:
     """Each task's outcome, without graph, from those of all of them.
 
@@ -85,7 +85,7 @@ def apart(
         own = map_tensors(prediction, lambda tensor, i=place: tensor[i])  # type: ignore[misc]
         passes = [one._replace(mean=one.mean[place], variance=one.variance[place]) for one in seen]
         stored = {name: value[place].clone() for name, value in head.items()}
-        accuracy = accuracy_of(own, task.target_y, ignored)
+        accuracy = accuracy_of(own, task.target_y, loss_fn)
         outcomes.append(TaskOutcome(losses[place], table[place], own, accuracy, passes, task.id, stored))
     return outcomes
 

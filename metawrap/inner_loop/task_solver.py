@@ -27,7 +27,7 @@ from metawrap.inner_loop.inner_loop import (
     Unrolled,
     unrolled,
 )
-from metawrap.inner_loop.masking import used_labels
+from metawrap.inner_loop.masking import Mask, used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
 from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
@@ -156,8 +156,8 @@ class TaskSolver:
         loop = self.loop(stacked(tasks), training=training, norm=norm, several=True)
         weights = self._step_weights(self.settings.inner_steps, training)
         found = self._run(loop, self.initial_weights(loop, starts), weights, training, whole_graph)
-        head, ignored = self.head_start.adapted(found.fast), ignored_label(self.loss_fn)
-        outcomes = apart(tasks, found.losses, found.step_losses, found.prediction, loop.moments or [], head, ignored)
+        head, moments = self.head_start.adapted(found.fast), loop.moments or []
+        outcomes = apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, self.loss_fn)
         return found.loss, outcomes
 
     def loop(
@@ -187,7 +187,7 @@ class TaskSolver:
             max_norm=inner.max_grad_norm,
             max_value=inner.max_grad_value,
             moments=[] if training else None,
-            used=used_labels(task, ignored_label(self.loss_fn)) if masked else None,
+            mask=Mask(used_labels(task, ignored_label(self.loss_fn)), self.loss_fn) if masked else None,
             clone_inputs=self.clone_inputs,
             losses_in=self._mode_of_losses,
         )

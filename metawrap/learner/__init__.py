@@ -5,6 +5,8 @@ head_learner.py: base of the methods that fit the user's own head (ANIL, FineTun
 embedding_learner.py: base of the methods that fit a head to embeddings (ProtoNet, R2D2, ...)
 learner.py: base of all methods, with the public face
 evaluation.py: eval mode for a while: `evaluate`, and the frame of `adapt`
+metrics.py: what `evaluate` measures
+task_classes.py: the classes of one task, for `adapt`
 loading.py: loading a state_dict wholly or not at all
 describing.py: from a learner to its description
 description.py: the facts of a description

@@ -22,6 +22,7 @@ from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
+from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.learner.without_inner_loop import (
     inspect_once,
     leave_out_unsized,
@@ -119,7 +120,7 @@ class EmbeddingLearner(Learner):
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
         prediction = self.embedding.in_form(prediction)
-        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments, known=True)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)
@@ -177,7 +178,9 @@ class EmbeddingLearner(Learner):
         return FirstLook(unused, differentiable=True)
 
     @shared
-    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
+    def adapt(
+        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+    ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, with a fitted head in the place of its own.
 
         Its norms are ordinary ones: under norm="running" with the stored statistics, under "batch" without any (they
@@ -185,11 +188,13 @@ class EmbeddingLearner(Learner):
         the user's network with the fitted head behind it. The learner does not change.
 
         Args:
-            support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1.
+            support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1 without `classes`.
             steps: None; there is no inner loop.
+            classes: the task's classes in the order of the outputs: labels, or names; see `TaskClasses`.
         """
         refuse_inner_loop(self, steps)
-        with adapting(self, Task(support_x, support_y, support_x, support_y)) as task:
+        asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
+        with adapting(self, asked.task(places=True)) as task:
             labels, ways = self._labels(task)
             norm = self.settings.norm
             statistics: Statistics = {"support": "capture", "running": "running"}.get(norm, "batch")  # type: ignore[assignment]

@@ -6,7 +6,7 @@ evaluated: tasks -> each task solved under a batch-norm policy -> its metric -> 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from metawrap.checks.task_batches import check_labels, checked_batch, explained, refuse_not_finite, refuse_uncounted
 from metawrap.engines.calling import autograd
-from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
+from metawrap.errors import MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.learner.metrics import Metric, Metrics
 from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers
-from metawrap.tasks import Task, TaskBatch, describe_value, device_of, iterate_task_batches, same_device, usable
-
-Metric = Callable[[Any, Any], Any]
+from metawrap.tasks import Task, TaskBatch, device_of, iterate_task_batches, same_device, usable
 
 
 def evaluated(
@@ -38,14 +37,9 @@ def evaluated(
 ) -> EvaluationResult:
     """See `Learner.evaluate`."""
     policy = _policy(learner, norm, steps, mask)
-    if metric is not None and not callable(metric):
-        raise ArgumentError(
-            f"metric: expected a function metric(prediction, target_y) to a number, or None, but got "
-            f"{describe_value(metric)}."
-        )
+    metrics = None if metric is None else Metrics(metric, device_of(learner))
     check_switch("keep_predictions", keep_predictions)
-    name = "loss"
-    values: list[Tensor] = []
+    values: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
     predictions: list[Any] = []
     with in_eval_mode(learner), torch.no_grad():
@@ -57,15 +51,20 @@ def evaluated(
                     outcome = _solved(learner, task, policy, steps, mask)
                 losses.append(outcome.loss.detach().double().cpu())
                 refuse_not_finite(task, losses[-1:], where)
-                name, value = _measured(outcome, task, metric)
-                values.append(torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(()))
+                if metrics is not None:
+                    values.append(metrics.of(outcome.prediction, task.target_y))
+                else:
+                    values.append({} if outcome.accuracy is None else {"accuracy": outcome.accuracy.double().cpu()})
                 if keep_predictions:
                     predictions.append(outcome.prediction)
     if not values:
         raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
     _warn_diverged(torch.stack(losses), policy)
+    # Measured on each task, or it is no mean over tasks.
+    names = [name for name in values[0] if all(name in each for each in values)]
+    found = {name: torch.stack([each[name] for each in values]) for name in names} or {"loss": torch.stack(losses)}
     details = {"norm": policy, "steps": learner.settings.default_steps if steps is None else steps}
-    return EvaluationResult.of(name, torch.stack(values), torch.stack(losses), predictions=predictions, **details)
+    return EvaluationResult.of(found, torch.stack(losses), predictions=predictions, **details)
 
 
 def meta_loss(learner: Any, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutcome]]:
@@ -142,18 +141,6 @@ def _solved(learner: Any, task: Task, norm: str, steps: int | None, mask: bool |
         learner._prepare(task)
         outcome: TaskOutcome = learner._solver().solve(task, training=False, norm=norm, steps=steps, mask=mask)
         return outcome
-
-
-def _measured(outcome: TaskOutcome, task: Task, metric: Metric | None) -> tuple[str, Any]:
-    if metric is not None:
-        value = metric(outcome.prediction, task.target_y)
-        name = getattr(metric, "__name__", type(metric).__name__)
-        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise ArgumentError(f"metric: expected one number per task from {name}, but got {describe_value(value)}.")
-        return name, value
-    if outcome.accuracy is not None:
-        return "accuracy", outcome.accuracy
-    return "loss", outcome.loss.detach()
 
 
 def _warn_diverged(losses: Tensor, policy: str) -> None:

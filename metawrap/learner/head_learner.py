@@ -28,6 +28,7 @@ from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.evaluation import adapting, check_steps, finished
 from metawrap.learner.learner import Learner
+from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.learner.without_inner_loop import (
     inspect_once,
     leave_out_unsized,
@@ -38,7 +39,7 @@ from metawrap.learner.without_inner_loop import (
 from metawrap.results import MetaOutput, StepMetrics, task_loss
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
-from metawrap.tasks import Inputs, Task, TaskBatch, tensors_in, usable
+from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, tensors_in, usable
 
 
 class HeadLearner(Learner):
@@ -144,7 +145,9 @@ class HeadLearner(Learner):
         self.outer.follow(self.named_parameters(), made)
 
     @shared
-    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
+    def adapt(
+        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+    ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; the learner does not change.
 
         Its norms are ordinary ones: under norm="running" with the stored statistics, under "batch" without any (they
@@ -153,14 +156,15 @@ class HeadLearner(Learner):
         Args:
             support_x, support_y: one task's support set, (examples, ...).
             steps: inner steps; `inner_steps` if None; 0 for before adaptation.
+            classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
         """
-        return self._adapted_to(Task(support_x, support_y, support_x, support_y), steps)
+        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps)
 
-    def _adapted_to(self, task: Task, steps: int | None) -> nn.Module:
+    def _adapted_to(self, asked: TaskClasses, steps: int | None, task_id: TaskId | None = None) -> nn.Module:
         check_steps(steps)
         steps = self.settings.inner_steps if steps is None else steps
-        with adapting(self, task) as task:
-            return finished(self._module(task, self.settings.norm, steps), task)
+        with adapting(self, asked.task(id=task_id)) as task:
+            return asked.cut(finished(self._module(task, self.settings.norm, steps), task))
 
     def describe(self) -> Description:
         """What wrapping found and did."""

@@ -79,7 +79,8 @@ class JointTraining:
             # A graph would lead to the weights of this module only, and backward would do nothing without an error.
             with autograd(False):
                 prediction, loss = self._judged(learner, module, task)
-        return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments)
+        known = self.by_classes(task)
+        return outcome_of(task, loss, prediction, loss_fn=learner.loss_fn, moments=moments, known=known)
 
     def _judged(self, learner: HeadLearner, module: nn.Module, task: Task) -> tuple[Any, Tensor]:
         """The prediction of a fitted module for the targets, and its loss; those of a head that was fitted alone."""

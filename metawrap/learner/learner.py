@@ -32,8 +32,10 @@ from metawrap.execution.ranks import Ranks
 from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import Metric, evaluated, meta_loss
+from metawrap.learner.evaluation import evaluated, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
+from metawrap.learner.metrics import Metric
+from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
 from metawrap.results import (
@@ -118,8 +120,10 @@ class Learner(nn.Module, ABC):
         """Raises TaskError when a task lacks something that training needs."""
 
     @abstractmethod
-    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
-        """A plain module of the user's own class, fitted to one support set."""
+    def adapt(
+        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+    ) -> nn.Module:
+        """A plain module of the user's own class, fitted to one support set; classes: see `TaskClasses`."""
 
     @shared
     def unwrap(self) -> nn.Module:
@@ -225,7 +229,7 @@ class Learner(nn.Module, ABC):
         metric: Metric | None = None,
         keep_predictions: bool = False,
     ) -> EvaluationResult:
-        """Adapts to each task and measures on its target set; changes nothing.
+        """Adapts to each task and measures on its target set: the mean over tasks, with its interval; changes nothing.
 
         Random numbers (head_init="random") come from torch's global generator: seed it to repeat a figure.
 
@@ -234,12 +238,10 @@ class Learner(nn.Module, ABC):
                 learner.
             norm: batch-norm policy; the learner's own if None.
             steps: inner steps; as in training if None, 0 for before adaptation; more than in training is fine.
-            mask_unused_outputs: as in the constructor, which decides if None: for tasks with fewer ways than the model
-                has outputs.
-            metric: `metric(prediction, target_y)` of one task; accuracy if None and labels are classes, else the loss.
+            mask_unused_outputs: as in the constructor, which decides if None.
+            metric: `metric(prediction, target_y)` of one task to a number, an object with update, compute and reset (as
+                torchmetrics has), or a dict of these by name. If None, as `StepMetrics.accuracy`, or else the loss.
             keep_predictions: whether the result holds each task's prediction.
-        Returns:
-            The mean over tasks with a 95 % confidence interval.
         Raises:
             TaskError: a task has the wrong form, shapes, labels or device, or holds NaN that reaches its loss.
         """

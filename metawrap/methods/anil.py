@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from metawrap.checks.first_look import warn_many_outputs
 from metawrap.checks.second_derivative import missing_second_derivative
 from metawrap.engines.calling import differentiable_twice
 from metawrap.engines.functional import FunctionalEngine
@@ -123,6 +124,8 @@ class ANIL(HeadLearner):
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
             return self.own_head.loss(self.loss_fn, engine.call(weights, support), task.support_y, "support")
 
+        if self.model.training:
+            warn_many_outputs(engine.call(fast, support), task, self.loss_fn)
         value = loss(fast)
         found = torch.autograd.grad(value, list(fast.values()), allow_unused=True) if value.requires_grad else ()
         if all(gradient is None for gradient in found):

@@ -30,6 +30,7 @@ from metawrap.learner.description import Description
 from metawrap.learner.evaluation import adapting, check_steps, finished
 from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.learner import Learner
+from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown, shows
 from metawrap.settings.settings import PRESETS, Settings, check_choice, check_preset, resolve
 from metawrap.surgery.swap import plain_copy
@@ -174,6 +175,7 @@ class MAML(Learner):
         *,
         mask_unused_outputs: bool | None = None,
         task_id: TaskId | None = None,
+        classes: Classes | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; changes nothing here.
 
@@ -185,15 +187,17 @@ class MAML(Learner):
         Args:
             support_x, support_y: one task's support set, (examples, ...).
             steps: inner steps; as in training if None; 0 gives the initialisation.
-            mask_unused_outputs: as in the constructor, which decides if None. It rules the inner loop; the module that
-                is returned has all its outputs.
+            mask_unused_outputs: as in the constructor, which decides if None. It rules the inner loop; `classes` rules
+                the outputs of the module that is returned.
             task_id: under head_init="stored", the task whose head is the start; the learned head if None or not stored.
+            classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
         """
         check_steps(steps)
         steps = self.settings.default_steps if steps is None else steps
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
-        own = Task(support_x, support_y, support_x, support_y, id=task_id)
+        asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
+        own = asked.task(id=task_id)
         if task_id is not None and self.settings.outputs.head_init != "stored":
             raise ArgumentError(
                 'task_id: has an effect only with outputs={"head_init": "stored"}, which keeps a head for each task, '
@@ -210,7 +214,7 @@ class MAML(Learner):
                 loop.predict(point.fast, loop.task.support_x, row, "capture")
                 statistics = self.wrapped.clock.taken()
             module = plain_copy(self.model, point.fast, row, statistics, keep_statistics=norm != "batch")
-            return finished(module, task)
+            return asked.cut(finished(module, task))
 
     @shared
     def unwrap(self) -> nn.Module:

@@ -18,6 +18,7 @@ from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
+from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.results import TaskOutcome
 from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
@@ -88,7 +89,13 @@ class MultiTask(HeadLearner):
 
     @shared
     def adapt(
-        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, task_id: TaskId | None = None
+        self,
+        support_x: Inputs,
+        support_y: Any,
+        steps: int | None = None,
+        *,
+        classes: Classes | None = None,
+        task_id: TaskId | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, with a head fitted to one support set.
 
@@ -104,7 +111,7 @@ class MultiTask(HeadLearner):
                 f"task_id: no task with an id was trained on, so {shown(task_id)} names no head to start from. "
                 "Leave it out."
             )
-        return self._adapted_to(Task(support_x, support_y, support_x, support_y, id=task_id), steps)
+        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps, task_id)
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:

@@ -13,6 +13,7 @@ from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
+from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
 from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
@@ -62,21 +63,26 @@ class ZeroStep(Learner):
         return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
 
     @shared
-    def adapt(self, support_x: Inputs, support_y: Any, steps: int | None = None) -> nn.Module:
+    def adapt(
+        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+    ) -> nn.Module:
         """The trained network as a plain module of the user's own class, in eval mode; changes nothing here.
 
         Args:
             support_x, support_y: one task's support set, (examples, ...); used for nothing but the statistics of its
                 images under norm="support".
             steps: None or 0.
+            classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
         """
         self._refuse_steps(steps, None)
-        with adapting(self, Task(support_x, support_y, support_x, support_y)) as task:
+        asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
+        with adapting(self, asked.task()) as task:
             norm, held = self.settings.norm, None
             if norm == "support":
                 self.wrapped.run(task.support_x, "capture", None)
                 held = self.wrapped.clock.taken()
-            return finished(plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval(), task)
+            module = plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
+            return asked.cut(finished(module, task))
 
     def _inspect(self, task: Task) -> FirstLook:
         prediction = self.wrapped.run(task.target_x, "batch", None)

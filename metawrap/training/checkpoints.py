@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -62,7 +63,7 @@ class CheckpointFolder:
 
     Args:
         path: the folder; `save` makes it.
-        keep_best: number of checkpoints with the highest validation accuracy to keep (of equals, the earliest).
+        keep_best: number of best checkpoints to keep; see `best_epochs`.
         keep_newest: number of the newest checkpoints to keep.
     """
 
@@ -120,8 +121,18 @@ class CheckpointFolder:
 
 
 def best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
-    """The `count` epochs (from 1) with the highest validation accuracy, best first; of equals, the earliest."""
-    return sorted(range(1, len(history) + 1), key=lambda epoch: -history[epoch - 1]["validation_accuracy"])[:count]
+    """The `count` epochs (from 1) with the highest validation accuracy, best first; of equals, the earliest.
+
+    Where an epoch has no accuracy, those with the lowest validation loss; without a finite loss an epoch comes last.
+    """
+    known = all(each["validation_accuracy"] is not None for each in history)
+
+    def rank(epoch: int) -> float:
+        found = history[epoch - 1]
+        value = found["validation_accuracy"] if known else found["validation_loss"]
+        return math.inf if value is None else -value if known else value
+
+    return sorted(range(1, len(history) + 1), key=rank)[:count]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

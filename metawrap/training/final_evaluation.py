@@ -16,6 +16,7 @@ from torch import Tensor
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
 from metawrap.outputs import prediction_in
+from metawrap.results import EvaluationResult
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
 from metawrap.training.run_settings import NORMS
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
@@ -32,15 +33,15 @@ def final_test(
     ensemble: int = 0,
     norms: Sequence[str] = NORMS,
 ) -> dict[str, Any]:
-    """Tests the checkpoint with the best validation accuracy, and the average of the best `ensemble` ones.
+    """Tests the best checkpoint of `best_epochs`, and the average of the best `ensemble` ones.
 
     Leaves the best checkpoint's weights in the learner. The test uses other policies than training on purpose, so the
     warning about mixed policies is silenced.
 
     Returns:
         {"tasks", "epoch", "ensemble_epochs", "norms": {norm: {"before", "after", "ensemble"}}}, each of the last three
-        {"accuracy", "interval"} as fractions; "before" only for methods with an inner loop, "ensemble" only if more
-        than one checkpoint was averaged.
+        {"accuracy", "interval"} as fractions, and "loss" where the accuracy is None; "before" only for methods with an
+        inner loop, "ensemble" only if more than one checkpoint was averaged.
     Raises:
         CheckpointError: the best checkpoint is missing or cannot be read.
     """
@@ -53,15 +54,17 @@ def final_test(
             load_into(learner, on_rank_zero(lambda epoch=epoch: checkpoints.load(epoch)))  # type: ignore[misc]
             for norm in norms:
                 after = evaluate_shared(learner, tasks, count, norm=norm, keep_predictions=len(epochs) > 1)
-                scores[norm]["after"] = {"accuracy": after.accuracy, "interval": after.interval}
+                scores[norm]["after"] = _as_score(after)
                 if len(epochs) > 1:
                     sums, added = logits.get(norm), [prediction_in(each) for each in after.predictions]
                     logits[norm] = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
         for norm in norms if learner.settings.default_steps is not None else ():
             before = evaluate_shared(learner, tasks, count, norm=norm, steps=0)
-            scores[norm]["before"] = {"accuracy": before.accuracy, "interval": before.interval}
+            scores[norm]["before"] = _as_score(before)
     labels = [task.target_y for batch in tasks.batches(count // tasks.tasks_per_batch) for task in batch]
-    for norm, summed in logits.items():
+    for norm, summed in (
+        logits.items() if all(each["after"]["accuracy"] is not None for each in scores.values()) else ()
+    ):
         scores[norm]["ensemble"] = score_of(summed, labels)
     return {
         "tasks": count,
@@ -69,6 +72,11 @@ def final_test(
         "ensemble_epochs": epochs if len(epochs) > 1 else [],
         "norms": {norm: {name: each[name] for name in _SCORES if name in each} for norm, each in scores.items()},
     }
+
+
+def _as_score(result: EvaluationResult) -> dict[str, Any]:
+    score = {"accuracy": result.accuracy, "interval": result.interval}
+    return score if result.accuracy is not None else {**score, "loss": result.loss}
 
 
 def score_of(logits: list[Tensor], labels: list[Tensor]) -> dict[str, float]:

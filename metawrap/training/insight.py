@@ -76,7 +76,8 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
 
     Returns:
         {"norm", "tasks", "steps", "episodes"}: "steps" has {"steps", "accuracy", "interval"} for each of `step_counts`
-        (empty without an inner loop); "episodes" the first task and the task with the most errors (see `_episode`).
+        (empty without an inner loop); "episodes" the first task and the one with the most errors (see `_episode`). Both
+        are empty without an accuracy.
     """
     count = min(count, STEP_TASKS)
     steps = learner.settings.default_steps
@@ -89,8 +90,10 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
                 accuracy, interval = _plain([final.accuracy, final.interval])
                 curve.append({"steps": number, "accuracy": accuracy, "interval": interval})
         assert final is not None
-        hardest = int(final.per_task.argmin()) if final.accuracy is not None else 0
-        chosen = {0: "the first test task"} | ({hardest: "the test task with most errors"} if hardest else {})
+        known = final.accuracy is not None  # Else nobody knows what a prediction says.
+        hardest = int(final.per_task.argmin()) if known else 0
+        chosen = {0: "the first test task"} if known else {}
+        chosen |= {hardest: "the test task with most errors"} if hardest else {}
         episodes = on_rank_zero(lambda: [_episode(learner, tasks, index, why) for index, why in chosen.items()])
     return {
         "norm": learner.settings.norm,

@@ -87,22 +87,27 @@ class Progress:
         self._recent.append(metrics)
         if self._bar.update(1):
             loss = sum(each.loss for each in self._recent) / len(self._recent)
-            accuracy = sum(each.accuracy or 0.0 for each in self._recent) / len(self._recent)
-            postfix = f"loss {_number(loss)}, accuracy {percent(accuracy)}"
+            known = [each.accuracy for each in self._recent if each.accuracy is not None]
+            postfix = f"loss {_number(loss)}" + (f", accuracy {percent(sum(known) / len(known))}" if known else "")
             self._bar.ncols = _columns()  # The user may have resized the terminal.
             self._bar.set_postfix_str(", ".join(filter(None, [postfix, self._last_epoch])), refresh=False)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Call after validation, with the epoch's line of the log."""
-        interval = percent(record["validation_interval"])
-        self._last_epoch = f"validation {percent(record['validation_accuracy'])}"
+        trained = interval = ""
+        if (accuracy := record["validation_accuracy"]) is None:
+            self._last_epoch = f"validation loss {_number(record['validation_loss'])}"
+        else:
+            self._last_epoch = f"validation {percent(accuracy)}"
+            trained = f", accuracy {percent(record['train_accuracy'])}"
+            interval = f" ± {percent(record['validation_interval'])}"
         if not self._shown or not self._bar.disable:
             return
         self._seen += 1
         left = (time.monotonic() - self._start) / self._seen * (self.epochs - record["epoch"])
         print(
-            f"epoch {record['epoch']}/{self.epochs}: loss {_number(record['train_loss'])}, "
-            f"accuracy {percent(record['train_accuracy'])}, {self._last_epoch} ± {interval}, {duration(left)} left",
+            f"epoch {record['epoch']}/{self.epochs}: loss {_number(record['train_loss'])}{trained}, "
+            f"{self._last_epoch}{interval}, {duration(left)} left",
             file=sys.stderr,
             flush=True,
         )

@@ -346,5 +346,5 @@ def _learned_numbers(learner: Any) -> int:
 
 
 def _mean(values: Sequence[Any]) -> float | None:
-    """None without values: in an epoch without a finite loss, since JSON has no NaN."""
-    return sum(values) / len(values) if values else None
+    """None without values: in an epoch without a finite loss, since JSON has no NaN, or where a value is not known."""
+    return sum(values) / len(values) if values and None not in values else None

@@ -27,7 +27,7 @@ def result_text(result: dict[str, Any]) -> str:
     if averaged := tested.get("ensemble_epochs"):
         header[-1] = f"{len(averaged)} {header[-1]}"
     rows = [
-        [_policy(norm, result["trained_norm"]), *(percent_pair(*map(scores[name].get, keys)) for name in columns)]
+        [_policy(norm, result["trained_norm"]), *(_cell(scores[name], *keys) for name in columns)]
         for norm, scores in tested["norms"].items()
     ]
     notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
@@ -69,7 +69,7 @@ def summarise_seeds(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     tests = [result["test"]["norms"] for result in results.values()]
     norms = {
         norm: {
-            name: _mean_and_deviation([test[norm][name]["accuracy"] for test in tests])
+            name: _mean_and_deviation([test[norm][name] for test in tests])
             for name in scores
             if all(name in test[norm] for test in tests)
         }
@@ -132,5 +132,12 @@ def _policy(norm: str, trained_norm: str) -> str:
     return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
 
 
-def _mean_and_deviation(values: list[float]) -> dict[str, float | None]:
+def _cell(score: dict[str, Any], value: str, spread: str) -> str:
+    return percent_pair(score[value], score[spread]) if score[value] is not None else f"loss {score['loss']:.4g}"
+
+
+def _mean_and_deviation(scores: list[dict[str, Any]]) -> dict[str, float | None]:
+    values = [score["accuracy"] for score in scores]
+    if None in values:
+        return {"mean": None, "deviation": None, "loss": statistics.fmean(score["loss"] for score in scores)}
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}

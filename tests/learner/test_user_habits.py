@@ -133,7 +133,7 @@ def test_autocast_around_the_loop_trains_as_autocast_around_each_step() -> None:
     ],
 )
 def test_accuracy_is_of_classes_or_there_is_none(prediction: Tensor, y: Tensor, accuracy: float | None) -> None:
-    found = accuracy_of(prediction, y)
+    found = accuracy_of(prediction, y, F.cross_entropy)
     assert (found is None) == (accuracy is None)
     assert accuracy is None or found == accuracy
 

@@ -150,7 +150,7 @@ class RememberedLogits:
         flat = [task for batch in tasks for task in ([batch] if isinstance(batch, Task) else batch)]
         logits = [next(logit for x, logit in self.known if torch.equal(x, task.target_x)) for task in flat]
         per_task = torch.stack([(p.argmax(1) == t.target_y).double().mean() for p, t in zip(logits, flat, strict=True)])
-        return EvaluationResult.of("accuracy", per_task, per_task, norm="batch", steps=None, predictions=logits)
+        return EvaluationResult.of({"accuracy": per_task}, per_task, norm="batch", steps=None, predictions=logits)
 
 
 def test_the_first_task_and_the_hardest_are_kept_with_images_labels_and_predictions():

@@ -14,12 +14,14 @@ import metawrap.backbones
 import metawrap.training.experiment
 import metawrap.training.run
 from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.report import gather, write_report_page
 from metawrap.results import EvaluationResult
-from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, load_checkpoint
-from metawrap.training.experiment import build_experiment, build_model
+from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
+from metawrap.training.experiment import build_experiment, build_learner, build_model
 from metawrap.training.final_evaluation import final_test, score_of
 from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
+from metawrap.training.tables import result_text
 
 pytestmark = pytest.mark.usefixtures("tiny_training")
 
@@ -236,7 +238,7 @@ class RememberedLogits:
         per_task = torch.stack([(p.argmax(1) == y).double().mean() for p, y in zip(self.logits, labels, strict=True)])
         if steps == 0:
             per_task = per_task * 0
-        return EvaluationResult.of("accuracy", per_task, per_task, norm=norm, steps=steps, predictions=self.logits)
+        return EvaluationResult.of({"accuracy": per_task}, per_task, norm=norm, steps=steps, predictions=self.logits)
 
 
 def test_the_best_checkpoint_is_tested_and_the_best_ones_are_averaged(tmp_path):
@@ -259,6 +261,38 @@ def test_the_best_checkpoint_is_tested_and_the_best_ones_are_averaged(tmp_path):
         assert test["norms"]["batch"][column]["interval"] == pytest.approx(expected)
     assert test["norms"]["batch"]["before"]["accuracy"] == 0
     assert torch.equal(learner.logits, logits[1])
+
+
+def test_a_run_without_an_accuracy_is_judged_by_its_loss_in_every_place(tmp_path, monkeypatch, capsys):
+    def with_own_loss(*args):
+        learner = build_learner(*args)
+        learner.loss_fn = lambda p, y: nn.functional.cross_entropy(p, y) + 1
+        return learner
+
+    monkeypatch.setattr(metawrap.training.experiment, "build_learner", with_own_loss)
+    result = train_seeds(replace(TINY, ensemble=2, test_norms="own"), [0], tmp_path)
+    printed = capsys.readouterr().err
+    tested = []
+    for seed, own in result["results"].items():
+        log = log_of(tmp_path / f"seed-{seed}")
+        assert {record[f"{part}_accuracy"] for record in log for part in ("train", "validation")} == {None}
+        losses = [record["validation_loss"] for record in log]
+        assert own["test"]["epoch"] == 1 + int(np.argmin(losses))
+        score = own["test"]["norms"]["batch"]
+        assert (list(score), score["after"]["accuracy"]) == (["before", "after"], None)
+        assert score["after"]["loss"] > 1
+        assert f"loss {score['after']['loss']:.4g}" in result_text(own)
+        assert f"validation loss {losses[0]:.3f}, " in printed
+        tested.append(score["after"]["loss"])
+    assert f"loss {np.mean(tested):.4g}" in result_text(result)
+    assert "accuracy " not in printed
+    assert json.loads((tmp_path / "seed-0" / "final_insight.json").read_text())["episodes"] == []
+    write_report_page(gather([tmp_path]), tmp_path / "report.html")
+
+
+def test_of_epochs_without_a_finite_loss_none_is_the_best():
+    history = [{"validation_accuracy": None, "validation_loss": loss} for loss in (None, 3.0, 2.0, 2.0)]
+    assert best_epochs(history, 4) == [3, 4, 2, 1]
 
 
 def test_a_lost_best_checkpoint_is_an_error_and_not_a_silent_second_best(tmp_path):
