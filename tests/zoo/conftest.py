@@ -35,8 +35,9 @@ are compared with a plain loop written by hand ([the oracle](../tests/reference/
   column `higher` shows that same run: it is not repeated under the engine's name.
 - finite differences: the relative error of the plain loop's meta-gradient along a random direction of all that is
   learned, against central differences of its meta-loss ([how](../tests/support/differences.py)). Of torch's derivatives
-  these need only the first, so a wrong second derivative, which both loops would share, shows. At most 1e-6; or the
-  reason why the gradient of such a network is not the derivative of its output.
+  these need only the first, so a wrong second derivative, which both loops would share, shows. At most 1e-6, `in
+  float64` where parts that the network computes in float32 ran in float64 for this column; or the reason why the
+  gradient of such a network is not the derivative of its output.
 - evaluation: `equal` where `learner.evaluate` and the modules of `learner.adapt` were compared as well.
 
 Inputs are small and weights random: this is about gradients, not about accuracy. Two things are changed in the

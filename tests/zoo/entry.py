@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -18,10 +19,11 @@ import torch.nn.functional as F
 from differences import AT_MOST, difference_error
 from face import assert_equals_reference, build, fingerprint, rates_of, reference_for
 from models import seeded
-from not_derivatives import REASONS
+from not_derivatives import IN_FLOAT32, REASONS
 from oracle import Reference, msl_weights
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from metawrap import MetaWrapWarning, UnsupportedModuleError
 
@@ -163,20 +165,36 @@ def check_differences(entry: Entry) -> Outcome:
     parameters = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     if entry.refused is not None:
         return Outcome("", parameters)
-    learner, gradients = _learner(entry, model, "functional"), _reference(entry).gradients
+    learner, converts = _learner(entry, model, "functional"), entry.name in IN_FLOAT32
     values = {name: value.detach() for name, value in learner.model.named_parameters()}
     values |= {f"lr/{name}": rate for name, rate in rates_of(learner).items()}
-    error = difference_error(partial(_loss_at, entry, learner), values, gradients)
+    with InDouble() if converts else nullcontext():
+        gradients = (_run_reference(entry, model, learner) if converts else _reference(entry)).gradients
+        error = difference_error(partial(_loss_at, entry, learner, gradients), values, gradients)
     reason = REASONS.get(entry.name)
     assert (error <= AT_MOST) is (reason is None), (error, reason)
-    return Outcome(reason or f"{error:.0e}", parameters)
+    return Outcome(reason or f"{error:.0e}{', in float64' if converts else ''}", parameters)
 
 
-def _loss_at(entry: Entry, learner: Any, values: dict[str, Tensor]) -> float:
+class InDouble(TorchFunctionMode):
+    """Converts to float64 where a network converts to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        double = lambda value: torch.float64 if value is torch.float32 else value
+        return func(*map(double, args), **{name: double(value) for name, value in (kwargs or {}).items()})
+
+
+def _loss_at(entry: Entry, learner: Any, gradients: Mapping[str, Tensor | None], values: dict[str, Tensor]) -> float:
     rates = {name: values[f"lr/{name}"] for name in rates_of(learner)}
     own = {name: value for name, value in values.items() if not name.startswith("lr/")}
     # A new model: the one before may have counted or cached something.
-    model = seeded(entry.plain or entry.make)
+    model, present = seeded(entry.plain or entry.make), dict(learner.model.named_parameters())
+    for path, module in model.named_modules():
+        name, padding = f"{path}.weight", getattr(module, "padding_idx", None)
+        if padding is not None and (g := gradients.get(name)) is not None and not g[padding].any():
+            # The row counts in the loss, and torch gives it no gradient: it stays where it is.
+            own[name] = own[name].index_copy(0, torch.tensor([padding]), present[name].detach()[padding, None])
     return float(_run_reference(entry, model, learner, rates=rates, values=own, loss_alone=True).loss)
 
 

@@ -18,9 +18,13 @@ _REASONS = {
     "weights edited without gradient": (
         *("in place on the weights themselves", "Embedding, max_norm", "Embedding, max_norm, not adapted"),
     ),
-    "padding without gradient": ("Embedding, padding",),
     "power iteration without gradient": ("spectral_norm", "legacy spectral_norm", "two parametrized layers"),
     "signs in its diagonal": ("orthogonal, Householder",),
-    "part in float32": ("half in single precision",),
+    "padding without gradient": ("OPT, next word",),  # Tied to the head, where the padding's row has one.
 }
 REASONS = {name: reason for reason, names in _REASONS.items() for name in names}
+# Networks that convert to float32 in parts, where rounding would drown the differences.
+IN_FLOAT32 = {
+    *("half in single precision", "ModernBERT", "Llama", "Mistral", "Qwen2", "Gemma", "Mixtral", "T5"),
+    *("T5 encoder, a class per token", "Mamba, next word"),
+}
