@@ -7,11 +7,17 @@ import pytest
 import torch
 from refusals import refuses
 
-from metawrap.data import EpisodeSampler, load_glyphs
+from metawrap.data import EpisodeSampler, glyphs, load_glyphs
 from metawrap.data.glyphs import _ink
 from metawrap.errors import ArgumentError
 
 SMALL = (6, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_anew(monkeypatch):
+    """The other tests share drawings (conftest.py)."""
+    monkeypatch.setattr(glyphs, "draw_class", glyphs.draw_class.__wrapped__)
 
 
 def digest(images: torch.Tensor) -> str:

@@ -30,6 +30,7 @@ import matplotlib
 import published
 import pytest
 import torch
+from forked import compare_in_forks
 
 import metawrap
 import metawrap.data
@@ -56,11 +57,13 @@ BLOCK = re.compile(
 )
 # Appended to each line: the last flag of a name counts.
 SMALL = {
-    "train": "--epochs 1 --iterations 2 --batch 2 --filters 4 --inner-steps 2 --targets 2 --validation-tasks 4 "
-    "--test-tasks 4 --device cpu",
-    "compare": "--epochs 1 --budget 2 --filters 4 --validation-tasks 4 --test-tasks 4 --device cpu",
-    "evaluate": "--tasks 4",
+    "train": "--epochs 1 --iterations 1 --batch 1 --filters 4 --inner-steps 1 --targets 1 --validation-tasks 2 "
+    "--test-tasks 2 --device cpu",
+    "compare": "--epochs 1 --budget 1 --batch 1 --filters 4 --validation-tasks 2 --test-tasks 2 --device cpu",
+    "evaluate": "--tasks 2",
 }
+# For a recipe of a page, which is short already.
+SMALL_RECIPE = ["ways=3", "targets=1", "tasks_per_batch=1", "inner_steps=1", "backbone=conv4-strided"]
 # Lines that do not run here: the test that runs the script, or why none does.
 ELSEWHERE = {
     "examples/wrap_your_cnn.py": "tests/project/test_examples.py",
@@ -122,8 +125,10 @@ def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 
 
 def run_metawrap(place: str, words: list[str]) -> None:
-    # A recipe of a page is small already, and does not allow that a flag repeats its settings.
-    small = [] if "--recipe" in words else SMALL.get(words[0], "").split() + stand_in(words)
+    if "--recipe" in words:
+        small = [word for each in SMALL_RECIPE for word in ("--set", each)]
+    else:
+        small = SMALL.get(words[0], "").split() + stand_in(words)
     if small[-1:] == ["glyphs"] and "--data-root" in words:
         place_of_root = words.index("--data-root")
         words = words[:place_of_root] + words[place_of_root + 2 :]
@@ -156,6 +161,7 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     matplotlib.use("Agg")
+    compare_in_forks(monkeypatch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         run_page(page, page.read_text())
@@ -287,6 +293,9 @@ def test_the_notebook_runs_and_is_stored_without_output(tmp_path: Path) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs")]
+    for cell in notebook.cells:  # A smaller size.
+        for shown, small in {"META_STEPS = 40": "META_STEPS = 20", "tasks_per_batch=20": "tasks_per_batch=8"}.items():
+            cell.source = cell.source.replace(shown, small)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the kernel's own connection
         nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()

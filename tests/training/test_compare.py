@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import compare_in_forks
 
 from metawrap import ArgumentError, CheckpointError
 from metawrap.cli import main
@@ -116,6 +117,7 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
         assert "inner_update.momentum" in failed["error"]
         assert Path("out/comparison.png").stat().st_size > 10_000
         assert "| ProtoNet" in Path("out/comparison.md").read_text()
+        compare_in_forks(monkeypatch)
         with pytest.raises(CheckpointError, match=r"image_size: the run was started with 8"):
             compare({"protonet": RunSettings(method="protonet", epochs=3)}, "out")
         flags[flags.index("fomaml.inner_update.momentum=2")] = "fomaml.inner_update.momentum=0.5"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import compare_in_forks
 from tiny_runs import refusal
 
 from metawrap import ArgumentError
@@ -280,7 +281,8 @@ def test_the_seeds_of_a_recipe_make_a_run_each(tmp_path):
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_path, capsys):
+def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_path, capsys, monkeypatch):
+    compare_in_forks(monkeypatch)
     written(tmp_path, TINY, "plain.yaml")
     wild = TINY.replace("iterations_per_epoch: 1", "iterations_per_epoch: 3")
     wild += "inner_lr: 1e38\nouter_update: {max_skipped_steps: 2}\n"
