@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from distributed_cases import main
 from distributed_learners import (
     RUN,
@@ -31,6 +30,7 @@ from distributed_learners import (
     stepped,
 )
 from face import assert_same_state, build, reference_for
+from forked import CONTEXT
 from models import NormedMlp, seeded
 from oracle import Reference, assert_same_gradients
 from torch import nn
@@ -61,8 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(place: Path) -> list[Found]:
     """What each case returned, by rank."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=main, args=(rank, place)) for rank in (0, 1)]
+    processes = [CONTEXT.Process(target=main, args=(rank, place)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

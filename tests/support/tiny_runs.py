@@ -16,8 +16,8 @@ TINY = RunSettings(
     epochs=3,
     iterations_per_epoch=2,
     tasks_per_batch=2,
-    validation_tasks=2,
-    test_tasks=2,
+    validation_tasks=4,
+    test_tasks=4,
     device="cpu",
 )
 
