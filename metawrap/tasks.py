@@ -325,18 +325,6 @@ def _check_same_length(part: str, x: Any, y: Any) -> None:
         )
 
 
-def same_device(tasks: Iterable[Task], device: torch.device) -> None:
-    """Raises TaskError when a task is on another device than the model."""
-    for task in tasks:
-        for name, part in zip(("support_x", "support_y", "target_x", "target_y"), task.parts(), strict=True):
-            for tensor in tensors_in(part):
-                if tensor.device != device:
-                    raise TaskError(
-                        f"{name} is on '{tensor.device}', but the model is on '{device}'. "
-                        f"Move the batch with task_batch.to('{device}'), or the learner with learner.to(...)."
-                    )
-
-
 def copy_of(tensor: Tensor) -> Tensor:
     """A copy without the graph that leads to the tensor; it requires a gradient if the tensor does."""
     return tensor.detach().requires_grad_(tensor.requires_grad).clone()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from metawrap.engines.calling import leaves_behind
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
-from metawrap.results import class_loss, ignored_label
-from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, same_device, tensors_in
+from metawrap.losses import class_loss, ignored_label
+from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")
 
@@ -53,7 +53,7 @@ def checked_batch(task_batch: Any, loss_fn: Any, device: torch.device) -> TaskBa
             "or Task(*parts) for one task."
         )
     batch = as_task_batch(task_batch)
-    same_device(batch, device)
+    check_device(batch, device)
     check_labels(batch, loss_fn)
     return batch
 
@@ -211,3 +211,15 @@ def _short(value: Any) -> str:
     shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(value)]
     kind = "" if isinstance(value, Tensor) else f"{type(value).__name__} of "
     return kind + ", ".join(shapes[:4])
+
+
+def check_device(tasks: Iterable[Task], device: torch.device) -> None:
+    """Raises TaskError when a task is on another device than the model."""
+    for task in tasks:
+        for name, part in zip(PARTS, task.parts(), strict=True):
+            for tensor in tensors_in(part):
+                if tensor.device != device:
+                    raise TaskError(
+                        f"{name} is on '{tensor.device}', but the model is on '{device}'. "
+                        f"Move the batch with task_batch.to('{device}'), or the learner with learner.to(...)."
+                    )

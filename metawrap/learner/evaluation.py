@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metawrap.checks.task_batches import check_labels, checked_batch, explained, refuse_not_finite, refuse_uncounted
+from metawrap.checks.task_batches import (
+    check_device,
+    check_labels,
+    checked_batch,
+    explained,
+    refuse_not_finite,
+    refuse_uncounted,
+)
 from metawrap.engines.calling import autograd
 from metawrap.errors import MetaWrapWarning, TaskError
 from metawrap.layers.per_step_norm import PerStepNorm
@@ -22,7 +29,7 @@ from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_out
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers
-from metawrap.tasks import Task, TaskBatch, device_of, iterate_task_batches, same_device, usable
+from metawrap.tasks import Task, TaskBatch, device_of, iterate_task_batches, usable
 
 
 def evaluated(
@@ -85,7 +92,7 @@ def adapting(learner: Any, task: Task) -> Iterator[Task]:
     Raises:
         TaskError: its device, labels, shapes or dtypes are not what the learner takes.
     """
-    same_device([task], device_of(learner))
+    check_device([task], device_of(learner))
     check_labels([task], learner.loss_fn)
     refuse_uncounted(task, learner.loss_fn)
     with in_eval_mode(learner), autograd(False), explained([task], learner.model):

@@ -36,7 +36,8 @@ from metawrap.learner.without_inner_loop import (
     shown_settings,
     wrapped_as_it_is,
 )
-from metawrap.results import MetaOutput, StepMetrics, task_loss
+from metawrap.losses import task_loss
+from metawrap.results import MetaOutput, StepMetrics
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, tensors_in, usable

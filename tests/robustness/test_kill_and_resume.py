@@ -1,4 +1,4 @@
-"""A run that is killed or stopped at any moment resumes and ends with bit-identical weights: real processes and signals."""
+"""A run that is killed or stopped at any moment resumes and ends with bit-identical weights: real signals."""
 
 import os
 import random

@@ -28,7 +28,9 @@ class Forked:
     def __init__(self, command, cwd=".", env=None, **_):
         assert command[:3] == [sys.executable, "-m", "metawrap"]
         self._printed = tempfile.TemporaryDirectory()
-        self._process = CONTEXT.Process(target=_run, args=(command[3:], cwd, env or dict(os.environ), self._printed.name))
+        self._process = CONTEXT.Process(
+            target=_run, args=(command[3:], cwd, env or dict(os.environ), self._printed.name)
+        )
         self._process.start()
 
     returncode = property(lambda self: self._process.exitcode)
