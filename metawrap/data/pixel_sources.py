@@ -92,10 +92,11 @@ class ArrayPixels:
         """The image."""
         return resized(self._row(place), self._size)
 
-    def _row(self, place: int) -> NDArray[np.uint8]:
+    def _row(self, place: int) -> Pixels:
         if self._rows is None:
             self._rows = self._array.read() if isinstance(self._array, StoredArray) else self._array
-        return self._rows[place]
+        row: Pixels = self._rows[place]
+        return row
 
     def name(self, place: int) -> str:
         """The file, and the row in it."""

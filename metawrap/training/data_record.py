@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -41,7 +41,7 @@ def read_record(run: Path) -> DataRecord | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(run) from error
-    parts = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
+    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
     marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
     if not all(isinstance(mark, str) for mark in marks):
         raise _damaged(run)
