@@ -58,8 +58,16 @@ class Task:
         return replace(self, **{name: map_tensors(getattr(self, name), change) for name in names})
 
     def to(self, *args: Any, **kwargs: Any) -> Task:
-        """The same task on another device; only the arguments of `Tensor.to`."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+        """The same task on another device or with other floats, with the arguments of `Tensor.to`.
+
+        Whole numbers, such as labels and token ids, stay whole numbers, as in `nn.Module.to`.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = tensor.to(*args, **kwargs)
+            return tensor.to(found.device) if found.is_floating_point() > tensor.is_floating_point() else found
+
+        return self.map(moved)
 
     def parts(self) -> tuple[Inputs, Any, Inputs, Any]:
         """Support and target set, in the order of the constructor."""
@@ -120,7 +128,7 @@ class TaskBatch:
         return cls(tuple(pieces))
 
     def to(self, *args: Any, **kwargs: Any) -> TaskBatch:
-        """The same tasks on another device."""
+        """The same tasks on another device or with other floats, as `Task.to`."""
         return TaskBatch(tuple(task.to(*args, **kwargs) for task in self.tasks))
 
     def chunks(self, size: int) -> Iterator[tuple[Task, ...]]:

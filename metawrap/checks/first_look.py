@@ -83,8 +83,8 @@ def refuse_other_layout(prediction: Callable[[], Any]) -> None:
     except RuntimeError as error:
         if "view size is not compatible" in str(error):
             raise UnsupportedModuleError(
-                "channels_last=True: the model's forward calls .view() on images, which needs the usual layout. Use "
-                ".reshape() or .flatten() there, or leave channels_last out."
+                "execution.channels_last=True: the model's forward calls .view() on images, which needs the usual "
+                "layout. Use .reshape() or .flatten() there, or leave it out."
             ) from error
         raise
 

@@ -132,7 +132,7 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
         raise TaskError(
             f"The model or its loss cannot take this task: {what[:200]}. There is a task with {shown}; the model's "
             f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, or convert first: "
-            "task_batch.to(dtype) or learner.to(dtype)."
+            "floats with task_batch.to(dtype), whole numbers with x.to(dtype), the model with learner.to(dtype)."
         ) from error
 
 

@@ -247,6 +247,8 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--ensemble", **_N, help="also average the logits of the N best checkpoints")
     parser.add_argument("--data", **_NAME, help="test on another data set, with images of the same size")
     parser.add_argument("--data-root", metavar="PATH", help="its folder or archive")
+    about = "test on all classes that were in neither training nor validation, also later ones"
+    parser.add_argument("--new-classes", **_SWITCH, help=about)
     parser.add_argument("--device", **_NAME, help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", **_FILE, help="also write the result as JSON")
     _add_terminal(parser)

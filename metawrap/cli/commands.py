@@ -23,7 +23,7 @@ from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
 from metawrap.cli.data_check import run_data_check
-from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in
+from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in, starts_a_run
 from metawrap.errors import ArgumentError, MetaWrapError, RankError, writing
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
@@ -33,7 +33,8 @@ from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
 from metawrap.training.progress import quiet, say
-from metawrap.training.run import evaluate_run, train, train_seeds
+from metawrap.training.run import train, train_seeds
+from metawrap.training.run_evaluation import evaluate_run
 from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import NORMS
 from metawrap.training.study import run_study, study_table
@@ -96,6 +97,10 @@ def _train(arguments: Namespace) -> None:
     if recipe is not None and recipe.runs:
         return _study(arguments, recipe, out)
     stored = on_rank_zero(lambda: read_run(out) if arguments.resume and (out / "run.json").exists() else None)
+    if arguments.resume and stored is None:
+        if not starts_a_run(arguments):  # Most likely a slip in the name: a default run would train for minutes.
+            read_run(out)
+        say(f"There is no run in '{out}' yet: --resume starts one.")
     start, seeds = stored or (None, None)
     if stored is None and recipe is not None and not is_given(arguments, "seed"):
         seeds = None if recipe.seeds is None else list(recipe.seeds)
@@ -134,7 +139,7 @@ def _compare(arguments: Namespace) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    result = evaluate_run(arguments.run, arguments.norms or NORMS, **flags_in(arguments))
+    result = evaluate_run(arguments.run, arguments.norms or NORMS, arguments.new_classes, **flags_in(arguments))
     print(f"\n{result_text(result)}")
     if arguments.out is not None:
         write_json(Path(arguments.out), result)

@@ -15,6 +15,7 @@ from metawrap.data import DataSplits, EpisodeSampler
 from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
+from metawrap.data.episodes import Demand, check_enough
 from metawrap.errors import ArgumentError, DataError, writing
 from metawrap.training.machine import program
 from metawrap.training.progress import say
@@ -52,16 +53,14 @@ def run_data_check(arguments: Namespace) -> None:
 
 def _draw(splits: DataSplits, arguments: Namespace, out: Path) -> str | None:
     """Writes the picture; returns the problem if an episode cannot be drawn."""
-    samplers = []
-    try:
-        for part in splits:  # Training draws tasks from each of the three parts.
-            samplers.append(
-                EpisodeSampler(part, arguments.ways, arguments.shots, arguments.targets, seed=arguments.seed)
-            )
+    ways, shots, targets = arguments.ways, arguments.shots, arguments.targets
+    try:  # Training draws tasks from each of the three parts.
+        demands = [Demand(images, ways, part=part) for part, images in zip(PARTS, splits, strict=True)]
+        check_enough(demands, shots, targets)
         with writing("out", out):
-            contact_sheet(samplers[0]).save(out)
+            contact_sheet(EpisodeSampler(splits.train, ways, shots, targets, seed=arguments.seed)).save(out)
     except DataError as error:
-        return f"{PARTS[len(samplers) % 3]}: {error}"
+        return str(error)
     return None
 
 

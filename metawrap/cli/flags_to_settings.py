@@ -13,7 +13,9 @@ from metawrap.recipes.fields import RUN_FIELDS, by_field, typed
 from metawrap.recipes.recipe import SUFFIXES
 from metawrap.recipes.yaml_file import Given
 from metawrap.settings.keywords import flattened, nested
-from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.run_settings import FREE_ON_RESUME, METHODS, RunSettings
+
+_NAMED_OTHERWISE = {"tasks_per_batch": "--batch", "iterations_per_epoch": "--iterations"}
 
 
 def recipe_in(arguments: Namespace) -> Recipe | None:
@@ -37,13 +39,23 @@ def settings_in(arguments: Namespace, start: RunSettings | None = None, recipe: 
             f"{sets[twice[0]].place}: {twice[0]}: is also given by a flag, as {flags[twice[0]]}. Leave out one of them."
         )
     if recipe is not None:
-        flagged = {name: Given(value, f"--{name.replace('_', '-')}") for name, value in flags.items()}
+        flagged = {name: Given(value, flag_of(name)) for name, value in flags.items()}
         return recipe.settings(sets | flagged, start)
     run = {name: typed(name, each, RUN_FIELDS[name]) for name, each in sets.items() if name in RUN_FIELDS}
     # Other names are keywords of the method, which refuses the unknown ones.
     options = {name: each.value for name, each in sets.items() if name not in RUN_FIELDS}
     start = start or RunSettings()
-    return replace(start, **run, **flags, options=nested({**flattened(start.options), **options}))
+    try:
+        return replace(start, **run, **flags, options=nested({**flattened(start.options), **options}))
+    except ArgumentError as error:
+        if (name := str(error).partition(":")[0]) in _NAMED_OTHERWISE and name in flags:
+            raise ArgumentError(f"{flag_of(name)}: {error}") from error
+        raise
+
+
+def flag_of(name: str) -> str:
+    """The flag of `metawrap train` that sets this setting."""
+    return _NAMED_OTHERWISE.get(name, f"--{name.replace('_', '-')}")
 
 
 def flags_in(arguments: Namespace) -> dict[str, Any]:
@@ -55,6 +67,12 @@ def flags_in(arguments: Namespace) -> dict[str, Any]:
 def is_given(arguments: Namespace, name: str) -> bool:
     """Whether a flag or `--set` gives the setting."""
     return name in flags_in(arguments) or name in dict(_sets(arguments))
+
+
+def starts_a_run(arguments: Namespace) -> bool:
+    """Whether the command has a setting that a new run could be meant by, in place of the stored settings of a run."""
+    given = {*flags_in(arguments), *dict(_sets(arguments))} - FREE_ON_RESUME
+    return bool(given) or "recipe" in arguments or arguments.seeds is not None
 
 
 def out_in(arguments: Namespace) -> Path:

@@ -16,6 +16,7 @@ from typing import TypeAlias
 from metawrap.data.class_split import PARTS, part_of
 from metawrap.data.image_files import ImageFiles
 from metawrap.data.pictures import IMAGE_SUFFIXES
+from metawrap.data.problems import listed
 from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 
@@ -106,8 +107,8 @@ def part_classes(root: Folder, where: object) -> dict[str, ClassFiles] | None:
     for first, second in combinations(found, 2):
         if shared := sorted(found[first].keys() & found[second].keys()):
             raise DataError(
-                f"Class '{shared[0]}' lies in both {first} and {second} of '{where}'; expected different classes in "
-                "each. Few-shot splits are by class: move it to one of them."
+                f"The classes {listed(shared)} lie in both {first} and {second} of '{where}'; expected other classes in "
+                "each. Few-shot splits are by class: move each to one of them."
             )
     return found
 

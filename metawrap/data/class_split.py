@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from metawrap.data.problems import wrong_argument
+from metawrap.data.problems import listed, wrong_argument
 from metawrap.data.random_stream import RandomStream
 from metawrap.data.text_files import parsed, read_table, read_text
 from metawrap.errors import ArgumentError, DataError
@@ -94,21 +94,21 @@ def split_as_given(names: Sequence[str], split: GivenSplit) -> list[list[str]]:
     """
     where = "split" if isinstance(split, Mapping) else f"'{split}'"
     parts = _three_parts(split if isinstance(split, Mapping) else _read_split(split), where)
-    known = set(names)
-    seen: dict[str, str] = {}
+    for part, classes in zip(PARTS, parts, strict=True):
+        if unknown := [name for name in classes if name not in set(names)]:
+            raise DataError(
+                f"{where}: the classes {listed(unknown)} of {part} do not exist; there are {len(names)}, such as "
+                f"{listed(sorted(names)[:3])}. Correct the names, or leave them out."
+            )
+    places: dict[str, list[str]] = {}
     for part, classes in zip(PARTS, parts, strict=True):
         for name in classes:
-            if name not in known:
-                raise DataError(
-                    f"{where}: the class '{name}' of {part} does not exist; there are {len(known)}, such as "
-                    f"{', '.join(repr(each) for each in sorted(known)[:3])}. Correct the name, or leave it out."
-                )
-            if name in seen:
-                raise DataError(
-                    f"{where}: the class '{name}' is named in {seen[name]} and again in {part}; few-shot splits are by "
-                    "class. Name it once."
-                )
-            seen[name] = part
+            places.setdefault(name, []).append(part)
+    if twice := [f"{name} ({' and '.join(found)})" for name, found in places.items() if len(found) > 1]:
+        raise DataError(
+            f"{where}: the classes {listed(twice)} are named more than once; few-shot splits are by class. Name each "
+            "once."
+        )
     return parts
 
 

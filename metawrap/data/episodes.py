@@ -7,10 +7,10 @@ generator is read or moved.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from metawrap.data.augmentation import Augment, augmented, check_augment
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
 from metawrap.data.normalisation import Normalise, statistics_of
-from metawrap.data.problems import check_int, wrong_argument
+from metawrap.data.problems import check_int, listed, wrong_argument
 from metawrap.data.random_stream import Ints, RandomStream, seeded_generators
 from metawrap.errors import DataError
 from metawrap.settings.settings import check_switch
@@ -100,7 +100,7 @@ class EpisodeSampler:
         if workers and isinstance(images, LabelledImages) and augment is None:
             raise wrong_argument("workers", "0 for images in memory", workers, "Leave it out, or stream the images.")
         self.device = _device(device)
-        _check_enough(images, ways, shots, targets, rotations)
+        check_enough([Demand(images, ways, rotations)], shots, targets)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
         self.workers = workers
@@ -239,23 +239,75 @@ class _DrawAndRead:
             return drawn, augmented(turned, self._augment)
 
 
-def _check_enough(images: ImageSet, ways: int, shots: int, targets: int, rotations: bool) -> None:
-    height, width = images.image_shape[1:]
-    if rotations and height != width:
-        raise DataError(f"rotations: expected square images, but they are {height}x{width}. Pass rotations=False.")
-    available = images.num_classes * (ROTATIONS if rotations else 1)
-    if ways > available:
-        raise DataError(
-            f"ways={ways}, but there are only {available} classes{' (rotations included)' if rotations else ''}. "
-            f"Use ways={available} or fewer, or a larger split."
-        )
-    needed = shots + targets
-    for name, count in zip(images.class_names, images.images_per_class, strict=True):
-        if count < needed:
+class Demand(NamedTuple):
+    """The tasks to draw from a set. part: its name for people. keyword: the argument that sets `ways`."""
+
+    images: ImageSet
+    ways: int
+    rotations: bool = False
+    part: str = "the set"
+    keyword: str = "ways"
+
+    @property
+    def classes(self) -> int:
+        """The number of classes to draw from."""
+        return self.images.num_classes * (ROTATIONS if self.rotations else 1)
+
+
+def check_enough(demands: Sequence[Demand], shots: int, targets: int, fixed: bool = False) -> None:
+    """Raises DataError, with all short parts and classes and numbers that fit them all, if tasks cannot be drawn.
+
+    Args:
+        fixed: whether the user cannot change ways, shots and targets, as in the test of a trained network.
+    """
+    for images, _, rotations, part, _ in demands:
+        height, width = images.image_shape[1:]
+        if rotations and height != width:
             raise DataError(
-                f"Class '{name}' has {count} images, but shots + targets = {shots} + {targets} = {needed} are needed. "
-                f"Lower shots or targets, or leave the class out with images.subset(...)."
+                f"rotations: expected square images, but those of {part} are {height}x{width}. Pass rotations=False "
+                "(--no-rotations)."
             )
+    if short := [each for each in demands if each.ways > each.classes]:
+        raise DataError(f"{'; '.join(map(_few_classes, short))}. {_classes_that_fit(demands, short, fixed)}")
+    needed, found, least = shots + targets, [], shots + targets
+    for each in demands:
+        counts = zip(each.images.class_names, each.images.images_per_class, strict=True)
+        small = {name: count for name, count in counts if count < needed}
+        least = min([least, *small.values()])
+        if small:
+            shown = ", ".join(f"{name!r} ({count})" for name, count in sorted(small.items())[:10])
+            more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+            found.append(f"{each.part} has {len(small)} with fewer: {shown}{more}")
+    if found:
+        fit = min(shots, least - 1), least - min(shots, least - 1)
+        use = (
+            f"Use shots={fit[0]}, targets={fit[1]} (--shots {fit[0]} --targets {fit[1]}), or leave"
+            if fit[0]
+            else "Leave"
+        )
+        raise DataError(
+            f"shots + targets = {shots} + {targets} = {needed} images of a class are needed, but {'; '.join(found)}. "
+            f"{'Leave' if fixed else use} these classes out, or add images to them."
+        )
+
+
+def _few_classes(demand: Demand) -> str:
+    turned = f", {demand.classes} with rotations" if demand.rotations else ""
+    own = demand.images.class_names
+    many = "1 class" if len(own) == 1 else f"{len(own)} classes"
+    return f"{demand.keyword}={demand.ways}, but {demand.part} has only {many} ({listed(own, 5)}{turned})"
+
+
+def _classes_that_fit(demands: Sequence[Demand], short: Sequence[Demand], fixed: bool) -> str:
+    """The remedy: the largest numbers of ways that all parts can give, if it can be changed, or more classes."""
+    parts = " and ".join(each.part for each in short)
+    by_seed = any(each.images.origin.endswith("split by seed") for each in short)
+    more = f"more classes to {parts}{', such as with split= (--split FILE)' if by_seed and not fixed else ''}."
+    fits = {each.keyword: min(d.classes for d in demands if d.keyword == each.keyword) for each in short}
+    if fixed or min(fits.values()) < 2:  # Tasks of a run have two classes at least.
+        return f"Add {more}"
+    numbers = ", ".join(f"{name}={count} (--{name.replace('_', '-')} {count})" for name, count in fits.items())
+    return f"Use {numbers} or fewer, or add {more}"
 
 
 def _device(device: Any) -> torch.device:

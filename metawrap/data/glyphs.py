@@ -72,7 +72,9 @@ def load_glyphs(
 def _draw_classes(numbers: range, images_per_class: int, image_size: int, seed: int) -> LabelledImages:
     images = np.concatenate([draw_class(number, images_per_class, image_size, seed) for number in numbers])
     labels = torch.arange(len(numbers)).repeat_interleave(images_per_class)
-    return LabelledImages(torch.from_numpy(images), labels, tuple(f"glyph{number:05d}" for number in numbers))
+    names = tuple(f"glyph{number:05d}" for number in numbers)
+    known = tuple(f"{name} of seed {seed}, {images_per_class} images" for name in names)
+    return LabelledImages(torch.from_numpy(images), labels, names, known=known)
 
 
 def draw_class(number: int, count: int, image_size: int, seed: int) -> Pixels:

@@ -43,6 +43,11 @@ class FolderFiles:
         """Whether a file has this name."""
         return (self._root / name).is_file()
 
+    def size(self, name: str) -> int:
+        """The number of bytes of one file, or DataError."""
+        with reading(f"'{name}' in {self._root} cannot be read", OSError):
+            return (self._root / name).stat().st_size
+
     def read(self, name: str) -> bytes:
         """The bytes of one file, or DataError."""
         path = self._root / name
@@ -97,11 +102,18 @@ class ZipFiles:
         """Whether a member has this name."""
         return name in self._members
 
+    def size(self, name: str) -> int:
+        """The number of bytes of one member, or DataError."""
+        return self._member(name).file_size
+
+    def _member(self, name: str) -> zipfile.ZipInfo:
+        if name not in self._members:
+            raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
+        return self._members[name]
+
     def read(self, name: str) -> bytes:
         """The bytes of one member, or DataError."""
-        member = self._members.get(name)
-        if member is None:
-            raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
+        member = self._member(name)
         check_size(name, member.file_size, self._max_bytes)
         content = bytearray()
         errors = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)

@@ -6,10 +6,11 @@ of the memory of floats; the sampler scales them to [0, 1].
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
+from metawrap.data.problems import listed
 from metawrap.errors import DataError
 from metawrap.tasks import describe_value
 
 Pixels: TypeAlias = NDArray[np.uint8]
+# Images of each class whose whole content counts in its fingerprint; of the others, name and size.
+READ_OF_CLASS = 20
 
 
 class PixelSource(Protocol):
@@ -36,11 +40,40 @@ class PixelSource(Protocol):
         """The image's name for people: its file, or its place in a file."""
 
 
+@runtime_checkable
+class FilePixelSource(PixelSource, Protocol):
+    """Images that lie in files, which tell them apart without decoding."""
+
+    def identity(self, place: int, whole: bool) -> bytes:
+        """Bytes that stay the same wherever the files lie: all of the image's own if `whole`, else a cheap part."""
+
+
 class _LabelledSet:
     """The part of an image set that needs no pixels: `labels`, int64, (images,), and `class_names`."""
 
     labels: Tensor
     class_names: tuple[str, ...]
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """A digest of each class's images, in the order of class_names. It depends neither on the place or time of the
+        files, nor on the names of classes, nor on streaming.
+        """
+        by_class = np.split(torch.argsort(self.labels, stable=True).numpy(), np.cumsum(self.images_per_class)[:-1])
+        spread = [np.linspace(0, len(each) - 1, min(READ_OF_CLASS, len(each))).astype(int) for each in by_class]
+        whole = {int(index) for each, places in zip(by_class, spread, strict=True) for index in each[places]}
+        marks = {
+            index: hashlib.sha256(self._identity(index, index in whole)).digest()
+            for index in map(int, self._reading_order(np.arange(len(self))))
+        }
+        return tuple(hashlib.sha256(b"".join(marks[int(i)] for i in each)).hexdigest()[:32] for each in by_class)
+
+    def _identity(self, index: int, whole: bool) -> bytes:
+        """See `FilePixelSource.identity`."""
+        raise NotImplementedError
+
+    def _reading_order(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices in the order to read them in."""
+        return indices
 
     @property
     def num_classes(self) -> int:
@@ -71,10 +104,10 @@ class _LabelledSet:
         order = torch.argsort(labels, stable=True)
         order = order[labels[order] >= 0]
         names = tuple(self.class_names[index] for index in chosen)
-        return replace(self, labels=labels[order], class_names=names, **self._rows(order))  # type: ignore[type-var]
+        return replace(self, labels=labels[order], class_names=names, **self._rows(order, chosen))  # type: ignore[type-var]
 
-    def _rows(self, order: Tensor) -> dict[str, Any]:
-        """The fields with one entry per image, for these images only."""
+    def _rows(self, order: Tensor, chosen: Sequence[int]) -> dict[str, Any]:
+        """The fields with one entry per image or class, for these images and classes only."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -90,7 +123,7 @@ class LabelledImages(_LabelledSet):
         (2, 2)
 
     images: uint8, (images, channels, height, width). labels: int64, (images,), indices into class_names. origin: the
-    layout of the files that the images were read from.
+    layout of the files that the images were read from. known: the fingerprint of each class, if the files gave it.
 
     Raises:
         DataError: a wrong type or shape, lengths that disagree, a label without a name, or a class without an image.
@@ -100,6 +133,7 @@ class LabelledImages(_LabelledSet):
     labels: Tensor
     class_names: tuple[str, ...]
     origin: str = ""
+    known: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -124,8 +158,15 @@ class LabelledImages(_LabelledSet):
         """The name of image `index` for people."""
         return f"image {index}"
 
-    def _rows(self, order: Tensor) -> dict[str, Any]:
-        return {"images": self.images[order]}
+    def fingerprints(self) -> tuple[str, ...]:
+        """As for `StreamedImages`, from the files; of images that had none, from their pixels."""
+        return self.known or super().fingerprints()
+
+    def _identity(self, index: int, whole: bool) -> bytes:
+        return self.images[index].cpu().numpy().tobytes() if whole else b""
+
+    def _rows(self, order: Tensor, chosen: Sequence[int]) -> dict[str, Any]:
+        return {"images": self.images[order], "known": tuple(self.known[index] for index in chosen if self.known)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,23 +207,36 @@ class StreamedImages(_LabelledSet):
             images[row] = torch.from_numpy(np.array(self.source.pixels(int(places[row]))))
         return images
 
+    def _reading_order(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        positions = _positions(self)
+        return indices if positions is None else indices[np.argsort(positions[self.places[indices]])]
+
     def name(self, index: int) -> str:
         """The name of image `index` for people."""
         return self.source.name(int(self.places[index]))
 
-    def _rows(self, order: Tensor) -> dict[str, Any]:
+    def _identity(self, index: int, whole: bool) -> bytes:
+        place = int(self.places[index])
+        if isinstance(self.source, FilePixelSource):
+            return self.source.identity(place, whole)
+        return self.source.pixels(place).tobytes() if whole else b""
+
+    def _rows(self, order: Tensor, chosen: Sequence[int]) -> dict[str, Any]:
         return {"places": self.places[order.numpy()]}
 
-    def in_memory(self) -> LabelledImages:
-        """All images, read now; DataError if one cannot be read, or memory is too small for all of them."""
+    def in_memory(self, fix: str = "Pass a smaller image_size (--image-size).") -> LabelledImages:
+        """All images, read now; DataError if one cannot be read, or memory is too small for all of them (`fix`)."""
         needed, free = len(self) * int(np.prod(self.image_shape)), free_memory()
         if needed > free:
-            first = "Pass stream=True (--stream)" if _positions(self) is None else "Unpack the archive and stream it"
+            if _positions(self) is not None:
+                fix = "Unpack the archive and pass the folder, which can be streamed."
             raise DataError(
                 f"stream: {len(self)} images of shape {self.image_shape} take {needed / 2**30:.1f} GiB, but "
-                f"{free / 2**30:.1f} GiB of memory are free. {first}, or pass a smaller image_size."
+                f"{free / 2**30:.1f} GiB of memory are free. {fix}"
             )
-        return LabelledImages(self.gather(np.arange(len(self))), self.labels, self.class_names, self.origin)
+        images = self.gather(np.arange(len(self)))
+        known = self.fingerprints() if isinstance(self.source, FilePixelSource) else ()
+        return LabelledImages(images, self.labels, self.class_names, self.origin, known)
 
 
 ImageSet: TypeAlias = LabelledImages | StreamedImages
@@ -214,7 +268,8 @@ def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplit
         stream = (
             not sequential and sum(len(part) * int(np.prod(part.image_shape)) for part in parts) > free_memory() // 2
         )
-    return DataSplits(*(parts if stream else [part.in_memory() for part in parts]))
+    fix = "Leave stream=False (--no-stream) out, or pass a smaller image_size (--image-size)."
+    return DataSplits(*(parts if stream else [part.in_memory(fix) for part in parts]))
 
 
 def _positions(part: StreamedImages) -> NDArray[np.int64] | None:
@@ -245,4 +300,4 @@ def _check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:
         raise DataError(f"labels: expected 0..{len(names) - 1}, one per class name, but they run from {low} to {high}.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
-        raise DataError(f"class_names: {len(empty)} classes have no image, the first is '{empty[0]}'. Leave them out.")
+        raise DataError(f"class_names: {len(empty)} classes have no image: {listed(empty)}. Leave them out.")

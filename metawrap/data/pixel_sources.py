@@ -38,6 +38,11 @@ class FilePixels:
         """The file's name."""
         return self._names[place]
 
+    def identity(self, place: int, whole: bool) -> bytes:
+        """The file's content; or its name without folders, and its size."""
+        name = self._names[place]
+        return self.files.read(name) if whole else f"{name.rpartition('/')[2]} {self.files.size(name)}".encode()
+
 
 class PicturePixels:
     """Encoded pictures, PNG for example, in one file; each is an array of bytes that may stay in the file."""
@@ -50,13 +55,16 @@ class PicturePixels:
 
     def pixels(self, place: int, remarks: list[str] | None = None) -> Pixels:
         """The image, or DataError; `remarks` is extended by what was done to it."""
-        picture = self._pictures[place]
-        content = picture if isinstance(picture, bytes) else picture.read().tobytes()
-        return decode_image(content, self.name(place), self._decoding, remarks)
+        return decode_image(self.identity(place), self.name(place), self._decoding, remarks)
 
     def name(self, place: int) -> str:
         """The file, and the place in it."""
         return f"{self._file}[{place}]"
+
+    def identity(self, place: int, whole: bool = True) -> bytes:
+        """The picture's bytes."""
+        picture = self._pictures[place]
+        return picture if isinstance(picture, bytes) else picture.read().tobytes()
 
 
 class ArrayPixels:
@@ -82,13 +90,21 @@ class ArrayPixels:
 
     def pixels(self, place: int) -> Pixels:
         """The image."""
+        return resized(self._row(place), self._size)
+
+    def _row(self, place: int) -> Pixels:
         if self._rows is None:
             self._rows = self._array.read() if isinstance(self._array, StoredArray) else self._array
-        return resized(self._rows[place], self._size)
+        row: Pixels = self._rows[place]
+        return row
 
     def name(self, place: int) -> str:
         """The file, and the row in it."""
         return f"{self._file}[{place}]"
+
+    def identity(self, place: int, whole: bool) -> bytes:
+        """The row's bytes, or nothing."""
+        return self._row(place).tobytes() if whole else b""
 
     def __getstate__(self) -> dict[str, object]:
         # Pickle would copy a view of the file whole; a worker maps the file itself.

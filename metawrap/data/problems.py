@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +18,15 @@ def wrong_argument(name: str, expected: str, value: Any, fix: str = "") -> Argum
     """The error for an argument that is not as expected; short lists are shown whole."""
     shown = str(value) if isinstance(value, tuple | list) and len(str(value)) < 60 else describe_value(value)
     return ArgumentError(f"{name}: expected {expected}, but got {shown}. {fix}".rstrip())
+
+
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """Names in quotes for a message, the first `most` of them and the number of the others; no control character.
+
+    >>> listed(["cat", "dog", "fox"], most=2)
+    "'cat', 'dog' and 1 more"
+    """
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager

@@ -89,11 +89,18 @@ class TarFiles:
         """The place of a member in the decompressed archive."""
         return self._members[name][0]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one member, or DataError."""
+    def size(self, name: str) -> int:
+        """The number of bytes of one member, or DataError."""
+        return self._member(name)[1]
+
+    def _member(self, name: str) -> tuple[int, int]:
         if name not in self._members:
             raise DataError(f"'{name}' is not in the archive '{self._path}'. Get a fresh copy of it.")
-        begin, size = self._members[name]
+        return self._members[name]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one member, or DataError."""
+        begin, size = self._member(name)
         check_size(name, size, self._max_bytes)
         content = bytearray()
         with reading(f"'{name}' in the archive cannot be read", *_ERRORS):

@@ -169,4 +169,4 @@ def check_can_record(device: torch.device, traces: str | None) -> None:
 
 
 def _cannot(reason: str) -> str:
-    return f"cuda_graphs=True cannot carry this model: {reason}. Leave it out."
+    return f"execution.cuda_graphs=True cannot carry this model: {reason}. Leave it out."

@@ -46,7 +46,8 @@ class OwnHead(Embedding):
         if norms := [name for name, m in self.module.named_modules() if isinstance(m, PerStepNorm)]:
             raise UnsupportedModuleError(
                 f"The head '{self.head}' holds the batch norm '{norms[0]}', which would normalise at every inner step "
-                "by other statistics. Name the module behind it with head=, or leave it alone with keep_norm=."
+                "by other statistics. Name the module behind it with head=, or leave it alone with "
+                f'wrapping={{"keep_norm": ["{norms[0]}"]}}.'
             )
         self.check(inputs)
         self.check_rows(self.of(inputs, "batch"), examples)

@@ -134,8 +134,8 @@ class ZeroHead(_OwnStart):
         """Zeros too."""
         if self.head is None:
             raise MetaWrapError(
-                'head_init="zeros": the head is not known before the first task. Pass head= to the constructor, or run '
-                "a task first."
+                'outputs.head_init="zeros": the head is not known before the first task. Pass head= to the constructor '
+                "or run a task first."
             )
         return self.values(model, None)
 
@@ -195,7 +195,7 @@ class StoredHead(_OwnStart):
         """Raises TaskError when there is no id to store under."""
         if task_id is None:
             raise TaskError(
-                'head_init="stored" keeps one head per task, but a task has no id. Pass a list of '
+                'outputs.head_init="stored" keeps one head per task, but a task has no id. Pass a list of '
                 "Task(support_x, support_y, target_x, target_y, id=...)."
             )
 

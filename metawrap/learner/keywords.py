@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
 
-from metawrap.outer_update.outer_update import OptimizerFactory, SchedulerFactory
+from metawrap.outer_update.outer_update import OptimizerFactory
+from metawrap.outer_update.users_scheduler import SchedulerFactory
 from metawrap.settings.groups import (
     ExecutionOptions,
     InnerOptions,

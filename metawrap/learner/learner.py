@@ -37,6 +37,7 @@ from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.metrics import Metric
 from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
+from metawrap.outer_update import users_scheduler
 from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
 from metawrap.results import (
     EvaluationResult,
@@ -321,16 +322,17 @@ class Learner(nn.Module, ABC):
             ArgumentError: it is no mapping.
             CheckpointError: it is that of another model or method, or damaged; a RuntimeError, as torch's is.
         """
-        with wholly_or_not_at_all(self, self.optimizer, state_dict):
+        with wholly_or_not_at_all(self, self.optimizer, self.scheduler, state_dict):
             return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The counters and what the executor measured, for state_dict."""
-        return {"iteration": self.iteration} | self.executor.state()
+        """The counters, the state of the user's scheduler, and what the executor measured, for state_dict."""
+        return {"iteration": self.iteration} | users_scheduler.state_of(self.scheduler) | self.executor.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the counters; what was measured, too, where this learner would measure."""
+        """Restores counters and scheduler; what was measured, too, where this learner would measure."""
         self.iteration = int(state["iteration"])
+        users_scheduler.put_back(self.scheduler, state.get("scheduler"), begun=self.iteration > 0)
         self.executor.load_state(state)
 
 

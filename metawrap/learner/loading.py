@@ -18,8 +18,8 @@ from metawrap.tasks import describe_value
 
 
 @contextmanager
-def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: Any) -> Iterator[None]:
-    """Restores learner and optimizer if the block, which loads a state_dict, fails. Costs one copy of the learner.
+def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, scheduler: Any, state_dict: Any) -> Iterator[None]:
+    """Restores learner, optimizer and scheduler if the block, which loads a state_dict, fails, from a copy of each.
 
     Raises:
         ArgumentError: `state_dict` is no mapping.
@@ -30,7 +30,7 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
             f"state_dict: expected what learner.state_dict() returned, but got {describe_value(state_dict)}. A file of "
             "it is read with torch.load(path, weights_only=True)."
         )
-    put_back = remembered(learner, optimizer)
+    put_back = remembered(learner, optimizer, scheduler)
     try:
         yield
     except MetaWrapError:  # Its message names the cause already.
@@ -48,17 +48,16 @@ def wholly_or_not_at_all(learner: nn.Module, optimizer: Optimizer, state_dict: A
 @contextmanager
 def put_back_on_error(learner: nn.Module, optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
     """Restores a learner, its optimizer and scheduler where the block fails, at the cost of a copy of the learner."""
-    put_back, own = remembered(learner, optimizer), dict(vars(scheduler))
+    put_back = remembered(learner, optimizer, scheduler)
     try:
         yield
     except BaseException:
         put_back()
-        vars(scheduler).update(own)
         raise
 
 
-def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
-    """Copies a learner and its optimizer; returns the function that puts the copy back."""
+def remembered(learner: nn.Module, optimizer: Optimizer, scheduler: Any) -> Callable[[], None]:
+    """Copies a learner, its optimizer and its scheduler, if any; returns the function that puts the copy back."""
     named = list(learner.named_modules())
     state = ModuleState(named)
     state.keep("tables", (table for _, m in named for table in (m._parameters, m._buffers, m._modules)))
@@ -66,15 +65,15 @@ def remembered(learner: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
     tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
     executor: Any = getattr(learner, "executor", None)
-    ways = dict(vars(executor)) if executor is not None else {}
+    tables = [(vars(each), dict(vars(each))) for each in (executor, scheduler) if each is not None]
     groups = [dict(group) for group in optimizer.param_groups]
     # Copies: an optimizer's step edits its tensors in place.
     moments = {parameter: copy.deepcopy(value) for parameter, value in optimizer.state.items()}
 
     def put_back() -> None:
         state.put_back()
-        if executor is not None:
-            vars(executor).update(ways)
+        for table, known in tables:
+            table.update(known)
         with torch.no_grad():
             for tensor, kind, data, gradient, value in values:
                 tensor.__class__ = kind  # A parameter that had no size yet was of another class.

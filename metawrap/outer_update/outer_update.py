@@ -14,16 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metawrap.checks.not_finite import trouble_in_words
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapWarning
+from metawrap.outer_update.users_scheduler import SchedulerFactory, check_scheduler, made_scheduler
 from metawrap.settings.schedules import cosine_meta_lr, linear_meta_lr
 from metawrap.settings.settings import OuterSettings
 from metawrap.tasks import TaskBatch
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class OuterUpdate:
@@ -43,7 +42,7 @@ class OuterUpdate:
     ) -> None:
         self.settings = settings
         self.optimizer = _built(optimizer, parameters) if optimizer else self._own_optimizer(parameters)
-        self.scheduler = _scheduled(scheduler, self.optimizer) if scheduler else None
+        self.scheduler = made_scheduler(scheduler, self.optimizer) if scheduler else None
         # A user's optimizer or scheduler keeps its own rate; the schedule belongs to the optimizer built here.
         self.anneals = getattr(settings, self.switch) and not (optimizer or scheduler)
 
@@ -64,7 +63,7 @@ class OuterUpdate:
 
     def take_over_schedule(self, scheduler: Any) -> None:
         """Puts the user's scheduler, of the present optimizer, in place of the present schedule."""
-        _check_scheduler(scheduler, "the assigned value")
+        check_scheduler(scheduler, "the assigned value")
         if scheduler.optimizer is not self.optimizer:
             raise ArgumentError("scheduler: it belongs to another optimizer. Build it from learner.optimizer.")
         self.scheduler, self.anneals = scheduler, False
@@ -260,25 +259,6 @@ def _check_optimizer(made: Any, what: str) -> None:
         raise ArgumentError(
             "optimizer: LBFGS evaluates the loss several times a step, which one meta-gradient cannot give. "
             "Use a first-order optimizer such as Adam or SGD."
-        )
-
-
-def _scheduled(factory: Any, optimizer: Optimizer) -> LRScheduler:
-    if isinstance(factory, LRScheduler) or not callable(factory):
-        raise ArgumentError(
-            "scheduler: expected a function from an optimizer to a scheduler, such as "
-            f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), but got {type(factory).__name__}."
-        )
-    made: LRScheduler = factory(optimizer)
-    _check_scheduler(made, "what the function returned")
-    return made
-
-
-def _check_scheduler(made: Any, what: str) -> None:
-    if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
-        raise ArgumentError(
-            f"scheduler: {what} is {type(made).__name__}, expected a scheduler whose step() needs no metric. "
-            "Step others yourself on learner.optimizer, after each validation."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,8 @@ def read_records(path: Path) -> list[RunRecords]:
         found = [run for folder in inside for run in _runs_in(folder)]
     if not found:
         raise CheckpointError(
-            f"There is no run in '{path}' (no run.json that can be read). Start one with: metawrap train --out {path}"
+            f"There is no run in '{path}' (no run.json that can be read). Start one with: metawrap train --out "
+            f"{shlex.quote(str(path))}"
         )
     return found
 

@@ -89,7 +89,7 @@ def wrap(
         raise ArgumentError(f"model: expected a torch.nn.Module, but got {type(model).__name__}.")
     copied, notes = copy_model(model)
     if swap:
-        notes += [f"'{name}' was replaced by swap=" for name in replace_modules(copied, swap)]
+        notes += [f"'{name}' was replaced by wrapping.swap=" for name in replace_modules(copied, swap)]
     kept = _named("keep_norm", keep_norm, batch_norms(copied)) if keep_norm else []
     if problems := find_problems(copied, kept, affine):
         raise UnsupportedModuleError("\n".join(problems))

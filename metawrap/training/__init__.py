@@ -1,11 +1,13 @@
 """Runs: epochs, validation, checkpoints, resume, logs, the final test. Read `train` in `run.py` first.
 
 From top to bottom; a module imports those below it alone:
-study -> comparison -> run -> final_evaluation, insight, tensorboard, inspection -> experiment -> run_folder ->
-run_lock, checkpoints -> checkpoint_archive -> plots -> progress -> machine, tables -> torchrun -> run_settings.
+study -> comparison -> run -> run_evaluation -> final_evaluation, insight, tensorboard, inspection -> experiment ->
+run_folder -> data_record, run_lock, checkpoints -> checkpoint_archive -> plots -> progress -> machine, tables ->
+torchrun -> run_settings.
 """
 
-from metawrap.training.run import evaluate_run, train, train_seeds
+from metawrap.training.run import train, train_seeds
+from metawrap.training.run_evaluation import evaluate_run
 from metawrap.training.run_settings import RunSettings
 
 __all__ = ["RunSettings", "evaluate_run", "train", "train_seeds"]

@@ -16,10 +16,12 @@ import metawrap.methods as methods
 from metawrap.backbones import Conv4
 from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, load_data, normalisation_of
 from metawrap.data.catalog import DOWNLOADED
+from metawrap.data.episodes import Demand, check_enough
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.learner.describing import look_at
 from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
+from metawrap.training.data_record import DataRecord, record_of
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.torchrun import device_of_rank, local_rank_zero_first
 
@@ -46,6 +48,10 @@ class Experiment:
     test: EpisodeSampler
     device: torch.device
 
+    def data(self) -> DataRecord:
+        """The classes of the three parts, with fingerprints."""
+        return record_of(DataSplits(self.train.images, self.validation.images, self.test.images))
+
 
 def build_experiment(settings: RunSettings) -> Experiment:
     """Builds data, network and learner; the learner has seen its first task.
@@ -60,10 +66,17 @@ def build_experiment(settings: RunSettings) -> Experiment:
         )
     device = device_of_rank(find_device(settings.device))
     splits = load_splits(settings)
+    keyword = "train_ways" if settings.train_ways else "ways"
+    demands = [
+        Demand(splits.train, _train_ways(settings), _rotates(settings), "train", keyword),
+        *(Demand(getattr(splits, part), settings.ways, part=part) for part in ("validation", "test")),
+    ]
+    check_enough(demands, settings.shots, settings.targets)
     torch.manual_seed(settings.seed)
     train = _train_sampler(settings, splits.train, device)
     learner = build_learner(settings, build_model(settings, splits.train), train.num_classes).to(device)
-    show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.")
+    ways = "--ways sets how many classes a task has, --train-ways in training."
+    show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.", ways)
     return Experiment(
         learner=learner,
         train=train,
@@ -149,10 +162,17 @@ def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, 
 
 
 def _train_sampler(settings: RunSettings, images: ImageSet, device: torch.device) -> EpisodeSampler:
+    how: dict[str, Any] = {"seed": settings.seed, "rotations": _rotates(settings)}
+    return _sampler(settings, images, device, _train_ways(settings), settings.tasks_per_batch, **how)
+
+
+def _train_ways(settings: RunSettings) -> int:
+    return settings.train_ways or settings.ways
+
+
+def _rotates(settings: RunSettings) -> bool:
     # Nearly every publication since MANN (2016) trains Omniglot with rotated characters as extra classes.
-    rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
-    ways, tasks = settings.train_ways or settings.ways, settings.tasks_per_batch
-    return _sampler(settings, images, device, ways, tasks, seed=settings.seed, rotations=rotations)
+    return settings.data == "omniglot" if settings.rotations is None else settings.rotations
 
 
 def _sampler(
@@ -174,11 +194,12 @@ def _sampler(
     )
 
 
-def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
+def show_task(learner: Any, task: Task, argument: str, fix: str, ways_fix: str) -> None:
     """Shows a learner its first task, so that a network that cannot be trained is refused before anything is written.
 
     Args:
         argument, fix: the argument to blame, and the remedy, if the network fails on the task's inputs.
+        ways_fix: the remedy if the network has fewer outputs than the task has classes.
     Raises:
         ArgumentError: the network fails on the inputs, or has fewer outputs than the task has classes.
         TaskError, UnsupportedModuleError: as the first meta-step would.
@@ -188,9 +209,7 @@ def show_task(learner: Any, task: Task, argument: str, fix: str) -> None:
     except MetaWrapError as error:
         if "holds labels" not in str(error):
             raise
-        raise ArgumentError(
-            f"ways: {error} --ways sets how many classes a task has, --train-ways in training."
-        ) from error
+        raise ArgumentError(f"ways: {error} {ways_fix}") from error
     except Exception as error:  # The user's own forward may raise anything.
         shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
         raise ArgumentError(

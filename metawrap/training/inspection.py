@@ -33,5 +33,5 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
         fix = "Give the shape of one example, without the batch axis, or leave it out."
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MetaWrapWarning)  # The description lists them.
-            show_task(learner, Task(x, y, x, y), "input-shape", fix)
+            show_task(learner, Task(x, y, x, y), "input-shape", fix, "--ways sets how many classes a task has.")
     return learner.describe()  # type: ignore[no-any-return]

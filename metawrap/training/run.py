@@ -7,7 +7,6 @@ random state on the same tasks, and so ends with the same bits on the same CPU.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,26 +17,17 @@ from typing import Any
 
 import torch
 
-from metawrap.data import normalisation_of
 from metawrap.data.loader_workers import naming_dead_workers
-from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.errors import ArgumentError, CheckpointError, DataError
 from metawrap.results import StepMetrics
 from metawrap.tasks import TaskBatch
 from metawrap.training.checkpoints import Checkpoint, load_into, write_json
-from metawrap.training.experiment import (
-    TEST_SEED,
-    Experiment,
-    build_experiment,
-    build_learner,
-    build_model,
-    find_device,
-    fixed_tasks,
-    load_splits,
-)
-from metawrap.training.final_evaluation import final_test
+from metawrap.training.data_record import record_of
+from metawrap.training.experiment import Experiment, build_experiment, load_splits
 from metawrap.training.insight import epoch_insight, final_insight
-from metawrap.training.machine import command_line, describe_machine, peak_memory
+from metawrap.training.machine import peak_memory
 from metawrap.training.progress import Progress, say
+from metawrap.training.run_evaluation import tested
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, write_run
 from metawrap.training.run_settings import NORMS, RunSettings
 from metawrap.training.tables import headline, summarise_seeds
@@ -91,14 +81,16 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
         check_tensorboard()
     start = on_rank_zero(lambda: folder.find_start(resume))
     if start is not None and start.epoch == settings.epochs and (done := on_rank_zero(folder.result)) is not None:
+        _check_data_of_finished(folder)
         say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
         return done
     experiment = build_experiment(settings)
     history = list(start.history) if start else []
     if start is not None:
+        on_rank_zero(lambda: folder.check_data(experiment.data()))
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    on_rank_zero(lambda: folder.begin(history))
+    on_rank_zero(lambda: folder.begin(history, experiment.data()))
     board = TensorBoard(out, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
     processes = f" in {world_size()} processes" if world_size() > 1 else ""
     say(
@@ -108,10 +100,20 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
     with board or nullcontext():
         seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0, board)
     norms = NORMS if settings.test_norms == "all" else (experiment.learner.settings.norm,)
-    result = _test(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
+    result = tested(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
     insight = final_insight(experiment.learner, experiment.test, settings.test_tasks)
     on_rank_zero(lambda: folder.write_result(result, insight))
     return result
+
+
+def _check_data_of_finished(folder: RunFolder) -> None:
+    """A comparison shows finished runs beside new ones, so their data must be the same. A result outlives its data."""
+    try:
+        present = record_of(load_splits(folder.settings))
+    except DataError as error:
+        say(f"The result stands, but its data cannot be read any more: {error}")
+    else:
+        on_rank_zero(lambda: folder.check_data(present))
 
 
 def train_seeds(
@@ -150,47 +152,6 @@ def train_seeds(
     }
     on_rank_zero(lambda: write_json(path / "result.json", summary))
     return summary
-
-
-@naming_dead_workers()
-def evaluate_run(out: str | Path, norms: Sequence[str] = NORMS, **changes: Any) -> dict[str, Any]:
-    """Tests the best checkpoint of a run again, finished or not. Writes nothing.
-
-    >>> import tempfile
-    >>> settings = RunSettings(method="protonet", epochs=1, iterations_per_epoch=1, validation_tasks=2, test_tasks=2)
-    >>> result = train(settings, folder := f"{tempfile.mkdtemp()}/run")
-    >>> evaluate_run(folder, norms=["batch"], test_tasks=4).get("test").get("tasks")
-    4
-
-    Args:
-        out: the run's folder.
-        norms: batch-norm policies to test under.
-        changes: settings of the test that replace the run's own, such as test_tasks=1000, ensemble=5, data="omniglot".
-    Returns:
-        As `train`, with the settings of the test, and without "seconds".
-    Raises:
-        CheckpointError: the folder has no run, or no finished epoch.
-    """
-    path = Path(out)
-    stored, seeds = read_run(path)
-    if seeds is not None:
-        first = path / f"seed-{seeds[0]}"
-        raise CheckpointError(f"'{out}' holds one run per seed. Name one of them, such as '{first}'.")
-    newest = RunFolder(path, stored).newest_checkpoint()
-    if newest is None:
-        raise CheckpointError(
-            f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {out} --resume"
-        )
-    if changes.get("data", stored.data) != stored.data:
-        # Another data set's images are normalised as the network's training images were.
-        changes = {"normalise": stored.normalise or normalisation_of(stored.data) or "none", **changes}
-    settings = replace(stored, **changes)
-    device = find_device(settings.device)
-    splits = load_splits(settings)
-    learner = build_learner(stored, build_model(stored, splits.train)).to(device)
-    tasks = fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device)
-    experiment = Experiment(learner=learner, train=tasks, validation=tasks, test=tasks, device=device)
-    return _test(experiment, RunFolder(path, settings), newest.history, norms)
 
 
 def _train_epochs(
@@ -274,31 +235,6 @@ def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def _test(
-    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str]
-) -> dict[str, Any]:
-    settings, learner, begun = folder.settings, experiment.learner, time.monotonic()
-    counted = f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
-    say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {counted} ...")
-    test = final_test(
-        learner, experiment.test, settings.test_tasks, folder.checkpoints, history, settings.ensemble, norms
-    )
-    step_seconds = [seconds for record in history if (seconds := record.get("step_seconds")) is not None]
-    return {
-        "settings": settings.to_dict(),
-        "test": test,
-        "trained_norm": learner.settings.norm,
-        "best_validation": {"epoch": test["epoch"], "accuracy": history[test["epoch"] - 1]["validation_accuracy"]},
-        "skipped_steps": sum(record["skipped_steps"] for record in history),
-        "parameters": _learned_numbers(learner),
-        "step_seconds": statistics.median(step_seconds) if step_seconds else None,
-        "peak_mib": max((record.get("peak_mib") or 0.0 for record in history), default=0.0) or None,
-        "test_seconds": round(time.monotonic() - begun, 3),
-        "machine": describe_machine(experiment.device),
-        "command": command_line(),
-    }
-
-
 def _snapshot(
     experiment: Experiment, settings: RunSettings, history: list[dict[str, Any]], seconds: float
 ) -> Checkpoint:
@@ -334,15 +270,6 @@ def _restore(experiment: Experiment, checkpoint: Checkpoint) -> None:
             f"run's ({type(error).__name__}: {cause[:200]}). Resume with the code and the torch that wrote it, or "
             "train anew into another --out."
         ) from error
-
-
-def _learned_numbers(learner: Any) -> int:
-    """The count of numbers that training changes; unused parameters do not count."""
-    rows = learner.describe().modules
-    unused = sum(
-        math.prod(row.parameters[name]) for row in rows for name, fate in row.fates.items() if fate == "unused"
-    )
-    return int(sum(p.numel() for p in learner.parameters() if p.requires_grad) - unused)
 
 
 def _mean(values: Sequence[Any]) -> float | None:

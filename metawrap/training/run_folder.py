@@ -1,5 +1,6 @@
-"""The files of a run: run.json (settings, command), log.jsonl and insight.jsonl (a line per epoch: the log, and the
-learner's inner values), checkpoints/, final_insight.json and result.json (the final test).
+"""The files of a run: run.json (settings, command), data.json (classes and fingerprints of its data), log.jsonl and
+insight.jsonl (a line per epoch: the log, and the learner's inner values), checkpoints/, final_insight.json and
+result.json (the final test).
 
 The checkpoints decide: each holds the history of all epochs before it, and a resumed run rewrites the log from there.
 The log so never shows an epoch that the weights have not seen. The insight would make checkpoints grow, so a resumed
@@ -9,12 +10,14 @@ run cuts it to the finished epochs instead; each of its lines is written before 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metawrap.errors import CheckpointError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
+from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_record
 from metawrap.training.machine import command_line
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
@@ -23,6 +26,7 @@ from metawrap.training.run_settings import RunSettings
 LOG = "log.jsonl"
 INSIGHT = "insight.jsonl"
 FINAL_INSIGHT = "final_insight.json"
+NO_RECORD = "The run in '{}' has no record of its data (data.json), which metawrap 0.1 did not write."
 
 
 class RunFolder:
@@ -48,24 +52,33 @@ class RunFolder:
         no readable checkpoint, or another process uses the folder.
         """
         self._was_new = not self.path.is_dir()
+        # A folder of images may have moved: `check_data` compares its content.
+        may_move = resume and read_record(self.path) is not None
         if not resume:
             refuse_existing_run(self.path)
         elif (self.path / "run.json").exists():
-            self.settings.check_resumes(read_run(self.path)[0].to_dict())
+            self.settings.check_resumes(read_run(self.path)[0].to_dict(), may_move)
         if not self._was_new:
             self.lock.take()
         checkpoint = self.newest_checkpoint() if resume else None
         if checkpoint is not None:
-            self.settings.check_resumes(checkpoint.settings)
+            self.settings.check_resumes(checkpoint.settings, may_move)
         return checkpoint
+
+    def check_data(self, present: DataRecord) -> None:
+        """Raises DataError if a run that goes on was begun with other data than the present ones."""
+        if (record := read_record(self.path)) is None:
+            say(f"{NO_RECORD.format(self.path)} They may have changed since.")
+        elif found := differences(record, present):
+            raise changed(self.path, found)
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest readable checkpoint; prints the error of each that is skipped. Raises as `CheckpointFolder`."""
         return self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
 
-    def begin(self, history: list[dict[str, Any]]) -> None:
-        """Writes the settings, and log and insight of the epochs in `history`. Raises CheckpointError if another
-        process has started a run here since `find_start`, or the folder cannot be written.
+    def begin(self, history: list[dict[str, Any]], data: DataRecord) -> None:
+        """Writes the settings, the data of a run that is new, and log and insight of the epochs in `history`. Raises
+        CheckpointError if another process has started a run here since `find_start`, or the folder cannot be written.
         """
         if not self.lock.held:
             with explained(self.path):
@@ -76,6 +89,8 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp"):  # A start that was killed in the middle of a file.
             leftover.unlink(missing_ok=True)
         write_run(self.path, self.settings, None)
+        if not history:  # The data of earlier epochs, where they are not on record, may have been others.
+            write_json(self.path / FILE, data)
         write_text(self.path / LOG, "".join(map(_line, history)))
         insight = self.insight(len(history))
         if insight or (self.path / INSIGHT).exists():
@@ -132,8 +147,13 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
         content = json.loads((path / "run.json").read_text(encoding="utf-8"))
         settings, seeds = content["settings"], content["seeds"]
     except OSError as error:
+        if any((path / "checkpoints").glob("epoch-*.pt")):
+            raise CheckpointError(
+                f"'{path}' has checkpoints, but no run.json ({error.strerror}). Put it back, or start again with "
+                "another --out."
+            ) from error
         raise CheckpointError(
-            f"There is no run in '{path}' (no run.json). Start one with: metawrap train --out {path}"
+            f"There is no run in '{path}' (no run.json). Start one with: metawrap train --out {shlex.quote(str(path))}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{path / 'run.json'}' is damaged ({error}). Start again with another --out.") from error

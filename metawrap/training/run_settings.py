@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from metawrap.data import DATASETS
 from metawrap.errors import CheckpointError
 from metawrap.settings.settings import NormPolicy
 from metawrap.settings.validated import Count, Expected, Number, Options, Several, Switch, Whole, validated
@@ -122,12 +123,17 @@ class RunSettings(Options):
             )
         return cls(**stored)
 
-    def check_resumes(self, stored: Mapping[str, Any]) -> None:
+    def check_resumes(self, stored: Mapping[str, Any], may_move: bool = True) -> None:
         """Checks that a run with the `stored` settings may continue with these. Raises CheckpointError if a setting
         that training depends on differs; the error names it and both values.
+
+        Args:
+            may_move: whether a folder of images may have another path.
         """
+        moved = may_move and not {self.data, stored.get("data")} & set(DATASETS)
+        free = FREE_ON_RESUME | ({"data"} if moved else set())
         for name, value in self.to_dict().items():
-            if name not in FREE_ON_RESUME and stored.get(name) != value:
+            if name not in free and stored.get(name) != value:
                 raise CheckpointError(
                     f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
                     "Leave it out to continue the run as it was, or start a new one with another --out."

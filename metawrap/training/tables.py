@@ -31,6 +31,8 @@ def result_text(result: dict[str, Any]) -> str:
         for norm, scores in tested["norms"].items()
     ]
     notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
+    if words := result.get("tested"):
+        title += f"\nTested: {words}"
     return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
 
 

@@ -135,15 +135,19 @@ def test_classes_of_unequal_size_are_drawn_within_their_own_images():
 
 
 def test_too_few_classes_are_refused_with_the_number_there_is():
-    with pytest.raises(DataError, match=r"ways=7, but there are only 6 classes\. Use ways=6"):
+    with pytest.raises(DataError, match=r"ways=7, but the set has only 6 classes \(.* and 1 more\)\. Use ways=6"):
         EpisodeSampler(numbered_images(classes=6), ways=7)
-    with pytest.raises(DataError, match=r"ways=25, but there are only 24 classes \(rotations included\)"):
+    with pytest.raises(
+        DataError, match=r"ways=25, but the set has only 6 classes \(.*, 24 with rotations\)\. Use ways=24"
+    ):
         EpisodeSampler(numbered_images(classes=6), ways=25, rotations=True)
     assert EpisodeSampler(numbered_images(classes=6), ways=24, rotations=True).num_classes == 24
 
 
 def test_a_class_with_too_few_images_is_named_with_both_numbers():
-    with pytest.raises(DataError, match=r"Class 'class0' has 5 images, but shots \+ targets = 2 \+ 4 = 6.*subset"):
+    with pytest.raises(
+        DataError, match=r"shots \+ targets = 2 \+ 4 = 6 .* 6 with fewer: 'class0' \(5\).*Use shots=2, targets=3"
+    ):
         EpisodeSampler(numbered_images(per_class=5), shots=2, targets=4)
 
 

@@ -53,7 +53,7 @@ def test_incomplete_or_leaking_split_folders_are_refused(tmp_path):
     make_image_folder(tmp_path / "test", [1])
     refuses(DataError, r"split folders, but train with class folders inside is missing", load_image_folder, tmp_path)
     make_image_folder(tmp_path / "train", [0, 1])
-    refuses(DataError, r"'class001' lies in both train and test", load_image_folder, tmp_path)
+    refuses(DataError, r"classes 'class001' lie in both train and test", load_image_folder, tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path):

@@ -152,7 +152,7 @@ def test_memory_decides_unless_told(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(image_sets, "free_memory", lambda: 3 * 6 * 6 * 8 * 2 - less)  # noqa: B023
         assert isinstance(load_image_folder(root, image_size=6).train, StreamedImages) is bool(less)
     monkeypatch.setattr(image_sets, "free_memory", lambda: 100)
-    refuses(DataError, r"stream: 4 images .*Pass stream=True", load_image_folder, root, image_size=6, stream=False)
+    refuses(DataError, r"stream: 4 images .*Leave stream=False", load_image_folder, root, image_size=6, stream=False)
     assert image_sets.free_memory() == 100
 
 
@@ -231,7 +231,7 @@ TWO = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
         (TWO, torch.tensor([0.0, 1.0]), ("a", "b"), r"labels: expected an int64"),
         (TWO, torch.tensor([0]), ("a",), r"1 labels for 2 images"),
         (TWO, torch.tensor([0, 2]), ("a", "b"), r"from 0 to 2"),
-        (TWO, torch.tensor([0, 0]), ("a", "b"), r"no image, the first is 'b'"),
+        (TWO, torch.tensor([0, 0]), ("a", "b"), r"1 classes have no image: 'b'"),
     ],
 )
 def test_broken_sets_are_refused_with_the_reason(images, labels, names, words):

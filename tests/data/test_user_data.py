@@ -246,8 +246,8 @@ def test_names_and_splits_have_to_fit() -> None:
         ({"train": [0], "val": [1], "test": []}, ArgumentError, "at least one"),
         ({"train": [0], "val": [1], "exam": [2]}, ArgumentError, "the part 'exam'"),
         ({"train": [0], "val": [1], "validation": [3], "test": [2]}, ArgumentError, "again"),
-        ({"train": [0], "val": [1], "test": [0]}, DataError, "named in train and again in test"),
-        ({"train": [0], "val": [1], "test": [77]}, DataError, "the class '77' of test does not exist"),
+        ({"train": [0], "val": [1], "test": [0]}, DataError, r"'0 \(train and test\)' are named more than once"),
+        ({"train": [0], "val": [1], "test": [77]}, DataError, "the classes '77' of test do not exist"),
         (7, ArgumentError, "split: expected a mapping"),
         ("splits.txt", ArgumentError, r"\.csv, \.json or \.yaml"),
     ):

@@ -65,6 +65,16 @@ def test_resume_takes_the_stored_settings_and_refuses_other_ones(capsys):
     assert complaint(capsys).startswith("Error: ways: the run was started with 5, but is resumed with 4.")
 
 
+@pytest.mark.parametrize("flags", [[], ["--device", "cpu"], ["--keep", "2", "--test-tasks", "4"], ["--tensorboard"]])
+def test_resume_of_a_run_that_is_not_there_stops_unless_settings_are_given(capsys, flags):
+    said = refusal(capsys, ["train", "--resume", "--out", "typo", *flags])
+    assert said == "There is no run in 'typo' (no run.json). Start one with: metawrap train --out typo"
+    assert not Path("typo").exists()
+    if not flags:
+        assert main(["train", *FLAGS, "--resume", "--out", "typo"]) == 0  # As `make train` does.
+        assert "There is no run in 'typo' yet: --resume starts one." in capsys.readouterr().err
+
+
 def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
     assert main(["train", *FLAGS, "--out", "runs", "--seeds", "0,2"]) == 0
     assert "mean over seeds 0, 2" in capsys.readouterr().out
@@ -79,7 +89,7 @@ def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
     [
         (["train", "--data", "no-such-data"], "'no-such-data' is neither a data set"),
         (["train", "--ways", "1"], "ways: expected a whole number of at least 2, but got 1"),
-        (["train", "--ways", "1000", "--device", "cpu"], "ways=1000, but there are only"),
+        (["train", "--ways", "1000", "--device", "cpu"], "ways=1000, but train has only 240 classes"),
         (["train", "--model", "nothing"], "model: expected 'package.module:factory'"),
         (["train", *FLAGS, "--preset", "mine"], "preset: expected one of"),
         (["train", *FLAGS, "--set", "colour=1"], "has no option 'colour'"),
@@ -184,7 +194,7 @@ def test_inspect_hints_at_ways_only_where_the_network_has_fewer_outputs(capsys):
         "from torch import nn\ndef three(): return nn.Linear(4, 3)\n"
         "def flat(): return nn.Sequential(nn.Linear(4, 5), nn.Flatten(0))\n",
     )
-    hint = "--ways sets how many classes a task has, --train-ways in training."
+    hint = "--ways sets how many classes a task has."
     masked = ["--set", "outputs.mask_unused_outputs=true"]
     for options in ([], masked):
         assert refusal(capsys, ["inspect", "--model", "outputs:three", "--input-shape", "4", *options]).endswith(hint)

@@ -98,10 +98,10 @@ def test_an_episode_that_cannot_be_drawn_is_an_error_of_its_part(tmp_path, capsy
     root = birds(tmp_path / "birds")
     code, _, err = check(capsys, root, "--ways", 5, "--out", tmp_path / "a.png")
     assert code == 2
-    assert "Error: validation: ways=5, but there are only 2 classes" in err
+    assert "Error: ways=5, but validation has only 2 classes" in err
     code, _, err = check(capsys, root, "--ways", 2, "--shots", 40, "--out", tmp_path / "a.png")
     assert code == 2
-    assert "Error: train: Class 'bird" in err
+    assert "but train has 10 with fewer: 'bird00' (4), 'bird01' (" in err
 
 
 def test_an_image_in_two_parts_is_a_note(tmp_path, capsys):

@@ -16,10 +16,10 @@ import metawrap.training.run
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.report import gather, write_report_page
 from metawrap.results import EvaluationResult
+from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_learner, build_model
 from metawrap.training.final_evaluation import final_test, score_of
-from metawrap.training.run import evaluate_run, train, train_seeds
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 from metawrap.training.tables import result_text
 

@@ -1,0 +1,118 @@
+"""The data of a run: the classes of its three parts, each with a fingerprint, in data.json; and what has changed since.
+
+The split of a data set into parts depends on all of its classes, so one class more can move any other from training to
+test. A test on classes that were trained on would give an accuracy that looks like few-shot learning and is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from metawrap.data import DataSplits, LabelledImages, StreamedImages
+from metawrap.data.class_split import PARTS
+from metawrap.data.problems import listed
+from metawrap.errors import CheckpointError, DataError
+
+FILE = "data.json"
+# Part -> class -> fingerprint, classes in the order of their numbers.
+DataRecord: TypeAlias = dict[str, dict[str, str]]
+
+
+def record_of(splits: DataSplits) -> DataRecord:
+    """The classes of the three parts, and their fingerprints."""
+    return {
+        part: dict(zip(images.class_names, images.fingerprints(), strict=True))
+        for part, images in zip(PARTS, splits, strict=True)
+    }
+
+
+def read_record(run: Path) -> DataRecord | None:
+    """The record of the run in this folder; None if it has none, as runs of metawrap 0.1. Raises CheckpointError if the
+    file is damaged.
+    """
+    try:
+        content = json.loads((run / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(run) from error
+    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
+    marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
+    if not all(isinstance(mark, str) for mark in marks):
+        raise _damaged(run)
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:
+    """The error that names the `differences`. fix: one more remedy, for its end."""
+    return DataError(
+        f"The data differ from those that the run in '{run}' was trained on: {'; '.join(found)}. Put them back as they "
+        f"were, or train a new run with another --out{fix}."
+    )
+
+
+def unseen(record: DataRecord, present: DataRecord) -> dict[str, list[str]]:
+    """By part: the present classes that the run was neither trained nor validated on.
+
+    A class is known by its name or by its images, so that a class with a new name is not new.
+    """
+    known = [record[part] for part in PARTS[:2]]
+    marks = {mark for part in known for mark in part.values()}
+    return {
+        part: [name for name, mark in classes.items() if mark not in marks and not any(name in each for each in known)]
+        for part, classes in present.items()
+    }
+
+
+def joined(splits: DataSplits, names: Mapping[str, Sequence[str]]) -> LabelledImages:
+    """The images of these classes of each part, in memory, as one set. At least one class."""
+    fix, found = "Leave --new-classes out, or test where more memory is free.", list[LabelledImages]()
+    for images, chosen in zip(splits, names.values(), strict=True):
+        if chosen:
+            part = images.subset([images.class_names.index(name) for name in chosen])
+            found.append(part.in_memory(fix) if isinstance(part, StreamedImages) else part)
+    starts = [sum(each.num_classes for each in found[:place]) for place in range(len(found))]
+    return LabelledImages(
+        torch.cat([each.images for each in found]),
+        torch.cat([each.labels + start for each, start in zip(found, starts, strict=True)]),
+        tuple(name for each in found for name in each.class_names),
+    )
+
+
+def differences(record: DataRecord, present: DataRecord) -> list[str]:
+    """A phrase for each kind of difference, with the classes."""
+    before, now = _by_class(record), _by_class(present)
+    gone, new = [name for name in before if name not in now], [name for name in now if name not in before]
+    renamed = {old: name for old in gone for name in new if before[old][1] == now[name][1]}
+    kept = [name for name in before if name in now]
+    found = {
+        "added": [name for name in new if name not in renamed.values()],
+        "missing": [name for name in gone if name not in renamed],
+        "renamed": [f"{old} (now {name})" for old, name in renamed.items()],
+        "with other images": [name for name in kept if before[name][1] != now[name][1]],
+    } | {
+        f"moved from {old} to {part}": [name for name in kept if (before[name][0], now[name][0]) == (old, part)]
+        for old in PARTS
+        for part in PARTS
+        if old != part
+    }
+    phrases = [f"{kind}: {listed(sorted(names))}" for kind, names in found.items() if names]
+    if not phrases and [list(part) for part in record.values()] != [list(part) for part in present.values()]:
+        phrases.append("the classes stand in another order, which draws other tasks")
+    return phrases
+
+
+def _by_class(record: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, str]]:
+    return {name: (part, mark) for part, classes in record.items() for name, mark in classes.items()}
+
+
+def _damaged(run: Path) -> CheckpointError:
+    return CheckpointError(
+        f"'{run / FILE}' is damaged, so the classes that the run was trained on are unknown. Put back a copy of it, or "
+        "delete it to go on without this check."
+    )
