@@ -16,7 +16,7 @@ from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
-from metawrap.losses import ignored_label
+from metawrap.losses import class_loss, ignored_label
 from metawrap.outputs import form_of, in_words, prediction_in
 from metawrap.results import TaskOutcome
 from metawrap.settings.keywords import checked
@@ -138,4 +138,4 @@ class FineTune(HeadLearner):
 
 def _of_classes(loss_fn: Any, y: Any) -> bool:
     """Whether labels are classes: whole numbers, or probabilities of classes for cross-entropy."""
-    return any(not label.is_floating_point() for label in tensors_in(y)) or loss_fn is F.cross_entropy
+    return any(not label.is_floating_point() for label in tensors_in(y)) or class_loss(loss_fn) is F.cross_entropy

@@ -199,6 +199,7 @@ def test_the_parts_of_an_output_change_together() -> None:
     [
         (torch.arange(6) % 3, {}),
         (F.one_hot(torch.arange(6) % 3).double(), {}),
+        (F.one_hot(torch.arange(6) % 3).double(), {"loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1)}),
         (torch.arange(6) % 3, {"loss_fn": lambda output, y: F.mse_loss(output.argmax(1) * 1.0, y * 1.0)}),
     ],
 )
