@@ -32,7 +32,7 @@ _MISFIT = re.compile(
     r"|size of tensor a|Sizes of tensors must match|is invalid for input of size|[Oo]utput size is too small"
     r"|Calculated padded input size|not implemented for|target dtype|multi-target|class probabilities"
     r"|Expected target|must match the size|on the same device|sparse tensors?|can't be cast|inconsistent tensor size"
-    r"|more than 1 spatial element|[Cc]omplex"
+    r"|more than 1 spatial element|[Cc]omplex|following scalar types|index out of range in self|< num_embeddings"
 )
 _FOLLOWED = (
     "Pass it detached (tensor.detach()), or call learner(task_batch).loss.backward() and step the optimizers yourself."

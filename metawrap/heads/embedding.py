@@ -172,8 +172,10 @@ class Embedding:
             return tensor is own if self.keeps_head else _same_rows(tensor, value)
 
         last = calls[-1][1:] if calls else (None, None)
-        self.forms[self.model.training] = form_of(output, lambda tensor: holds(tensor, *last))
-        return [(count, any(holds(t, own, value) for t in tensors_in(output))) for count, own, value in calls]
+        # The head may make the whole output: a dict, for example.
+        whole = self.keeps_head and output is last[0]
+        self.forms[self.model.training] = None if whole else form_of(output, lambda tensor: holds(tensor, *last))
+        return [(count, whole or any(holds(t, own, value) for t in tensors_in(output))) for count, own, value in calls]
 
     def in_form(self, prediction: Tensor, other: Any = None) -> Any:
         """A prediction of the head in the form of the network's output, with `other` for each other tensor in it."""

@@ -242,6 +242,17 @@ def test_a_bad_argument_of_the_sampler_is_named(keyword: str, value: Any, error:
         EpisodeSampler(**given)
 
 
+@pytest.mark.parametrize("change", [lambda ids: ids.double(), lambda ids: ids + 20, lambda ids: -1 - ids])
+@pytest.mark.parametrize("method", [MAML, ProtoNet])
+def test_token_ids_of_the_wrong_kind_are_told_as_a_task(method: Any, change: Callable[[Tensor], Tensor]) -> None:
+    layers = [nn.Embedding(20, 2), nn.Flatten(), nn.Linear(10, 4)] if method is MAML else [nn.EmbeddingBag(20, 4)]
+    model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(4, 3)).double()
+    ids, y = torch.arange(30).view(6, 5) % 20, torch.arange(6) % 3
+    method(model).adapt(ids, y)
+    with pytest.raises(TaskError, match=r"cannot take this task: .*support_x (int|float)64 \(6, 5\)"):
+        method(model).adapt(change(ids), y)
+
+
 @pytest.mark.parametrize("index", [-1, 1.5, "0", None, True])
 def test_a_bad_index_of_an_episode_is_named(index: Any) -> None:
     sampler = EpisodeSampler(images(), ways=2)

@@ -139,6 +139,26 @@ def test_a_loss_that_cannot_read_the_output_is_told_what_it_gets(method: str, lo
         figures(method, KNOWN["dict"], loss_fn=loss)
 
 
+class Scores(nn.Linear):
+    """A head that makes the whole output."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.parametrize("method", ["ANIL", "FineTune", "MultiTask"])
+def test_a_head_may_make_the_whole_output(method: str) -> None:
+    net = network(KNOWN["tensor"])
+    own = copy.deepcopy(net)
+    own.head = Scores(5, 3).double()
+    own.head.load_state_dict(net.head.state_dict())
+    results = []
+    for model in (net, own):
+        learner = getattr(metawrap, method)(model, head="head", **METHODS[method])
+        results.append((learner.meta_step(TASKS).loss, learner.evaluate(TASKS).loss, learner.evaluate(TASKS).accuracy))
+    assert results[0] == results[1]
+
+
 class Unheaded(Many):
     """Returns two things that could be the embedding; takes its input by name."""
 
