@@ -107,8 +107,8 @@ def part_classes(root: Folder, where: object) -> dict[str, ClassFiles] | None:
     for first, second in combinations(found, 2):
         if shared := sorted(found[first].keys() & found[second].keys()):
             raise DataError(
-                f"The classes {listed(shared)} lie in both {first} and {second} of '{where}'; expected other classes in "
-                "each. Few-shot splits are by class: move each to one of them."
+                f"The classes {listed(shared)} lie in both {first} and {second} of '{where}'; expected other classes "
+                "in each. Few-shot splits are by class: move each to one of them."
             )
     return found
 
