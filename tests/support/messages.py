@@ -29,6 +29,7 @@ OBJECTS |= {name: importlib.import_module(module) for name, module in {"np": "nu
 OBJECTS |= {"F": torch.nn.functional, "torch": torch, "metawrap": metawrap}
 # Keywords of torch that messages name.
 FOREIGN: list[Callable[..., Any]] = [torch.optim.SGD, torch.load, torch.nn.BatchNorm2d, torch.nn.Embedding]
+FOREIGN += [torch.nn.functional.cross_entropy]
 
 
 @cache
