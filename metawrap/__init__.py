@@ -14,6 +14,7 @@ from metawrap.errors import (
     TaskError,
     UnsupportedModuleError,
 )
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.learner.description import Description, ModuleRow
 from metawrap.methods import (
     ANIL,
@@ -37,7 +38,7 @@ from metawrap.methods import (
     SiameseNet,
     ZeroStep,
 )
-from metawrap.results import EvaluationResult, MetaOutput, StepMetrics, Trouble
+from metawrap.results import MetaOutput, StepMetrics, Trouble
 from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.tasks import Task, TaskBatch
 

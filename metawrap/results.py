@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from metawrap.losses import accuracy_of
-from metawrap.tasks import Task, TaskId, map_tensors, tensors_in
+from metawrap.errors import ArgumentError, MetaWrapError, TaskError
+from metawrap.outputs import in_words, prediction_for, prediction_in
+from metawrap.tasks import Task, TaskId, describe_value, map_tensors, tensors_in
 
 
 class MetaOutput(NamedTuple):
@@ -93,77 +95,6 @@ class StepMetrics:
         accuracy = "" if self.accuracy is None else f", accuracy={self.accuracy:.4f}"
         skipped = ", skipped=True" if self.skipped else ""
         return f"StepMetrics(iteration={self.iteration}, loss={self.loss:.4f}{accuracy}{skipped})"
-
-
-class MetricResult(NamedTuple):
-    """A metric over tasks. interval: half width of the 95 % confidence interval of the mean. per_task: (tasks,)."""
-
-    mean: float
-    interval: float
-    per_task: Tensor
-
-    @classmethod
-    def of(cls, per_task: Tensor) -> MetricResult:
-        """From the value of each task, (tasks,)."""
-        spread = float(per_task.std()) if len(per_task) > 1 else math.nan
-        return cls(float(per_task.mean()), 1.96 * spread / math.sqrt(len(per_task)), per_task)
-
-
-@dataclass
-class EvaluationResult:
-    """Result of `learner.evaluate(tasks)`.
-
-    metric: "accuracy", "loss", or the name of the user's (first) metric; `mean`, `interval` and `per_task` are of it.
-    mean: over tasks. interval: half width of the 95 % confidence interval of the mean over tasks (normal approximation;
-    NaN for one task). loss: mean target loss. norm: the batch-norm policy used. steps: inner steps taken; None for a
-    method without an inner loop.
-    per_task: (tasks,) the metric of each task. predictions: one per task if they were asked for. metrics: all, by name.
-    """
-
-    metric: str
-    mean: float
-    interval: float
-    loss: float
-    tasks: int
-    norm: str
-    steps: int | None
-    per_task: Tensor
-    predictions: list[Any] = field(default_factory=list, repr=False)
-    metrics: dict[str, MetricResult] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Tensor], losses: Tensor, **details: Any) -> EvaluationResult:
-        """From metrics by name and the losses, (tasks,) each."""
-        metrics = {name: MetricResult.of(per_task) for name, per_task in values.items()}
-        name, first = next(iter(metrics.items()))
-        return cls(name, *first[:2], float(losses.mean()), len(losses), per_task=first[2], metrics=metrics, **details)
-
-    @classmethod
-    def joined(cls, parts: Sequence[EvaluationResult]) -> EvaluationResult:
-        """One result of evaluations of the same learner on parts of the tasks, in their order."""
-        first, predictions = parts[0], [each for part in parts for each in part.predictions]
-        values = {name: torch.cat([part.metrics[name].per_task for part in parts]) for name in first.metrics}
-        losses = torch.cat([torch.full_like(part.per_task, part.loss) for part in parts])
-        return cls.of(values, losses, norm=first.norm, steps=first.steps, predictions=predictions)
-
-    @property
-    def accuracy(self) -> float | None:
-        """The mean accuracy in 0..1, or None when it was not measured."""
-        return self.metrics["accuracy"].mean if "accuracy" in self.metrics else None
-
-    def __str__(self) -> str:
-        kind = "transductive" if self.norm == "batch" else "inductive"
-        values = [
-            f"accuracy {100 * found.mean:.2f} % +- {100 * found.interval:.2f}"
-            if name == "accuracy"
-            else f"{name} {found.mean:.4g} +- {found.interval:.2g}"
-            for name, found in self.metrics.items()
-        ]
-        steps = "" if self.steps is None else f"{self.steps} inner steps, "
-        return f'{", ".join(values)} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
-
-
-# The label that cross-entropy ignores unless it is told otherwise.
 
 
 @dataclass
@@ -268,3 +199,95 @@ def meta_output(outcomes: Sequence[TaskOutcome], loss: Tensor) -> MetaOutput:
         predictions=[outcome.prediction for outcome in outcomes],
         accuracy=torch.stack(accuracies).mean() if len(accuracies) == len(outcomes) else None,
     )
+
+
+IGNORED = -100
+
+
+def are_logits(prediction: Any, y: Any) -> bool:
+    """Whether these are (examples, classes, ...) logits and (examples, ...) labels."""
+    if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)) or y.is_floating_point() or y.is_complex():
+        return False
+    fits = prediction.ndim == y.ndim + 1 and prediction.shape[:1] + prediction.shape[2:] == y.shape
+    return bool(fits) and prediction.shape[1] > 1
+
+
+# Losses of torch on one score for each class, whose prediction is the class of the largest score.
+_CLASS_LOSSES: dict[Any, Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss.forward: F.cross_entropy,
+    nn.NLLLoss.forward: F.nll_loss,
+    nn.MultiMarginLoss.forward: F.multi_margin_loss,
+}
+
+
+def class_loss(loss_fn: Any) -> Callable[..., Tensor] | None:
+    """The loss of torch on classes that this is, itself or as module or partial; None for any other loss."""
+    function = _bare(loss_fn)
+    if isinstance(function, nn.Module):
+        return _CLASS_LOSSES.get(type(function).forward)
+    return next((known for known in _CLASS_LOSSES.values() if known is function), None)
+
+
+def accuracy_of(prediction: Any, y: Any, loss_fn: Any, known: bool = False) -> Tensor | None:
+    """Fraction of right classes of (examples, classes, ...) scores on (examples, ...) labels.
+
+    None unless the loss is cross-entropy, nll_loss or multi_margin_loss of torch, as function, module or partial, or
+    the method knows that these are classes (`known`): shapes do not tell, as ordinal labels and tokens have them too.
+    """
+    if not isinstance(prediction, Tensor):
+        prediction = prediction_in(prediction)
+    if not (known or class_loss(loss_fn)) or not are_logits(prediction, y):
+        return None
+    labelled = y != ignored_label(loss_fn)
+    right = (prediction.argmax(1) == y) & labelled
+    accuracy: Tensor = right.sum() / labelled.sum()
+    return accuracy
+
+
+def ignored_label(loss_fn: Any) -> int:
+    """The label that a loss ignores: its own `ignore_index`, or torch's."""
+    return int(loss_option(loss_fn, "ignore_index", IGNORED))
+
+
+def loss_option(loss_fn: Any, name: str, default: Any) -> Any:
+    """An option of a loss that is a partial or a module."""
+    keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
+    return keywords.get(name, getattr(_bare(loss_fn), name, default))
+
+
+def _bare(loss_fn: Any) -> Any:
+    return loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+
+
+def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
+    """The loss of one task's examples, a scalar.
+
+    Args:
+        part: which examples, "support" or "target", for errors.
+    Raises:
+        TaskError: a loss on classes met a label that the model has no output for.
+        ArgumentError: the loss function returned something other than a scalar tensor, or cannot read the output.
+    """
+    if not isinstance(prediction, Tensor):
+        prediction = prediction_for(loss_fn, prediction)
+    try:
+        loss = loss_fn(prediction, y)
+    except (AttributeError, TypeError, LookupError) as error:
+        if not isinstance(prediction, Tensor) and not isinstance(error, MetaWrapError):
+            raise ArgumentError(
+                f"loss_fn: it gets what the network returns, {in_words(prediction)}, and fails with "
+                f"{type(error).__name__}: {error}. Read the prediction from that in loss_fn. For a network that "
+                "returns its losses in training mode alone, methods with an inner loop take "
+                'outputs={"losses_in_training_mode": True}.'
+            ) from error
+        index = isinstance(error, IndexError)
+        if index and class_loss(loss_fn) and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+            ways = prediction.shape[1]
+            raise TaskError(
+                f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. Relabel the "
+                f"episode to 0..{ways - 1}, or give the model more outputs."
+            ) from error
+        raise
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise ArgumentError(f"loss_fn: expected a scalar tensor from it, but got {describe_value(loss)}.")
+    return loss

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
-from metawrap.losses import are_logits, class_loss, ignored_label, loss_option
+from metawrap.results import are_logits, class_loss, ignored_label, loss_option
 from metawrap.tasks import Task, tensors_in
 
 Gradients = Sequence[Tensor | None]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metawrap.engines.calling import leaves_behind
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
-from metawrap.losses import class_loss, ignored_label
+from metawrap.results import class_loss, ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import TaskError
-from metawrap.losses import IGNORED, are_logits, class_loss
 from metawrap.outputs import prediction_for, prediction_in
+from metawrap.results import IGNORED, are_logits, class_loss
 from metawrap.snapshot.generators import Generators
 from metawrap.tasks import Task, describe_value, map_tensors
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from metawrap.layers.per_step_norm import Moments
-from metawrap.losses import accuracy_of
-from metawrap.results import TaskOutcome
+from metawrap.results import TaskOutcome, accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
 
 

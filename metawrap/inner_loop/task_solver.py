@@ -30,8 +30,7 @@ from metawrap.inner_loop.inner_loop import (
 from metawrap.inner_loop.masking import Mask, used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
-from metawrap.losses import ignored_label, task_loss
-from metawrap.results import OneByOne, TaskOutcome, outcome_of
+from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
 from metawrap.snapshot.module_state import restored_buffers

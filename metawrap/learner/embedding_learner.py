@@ -30,8 +30,7 @@ from metawrap.learner.without_inner_loop import (
     refuse_inner_loop,
     wrapped_as_it_is,
 )
-from metawrap.losses import ignored_label
-from metawrap.results import TaskOutcome, outcome_of
+from metawrap.results import TaskOutcome, ignored_label, outcome_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
 

@@ -23,9 +23,10 @@ from metawrap.checks.task_batches import (
 )
 from metawrap.engines.calling import autograd
 from metawrap.errors import MetaWrapWarning, TaskError
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.metrics import Metric, Metrics
-from metawrap.results import EvaluationResult, MetaOutput, TaskOutcome, meta_output
+from metawrap.results import MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers

@@ -36,8 +36,7 @@ from metawrap.learner.without_inner_loop import (
     shown_settings,
     wrapped_as_it_is,
 )
-from metawrap.losses import task_loss
-from metawrap.results import MetaOutput, StepMetrics
+from metawrap.results import MetaOutput, StepMetrics, task_loss
 from metawrap.settings.settings import TunedSettings
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, TaskBatch, TaskId, tensors_in, usable

@@ -19,8 +19,7 @@ from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
-from metawrap.losses import ignored_label, task_loss
-from metawrap.results import TaskOutcome, outcome_of
+from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.settings import InnerOptimizerName
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Task, TaskBatch, call_model, describe_value, usable

@@ -26,6 +26,7 @@ from metawrap.checks.not_finite import find_trouble, naming_operations
 from metawrap.checks.task_batches import checked_batch, explained, without_graphs
 from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.execution.allocator import keep_memory
 from metawrap.execution.executor import Calls, Executor, OneProcess, alone, shared, stateful_modules
 from metawrap.execution.ranks import Ranks
@@ -39,16 +40,7 @@ from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update import users_scheduler
 from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
-from metawrap.results import (
-    EvaluationResult,
-    MetaOutput,
-    OneByOne,
-    StepMetrics,
-    TaskOutcome,
-    Trouble,
-    mean_loss,
-    meta_output,
-)
+from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.settings.validated import Whole, check_value
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers

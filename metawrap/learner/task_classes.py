@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metawrap.engines import first_line
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
-from metawrap.losses import ignored_label
+from metawrap.results import ignored_label
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import untouched_buffers
 from metawrap.surgery.inspect import find_head

@@ -16,9 +16,8 @@ from metawrap.layers.per_step_norm import Moments, Statistics
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune
-from metawrap.losses import class_loss, ignored_label
 from metawrap.outputs import form_of, in_words, prediction_in
-from metawrap.results import TaskOutcome
+from metawrap.results import TaskOutcome, class_loss, ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
 from metawrap.settings.validated import Count, Positive

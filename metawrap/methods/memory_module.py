@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.losses import ignored_label
+from metawrap.results import ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, NotNegative, Positive, Switch
 from metawrap.tasks import Task

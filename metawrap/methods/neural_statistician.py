@@ -17,7 +17,7 @@ from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.heads.fitted import FittedHead, class_means
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.losses import ignored_label
+from metawrap.results import ignored_label
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, NotNegative
 from metawrap.tasks import Inputs, Task, describe_value

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from metawrap.errors import ArgumentError, UnsupportedModuleError
 from metawrap.heads.fitted import FittedHead, class_sums, one_hot
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.losses import IGNORED
+from metawrap.results import IGNORED
 from metawrap.settings.keywords import checked
 from metawrap.settings.validated import Count, Expected
 from metawrap.tasks import describe_value

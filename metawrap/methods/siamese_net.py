@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from metawrap.heads.fitted import FittedHead
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
-from metawrap.losses import ignored_label
+from metawrap.results import ignored_label
 from metawrap.tasks import Task
 
 

@@ -15,8 +15,7 @@ from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.learner.without_inner_loop import inspect_once, refuse_inner_loop, wrapped_as_it_is
-from metawrap.losses import task_loss
-from metawrap.results import TaskOutcome, outcome_of
+from metawrap.results import TaskOutcome, outcome_of, task_loss
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.outputs import prediction_in
-from metawrap.results import EvaluationResult
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
 from metawrap.training.run_settings import NORMS
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero

@@ -20,9 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metawrap.data import EpisodeSampler
 from metawrap.errors import MetaWrapWarning
 from metawrap.inner_loop.update_rules import LearningRates
-from metawrap.losses import are_logits
 from metawrap.outputs import prediction_in
-from metawrap.results import StepMetrics
+from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero

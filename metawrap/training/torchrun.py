@@ -18,8 +18,8 @@ from torch import Tensor
 from metawrap.data import EpisodeSampler
 from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, RankError
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.execution.ranks import exchanging
-from metawrap.results import EvaluationResult
 from metawrap.tasks import map_tensors
 
 T = TypeVar("T")

@@ -110,7 +110,7 @@ def test_classes_in_groups_are_called_group_and_class(tmp_path: Path) -> None:
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "a", tmp_path / "parts" / part)
     shutil.rmtree(tmp_path / "parts" / "train" / "Runes")
-    refuses(DataError, "'Greek/class000' lies in both train and test", load_image_folder, tmp_path / "parts")
+    refuses(DataError, "'Greek/class000'.* lie in both train and test", load_image_folder, tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_tuning_does_not_ask_for_a_second_derivative_that_training_does_without(
 class Viewing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 5)
+        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.conv(x))

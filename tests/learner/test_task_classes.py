@@ -223,7 +223,7 @@ FINE: dict[str, tuple[Any, int, Any, dict[str, Any]]] = {
     "labels among all classes": (MAML, 9, Y, {}),
     "a class that happens to be missing": (MAML, 4, torch.tensor([0, 1, 1, 2, 0, 0]), {}),
     "one class": (MAML, 2, torch.zeros(6).long(), {}),
-    "trained on all classes": (FineTune, 9, PLACES, {}),
+    "trained on all classes": (FineTune, 9, PLACES, {"classes": "shared"}),
     "a loss that may be of anything": (MAML, 9, PLACES, {"loss_fn": lambda p, y: p.square().mean()}),
     "a head of its own": (ProtoNet, 9, PLACES, {}),
 }

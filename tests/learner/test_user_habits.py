@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from users_network import BATCH, DOUBLE, network
 
 from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapWarning, TaskBatch, TaskError
-from metawrap.losses import accuracy_of
+from metawrap.results import accuracy_of
 
 
 def test_a_learner_can_change_dtype_between_meta_steps_and_its_optimizer_follows() -> None:

@@ -109,7 +109,8 @@ def made(method: str, mix: Any, apart: bool = False) -> Any:
     torch.manual_seed(0)
     kind = getattr(methods, METHODS[method.split(" ")[0]])
     still = lambda p: torch.optim.SGD(p, lr=0.0)
-    return kind(seeded(lambda: Net(mix, apart)), head="head", norm="running", optimizer=still)
+    own = {"classes": "shared"} if method == "fine-tune" else {}
+    return kind(seeded(lambda: Net(mix, apart)), head="head", norm="running", optimizer=still, **own)
 
 
 def losses(method: str, mix: Any, *rest: Any, apart: bool = False) -> list[float]:

@@ -26,7 +26,7 @@ def test_every_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
             for line in text.splitlines():
                 words = shlex.split(line)
                 build_parser().parse_args(words[1:])
-                if "path/to" not in line:
+                if "path/to" not in line and "birds" not in line:  # test_docs.py runs those of birds.
                     assert main(words[1:]) == 0
                     printed = capsys.readouterr().out
         else:

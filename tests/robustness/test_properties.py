@@ -81,6 +81,7 @@ def learner(form: str) -> Any:
 
 @settings(quick, max_examples=12)
 @given(data=st.data(), form=st.sampled_from(sorted(FORMS)))
+@pytest.mark.filterwarnings("ignore:The network has")
 def test_the_loss_of_a_batch_is_the_mean_of_its_tasks_alone_whatever_their_shapes(data, form) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -15,8 +15,8 @@ from torch import nn
 
 import metawrap.training.run
 from metawrap.errors import MetaWrapError
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.report.records import read_records
-from metawrap.results import EvaluationResult
 from metawrap.tasks import Task
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint
 from metawrap.training.experiment import build_experiment

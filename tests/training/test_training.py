@@ -14,8 +14,8 @@ import metawrap.backbones
 import metawrap.training.experiment
 import metawrap.training.run
 from metawrap.errors import ArgumentError, CheckpointError
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.report import gather, write_report_page
-from metawrap.results import EvaluationResult
 from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_learner, build_model
