@@ -10,7 +10,7 @@ from example_modules import load
 
 
 def test_a_users_own_cnn_learns_to_adapt_in_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=30, tasks_to_test=20)
+    accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=10, tasks_to_test=10)
     assert accuracy > 0.4, "chance is 0.2"
 
 
@@ -22,7 +22,7 @@ def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, 
 def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    learner = load("examples/negative_rates.py", monkeypatch).main(meta_steps=120)
+    learner = load("examples/negative_rates.py", monkeypatch).main(meta_steps=70)
     assert float(learner.learning_rates["weight"].detach()[0]) < -0.5
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "target loss" in line)
     assert after < before / 3

@@ -55,9 +55,14 @@ class Forked:
         pass
 
 
-def compare_in_forks(patch):
-    """From now on the runs of a comparison or a study are forks."""
-    patch.setattr(comparison, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
+def compare_in_forks(patch, but=""):
+    """From now on the runs of a comparison or a study are forks, except the one in the folder `but`."""
+
+    def popen(command, **given):
+        out = Path(command[command.index("--out") + 1])
+        return (subprocess.Popen if out.name == but else Forked)(command, **given)
+
+    patch.setattr(comparison, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
 
 
 def _run(arguments, cwd, env, printed):

@@ -99,6 +99,7 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    compare_in_forks(monkeypatch, but="fomaml")
     flags = ["compare", "--methods", "protonet,fomaml", "--budget", "2", "--epochs", "2", "--model", "small:build"]
     flags += ["--image-size", "8", "--validation-tasks", "2", "--test-tasks", "2", "--batch", "1", "--device", "cpu"]
     flags += ["--set", "fomaml.inner_update.momentum=2", "--out", "out", "--jobs", "2"]
