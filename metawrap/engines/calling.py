@@ -99,6 +99,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """
     norms: Tensor = torch.linalg.vector_norm(v)
     if dim != -1:
+        dim %= v.ndim
         # torch.norm_except_dim has no rule under vmap.
         norms = torch.linalg.vector_norm(v.movedim(dim, 0).reshape(v.shape[dim], -1), dim=1)
         norms = norms.view([-1 if axis == dim else 1 for axis in range(v.ndim)])

@@ -223,7 +223,7 @@ class GradientSums:
 
     def __init__(self, tensors: Iterable[Tensor], outside: bool = False) -> None:
         self._sums: dict[int, tuple[Tensor, Tensor | None]] = {id(tensor): (tensor, None) for tensor in tensors}
-        self._outside, self._count = outside, len(self._sums)
+        self._outside = outside
 
     def take(
         self, outputs: Sequence[Tensor], own: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
@@ -238,7 +238,7 @@ class GradientSums:
             self._sums |= {id(leaf): (leaf, None) for leaf in leaves_behind(outputs) if id(leaf) not in known}
         tensors = [tensor for tensor, _ in self._sums.values()]
         # The graph between two outside tensors may serve several passes.
-        again = len(tensors) > self._count or None
+        again = self._outside or None
         with hooks_removed(tensors):
             found = torch.autograd.grad(outputs, [*own, *tensors], gradients, allow_unused=True, retain_graph=again)
         for tensor, gradient in zip(tensors, found[len(own) :], strict=True):

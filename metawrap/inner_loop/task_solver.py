@@ -6,8 +6,8 @@ of its own; the live learner is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -33,6 +33,7 @@ from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
 from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
+from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
 from metawrap.surgery.wrap import Wrapped
 from metawrap.tasks import Task, map_tensors
@@ -195,7 +196,16 @@ class TaskSolver:
     @property
     def _mode_of_losses(self) -> Callable[[], AbstractContextManager[None]] | None:
         own = self.settings.outputs.losses_in_training_mode and not self.wrapped.model.training
-        return self.wrapped.in_training_mode if own else None
+        return self._in_training_mode if own else None
+
+    @contextmanager
+    def _in_training_mode(self) -> Iterator[None]:
+        # An evaluation leaves the generators as they are; dropout may draw in this mode.
+        generators = Generators(self.device)
+        with self.wrapped.in_training_mode():
+            yield
+        if generators.moved():
+            generators.put_back()
 
     def initial_weights(self, loop: InnerLoop, starts: Sequence[Start] | None = None) -> FastWeights:
         """Where the inner loop starts.
@@ -226,10 +236,9 @@ class TaskSolver:
 
     def learned_besides(self) -> list[nn.Parameter]:
         """Parameters that a target loss depends on besides the fast weights."""
-        parameters = dict(self.wrapped.model.named_parameters())
-        adapted = {id(parameters[name]) for name in self.wrapped.adapted}
+        # Adapted ones too: a loss function may read the initial values.
         inner = {id(parameter) for parameter in self.update.parameters}
-        return [p for p in self.learned if p.requires_grad and id(p) not in adapted | inner]
+        return [p for p in self.learned if p.requires_grad and id(p) not in inner]
 
     def _run(
         self, loop: InnerLoop, start: FastWeights, weights: Sequence[float], training: bool, whole_graph: bool

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
+from metawrap.outer_update.users_scheduler import parts_of
 from metawrap.snapshot.module_state import ModuleState
 from metawrap.tasks import describe_value
 
@@ -65,7 +66,7 @@ def remembered(learner: nn.Module, optimizer: Optimizer, scheduler: Any) -> Call
     tensors = {id(tensor): tensor for tensor in places if tensor is not None}.values()
     values = [(t, type(t), t.data, t.grad, None if is_lazy(t) else t.detach().clone()) for t in tensors]
     executor: Any = getattr(learner, "executor", None)
-    tables = [(vars(each), dict(vars(each))) for each in (executor, scheduler) if each is not None]
+    tables = [(vars(each), dict(vars(each))) for each in (executor, *parts_of(scheduler)) if each is not None]
     groups = [dict(group) for group in optimizer.param_groups]
     # Copies: an optimizer's step edits its tensors in place.
     moments = {parameter: copy.deepcopy(value) for parameter, value in optimizer.state.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -42,12 +42,14 @@ def state_of(scheduler: LRScheduler | None) -> dict[str, Any]:
     """{"scheduler": its kind and state}, plain values for the learner's state; empty without a scheduler."""
     if scheduler is None:
         return {}
-    kind, state = type(scheduler).__name__, scheduler.state_dict()
+    kind, state = _kind(scheduler), scheduler.state_dict()
     if _is_plain(state):
         return {"scheduler": {"kind": kind, "state": state}}
     warnings.warn(
-        f"scheduler: the state of {kind} holds objects, so learner.state_dict() leaves it out. Save the state of "
-        "learner.scheduler yourself, and restore it after learner.load_state_dict.",
+        f"scheduler: the state of {type(scheduler).__name__} holds objects, so learner.state_dict() leaves it out. Save "
+        "the state of "
+        "learner.scheduler yourself, and restore it after learner.load_state_dict. A number of NumPy is an object too: "
+        "let a lambda return float(...).",
         MetaWrapWarning,
         stacklevel=4,
     )
@@ -62,7 +64,7 @@ def put_back(scheduler: LRScheduler | None, stored: Any, begun: bool) -> None:
     Raises:
         CheckpointError: the state is that of a scheduler of another kind.
     """
-    saved, own = stored and stored["kind"], scheduler and type(scheduler).__name__
+    saved, own = stored and stored["kind"], scheduler and _kind(scheduler)
     if saved and own and saved != own:
         raise CheckpointError(
             f"scheduler: the learner was saved with {saved}, but has {own}. Build it with the scheduler that it was "
@@ -80,6 +82,24 @@ def put_back(scheduler: LRScheduler | None, stored: Any, begun: bool) -> None:
             MetaWrapWarning,
             stacklevel=4,
         )
+
+
+def parts_of(scheduler: LRScheduler | None) -> Iterator[Any]:
+    """A scheduler, and the schedulers and objects to call that it holds: each has a state that a step moves."""
+    if scheduler is None:
+        return
+    yield scheduler
+    for value in list(vars(scheduler).values()):
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, LRScheduler):
+                yield from parts_of(each)
+            elif callable(each) and not isinstance(each, type) and hasattr(each, "__dict__"):
+                yield each
+
+
+def _kind(scheduler: LRScheduler) -> str:
+    """The class of a scheduler and of those that it holds: "SequentialLR, LinearLR, StepLR"."""
+    return ", ".join(type(part).__name__ for part in parts_of(scheduler) if isinstance(part, LRScheduler))
 
 
 def _is_plain(value: Any) -> bool:

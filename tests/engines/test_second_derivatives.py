@@ -114,7 +114,7 @@ def test_weight_norm_in_workers_has_the_same_meta_gradient(network: Norm, worker
 
 
 @pytest.mark.parametrize("call", [torch._weight_norm, torch.ops.aten._weight_norm, torch.ops.aten._weight_norm.default])
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_weight_norm_stands_in_with_the_same_values_and_a_right_second_derivative(call: Any, dim: int) -> None:
     torch.manual_seed(0)
     v = torch.randn(3, 4, 2, dtype=torch.float64)

@@ -85,6 +85,39 @@ def test_flat_memory_has_the_gradient_of_finite_differences(place: str, engine: 
     assert difference_error(loss, values, found[1]) <= AT_MOST
 
 
+@pytest.mark.parametrize("way", [{}, {"memory": "flat"}, {"engine": "higher"}, {"engine": "batched"}, {"workers": 2}])
+def test_meta_step_has_the_gradient_of_a_loss_that_reads_the_initial_weights(way: dict[str, Any]) -> None:
+    weights: list[Tensor] = []
+    penalised = lambda prediction, y: F.cross_entropy(prediction, y) + 0.1 * sum(w.square().sum() for w in weights)
+    learner = build(seeded(Scaled), inner_steps=2, inner_lr=0.3, loss_fn=penalised, **{"engine": "functional", **way})
+    weights += learner.model.parameters()
+    values = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.meta_step(TASKS)
+    gradients = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
+    learner.load_state_dict(build(seeded(Scaled), inner_steps=2, inner_lr=0.3, engine="functional").state_dict())
+
+    @torch.no_grad()
+    def loss(moved: dict[str, Tensor]) -> float:
+        for name, parameter in learner.model.named_parameters():
+            parameter.copy_(moved[name])
+        return float(learner(TASKS).loss)
+
+    assert difference_error(loss, values, gradients) <= AT_MOST
+
+
+def test_flat_memory_follows_a_graph_over_a_parameter_that_is_not_adapted() -> None:
+    found = []
+    for memory in ("unrolled", "flat"):
+        extra: list[Tensor] = []
+        loss_fn = lambda prediction, y, extra=extra: F.cross_entropy(prediction, y) + sum(extra)
+        learner = build(seeded(Scaled), engine="functional", memory=memory, adapt="last.*", loss_fn=loss_fn)
+        learner(TASKS)
+        extra.append(0.1 * learner.model.first.weight.square().sum())
+        learner(TASKS).loss.backward()
+        found.append(gradients_of(learner))
+    assert_same_gradients(found[1], found[0])
+
+
 WAYS: list[dict[str, Any]] = [
     {},
     {"memory": "flat"},

@@ -141,6 +141,15 @@ def test_a_network_that_returns_one_loss_in_training_mode(method: Any) -> None:
     assert learner.evaluate([Task((x, y), y, (x, y), y)], steps=1).loss == pytest.approx(expected)
 
 
+def test_dropout_in_losses_of_an_evaluation_leaves_the_generators_alone() -> None:
+    learner = MAML(Reports(), inner_steps=2, loss_fn=lambda out, y: out["loss"], outputs=ON)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    before = torch.get_rng_state()
+    first, second = (learner.evaluate([Task((x, y), y, (x, y), y)]).loss for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("call", ["adapt", "evaluate"])
 def test_the_switch_is_named_where_it_is_needed(call: str) -> None:
     learner, task = learner_of(), task_of()

@@ -14,7 +14,22 @@ from torch.optim import lr_scheduler as schedulers
 
 from metawrap import MAML, CheckpointError, MetaWrapWarning, ProtoNet, Task
 
+
+class Halved:
+    """A rate that is halved at each call."""
+
+    rate = 1.0
+
+    def __call__(self, epoch: int) -> float:
+        self.rate /= 2
+        return self.rate
+
+
 FACTORIES: dict[str, Any] = {
+    "LambdaLR of an object": lambda optimizer: schedulers.LambdaLR(optimizer, Halved()),
+    "ChainedScheduler": lambda optimizer: schedulers.ChainedScheduler(
+        [schedulers.LinearLR(optimizer), schedulers.ExponentialLR(optimizer, 0.5)]
+    ),
     "LambdaLR": lambda optimizer: schedulers.LambdaLR(optimizer, lambda epoch: 0.1**epoch),
     "StepLR": lambda optimizer: schedulers.StepLR(optimizer, 2, gamma=0.1),
     "MultiStepLR": lambda optimizer: schedulers.MultiStepLR(optimizer, [1, 3]),
@@ -64,11 +79,19 @@ def test_rates_after_loading_are_those_of_the_formula_with_and_without_the_optim
     assert learner.scheduler.last_epoch == 2  # Its own: the state was copied.
 
 
-def test_a_scheduler_of_another_kind_is_refused_and_nothing_is_loaded() -> None:
-    learner, other = learner_with(FACTORIES["LambdaLR"]), learner_with(FACTORIES["StepLR"])
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [("LambdaLR", "LambdaLR"), ("SequentialLR", "SequentialLR, LinearLR, ExponentialLR")],
+)
+def test_a_scheduler_of_another_kind_is_refused_and_nothing_is_loaded(saved: str, words: str) -> None:
+    nested = lambda o: schedulers.SequentialLR(o, [schedulers.LinearLR(o), schedulers.StepLR(o, 3)], [2])
+    learner = learner_with(FACTORIES[saved])
+    other = learner_with(nested if saved == "SequentialLR" else FACTORIES["StepLR"])
     train(learner, range(1))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(CheckpointError, match=r"saved with LambdaLR, but has StepLR\. Build it with the scheduler"):
+    with pytest.raises(
+        CheckpointError, match=rf"saved with {words}, but has [\w, ]*StepLR\. Build it with the scheduler"
+    ):
         other.load_state_dict(learner.state_dict())
     assert_same_state(other.state_dict(), before)
 
@@ -82,14 +105,15 @@ def test_a_scheduler_on_one_side_alone_is_told(saved: str | None, built: str | N
         other.load_state_dict(learner.state_dict())
 
 
-def test_a_failed_load_puts_the_scheduler_back() -> None:
-    learner, other = learner_with(FACTORIES["StepLR"]), learner_with(FACTORIES["StepLR"])
-    train(learner, range(1))
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_failed_load_puts_the_scheduler_back(name: str) -> None:
+    learner, other, fresh = (learner_with(FACTORIES[name]) for _ in range(3))
+    train(learner, range(3))
     state = learner.state_dict()
     state.popitem()
     with pytest.raises(CheckpointError):
         other.load_state_dict(state)
-    assert other.scheduler.last_epoch == 0
+    assert train(other, range(4)) == train(fresh, range(4))
 
 
 def test_a_scheduler_that_holds_objects_is_left_out_with_a_word() -> None:

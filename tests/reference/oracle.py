@@ -32,7 +32,7 @@ PLAIN_GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
 
 def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """By its formula: the second derivative of `torch._weight_norm` is wrong."""
-    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim]
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
     return g * v / v.square().sum(axes, keepdim=True).sqrt()
 
 
