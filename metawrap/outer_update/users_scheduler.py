@@ -46,10 +46,9 @@ def state_of(scheduler: LRScheduler | None) -> dict[str, Any]:
     if _is_plain(state):
         return {"scheduler": {"kind": kind, "state": state}}
     warnings.warn(
-        f"scheduler: the state of {type(scheduler).__name__} holds objects, so learner.state_dict() leaves it out. Save "
-        "the state of "
-        "learner.scheduler yourself, and restore it after learner.load_state_dict. A number of NumPy is an object too: "
-        "let a lambda return float(...).",
+        f"scheduler: the state of {type(scheduler).__name__} holds objects, so learner.state_dict() leaves it out. A "
+        "number of NumPy is one too: let a lambda return float(...). Or save the state of learner.scheduler yourself, "
+        "and restore it after learner.load_state_dict.",
         MetaWrapWarning,
         stacklevel=4,
     )

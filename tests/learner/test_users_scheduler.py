@@ -123,6 +123,6 @@ def test_a_scheduler_that_holds_objects_is_left_out_with_a_word() -> None:
             super().__init__(optimizer, 0.5)
 
     learner = learner_with(Warmup)
-    with pytest.warns(MetaWrapWarning, match="Warmup holds objects.*Save the state of learner.scheduler"):
+    with pytest.warns(MetaWrapWarning, match="Warmup holds objects.*save the state of learner.scheduler"):
         state = learner.state_dict()
     assert "scheduler" not in state["_extra_state"]
