@@ -8,6 +8,8 @@ from pathlib import Path
 
 from metawrap.errors import DataError
 
+_IN_THE_SHELL = " (In the shell, root= is --data-root.)"
+
 
 def cache_folder() -> Path:
     """The folder of downloads without a root: $METAWRAP_DATA, else a folder in the user's cache."""
@@ -33,9 +35,11 @@ def locate(
         if candidate.is_file() or complete(candidate):
             return candidate
     if download is None or base.suffix in (".zip", ".gz", ".tgz", ".tar"):
-        raise DataError(f"{title} was not found at '{base}'. {how_to_get}")
+        raise DataError(f"{title} was not found at '{base}'. {how_to_get}{_IN_THE_SHELL}")
     try:
         download(str(base))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{title} could not be downloaded into '{base}': {error}. {how_to_get}") from error
+        raise DataError(
+            f"{title} could not be downloaded into '{base}': {error}. {how_to_get}{_IN_THE_SHELL}"
+        ) from error
     return base / folder
