@@ -12,26 +12,26 @@ from torch import Tensor
 
 from metawrap.data.image_sets import ImageSet, Pixels
 from metawrap.data.problems import wrong_argument
-from metawrap.data.random_stream import seeded_generators
+from metawrap.data.random_stream import RandomStream, seeded_generators
 from metawrap.errors import ArgumentError
 from metawrap.tasks import describe_value
 
 # An image, uint8 of shape (channels, height, width) -> uint8, or floats in [0, 1], of as many channels.
 Augment: TypeAlias = Callable[[Tensor], Tensor]
-_TRIALS = 8
+_TRIALS = 67  # A prime: a function that counts its calls is at another place the second time.
 
 
 def check_augment(augment: Augment, images: ImageSet) -> None:
-    """Tries a transform on the first image.
+    """Tries a transform on noise of the images' shape.
 
     Raises:
         ArgumentError: it is no function, fails, returns no image, or draws from a random generator of its own, so that
             the same seed would not give the same episodes.
-        DataError: the first image cannot be read.
     """
     if not callable(augment):
         raise wrong_argument("augment", "a function or transform of one image", augment)
-    trials = np.repeat(images.gather(np.zeros(1, dtype=np.int64)).numpy(), _TRIALS, axis=0)
+    # Noise shows a change that an image, which may be symmetric or plain, hides.
+    trials = np.repeat(RandomStream("noise").raw(1, *images.image_shape).astype(np.uint8), _TRIALS, axis=0)
     made = []
     for _ in range(2):
         with seeded_generators("augment"):

@@ -117,8 +117,7 @@ def _splits(cifar: _Cifar100, groups: Mapping[str, Sequence[str]], origin: str) 
         if absent := [name for name, own in zip(names, places, strict=True) if not len(own)]:
             raise DataError(f"CIFAR-100's files hold no image of '{absent[0]}', which the split needs. {_HOW_TO_GET}")
         labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in places]))
-        pixels = cifar.pixels
-        part = StreamedImages(pixels, labels, tuple(names), pixels.shape, origin, np.concatenate(places))
+        part = StreamedImages(cifar.pixels, labels, tuple(names), cifar.pixels.shape, origin, np.concatenate(places))
         parts.append(part.in_memory())
     return DataSplits(*parts)
 

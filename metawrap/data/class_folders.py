@@ -80,8 +80,8 @@ def part_classes(root: Folder, where: object) -> dict[str, ClassFiles] | None:
     Names such as Train, val, meta-test are understood. The validation part may be missing.
 
     Raises:
-        DataError: another part is missing, has two folders, or holds images in place of class folders; or a class is
-            in two parts.
+        DataError: another part is missing, has two folders, or holds images in place of class folders; images lie
+            in other folders; or a class is in two parts.
     """
     named = {name: part for name in root.folders if (part := part_of(name))}
     flat = [name for name in named if root.folders[name].images]
@@ -91,17 +91,22 @@ def part_classes(root: Folder, where: object) -> dict[str, ClassFiles] | None:
             "images of each class into a folder of its own."
         )
     found: dict[str, ClassFiles] = {}
-    for name, part in named.items():
-        if root.folders[name].folders and name not in flat:
-            if part in found:
-                raise DataError(f"'{where}' has two folders for {part}; the second is '{name}'. Rename or remove one.")
-            found[part] = class_files(root.folders[name], f"{where}/{name}")
+    parts = {name: part for name, part in named.items() if root.folders[name].folders and name not in flat}
+    for name, part in parts.items():
+        if part in found:
+            raise DataError(f"'{where}' has two folders for {part}; the second is '{name}'. Rename or remove one.")
+        found[part] = class_files(root.folders[name], f"{where}/{name}")
     if not found:
         return None
     if missing := [part for part in ("train", "test") if part not in found]:
         raise DataError(
             f"'{where}' has some split folders, but {', '.join(missing)} with class folders inside is missing. "
             "Add it, or move all class folders directly into one folder."
+        )
+    if beside := [name for name, inner in root.folders.items() if name not in parts and inner.holds_images()]:
+        raise DataError(
+            f"'{where}' has the parts {', '.join(parts)}, and images in {listed(beside)}, which would not be read. "
+            "Move them into class folders of a part, or away."
         )
     found = {part: found[part] for part in PARTS if part in found}
     for first, second in combinations(found, 2):
@@ -145,7 +150,8 @@ def _classes(folder: Folder, prefix: str, where: object) -> ClassFiles:
         if parts := [each for each in groups if part_of(each)]:
             raise DataError(
                 f"'{place}' holds the folder '{parts[0]}'. If these are the parts of the data set, pass '{place}' "
-                "itself; if it is a class, move all its images into it, because few-shot splits are by class."
+                f"itself; if '{name}' is a class, move all its images into it, because few-shot splits are by class; "
+                f"if '{parts[0]}' is one, rename it."
             )
         if inner.images:
             found[prefix + name] = sorted(inner.images)

@@ -18,7 +18,7 @@ SHARES = (0.64, 0.16, 0.20)
 GivenSplit: TypeAlias = str | Path | Mapping[str, Sequence[Any]]
 VALIDATION = ("val", "validation", "valid")
 _PART_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-_PART_OF |= dict.fromkeys(VALIDATION, "validation")
+_PART_OF |= dict.fromkeys((*VALIDATION, "dev"), "validation")
 
 
 def part_of(name: str) -> str | None:
@@ -94,14 +94,13 @@ def split_as_given(names: Sequence[str], split: GivenSplit) -> list[list[str]]:
     """
     where = "split" if isinstance(split, Mapping) else f"'{split}'"
     parts = _three_parts(split if isinstance(split, Mapping) else _read_split(split), where)
+    places: dict[str, list[str]] = {}
     for part, classes in zip(PARTS, parts, strict=True):
         if unknown := [name for name in classes if name not in set(names)]:
             raise DataError(
                 f"{where}: the classes {listed(unknown)} of {part} do not exist; there are {len(names)}, such as "
                 f"{listed(sorted(names)[:3])}. Correct the names, or leave them out."
             )
-    places: dict[str, list[str]] = {}
-    for part, classes in zip(PARTS, parts, strict=True):
         for name in classes:
             places.setdefault(name, []).append(part)
     if twice := [f"{name} ({' and '.join(found)})" for name, found in places.items() if len(found) > 1]:

@@ -19,8 +19,7 @@ from metawrap.data.problems import check_int, check_name
 from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 
-_FOLDER = "CUB_200_2011"
-_ARCHIVE = "CUB_200_2011.tgz"
+_FOLDER, _ARCHIVE = "CUB_200_2011", "CUB_200_2011.tgz"
 _TABLES = ("images.txt", "image_class_labels.txt", "classes.txt")
 _HOW_TO_GET = (
     f"Pass root=<the unpacked folder {_FOLDER}, the folder that holds it, or its tgz or zip>, with images/, "

@@ -5,22 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from metawrap.data.class_folders import (
-    ClassFiles,
-    class_files,
-    folder_tree,
-    part_classes,
-    visible,
-    webdataset_classes,
-)
-from metawrap.data.class_split import (
-    SHARES,
-    GivenSplit,
-    check_shares,
-    split_as_given,
-    split_by_seed,
-    validation_drawn,
-)
+from metawrap.data.class_folders import ClassFiles, class_files, folder_tree, part_classes, visible, webdataset_classes
+from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed, validation_drawn
 from metawrap.data.image_files import ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pictures import Decoding
@@ -78,9 +64,8 @@ def load_image_folder(
         named = split_by_seed(list(classes), shares, seed) if split is None else split_as_given(list(classes), split)
         kind = "webdataset" if labelled else "class folders"
         origin = f"{kind}, split by {'seed' if split is None else 'name'}"
-        return as_splits(
-            _sets(files, [{name: classes[name] for name in part} for part in named], decoding, origin), stream
-        )
+        chosen = [{name: classes[name] for name in part} for part in named]
+        return as_splits(_sets(files, chosen, decoding, origin), stream)
     if split is not None:
         raise ArgumentError(f"split: '{place}' has train and test folders already. Leave split out.")
     origin = f"{', '.join(parts)} folders of class folders"

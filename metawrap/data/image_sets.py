@@ -23,7 +23,7 @@ from metawrap.errors import DataError
 from metawrap.tasks import describe_value
 
 Pixels: TypeAlias = NDArray[np.uint8]
-# Images of each class whose whole content counts in its fingerprint; of the others, name and size.
+# Images of each class whose whole content counts in its fingerprint; of the others, the size and name of the file.
 READ_OF_CLASS = 20
 
 
@@ -55,17 +55,20 @@ class _LabelledSet:
     class_names: tuple[str, ...]
 
     def fingerprints(self) -> tuple[str, ...]:
-        """A digest of each class's images, in the order of class_names. It depends neither on the place or time of the
-        files, nor on the names of classes, nor on streaming.
+        """For each class, in the order of class_names: a digest of all its images, and those of up to 20 single images,
+        with spaces between. They depend neither on the place or time of the files, nor on the names of classes, nor on
+        streaming. The single images stay nearly the same when the class loses or gains one, or gets another name.
         """
         by_class = np.split(torch.argsort(self.labels, stable=True).numpy(), np.cumsum(self.images_per_class)[:-1])
-        spread = [np.linspace(0, len(each) - 1, min(READ_OF_CLASS, len(each))).astype(int) for each in by_class]
-        whole = {int(index) for each, places in zip(by_class, spread, strict=True) for index in each[places]}
-        marks = {
-            index: hashlib.sha256(self._identity(index, index in whole)).digest()
-            for index in map(int, self._reading_order(np.arange(len(self))))
-        }
-        return tuple(hashlib.sha256(b"".join(marks[int(i)] for i in each)).hexdigest()[:32] for each in by_class)
+        cheap = [self._identity(i, False) for i in range(len(self))]
+        # Hashes of size and name, in this order: files with other names, or of one size, are chosen alike too.
+        ranks = [[_digest(part) for part in each.split(b" ", 1)] for each in cheap]
+        whole = {i for each in by_class for i in sorted(each.tolist(), key=ranks.__getitem__)[:READ_OF_CLASS]}
+        order = self._reading_order(np.arange(len(self))).tolist()
+        marks = {i: _digest(self._identity(i, True) if i in whole else cheap[i]) for i in order}
+        kept = [[marks[i] for i in each if i in whole] for each in by_class]
+        digests = [_digest("".join(marks[i] for i in each).encode()) for each in by_class]
+        return tuple(" ".join([digest, *own]) for digest, own in zip(digests, kept, strict=True))
 
     def _identity(self, index: int, whole: bool) -> bytes:
         """See `FilePixelSource.identity`."""
@@ -265,9 +268,8 @@ def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplit
             "folder, or leave stream out (--no-stream) to hold the images in memory."
         )
     if stream is None:
-        stream = (
-            not sequential and sum(len(part) * int(np.prod(part.image_shape)) for part in parts) > free_memory() // 2
-        )
+        size = sum(len(part) * int(np.prod(part.image_shape)) for part in parts)
+        stream = not sequential and size > free_memory() // 2
     fix = "Leave stream=False (--no-stream) out, or pass a smaller image_size (--image-size)."
     return DataSplits(*(parts if stream else [part.in_memory(fix) for part in parts]))
 
@@ -287,6 +289,10 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return 2**62
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _check_labels(labels: Tensor, images: int, names: tuple[str, ...]) -> None:

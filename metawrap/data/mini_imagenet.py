@@ -135,4 +135,4 @@ def _csv_parts(files: ImageFiles, prefix: str, tables: list[str], decoding: Deco
             classes.setdefault(label, []).append(place)
         if not classes:
             raise DataError(f"'{table}' names no image. Get a fresh copy of it.")
-        yield file_classes(files, classes, decoding, "CSV split of Ravi & Larochelle, with images/")
+        yield file_classes(files, classes, decoding, "CSV split of Ravi & Larochelle")

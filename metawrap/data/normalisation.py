@@ -15,7 +15,6 @@ Normalise: TypeAlias = str | tuple[Sequence[float], Sequence[float]] | None
 # Mean and standard deviation of ImageNet's training images in [0, 1]: red, green, blue. Torchvision's pretrained models
 # document these numbers, and MAML++ (arXiv:1810.09502) normalises mini-ImageNet with them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NORMALISATIONS = {"imagenet": IMAGENET}
 
 
 def statistics_of(normalise: Normalise, channels: int) -> tuple[Tensor, Tensor] | None:
@@ -27,11 +26,10 @@ def statistics_of(normalise: Normalise, channels: int) -> tuple[Tensor, Tensor] 
     if normalise is None:
         return None
     if isinstance(normalise, str):
-        if normalise not in NORMALISATIONS:
-            names = ", ".join(map(repr, NORMALISATIONS))
-            kinds = f"None, {names}, or (mean, deviation) with a number for each channel"
+        if normalise != "imagenet":
+            kinds = "None, 'imagenet', or (mean, deviation) with a number for each channel"
             raise wrong_argument("normalise", kinds, normalise)
-        normalise = NORMALISATIONS[normalise]
+        normalise = IMAGENET
     numbers = [_numbers(part) for part in normalise] if isinstance(normalise, tuple | list) else []
     if len(numbers) != 2 or any(part is None or len(part) != channels for part in numbers):
         fix = "Pass None, or (mean, deviation) of that length."

@@ -93,11 +93,22 @@ def plain(image: Image.Image, name: str, remarks: list[str] | None = None) -> Im
     """
     done = [] if remarks is None else remarks
     kind, white_is_zero = image.format, getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    # Of colours with 16 bits, Pillow keeps the upper eight; only the tiles of a file that is not yet read tell.
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+    image.load()  # So that an error of getexif is one of EXIF alone.
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # As of broken pixels, Pillow raises errors of many kinds.
+        orientation = None
+        done.append("an unreadable EXIF, so not turned")
+    if orientation in range(2, 9):
         done.append("an orientation in EXIF, turned upright")
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return _scaled(image, name, kind, white_is_zero, done)
+    if deep:
+        high = int(np.asarray(image.convert("RGB")).max())
+        _check_sixteen_bits(256 * high + 255 if high else 0, name, done)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         return _on_white(image, name, done)
     return image
@@ -124,13 +135,7 @@ def _scaled(image: Image.Image, name: str, kind: str | None, white_is_zero: bool
     low, high = float(values.min()), float(values.max())
     # Pillow has PNG and PGM pictures of 16 bits in numbers of 32 bits too, in some versions.
     if image.mode != "F" and (image.mode != "I" or kind in ("PNG", "PPM")):
-        if 0 < high <= _TOO_DARK and not white_is_zero:
-            raise DataError(
-                f"'{name}' has 16 bits, but no value above {high:g} of {_WHITE}, so it would become nearly black. "
-                f"Multiply its values (by 16 for a camera of 12 bits), or save it with 8 bits."
-            )
-        dim = high < (_WHITE + 1) // 4 and not white_is_zero
-        done.append("16 bits, scaled to 8" + (", and no value above a quarter of white" if dim else ""))
+        _check_sixteen_bits(_WHITE if white_is_zero else high, name, done)
         values /= _WHITE
     elif image.mode == "F" and low >= 0 and high <= 1:
         done.append("floats in [0, 1], scaled to 8 bits")
@@ -143,6 +148,16 @@ def _scaled(image: Image.Image, name: str, kind: str | None, white_is_zero: bool
     if "transparency" in image.info:
         raise DataError(f"'{name}' has 16 bits and a transparent value, which is not read. Save it with 8 bits.")
     return Image.fromarray(np.rint((1 - values if white_is_zero else values) * 255).astype(np.uint8))
+
+
+def _check_sixteen_bits(high: float, name: str, done: list[str]) -> None:
+    if 0 < high <= _TOO_DARK:
+        raise DataError(
+            f"'{name}' has 16 bits, but no value above {high:g} of {_WHITE}, so it would become nearly black. "
+            "Multiply its values (by 16 for a camera of 12 bits), or save it with 8 bits."
+        )
+    dim = high < (_WHITE + 1) // 4
+    done.append("16 bits, scaled to 8" + (", and no value above a quarter of white" if dim else ""))
 
 
 def _on_white(image: Image.Image, name: str, done: list[str]) -> Image.Image:

@@ -39,9 +39,9 @@ class FilePixels:
         return self._names[place]
 
     def identity(self, place: int, whole: bool) -> bytes:
-        """The file's content; or its name without folders, and its size."""
+        """The file's content; or its size, and its name without folders."""
         name = self._names[place]
-        return self.files.read(name) if whole else f"{name.rpartition('/')[2]} {self.files.size(name)}".encode()
+        return self.files.read(name) if whole else f"{self.files.size(name)} {name.rpartition('/')[2]}".encode()
 
 
 class PicturePixels:
@@ -62,9 +62,10 @@ class PicturePixels:
         return f"{self._file}[{place}]"
 
     def identity(self, place: int, whole: bool = True) -> bytes:
-        """The picture's bytes."""
+        """The picture's bytes, or their number."""
         picture = self._pictures[place]
-        return picture if isinstance(picture, bytes) else picture.read().tobytes()
+        content = picture if isinstance(picture, bytes) else picture.read().tobytes()
+        return content if whole else b"%d" % len(content)
 
 
 class ArrayPixels:

@@ -52,8 +52,8 @@ def splits_from(
         labels: whole numbers or texts, one for each image of an array. The labels of a data set are its `targets` or
             `labels` if it has them and no `target_transform`, and if some items agree; else one pass over the data set
             collects them. Each item that is read later is held against its label.
-        class_names: the name of label 0, 1, ...; by default the data set's `classes` if the labels are its `targets`,
-            or it has none; else the labels as text.
+        class_names: the name of label 0, 1, ..., all different; by default the data set's `classes` if the labels are
+            its `targets`, or it has none; else the labels as text.
         channels: "first" or "last", the place of the channels in a tensor or array; needed where the shape does not
             tell, as with other numbers of channels than 1, 3 and 4.
         splits: shares of the classes for train, validation and test.
@@ -79,9 +79,15 @@ def splits_from(
         raise wrong_argument("channels", "'first', 'last' or None", channels)
     items, found, names = _labelled(data, labels)
     named = list(map(str, class_names)) if class_names is not None else names
+    if class_names is not None and any(isinstance(label, str) for label in found):
+        raise wrong_argument("class_names", "None, because the labels are texts", class_names, "Leave it out.")
     by_class: dict[str, list[int]] = {}
     for place, label in enumerate(found):
-        by_class.setdefault(_text_of(label, place, named), []).append(place)
+        members = by_class.setdefault(name := _text_of(label, place, named), [])
+        if members and (first := found[members[0]]) != label:
+            fix = "Pass class_names= with another name for each."
+            raise ArgumentError(f"class_names: the labels {first!r} and {label!r} are both called {name!r}. {fix}")
+        members.append(place)
     existing = sorted(by_class)
     parts = split_by_seed(existing, shares, seed) if split is None else split_as_given(existing, split)
     source = _ItemPixels(items, found, image_size, channels)
@@ -139,7 +145,7 @@ def _pixels_of(image: Any, name: str, size: int | None, channels: str | None) ->
     usual = "first" if isinstance(image, Tensor) else "last"
     if isinstance(image, Image.Image):
         plain_image = plain(image, name)
-        array = np.asarray(plain_image if image.mode == "L" else plain_image.convert("RGB"))
+        array = np.asarray(plain_image if plain_image.mode == "L" else plain_image.convert("RGB"))
     elif isinstance(image, Tensor | np.ndarray):
         array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     else:
@@ -164,13 +170,13 @@ def _pixels_of(image: Any, name: str, size: int | None, channels: str | None) ->
 
 def _place_of_channels(array: NDArray[Any], usual: str, name: str) -> str:
     """The usual place of the channels, or ArgumentError where the shape may mean another."""
-    ends = {"first": array.shape[0], "last": array.shape[2]}
-    if ends[usual] in (GRAY, RGB, 4) and min(ends[end] for end in ends if end != usual) not in (GRAY, RGB):
+    own, other = (array.shape[0], array.shape[2]) if usual == "first" else (array.shape[2], array.shape[0])
+    if own in (GRAY, RGB, 4) and other not in (GRAY, RGB):
         return usual
-    kind, order = ("A tensor", "first") if usual == "first" else ("An array", "last")
+    kind = "A tensor" if usual == "first" else "An array"
     raise ArgumentError(
-        f"channels: {name} has the shape {array.shape}. {kind} is read with its channels {order}, which would be "
-        f"{ends[usual]} channels, but the shape does not tell that for sure. Pass channels='first' or channels='last'."
+        f"channels: {name} has the shape {array.shape}. {kind} is read with its channels {usual}, which would be "
+        f"{own} channels, but the shape does not tell that for sure. Pass channels='first' or channels='last'."
     )
 
 
@@ -181,9 +187,11 @@ def _in_bytes(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return array.astype(np.uint8) * np.uint8(255)
     low, high = (float(array.min()), float(array.max())) if array.dtype.kind in "fiu" else (np.nan, np.nan)
     if array.dtype.kind != "f" or not (low >= 0 and high <= 1):
+        fix = "Divide them by their white, or convert them to uint8."
+        if low < 0:
+            fix = "Take Normalize out of the transform, and pass normalise= to EpisodeSampler instead."
         raise DataError(
-            f"{name}: expected uint8, bool or floats in [0, 1], but got {array.dtype} from {low:g} to {high:g}. Take "
-            "Normalize out of the transform, and pass normalise= to EpisodeSampler instead."
+            f"{name}: expected uint8, bool or floats in [0, 1], but got {array.dtype} from {low:g} to {high:g}. {fix}"
         )
     return np.asarray(np.rint(array * 255), dtype=np.uint8)
 
@@ -286,8 +294,5 @@ def _text_of(label: Any, place: int, names: list[str] | None) -> str:
     if names is None:
         return str(label)
     if not 0 <= label < len(names):
-        raise ArgumentError(
-            f"class_names: expected a name for every label, but there are {len(names)} names, and label {place} is "
-            f"{label}."
-        )
+        raise ArgumentError(f"class_names: there are {len(names)} names, and label {place} is {label}. Name each.")
     return names[label]

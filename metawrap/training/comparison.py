@@ -21,10 +21,12 @@ import torch
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.settings.keywords import flattened, nested
 from metawrap.training.checkpoints import write_json, write_text
+from metawrap.training.data_record import record_of
+from metawrap.training.experiment import load_splits
 from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_comparison
 from metawrap.training.progress import say
-from metawrap.training.run_folder import LOG, read_lines, read_run, write_run
+from metawrap.training.run_folder import LOG, RunFolder, read_lines, read_run, write_run
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.tables import comparison_table, method_title
 
@@ -87,7 +89,7 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
         The content of comparison.json: "rows" (see `run_in_processes`) and "command".
     Raises:
         ArgumentError: `jobs` is below 1.
-        CheckpointError: `out` has a run of one of the methods with other settings.
+        CheckpointError, DataError: `out` has a run of one of the methods with other settings, or on other data.
         MetaWrapError: every method failed.
     """
     path = Path(out)
@@ -107,14 +109,17 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
         tasks of unseen classes, under the policy "norm" of training), "validation" [(seconds of training, accuracy),
         ...], "parameters", "step_seconds", "peak_mib", "meta_steps", "seconds", "settings", "machine".
     Raises:
-        ArgumentError, CheckpointError, MetaWrapError: as `compare`.
+        ArgumentError, CheckpointError, DataError, MetaWrapError: as `compare`.
     """
     if jobs < 1:
         raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
     for name, settings in runs.items():
         # A run that failed before its first checkpoint may start with other settings.
         if any((path / name / "checkpoints").glob("epoch-*.pt")):
-            settings.check_resumes(read_run(path / name)[0].to_dict())
+            stored = read_run(path / name)[0]
+            settings.check_resumes(stored.to_dict())
+            if settings.data != stored.data:
+                RunFolder(path / name, settings).check_data(record_of(load_splits(settings)))
     for name, settings in runs.items():
         write_run(path / name, settings, None)
     threads = max(1, torch.get_num_threads() // jobs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,15 +57,15 @@ def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:
     )
 
 
-def unseen(record: DataRecord, present: DataRecord) -> dict[str, list[str]]:
+def unseen(record: DataRecord, present: DataRecord, by_name: bool) -> dict[str, list[str]]:
     """By part: the present classes that the run was neither trained nor validated on.
 
-    A class is known by its name or by its images, so that a class with a new name is not new.
+    A class is known by any image on record, under any name and beside any others; with `by_name` by its name too.
     """
-    known = [record[part] for part in PARTS[:2]]
-    marks = {mark for part in known for mark in part.values()}
+    known = record["train"] | record["validation"]
+    names, marks = set(known if by_name else ()), {mark for own in known.values() for mark in own.split()}
     return {
-        part: [name for name, mark in classes.items() if mark not in marks and not any(name in each for each in known)]
+        part: [name for name, own in classes.items() if name not in names and marks.isdisjoint(own.split())]
         for part, classes in present.items()
     }
 
@@ -97,9 +98,7 @@ def differences(record: DataRecord, present: DataRecord) -> list[str]:
         "with other images": [name for name in kept if before[name][1] != now[name][1]],
     } | {
         f"moved from {old} to {part}": [name for name in kept if (before[name][0], now[name][0]) == (old, part)]
-        for old in PARTS
-        for part in PARTS
-        if old != part
+        for old, part in permutations(PARTS, 2)
     }
     phrases = [f"{kind}: {listed(sorted(names))}" for kind, names in found.items() if names]
     if not phrases and [list(part) for part in record.values()] != [list(part) for part in present.values()]:

@@ -18,7 +18,7 @@ _TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draws validation accuracy against seconds of training, one line per method. Returns whether it was drawn."""
-    done = [row for row in rows if row["error"] is None]
+    done = [row for row in rows if row["error"] is None and row["accuracy"] is not None]
 
     def draw(axes: Any) -> float:
         from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -51,7 +51,7 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def draw_study(runs: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draws validation accuracy by epoch, a colour per experiment and dashes per seed. Returns whether it was drawn."""
-    drawn = [run for run in runs if run["validation"]]
+    drawn = [run for run in runs if run["validation"] and None not in run["validation"]]
 
     def draw(axes: Any) -> float:
         from matplotlib.ticker import MaxNLocator

@@ -90,7 +90,7 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
         on_rank_zero(lambda: folder.check_data(experiment.data()))
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    on_rank_zero(lambda: folder.begin(history, experiment.data()))
+    on_rank_zero(lambda: folder.begin(history, experiment.data))
     board = TensorBoard(out, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
     processes = f" in {world_size()} processes" if world_size() > 1 else ""
     say(
@@ -139,11 +139,12 @@ def train_seeds(
         if not resume:
             on_rank_zero(lambda: refuse_existing_run(path))
         build_experiment(replace(settings, seed=seeds[0]))  # Settings that cannot be built leave no folder behind.
-    on_rank_zero(lambda: write_run(path, settings, seeds))
+        on_rank_zero(lambda: write_run(path, settings, seeds))
     results: dict[int, dict[str, Any]] = {}
     for seed in seeds:
         say(f"Seed {seed} in '{path / f'seed-{seed}'}'")
         results[seed] = train(replace(settings, seed=seed), path / f"seed-{seed}", resume, tensorboard)
+        on_rank_zero(lambda: write_run(path, settings, seeds))  # The data of a resumed run are the right ones.
     summary = {
         "settings": settings.to_dict(),
         "summary": summarise_seeds(results),

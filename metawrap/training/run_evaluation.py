@@ -78,7 +78,7 @@ def evaluate_run(
     device = find_device(settings.device)
     splits = load_splits(settings)
     images, words = _images_to_test(path, stored, settings, splits, new_classes)
-    part = "the new classes" if new_classes else f"the test part of '{settings.data}'"
+    part = "the set of new classes" if new_classes else f"the test part of '{settings.data}'"
     check_enough([Demand(images, settings.ways, part=part)], settings.shots, settings.targets, fixed=True)
     learner = build_learner(stored, build_model(stored, splits.train)).to(device)
     tasks = fixed_tasks(settings, images, settings.test_tasks, TEST_SEED, device)
@@ -98,7 +98,7 @@ def _images_to_test(
             raise CheckpointError(f"new_classes: {NO_RECORD.format(run)} Leave --new-classes out, or train a new run.")
         say(f"{NO_RECORD.format(run)} Its test classes may be classes that it was trained on.")
         return splits.test, None
-    fresh = unseen(record, present)
+    fresh = unseen(record, present, by_name=settings.data == stored.data)
     total = sum(map(len, fresh.values()))
     if new_classes:
         if not total:
@@ -110,15 +110,19 @@ def _images_to_test(
         return joined(splits, fresh), f"{total} classes that were in neither training nor validation: {names}"
     if not (found := differences(record, present)):  # Also where the folder of images has moved.
         return splits.test, None
+    command = f"metawrap evaluate {shlex.quote(str(run))}{f' --data {shlex.quote(settings.data)}' if other else ''}"
+    fix = f", or test the classes that it never saw: {command} --new-classes" if total >= settings.ways else ""
     if other:
         if known := [name for name in present["test"] if name not in fresh["test"]]:
             raise DataError(
-                f"data: the run in '{run}' was trained or validated on {len(known)} of the {len(present['test'])} test "
-                f"classes of '{settings.data}': {listed(known)}. Test on data with other classes."
+                f"data: the run in '{run}' was trained or validated on images of {len(known)} of the "
+                f"{len(present['test'])} test classes of '{settings.data}': {listed(known)}. Test on data with other "
+                f"classes{fix}."
             )
-        return splits.test, f"the test classes of '{settings.data}', after training on '{stored.data}'"
-    fix = f", or test the classes that it never saw: metawrap evaluate {shlex.quote(str(run))} --new-classes"
-    raise changed(run, found, fix if total >= settings.ways else "")
+        alike = len(present["test"].keys() & (record["train"] | record["validation"]).keys())
+        words = f"; {alike} have names of classes of that training, but other images" if alike else ""
+        return splits.test, f"the test classes of '{settings.data}', after training on '{stored.data}'{words}"
+    raise changed(run, found, fix)
 
 
 def tested(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class RunFolder:
         """The newest readable checkpoint; prints the error of each that is skipped. Raises as `CheckpointFolder`."""
         return self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
 
-    def begin(self, history: list[dict[str, Any]], data: DataRecord) -> None:
+    def begin(self, history: list[dict[str, Any]], data: Callable[[], DataRecord]) -> None:
         """Writes the settings, the data of a run that is new, and log and insight of the epochs in `history`. Raises
         CheckpointError if another process has started a run here since `find_start`, or the folder cannot be written.
         """
@@ -90,7 +90,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
         write_run(self.path, self.settings, None)
         if not history:  # The data of earlier epochs, where they are not on record, may have been others.
-            write_json(self.path / FILE, data)
+            write_json(self.path / FILE, data())
         write_text(self.path / LOG, "".join(map(_line, history)))
         insight = self.insight(len(history))
         if insight or (self.path / INSIGHT).exists():

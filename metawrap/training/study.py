@@ -22,7 +22,7 @@ from metawrap.training.progress import quiet
 from metawrap.training.run import train_seeds
 from metawrap.training.run_folder import LOG, read_lines, read_run, write_run
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.tables import markdown_table, method_title, percent_pair
+from metawrap.training.tables import markdown_table, method_title, percent_pair, score_text
 
 
 def run_study(
@@ -46,7 +46,8 @@ def run_study(
     path = Path(out)
     _check(path, experiments, seeds, resume)
     for folder, settings in experiments.items():
-        write_run(path / folder, settings, seeds)
+        if not (path / folder / "run.json").exists():  # A resumed study may have moved data, which are checked first.
+            write_run(path / folder, settings, seeds)
     keys = [(folder, seed) for folder in experiments for seed in seeds]
     runs = {f"{folder}/seed-{seed}": replace(experiments[folder], seed=seed) for folder, seed in keys}
     rows = run_in_processes(runs, path)
@@ -74,7 +75,7 @@ def study_table(runs: Sequence[Mapping[str, Any]]) -> str:
     for experiment in dict.fromkeys(each["experiment"] for each in runs):
         own = [each for each in runs if each["experiment"] == experiment]
         lines += [[each["method"], str(each["seed"]), *_cells(each)] for each in own]
-        if len(tested := [each["test"]["accuracy"] for each in own if each["test"]]) > 1:
+        if len(tested := [each["test"]["accuracy"] for each in own if each["test"]]) > 1 and None not in tested:
             mean = percent_pair(statistics.fmean(tested), statistics.stdev(tested))
             lines.append([own[0]["method"], f"mean of {len(tested)}", mean, "", ""])
     table = markdown_table(["method", "seed", "test", "best validation", "largest fall"], lines)
@@ -122,7 +123,7 @@ def _result(experiment: str, settings: RunSettings, folder: Path, row: Mapping[s
         "error": row["error"],
         "validation": [record["validation_accuracy"] for record in read_lines(folder / LOG)],
         "epochs": settings.epochs,
-        "test": None if row["error"] else {"accuracy": row["accuracy"], "interval": row["interval"]},
+        "test": None if row["error"] else {name: row[name] for name in ("accuracy", "interval", "loss") if name in row},
         "norm": row.get("norm"),
         "data": settings.data,
         "ways": settings.ways,
@@ -131,7 +132,7 @@ def _result(experiment: str, settings: RunSettings, folder: Path, row: Mapping[s
 
 
 def _cells(run: Mapping[str, Any]) -> list[str]:
-    test = percent_pair(run["test"]["accuracy"], run["test"]["interval"]) if run["test"] else "stopped"
-    if not run["validation"]:
+    test = score_text(run["test"], "accuracy", "interval") if run["test"] else "stopped"
+    if not run["validation"] or None in run["validation"]:
         return [test, "", ""]
     return [test, percent_pair(max(run["validation"])), percent_pair(largest_fall(run["validation"]))]

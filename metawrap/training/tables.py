@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metawrap.training.run_settings import METHODS, RunSettings
@@ -27,7 +27,7 @@ def result_text(result: dict[str, Any]) -> str:
     if averaged := tested.get("ensemble_epochs"):
         header[-1] = f"{len(averaged)} {header[-1]}"
     rows = [
-        [_policy(norm, result["trained_norm"]), *(_cell(scores[name], *keys) for name in columns)]
+        [_policy(norm, result["trained_norm"]), *(score_text(scores[name], *keys) for name in columns)]
         for norm, scores in tested["norms"].items()
     ]
     notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
@@ -39,11 +39,12 @@ def result_text(result: dict[str, Any]) -> str:
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with one line per method, the best first, from the rows of `compare`; failures stand below."""
     header = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
-    done = sorted((row for row in rows if row["error"] is None), key=lambda row: -row["accuracy"])
+    done = [row for row in rows if row["error"] is None]
+    done.sort(key=lambda row: row["loss"] if row["accuracy"] is None else -row["accuracy"])
     cells = [
         [
             row["name"],
-            percent_pair(row["accuracy"], row["interval"]),
+            score_text(row, "accuracy", "interval"),
             row["norm"],
             f"{row['parameters']:,}",
             f"{row['step_seconds']:.3f}",
@@ -122,6 +123,11 @@ def percent_pair(accuracy: float, spread: float | None = None) -> str:
     return f"{100 * accuracy:.2f} %" if spread is None else f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
 
 
+def score_text(score: Mapping[str, Any], value: str, spread: str) -> str:
+    """The accuracy in percent; of a run whose labels give none, the loss."""
+    return percent_pair(score[value], score[spread]) if score[value] is not None else f"loss {score['loss']:.4g}"
+
+
 def _padded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[int], list[list[str]]]:
     """The width of each column, and the header and rows with every cell padded to its column's width."""
     lines = [header, *rows]
@@ -132,10 +138,6 @@ def _padded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[
 
 def _policy(norm: str, trained_norm: str) -> str:
     return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
-
-
-def _cell(score: dict[str, Any], value: str, spread: str) -> str:
-    return percent_pair(score[value], score[spread]) if score[value] is not None else f"loss {score['loss']:.4g}"
 
 
 def _mean_and_deviation(scores: list[dict[str, Any]]) -> dict[str, float | None]:

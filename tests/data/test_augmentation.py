@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -19,7 +20,7 @@ from metawrap.errors import ArgumentError
 from metawrap.snapshot.generators import Generators
 
 IMAGES = noise(16, 12, 12, 3)
-OWN = np.random.default_rng(0)
+OWN, CALLS = np.random.default_rng(0), itertools.count()
 
 
 class Birds(Dataset):
@@ -140,6 +141,8 @@ def test_an_augmentation_that_changes_nothing_gives_the_plain_episodes() -> None
         (v2.ToPILImage(), r"a tensor \(3, height, width\)"),
         (lambda image: image[:, : random.randint(1, 6)], "images of one size"),
         (lambda image: image.roll(int(OWN.integers(6)), 1), "generator, not from one of its own"),
+        (lambda image: image.flip(2) if OWN.random() < 0.03 else image, "generator, not from one of its own"),
+        (lambda image: image.flip(2) if next(CALLS) % 8 == 0 else image, "generator, not from one of its own"),
         (lambda image: 1 / 0, "it fails on a uint8 tensor of shape .*division by zero"),
     ],
 )

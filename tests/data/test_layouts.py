@@ -57,7 +57,7 @@ def colours(splits: DataSplits) -> dict[str, dict[str, set[int]]]:
     [
         ("Train", "Val", "Test"),
         ("meta-train", "meta-val", "meta-test"),
-        ("train", "valid", "test"),
+        ("train", "dev", "test"),
         ("TRAINING", "Meta_Validation", "testing"),
     ],
 )
@@ -120,7 +120,10 @@ def test_classes_in_groups_are_called_group_and_class(tmp_path: Path) -> None:
             lambda root: make_image_folder(root / "class000" / "more", [7]),
             "holds images, and so does its folder 'more'",
         ),
-        (lambda root: make_image_folder(root / "cat" / "train", [7]), "'.*cat' holds the folder 'train'.*pass '.*cat'"),
+        (
+            lambda root: make_image_folder(root / "cat" / "train", [7]),
+            "'.*cat' holds the folder 'train'.*pass '.*cat'.*is one, rename",
+        ),
         (
             lambda root: write_folder(root, {"phone/a.dng": b"", "phone/b.dng": b""}),
             r"phone' holds no image.*2 of \.dng",
@@ -133,9 +136,13 @@ def test_classes_in_groups_are_called_group_and_class(tmp_path: Path) -> None:
             lambda root: [write_folder(root / n, {"0.png": b""}) for n in ("train", "test")],
             "hold images and no class fold",
         ),
+        (
+            lambda root: write_folder(root, dict.fromkeys(("train/a/0.png", "test/b/0.png", "val/0.png"), b"")),
+            "has the parts test, train, and images in 'class000', 'class001', 'class002', 'val', which",
+        ),
         (lambda root: write_folder(root, {"/".join("abcdefghi") + "/0.png": b""}), "more than 8 folders"),
     ],
-    ids=["a class in a class", "parts in a class", "raw photographs", "two for one part", "flat parts", "too deep"],
+    ids=["nested", "parts in a class", "raw", "two for a part", "flat parts", "beside parts", "deep"],
 )
 def test_a_folder_that_can_mean_two_things_is_refused(tmp_path: Path, make, what: str) -> None:
     make(make_image_folder(tmp_path, range(3)))
@@ -143,7 +150,7 @@ def test_a_folder_that_can_mean_two_things_is_refused(tmp_path: Path, make, what
 
 
 def test_files_of_file_managers_and_folders_without_images_in_a_class_are_left_out(tmp_path: Path) -> None:
-    make_image_folder(tmp_path, range(3))
+    make_image_folder(tmp_path, range(3), suffix="JPG")
     junk = {"__MACOSX/class000/._0.png": b"", "class000/._0.png": b"", ".git/a/0.png": b"", "class001/boxes/0.xml": b""}
     write_folder(tmp_path, {**junk, "read me.png": b""})
     assert sum(len(part) for part in load_image_folder(tmp_path, image_size=4)) == 6

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ from published import noise
 from refusals import refuses
 
 from metawrap.data import load_image_folder, splits_from
+from metawrap.data.pictures import Decoding, decode_image
 from metawrap.errors import DataError
 
 SIDE = 8
 DEEP = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
 COLOUR = noise(1, SIDE, SIDE, 3)[0]
 FADING = noise(1, SIDE, SIDE, seed=4)[0]
+NINTH = b"\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0"  # an orientation that there is not
 MASK = np.repeat([[255, 0]], SIDE, axis=0).repeat(SIDE // 2, axis=1).astype(np.uint8)
 
 
@@ -91,6 +95,20 @@ def test_numbers_without_a_known_white_are_refused(tmp_path, values, what) -> No
     refuses(DataError, what, read, tmp_path, encoded(Image.fromarray(values), "TIFF"), ".tif")
 
 
+@pytest.mark.parametrize(("kind", "colours", "alphas"), [(2, 3, 0), (4, 1, 1), (6, 3, 1)], ids=["RGB", "LA", "RGBA"])
+def test_twelve_bits_in_colours_of_sixteen_are_refused_as_in_gray(tmp_path, kind, colours, alphas) -> None:
+    def png(values: np.ndarray) -> bytes:  # Pillow writes none of these.
+        pixels = np.dstack([values] * colours + [np.full_like(values, 65535)] * alphas).astype(">u2")
+        rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+        content = b"\x89PNG\r\n\x1a\n"
+        for head, body in ((b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 16, kind, 0, 0, 0)), (b"IDAT", rows)):
+            content += struct.pack(">I", len(body)) + head + body + struct.pack(">I", zlib.crc32(head + body))
+        return content + b"\0\0\0\0IEND\xaeB`\x82"
+
+    np.testing.assert_array_equal(read(tmp_path / "bright", png(DEEP), ".png"), in_colour(DEEP >> 8))
+    refuses(DataError, "no value above 4095 of 65535", read, tmp_path / "dark", png(DEEP >> 4), ".png")
+
+
 # What a file of each orientation needs to stand upright, from the EXIF standard.
 UPRIGHT = {
     1: lambda a: a,
@@ -115,6 +133,15 @@ def test_pictures_stand_as_their_exif_says(tmp_path, orientation) -> None:
     photo = encoded(image, "JPEG", exif=exif, quality=95)
     stored = np.asarray(Image.open(io.BytesIO(photo)))
     np.testing.assert_array_equal(read(tmp_path / "jpg", photo, ".jpg"), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize(("exif", "broken"), [(b"garbage!", 1), (b"MM\0*", 1), (b"MM\0*\0\0\0\x08\0\1" + NINTH, 0)])
+def test_a_picture_with_a_broken_exif_is_read_with_a_remark_and_an_unknown_orientation_without(exif, broken) -> None:
+    remarks: list[str] = []
+    content = encoded(Image.fromarray(COLOUR), "PNG", exif=b"Exif\0\0" + exif)
+    pixels = decode_image(content, "a", Decoding(SIDE), remarks)
+    np.testing.assert_array_equal(pixels.transpose(1, 2, 0), COLOUR)
+    assert remarks == ["an unreadable EXIF, so not turned"] * broken
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -199,7 +226,7 @@ def test_pil_images_of_a_data_set_are_converted_like_files() -> None:
     turned = Image.open(io.BytesIO(encoded(Image.fromarray(COLOUR), "PNG", exif=exif)))
     icon, expected_icon = see_through("LA")
     for image, expected in (
-        (Image.fromarray(DEEP), in_colour(DEEP.astype(np.float64) * 255 / 65535)),
+        (Image.fromarray(DEEP), in_colour(DEEP.astype(np.float64) * 255 / 65535)[:, :, :1]),
         (turned, UPRIGHT[6](COLOUR)),
         (Image.open(io.BytesIO(icon)), expected_icon),
     ):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from published import noise
 from refusals import refuses
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ChainDataset, ConcatDataset, Dataset, Subset, TensorDataset
 
-from metawrap.data import EpisodeSampler, LabelledImages, StreamedImages, splits_from
+from metawrap.data import LabelledImages, StreamedImages, splits_from
 from metawrap.errors import ArgumentError, DataError
 
 IMAGES = noise(30, 6, 5, 3)
@@ -214,12 +214,13 @@ def test_the_split_is_that_of_a_folder_with_the_same_names(tmp_path) -> None:
         (IMAGES[0, 0], LABELS, ArgumentError, "data: expected images"),
         (IMAGES, LABELS + 0.5, ArgumentError, "whole numbers or texts"),
         (IMAGES, [None] * 30, ArgumentError, "whole numbers or texts"),
-        (IMAGES.astype(np.int64), LABELS, DataError, "int64"),
+        (IMAGES.astype(np.int64), LABELS, DataError, r"int64 from .*Divide them by their white, or convert"),
         (IMAGES / 127.5 - 1, LABELS, DataError, r"Take Normalize out of the transform"),
         (IMAGES / np.nan, LABELS, DataError, r"floats in \[0, 1\]"),
         (Birds(), LABELS, ArgumentError, "a data set has labels of its own"),
         ("folder", None, ArgumentError, "a data set with __len__"),
         ({}, None, ArgumentError, "a data set with __len__"),
+        (ChainDataset([]), None, ArgumentError, "Collect an iterable one into a list"),
         ([], None, ArgumentError, "not empty"),
         ([(IMAGES[0],)], None, ArgumentError, "items \\(image, label\\)"),
         ([("a.png", 0), ("b.png", 1), ("c.png", 2)], None, DataError, "image 0: expected a PIL image"),
@@ -231,16 +232,12 @@ def test_what_does_not_fit_is_named(data, labels, error, what: str) -> None:
     refuses(error, what, splits_from, data, labels, stream=False)
 
 
-def test_an_iterable_data_set_is_refused() -> None:
-    class Endless(IterableDataset):
-        def __iter__(self):
-            return iter(())
-
-    refuses(ArgumentError, "Collect an iterable one into a list", splits_from, Endless())
-
-
 def test_names_and_splits_have_to_fit() -> None:
     refuses(ArgumentError, "there are 3 names, and label 3 is 3", splits_from, IMAGES, LABELS, class_names=NAMES[:3])
+    twice, texts = [*NAMES[:8], "crane", "crane"], [f"label {label}" for label in LABELS]
+    refuses(ArgumentError, "the labels 8 and 9 are both called 'crane'", splits_from, IMAGES, LABELS, class_names=twice)
+    refuses(ArgumentError, "both called 'crane'", splits_from, Birds(targets=LABELS.tolist(), classes=twice))
+    refuses(ArgumentError, "None, because the labels are texts", splits_from, IMAGES, texts, class_names=NAMES)
     for split, error, what in (
         ({"train": [0], "val": [1]}, ArgumentError, "test is missing"),
         ({"train": [0], "val": [1], "test": []}, ArgumentError, "at least one"),
@@ -279,7 +276,7 @@ def test_a_split_is_read_from_a_file(tmp_path, file: str, text: str) -> None:
         ("s.yaml", "a: !!python/object/apply:os.system [echo]", "not readable YAML"),
         ("s.yaml", "train: {a: 1}\nval: [b]\ntest: [c]", "expected a list of class names for train"),
         ("s.csv", "name,part\na,train\n", "expected the header class,split"),
-        ("s.csv", "class,split\nbird0,dev\n", "the part 'dev'"),
+        ("s.csv", "class,split\nbird0,exam\n", "the part 'exam'"),
     ],
 )
 def test_a_broken_split_file_is_named(tmp_path, file: str, text: str, what: str) -> None:
@@ -296,9 +293,3 @@ def test_images_are_resized_with_lanczos_when_asked() -> None:
     for mine, image in zip(part.images, IMAGES[LABELS == 0], strict=True):
         expected = np.asarray(Image.fromarray(image).resize((9, 9), Image.Resampling.LANCZOS))
         np.testing.assert_array_equal(mine.permute(1, 2, 0).numpy(), expected)
-
-
-def test_episodes_come_from_it() -> None:
-    task = EpisodeSampler(splits_from(Birds("float")).train, ways=4, shots=1, targets=2).batch(0)[0]
-    assert task.support_x.shape == (4, 3, 6, 5)
-    assert 0 <= float(task.target_x.min()) <= float(task.target_x.max()) <= 1

@@ -163,11 +163,7 @@ COMMANDS: dict[str, tuple[Callable[[], Any], str, str, Callable[[], Any], str]] 
         *(NOTHING, f"{{0}} {shlex.join(FLAGS)}"),
     ),
     "a run that is there": (
-        NOTHING,
-        f"{TRAIN} --out run",
-        "Continue it with (--resume)",
-        NOTHING,
-        "train {0} --out run",
+        *(NOTHING, f"{TRAIN} --out run", "Continue it with (--resume)", NOTHING, "train {0} --out run"),
     ),
     "a run that is there, another": (
         *(NOTHING, f"{TRAIN} --out run", "or choose another (--out)"),
@@ -186,12 +182,8 @@ COMMANDS: dict[str, tuple[Callable[[], Any], str, str, Callable[[], Any], str]] 
         *(NOTHING, "{0}"),
     ),
     "a class more, trained on": (
-        *(
-            lambda: write_class(Path("birds"), "albatross"),
-            "train --resume --out run",
-            "a new run with another (--out)",
-        ),
-        *(NOTHING, f"{TRAIN} {{0}} new"),
+        *(lambda: write_class(Path("birds"), "albatross"), "train --resume --out run"),
+        *("a new run with another (--out)", NOTHING, f"{TRAIN} {{0}} new"),
     ),
     "a class more, removed again": (
         *(lambda: write_class(Path("birds"), "albatross"), "evaluate run", "Put them back as they were"),
@@ -200,6 +192,10 @@ COMMANDS: dict[str, tuple[Callable[[], Any], str, str, Callable[[], Any], str]] 
     "other data with classes of the training": (
         *(copy_with_one_more, "evaluate run --data copy", "Test on data with other classes"),
         *(lambda: write_birds(Path("fish"), [f"fish{number}" for number in range(12)]), "evaluate run --data fish"),
+    ),
+    "other data with classes of the training, left out": (
+        *(copy_with_one_more, "evaluate run --data copy", "metawrap (evaluate run --data copy --new-classes)"),
+        *(NOTHING, "{0}"),
     ),
     "no record of the data": (
         *(forget("run/data.json"), "evaluate run --new-classes", "Leave (--new-classes) out"),
@@ -412,11 +408,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
         r"torch\.nan_to_num",
         lambda: maml().evaluate((torch.nan_to_num(X / 0, 0, 1, -1), Y, TX, TY)),
     ),
-    "evaluation mode": (
-        lambda: step(maml().eval()),
-        r"Call learner\.train\(\)",
-        lambda: step(maml().eval().train()),
-    ),
+    "evaluation mode": (lambda: step(maml().eval()), r"Call learner\.train\(\)", lambda: step(maml().eval().train())),
     "nothing to learn": (
         lambda: step(frozen()),
         r"learner\.model\.requires_grad_\(\)",
@@ -540,6 +532,11 @@ CALLS: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
         lambda: part(PIXELS * 2 - 1),
         "pass normalise= to EpisodeSampler",
         lambda: EpisodeSampler(part(), 1, normalise=([0.5], [0.5])),
+    ),
+    "images of whole numbers": (
+        lambda: part((PIXELS * 255).long()),
+        "Divide them by their white, or convert them to uint8",
+        lambda: (part((PIXELS * 255).long() / 255), part((PIXELS * 255).long().to(torch.uint8))),
     ),
     "images of several sizes": (
         lambda: splits_from(SIZES),

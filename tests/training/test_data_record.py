@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from tiny_runs import refusal
 import metawrap.training.run_evaluation
 from metawrap.cli import main
 from metawrap.data import load_data, load_image_folder
+from metawrap.errors import DataError
+from metawrap.training.comparison import compare
 from metawrap.training.data_record import record_of
+from metawrap.training.run_folder import read_run
 
 
 def parts(folder: str | Path) -> list[tuple[str, ...]]:
@@ -107,7 +111,12 @@ def test_new_classes_are_tested_without_any_class_of_training_or_validation(
     train, _, test = parts("birds")
     for name in ("crow", "dove"):
         write_class(place / "birds", name)
-    (place / "birds" / train[0]).rename(place / "birds" / "alias")  # Trained on, whatever its name is now.
+    birds = place / "birds"  # Three new names for images that were trained on: all but one, with one more, and a few.
+    (birds / train[0]).rename(birds / "alias")
+    (birds / "alias" / "0.png").rename(birds / train[1] / "9.png")
+    shutil.copytree(birds / train[1], birds / "copy")
+    write_class(birds, "half")
+    shutil.move(birds / train[2] / "1.png", birds / "half" / "9.png")
     assert refusal(capsys, ["evaluate", "run"]).endswith("metawrap evaluate run --new-classes.")
     drawn, real = [], metawrap.training.run_evaluation.fixed_tasks
     monkeypatch.setattr(
@@ -153,6 +162,11 @@ def test_other_data_are_tested_unless_their_test_classes_were_trained_on(
     write_birds(place / "fish", [name.replace("bird", "fish") for name in CLASSES])
     assert main(["evaluate", "run", "--data", "fish"]) == 0
     assert "Tested: the test classes of 'fish', after training on 'birds'" in capsys.readouterr().out
+    for name in CLASSES[4:]:  # A name says little in other data.
+        (place / "fish" / name.replace("bird", "fish")).rename(place / "fish" / name)
+    assert main(["evaluate", "run", "--data", "fish"]) == 0
+    alike = {*parts("fish")[2]} & {*parts("birds")[0], *parts("birds")[1]}
+    assert f"'birds'; {len(alike)} have names of classes of that training, but other" in capsys.readouterr().out
     shutil.copytree(place / "birds", place / "copy")
     write_class(place / "copy", "albatross")
     leaked = sorted({*parts("birds")[0], *parts("birds")[1]} & {*parts("copy")[2]})
@@ -190,6 +204,11 @@ def test_seeds_are_not_continued_on_other_data(place: Path, capsys: pytest.Captu
     assert main([*command, "--resume"]) == 2
     assert "'seeds/seed-0' was trained on: added: 'crow'" in capsys.readouterr().err
     assert not Path("seeds/seed-1").exists()
+    (place / "birds").rename("moved")
+    assert main([*command, "--resume", "--data", "moved"]) == 2
+    with pytest.raises(DataError, match="'run' was trained on: added: 'crow'"):
+        compare({"run": replace(read_run(Path("run"))[0], data="moved")}, ".")
+    assert {read_run(Path(name))[0].data for name in ("seeds", "run")} == {"birds"}
 
 
 def test_a_split_by_file_is_part_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,10 +233,7 @@ SOURCES: dict[str, tuple[list[Callable[[Path], Any]], dict[str, Any]]] = {
     ),
     "cub": ([lambda root: cub_folder(root), lambda root: zipped(cub_folder(root / "in").parent, root / "cub.zip")], {}),
     "cifar-fs": ([lambda root: cifar_folder(root), lambda root: cifar_archive(root)], {}),
-    "mini-imagenet": (
-        [lambda root: mini_csv(root), lambda root: mini_csv(root, nested=True)],
-        {"image_size": 8},
-    ),
+    "mini-imagenet": ([lambda root: mini_csv(root), lambda root: mini_csv(root, nested=True)], {"image_size": 8}),
     "mini-imagenet caches": (
         [lambda root: mini_caches(root, "class_dict"), lambda root: mini_caches(root, "class_dict", protocol=4)],
         {"image_size": 8},

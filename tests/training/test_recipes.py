@@ -306,8 +306,8 @@ def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_
     assert "is what a study compares" in refusal(capsys, [*command, "--method", "maml"])
 
 
-def run_of(method: str, seed: int, validation: list[float], error: str | None = None) -> dict[str, Any]:
-    test = None if error else {"accuracy": validation[-1], "interval": 0.01}
+def run_of(method: str, seed: int, validation: list[Any], error: str | None = None) -> dict[str, Any]:
+    test = None if error else {"accuracy": validation[-1], "interval": 0.01, "loss": 1.5}
     run = {"experiment": method, "method": method, "seed": seed, "validation": validation, "error": error, "test": test}
     return run | {"epochs": 3, "data": "omniglot", "ways": 20, "shots": 1}
 
@@ -315,12 +315,14 @@ def run_of(method: str, seed: int, validation: list[float], error: str | None = 
 def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall():
     lines = study_table(
         [run_of("A", 0, [0.5, 0.9, 0.7]), run_of("A", 1, [0.5, 0.6, 0.8]), run_of("B", 0, [0.5], "Error: it diverged.")]
+        + [run_of("C", seed, [None]) for seed in (0, 1)]
     ).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:8]]
     assert cells[0] == ["A", "0", "70.00 ± 1.00 %", "90.00 %", "20.00 %"]
     assert cells[1][-1] == "0.00 %"
     assert cells[2] == ["A", "mean of 2", "75.00 ± 7.07 %", "", ""]  # sqrt(2) * 0.05
     assert cells[3] == ["B", "0", "stopped", "50.00 %", "0.00 %"]
+    assert cells[4:] == [["C", seed, "loss 1.5", "", ""] for seed in "01"]
     assert lines[-1] == "B, seed 0: Error: it diverged."
 
 
