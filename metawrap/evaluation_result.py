@@ -77,6 +77,3 @@ class EvaluationResult:
         ]
         steps = "" if self.steps is None else f"{self.steps} inner steps, "
         return f'{", ".join(values)} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
-
-
-# The label that cross-entropy ignores unless it is told otherwise.

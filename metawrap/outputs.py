@@ -10,20 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, empty, nn
 
-from metawrap.errors import ArgumentError
+from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.tasks import map_tensors
 
 # Losses of these packages take the prediction as a tensor; any other loss gets the output as the network returns it.
 _OF_TENSORS = ("torch", "torchvision", "metawrap")
-
-
-class _Place(Enum):
-    PREDICTION = 1
-    OTHER = 2
 
 
 def prediction_in(output: Any) -> Tensor | None:
@@ -96,36 +91,50 @@ def prediction_for(loss_fn: Any, output: Any) -> Any:
 
 
 def form_of(output: Any, is_prediction: Callable[[Tensor], bool]) -> Any:
-    """The output without its tensors, with a mark in the place of the prediction; None for an output of one tensor."""
+    """The output with empty tensors as marks: (0,) for the prediction, (0, 0) for others; None for a bare tensor."""
     if isinstance(output, Tensor):
         return None
-    # Other objects, such as a cache of keys and values, may hold tensors with a graph.
-    return map_tensors(
-        output, lambda tensor: _Place.PREDICTION if is_prediction(tensor) else _Place.OTHER, lambda _: None
-    )
+
+    def mark(part: Any) -> Any:
+        if isinstance(part, Tensor) and is_prediction(part):
+            return empty(0)
+        # Numbers can change with each pass, and objects such as a cache of keys and values may hold tensors.
+        return part if part is None or isinstance(part, bool | str | Enum) else empty(0, 0)
+
+    return map_tensors(output, mark, mark)
 
 
-def filled(form: Any, prediction: Tensor, other: Any = None) -> Any:
-    """An output of a form around another prediction. Args: other: stands for each other tensor."""
+def filled(form: Any, prediction: Any, other: Any = None) -> Any:
+    """An output of a form around another prediction. Args: other: stands for each other tensor, number and object."""
     if form is None:
         return prediction
-    values = {_Place.PREDICTION: prediction, _Place.OTHER: other}
-    return map_tensors(form, lambda tensor: tensor, lambda value: values.get(value))
+    return map_tensors(form, lambda mark: prediction if mark.ndim == 1 else other)
 
 
 class LeftOut(Tensor):
-    """Stands for the tensors of an output that a method did not compute: a loss that reads one is refused."""
+    """Stands for a part of an output that a loss must not read: its use raises `error` with these words."""
+
+    error: ClassVar[type[MetaWrapError]] = ArgumentError
+    words = (
+        "loss_fn: reads more of the network's output than the prediction, but this method trains by the prediction "
+        "alone. Read nothing else, or use MAML, whose loss gets the whole output."
+    )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every use of such a tensor passes here."""
-        raise ArgumentError(
-            "loss_fn: reads more of the network's output than the prediction, but this method fits the head alone, and "
-            "no other part of the output belongs to the fitted head. Read the prediction alone, or use MAML, which "
-            "runs the whole network."
-        )
+        raise cls.error(cls.words)
 
 
-def left_out() -> Tensor:
+def left_out(kind: type[LeftOut] = LeftOut) -> Tensor:
     """A new `LeftOut`."""
-    return empty(0).as_subclass(LeftOut)
+    return empty(0).as_subclass(kind)
+
+
+def refuse_unread(argument: str, output: Any, error: Exception, more: str = "") -> None:
+    """Raises ArgumentError where a function of the user's failed to read an output. Args: more: further advice."""
+    if not isinstance(output, Tensor) and not isinstance(error, MetaWrapError):
+        raise ArgumentError(
+            f"{argument}: it gets what the network returns, {in_words(output)}, and fails with "
+            f"{type(error).__name__}: {error}. Read the prediction from that in {argument}.{more}"
+        ) from error

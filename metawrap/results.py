@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.errors import ArgumentError, MetaWrapError, TaskError
-from metawrap.outputs import in_words, prediction_for, prediction_in
+from metawrap.errors import ArgumentError, TaskError
+from metawrap.outputs import prediction_for, prediction_in, refuse_unread
 from metawrap.tasks import Task, TaskId, describe_value, map_tensors, tensors_in
 
 
@@ -201,6 +201,7 @@ def meta_output(outcomes: Sequence[TaskOutcome], loss: Tensor) -> MetaOutput:
     )
 
 
+# The label that cross-entropy ignores unless it is told otherwise.
 IGNORED = -100
 
 
@@ -212,6 +213,7 @@ def are_logits(prediction: Any, y: Any) -> bool:
     return bool(fits) and prediction.shape[1] > 1
 
 
+_OF_LOSSES = ' Of losses in training mode, methods with an inner loop know: outputs={"losses_in_training_mode": True}.'
 # Losses of torch on one score for each class, whose prediction is the class of the largest score.
 _CLASS_LOSSES: dict[Any, Callable[..., Tensor]] = {
     nn.CrossEntropyLoss.forward: F.cross_entropy,
@@ -273,15 +275,8 @@ def task_loss(loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
     try:
         loss = loss_fn(prediction, y)
     except (AttributeError, TypeError, LookupError) as error:
-        if not isinstance(prediction, Tensor) and not isinstance(error, MetaWrapError):
-            raise ArgumentError(
-                f"loss_fn: it gets what the network returns, {in_words(prediction)}, and fails with "
-                f"{type(error).__name__}: {error}. Read the prediction from that in loss_fn. For a network that "
-                "returns its losses in training mode alone, methods with an inner loop take "
-                'outputs={"losses_in_training_mode": True}.'
-            ) from error
-        index = isinstance(error, IndexError)
-        if index and class_loss(loss_fn) and isinstance(y, Tensor) and isinstance(prediction, Tensor):
+        refuse_unread("loss_fn", prediction, error, _OF_LOSSES)
+        if isinstance(error, IndexError) and class_loss(loss_fn) and isinstance(y, Tensor):
             ways = prediction.shape[1]
             raise TaskError(
                 f"{part}_y holds labels {int(y.min())}..{int(y.max())}, but the model has {ways} outputs. Relabel the "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, TaskError, UnsupportedModuleError, shown
+from metawrap.inner_loop.masking import MaskRefusedError
 from metawrap.learner.learner import Learner
 from metawrap.outputs import in_words, prediction_in
 from metawrap.surgery.inspect import batch_norms
@@ -181,7 +182,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             module = self.learner.adapt(rows, labels, self.steps, **extra)
         except TaskError as error:
             self._check_outputs(output, rows, classes)
-            if not extra or "mask_unused_outputs" not in str(error):
+            if not isinstance(error, MaskRefusedError):
                 raise
             module = self.learner.adapt(rows, labels, self.steps)  # The loss counts them, as it did in training.
         with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -181,10 +181,8 @@ def iterate_task_batches(tasks: Any) -> Iterator[Any]:
     if _is_endless(tasks):
         some = "tasks.batches(100)" if hasattr(tasks, "batches") else "itertools.islice(tasks, 100)"
         raise TaskError(f"tasks: {type(tasks).__name__} never ends. Pass as many batches as you mean: {some}.")
-    if isinstance(tasks, TaskBatch | Task) or is_stacked(tasks):
-        yield tasks
-        return
-    if isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks):
+    listed = isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks)
+    if listed or isinstance(tasks, TaskBatch | Task) or is_stacked(tasks):
         yield tasks
         return
     if not isinstance(tasks, Iterable):
@@ -210,12 +208,15 @@ def _is_endless(tasks: Any) -> bool:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Applies `change` to every tensor inside nested tuples, lists, dicts and dataclasses, and `other` to all else."""
+    """Applies `change` to tensors in tuples, lists, dicts, dataclasses, objects with `logits`; `other` to all else."""
     again = partial(map_tensors, change=change, other=other)
     if isinstance(value, Tensor):
         return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        changes = {part.name: again(getattr(value, part.name)) for part in fields(value)}
+    named = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+    record = is_dataclass(value) and not isinstance(value, type)
+    if record or (isinstance(named, Tensor) and hasattr(value, "__dict__") and not isinstance(value, tuple | dict)):
+        names = [part.name for part in fields(value)] if record else vars(value)
+        changes = {name: again(getattr(value, name)) for name in names}
         if isinstance(value, dict):  # Outputs of transformers, which hold each field a second time, as an item.
             return type(value)(**changes)
         changed = copy.copy(value)

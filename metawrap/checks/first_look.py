@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
+from metawrap.outputs import prediction_in
 from metawrap.results import are_logits, class_loss, ignored_label, loss_option
 from metawrap.tasks import Task, tensors_in
 
@@ -185,6 +186,7 @@ def warn_many_outputs(prediction: Any, task: Task, loss_fn: Any, or_else: str = 
     Args:
         prediction: on the support set. or_else: what else helps, if the loss can be masked.
     """
+    prediction = prediction_in(prediction)
     if class_loss(loss_fn) is None or not are_logits(prediction, task.support_y):
         return
     counted = [y[y != ignored_label(loss_fn)] for y in (task.support_y, task.target_y)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,10 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return look
 
-    handles = [
-        module.register_forward_hook(watch(name, type(module).__name__)) for name, module in model.named_modules()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(watch(name, type(module).__name__)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trouble_in_words(learner: Any, batch: TaskBatch) -> str:

@@ -7,7 +7,7 @@ with its first task; a learner that keeps the user's head has an `OwnHead`, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -20,13 +20,15 @@ from metawrap.errors import UnsupportedModuleError
 from metawrap.heads.joint_rows import form_of as form_of_inputs
 from metawrap.heads.joint_rows import joined, may_hold_places, rows_stand_alone
 from metawrap.layers.per_step_norm import Moments, PerStepNorm, Statistics
-from metawrap.outputs import candidates, filled, form_of, in_words, left_out, only_tensor, takes_tensors
+from metawrap.outputs import candidates, filled, form_of, in_words, left_out, only_tensor, prediction_in, takes_tensors
 from metawrap.results import task_loss
 from metawrap.surgery.inspect import find_head
 from metawrap.tasks import Inputs, Task, describe_value, map_tensors, tensors_in
 
 EmbeddingSource = Literal["head_input", "output"] | Callable[[Any], Tensor]
 Run = Callable[..., Any]
+# Of the head: the number of its arguments; its output, or the prediction in it if the head is kept; a copy of that.
+_Call = tuple[int, Any, Any]
 _HIDDEN = "is called through something other than its place in the network (a list, a closure)"
 
 
@@ -68,11 +70,8 @@ class Embedding:
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 entered.append(next(iter((*args, *kwargs.values())), None))
 
-            handle = self.module.register_forward_pre_hook(note, with_kwargs=True)
-            try:
+            with self.module.register_forward_pre_hook(note, with_kwargs=True):
                 self.run(inputs, statistics, moments)
-            finally:
-                handle.remove()
         self._check_calls(len(entered))
         found = entered[0]
         if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
@@ -132,56 +131,51 @@ class Embedding:
 
     def check(self, inputs: Inputs) -> None:
         """Raises UnsupportedModuleError unless one call of the head, with one argument, makes the prediction."""
-        calls = self.note_form(inputs)
+        output, calls = self.note_form(inputs)
         self._check_calls(len(calls))
-        [(arguments, found)] = calls
-        if arguments != 1:
+        [call] = calls
+        if call[0] != 1:
             raise UnsupportedModuleError(
-                f"The head '{self.head}' is called with {arguments} arguments, but {self.method} fits it on one, the "
+                f"The head '{self.head}' is called with {call[0]} arguments, but {self.method} fits it on one, the "
                 "embedding. Name a module that takes one tensor with head=."
             )
-        if not found:
+        if not any(self._is_of(call, tensor) for tensor in tensors_in(output)):
+            fix = "Name the last module with head=, move what follows into the loss"
+            cause = "does more behind the head '{}': its prediction is not the head's own output, which {} fits"
+            if not isinstance(call[1], Tensor):
+                fix = "Return that tensor from the head, and build the rest in the network's forward"
+                cause = "has a head '{}' that does not return the prediction as a tensor, as {} needs it"
             other = "wrap the network without it, and say what embeds with embedding="
             if self.keeps_head:
                 other = f"use MAML(..., adapt='{self.head}.*'), which runs the whole network"
-            raise UnsupportedModuleError(
-                f"The network does more behind the head '{self.head}': its prediction is not the head's own output, "
-                f"which {self.method} fits. Name the last module with head=, move what follows into the loss, "
-                f"or {other}."
-            )
+            raise UnsupportedModuleError(f"The network {cause.format(self.head, self.method)}. {fix}, or {other}.")
 
-    def note_form(self, inputs: Inputs) -> list[tuple[int, bool]]:
-        """Runs the network and notes the form of its output around the head's own.
-
-        Returns:
-            For each call of the head the number of its arguments, and whether the output holds what it returned.
-        """
-        calls: list[tuple[int, Any, Any]] = []
+    def watched(self, inputs: Inputs, *how: Any) -> tuple[Any, list[_Call]]:
+        """The network's output, and the calls of the head, if it is known."""
+        calls: list[_Call] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((len(args) + len(kwargs), output, map_tensors(output, Tensor.clone)))
+            own = prediction_in(output) if self.keeps_head else output
+            calls.append((len(args) + len(kwargs), own, map_tensors(output, Tensor.clone)))
 
-        handle = self.module.register_forward_hook(note, with_kwargs=True)
-        try:
-            output = self.run(inputs, "batch", None)
-        finally:
-            handle.remove()
+        with nullcontext() if self.head is None else self.module.register_forward_hook(note, with_kwargs=True):
+            return self.run(inputs, *how), calls
 
-        def holds(tensor: Tensor, own: Any, value: Any) -> bool:
-            # A fitted head takes the place of the user's, whose output may have another shape in the prediction.
-            return tensor is own if self.keeps_head else _same_rows(tensor, value)
+    def note_form(self, inputs: Inputs) -> tuple[Any, list[_Call]]:
+        """Notes the form of the network's output around the head's own; returns what `watched` does."""
+        output, calls = self.watched(inputs, "batch", None)
+        self.forms[self.model.training] = form_of(output, lambda tensor: bool(calls) and self._is_of(calls[-1], tensor))
+        return output, calls
 
-        last = calls[-1][1:] if calls else (None, None)
-        # The head may make the whole output: a dict, for example.
-        whole = self.keeps_head and output is last[0]
-        self.forms[self.model.training] = None if whole else form_of(output, lambda tensor: holds(tensor, *last))
-        return [(count, whole or any(holds(t, own, value) for t in tensors_in(output))) for count, own, value in calls]
+    def _is_of(self, call: _Call, tensor: Tensor) -> bool:
+        # A fitted head takes the place of the user's, whose output may have another shape in the prediction.
+        return tensor is call[1] if self.keeps_head else _same_rows(tensor, call[2])
 
-    def in_form(self, prediction: Tensor, other: Any = None) -> Any:
-        """A prediction of the head in the form of the network's output, with `other` for each other tensor in it."""
-        return filled(self.forms.get(self.model.training), prediction, other)
+    def in_form(self, output: Any, other: Any = None) -> Any:
+        """The head's prediction in the form of the network's output, with `other` for each other tensor in it."""
+        return filled(self.forms.get(self.model.training), prediction_in(output), other)
 
-    def loss(self, loss_fn: Any, prediction: Tensor, y: Any, part: str) -> Tensor:
+    def loss(self, loss_fn: Any, prediction: Any, y: Any, part: str) -> Tensor:
         """`task_loss` of a prediction of the head: a loss of the user's own gets the form of the network's output."""
         shown = prediction if takes_tensors(loss_fn) else self.in_form(prediction, left_out())
         return task_loss(loss_fn, shown, y, part)

@@ -17,9 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metawrap.snapshot.module_state import unchanged
 from metawrap.tasks import Inputs, device_of, map_tensors, tensors_in
 
-_DRAWS = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like"}
-_DRAWS |= {"bernoulli_", "uniform_", "normal_", "exponential_", "random_"}
-
 
 def form_of(inputs: Inputs, sizes: bool = False) -> str:
     """The structure of inputs with the dtype and the number of axes of each tensor, or the sizes behind the first."""
@@ -56,11 +53,16 @@ def rows_stand_alone(model: nn.Module, run: Callable[[Any], Any], one: Inputs, o
     """
     # Each row twice, so that the two sets differ even if the caller has one set in both places.
     other = map_tensors(other, lambda tensor: tensor[torch.arange(len(tensor), device=tensor.device) // 2])
+    # Two sets can share what rows are divided by, such as the largest number; the second pair does not.
+    dimmer = map_tensors(other, lambda tensor: 0.7 * tensor if tensor.is_floating_point() else tensor)
     counts = [len(tensors_in(part)[0]) for part in (one, other)]
     try:
-        found = [tensors_in(trial(model, run, part)) for part in (one, other, joined(one, other))]
-        rows = [each for each in zip(*found, strict=True) if [t.shape[:1].numel() for t in each[:2]] == counts]
-        return bool(rows) and all(_nearly_equal(both, torch.cat(apart)) for *apart, both in rows)
+        for second in (other, dimmer):
+            found = [tensors_in(trial(model, run, part)) for part in (one, second, joined(one, second))]
+            rows = [each for each in zip(*found, strict=True) if [t.shape[:1].numel() for t in each[:2]] == counts]
+            if not rows or not all(_nearly_equal(both, torch.cat(apart)) for *apart, both in rows):
+                return False
+        return True
     except torch.OutOfMemoryError:
         raise
     except Exception:  # Whatever the model says: sets that it takes apart are known to be right.
@@ -105,13 +107,21 @@ def _stir(model: nn.Module) -> None:
 
 
 class _ConstantDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws are 0.5, a permutation is the reversed order, and dropout keeps all."""
+    """Draws are their parameters' sum, or 0.5; a permutation is the reversed order, and dropout keeps all."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name.startswith("rrelu_with_noise"):
+            return func(*args[:4], training=False)
+        found = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return found
         if name == "randperm":
             return found.copy_(torch.arange(len(found) - 1, -1, -1, device=found.device))
         if name == "native_dropout":
             return args[0], found[1]
-        return found.fill_(0.5) if name in _DRAWS else found
+        if name == "multinomial":
+            return found.copy_(args[0].argmax(-1, keepdim=True))
+        # The mean or rate of a draw may come from other rows.
+        given = [a for a in args if isinstance(a, Tensor) and (a.shape, a.dtype) == (found.shape, found.dtype)]
+        return sum(given) if given and not name.endswith(("_", "_like")) else found.fill_(0.5)

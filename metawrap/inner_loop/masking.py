@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metawrap.engines import first_line
 from metawrap.errors import TaskError
-from metawrap.outputs import prediction_for, prediction_in
+from metawrap.outputs import LeftOut, left_out, prediction_for, prediction_in, takes_tensors
 from metawrap.results import IGNORED, are_logits, class_loss
 from metawrap.snapshot.generators import Generators
 from metawrap.tasks import Task, describe_value, map_tensors
@@ -43,6 +44,18 @@ def used_labels(task: Task, ignored: int = IGNORED) -> Tensor:
     return support
 
 
+class MaskRefusedError(TaskError):
+    """The loss, or the output, leaves no place for a mask."""
+
+
+class _Unmasked(LeftOut):
+    error = MaskRefusedError
+    words = (
+        "mask_unused_outputs=True masks the prediction alone, but loss_fn reads another tensor of its shape from the "
+        "network's output. Leave it False, and select the task's outputs in loss_fn."
+    )
+
+
 @dataclass(frozen=True)
 class Mask:
     """Takes the outputs of all classes but `used` (ascending) out of a task, so that the others share its probability.
@@ -66,18 +79,29 @@ class Mask:
         found = prediction_in(output)
         prediction = output if found is None else found
 
-        def around(other: Tensor) -> Any:
-            return map_tensors(output, lambda tensor: other if tensor is prediction else tensor)
+        hidden = None if takes_tensors(self.loss_fn) else left_out(_Unmasked)
+
+        def around(other: Tensor, hidden: Tensor | None = hidden) -> Any:
+            def changed(tensor: Tensor) -> Tensor:
+                kept = hidden if hidden is not None and tensor.shape == prediction.shape else tensor
+                return other if tensor is prediction else kept
+
+            return map_tensors(output, changed)
 
         unused = self._unused(prediction, y)
-        masked = prediction.masked_fill(unused, -torch.inf)
+        masked: Tensor = prediction.masked_fill(unused, -torch.inf)
         if class_loss(self.loss_fn) is not F.cross_entropy and self._sums_to_one(prediction.detach()):
             masked = masked.log_softmax(1)
+        if prediction_in(shown := around(masked, None)) is not masked:
+            raise MaskRefusedError(
+                "mask_unused_outputs=True: the model returns its prediction in an object in which no other can take "
+                f"its place, {describe_value(output)}. Return it in a dict, or leave it False, and mask in loss_fn."
+            )
         value = loss(around(masked), y)
         if class_loss(self.loss_fn) not in (F.cross_entropy, F.nll_loss) or not bool(value.isfinite()):
             with torch.no_grad():
                 self._check(value.detach(), prediction.detach(), masked.detach(), unused, y, around)
-        return around(masked), value
+        return shown, value
 
     def _unused(self, prediction: Any, y: Any) -> Tensor:
         if not are_logits(prediction, y) or (prediction.ndim > 2 and class_loss(self.loss_fn) is None):
@@ -128,23 +152,28 @@ class Mask:
 
         if not bool(value.isfinite()):
             if bool(tried(plain).isfinite()):
-                raise TaskError(
+                raise MaskRefusedError(
                     "mask_unused_outputs=True: the loss is not finite, because it asks masked outputs for a "
                     f"probability, as label smoothing and binary cross-entropy do. {_OTHERWISE}"
                 )
             return
         usual, made_to_sum = tried(masked), not torch.equal(kept, plain[:, self.used])
         if not made_to_sum and torch.equal(tried(masked.masked_fill(unused, kept.max())), usual):
-            raise TaskError(
+            raise MaskRefusedError(
                 "mask_unused_outputs=True has no effect on the loss, which looks at the label's own output alone. "
                 f"{_OTHERWISE}"
             )
         try:
             longer = tried(torch.cat([masked, torch.full_like(masked[:, :1], -torch.inf)], 1))
-        except Exception:  # A loss that is made for this number of outputs.
-            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise MaskRefusedError(
+                "mask_unused_outputs=True: the loss takes this number of outputs alone "
+                f"({type(error).__name__}: {first_line(error)}), so masked ones may count in it. {_OTHERWISE}"
+            ) from error
         if not torch.allclose(longer, usual, rtol=torch.finfo(usual.dtype).eps ** 0.5):
-            raise TaskError(
+            raise MaskRefusedError(
                 "mask_unused_outputs=True: the loss depends on how many outputs are masked, as a mean over all outputs "
                 f"does. {_OTHERWISE}"
             )

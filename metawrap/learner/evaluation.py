@@ -22,7 +22,7 @@ from metawrap.checks.task_batches import (
     refuse_uncounted,
 )
 from metawrap.engines.calling import autograd
-from metawrap.errors import MetaWrapWarning, TaskError
+from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.metrics import Metric, Metrics
@@ -70,6 +70,11 @@ def evaluated(
     _warn_diverged(torch.stack(losses), policy)
     # Measured on each task, or it is no mean over tasks.
     names = [name for name in values[0] if all(name in each for each in values)]
+    if some := {name for each in values if metrics for name in each} - {*names}:
+        raise ArgumentError(
+            f"metric: expected the same names from each task, but only some have {sorted(some)[:10]}. Return all "
+            "names for every task, or evaluate these tasks apart."
+        )
     found = {name: torch.stack([each[name] for each in values]) for name in names} or {"loss": torch.stack(losses)}
     details = {"norm": policy, "steps": learner.settings.default_steps if steps is None else steps}
     return EvaluationResult.of(found, torch.stack(losses), predictions=predictions, **details)

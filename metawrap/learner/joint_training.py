@@ -87,14 +87,9 @@ class JointTraining:
         if self.tune == "full":
             prediction = call_model(module, task.target_x)
             return prediction, task_loss(learner.loss_fn, prediction, task.target_y, "target")
-        made: list[Tensor] = []
-        handle = module.get_submodule(str(learner.head)).register_forward_hook(
-            lambda _, args, output: made.append(output)
-        )
-        try:
+        made: list[Any] = []
+        with module.get_submodule(str(learner.head)).register_forward_hook(lambda _, args, output: made.append(output)):
             call_model(module, task.target_x)
-        finally:
-            handle.remove()
         loss = learner.own_head.loss(learner.loss_fn, made[-1], task.target_y, "target")
         return learner.own_head.in_form(made[-1]), loss
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError
+from metawrap.outputs import prediction_in, refuse_unread, takes_tensors
 from metawrap.tasks import describe_value
 
 
@@ -63,12 +64,18 @@ class Metrics:
     def of(self, prediction: Any, y: Any) -> dict[str, Tensor]:
         """The value of each metric for one task; a metric of several numbers gives several.
 
+        A function of the user's own gets the network's whole output, any other metric the prediction in it.
+
         Raises:
-            ArgumentError: a value is no number.
+            ArgumentError: a value is no number, or a metric cannot read the output.
         """
         found: dict[str, Tensor] = {}
         for name, metric in self._table.items():
-            value = _value(metric, prediction, y)
+            try:
+                value = _value(metric, prediction, y)
+            except (AttributeError, TypeError, LookupError) as error:
+                refuse_unread("metric", prediction, error)
+                raise
             parts = value if isinstance(value, Mapping) else {"": value}
             for part, number in parts.items():
                 label = name if part == "" else f"{name}.{part}" if self._several else str(part)
@@ -86,7 +93,10 @@ def _name_of(metric: Any) -> str:
 
 
 def _value(metric: Any, prediction: Any, y: Any) -> Any:
-    if not isinstance(metric, GatheringMetric):
+    gathers = isinstance(metric, GatheringMetric)
+    if (gathers or takes_tensors(metric)) and (found := prediction_in(prediction)) is not None:
+        prediction = found
+    if not gathers:
         return metric(prediction, y)
     metric.reset()
     # A call gives the value of these examples alone; compute() of torchmetrics would wait for other processes.

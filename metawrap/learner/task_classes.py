@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metawrap.engines import first_line
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
+from metawrap.outputs import in_words, prediction_in
 from metawrap.results import ignored_label
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import untouched_buffers
@@ -86,17 +87,18 @@ class TaskClasses:
 
         with torch.inference_mode(False), torch.no_grad(), untouched_buffers(module):
             name = find_head(module, run).name
-            [whole, *others] = tensors_in(seen[0])
-            if not others and whole.ndim == 2 and wanted == list(range(whole.shape[1])):
+            if (whole := prediction_in(seen[0])) is not None and whole.ndim == 2 and wanted == [*range(whole.shape[1])]:
                 return module
-            axis = None if others else _keep_rows(module, name, wanted, whole.shape)
+            axis = None if whole is None else _keep_rows(module, name, wanted, whole.shape)
             try:
-                if axis is not None and _are_those(tensors_in(run())[0], whole, wanted, axis):
+                if axis is not None and _are_those(prediction_in(run()), whole, wanted, axis):
                     return module
             except Exception as error:  # Layers behind it may need all outputs.
                 reason = f"without the others it fails ({type(error).__name__}: {first_line(error)})"
             else:
                 reason = f"its prediction is not made by the rows of a layer of its own (the last one is '{name}')"
+                if whole is None:
+                    reason = f"it returns {in_words(seen[0])}, and it is not known which tensor is the prediction"
         raise UnsupportedModuleError(
             f"classes: {type(module).__name__} cannot be cut down to the outputs of its classes: {reason}. Leave "
             "classes= out, and select them from the prediction, as adapted(x)[:, labels] does for a tensor."
@@ -124,7 +126,7 @@ def _keep_rows(module: nn.Module, name: str | None, wanted: Sequence[int], shape
     return axis
 
 
-def _are_those(found: Tensor, whole: Tensor, wanted: Sequence[int], axis: int) -> bool:
+def _are_those(found: Any, whole: Any, wanted: Sequence[int], axis: int) -> bool:
     """Whether outputs are the wanted ones of the whole, or their probabilities again."""
     chosen = whole.index_select(axis, torch.tensor(wanted, device=whole.device))
     close = torch.finfo(chosen.dtype).eps ** 0.5

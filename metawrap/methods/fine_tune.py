@@ -86,12 +86,15 @@ class FineTune(HeadLearner):
         return TrainingOutputs(logits, torch.where(counted, rows[labels.long() * counted], labels), logits[:, rows])
 
     def _predicted(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None) -> Tensor:
-        output = self.wrapped.run(inputs, statistics, moments)
+        output, calls = self.own_head.watched(inputs, statistics, moments)
         found = prediction_in(output)
+        if found is None and calls:
+            found = next((tensor for tensor in tensors_in(output) if tensor is calls[-1][1]), None)
         if found is None:
             raise UnsupportedModuleError(
                 f"FineTune trains on the network's prediction, but the network returns {in_words(output)}, and which "
-                "tensor that is is not known. Return it under the name 'logits', or name each task's classes."
+                "tensor that is is not known. Return it under the name 'logits', name the module that makes it with "
+                "head=, or name each task's classes."
             )
         self.own_head.forms[self.model.training] = form_of(output, lambda tensor: tensor is found)
         return found

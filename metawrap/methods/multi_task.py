@@ -19,6 +19,7 @@ from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights
 from metawrap.learner.task_classes import Classes, TaskClasses
+from metawrap.outputs import prediction_in
 from metawrap.results import TaskOutcome
 from metawrap.settings.keywords import checked
 from metawrap.settings.settings import InnerOptimizerName
@@ -76,7 +77,7 @@ class MultiTask(HeadLearner):
             logits = self.joint.table(torch.cat(embedded), torch.tensor(task.classes, device=device_of(self)))
         else:
             head, engine = self.heads.of(task.id, self.own_head.names()), FunctionalEngine(self.own_head.module)
-            logits = torch.cat([engine.call(head, rows) for rows in embedded])
+            logits = torch.cat([prediction_in(engine.call(head, rows)) for rows in embedded])  # type: ignore[misc]
         return TrainingOutputs(logits, labels, logits)
 
     def _solve(self, task: Task, **how: Any) -> TaskOutcome:

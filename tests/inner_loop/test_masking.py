@@ -57,6 +57,11 @@ REFUSED: dict[str, tuple[type, Any, str]] = {
     "the label's own logit": (NormedMlp, lambda p, y: -p.gather(1, y[:, None]).mean(), "no effect on the loss"),
     "nll_loss of logits": (NormedMlp, F.nll_loss, "do not sum to one.*F.cross_entropy"),
     "a mean over outputs": (NormedMlp, brier, "how many outputs are masked"),
+    "made for seven outputs": (
+        NormedMlp,
+        lambda p, y: F.mse_loss(p.softmax(1), F.one_hot(y, min(p.shape[1], 7)).to(p)),
+        "takes this number of outputs alone",
+    ),
     "multi_margin_loss": (NormedMlp, F.multi_margin_loss, "how many outputs are masked"),
 }
 
@@ -201,3 +206,13 @@ def test_classes_on_another_axis_are_not_masked_in_silence() -> None:
     x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(0, 3, (4, 3))
     with pytest.raises(TaskError, match=r"\(examples, classes, ...\)"):
         learner_of(model=model, loss_fn=loss, mask_unused_outputs=True).meta_step([Task(x, y, x, y)])
+
+
+def test_lack_of_memory_in_a_trial_of_the_mask_is_told() -> None:
+    def loss(p: Tensor, y: Tensor) -> Tensor:
+        if p.shape[1] > 7:
+            raise torch.OutOfMemoryError
+        return F.cross_entropy(p, y)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        learner_of(model=wide(), loss_fn=loss, mask_unused_outputs=True).evaluate(relabelled(TASKS))

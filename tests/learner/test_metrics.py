@@ -231,8 +231,25 @@ def test_metrics_of_any_kind_are_means_over_tasks_and_stay_as_they_were(name: st
 
 
 @pytest.mark.parametrize(
-    "metric", [{}, {1: errors}, {"errors": 3}, Gathering, [errors], {"both": lambda p, y: p}, lambda p, y: {"a": None}]
+    "metric",
+    [
+        *({}, {1: errors}, {"errors": 3}, Gathering, [errors], {"both": lambda p, y: p}, lambda p, y: {"a": None}),
+        lambda p, y: {str(y[:5].tolist()): 1.0},
+    ],
 )
 def test_what_is_no_metric_is_refused_by_name(metric: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"metric: expected .*(by name|one number per task)"):
+    with pytest.raises(
+        ArgumentError, match=r"metric: expected .*(by name|one number per task|same names from each task)"
+    ):
         learner_of(KNOWN["cross-entropy"]).evaluate(tasks_of((), None), metric=metric)
+
+
+def test_of_a_dict_an_object_gets_the_prediction_and_a_function_all() -> None:
+    case = (partial(Reshaped, 3, lambda p: {"logits": p}), *KNOWN["cross-entropy"][1:])
+    learner, tasks = learner_of(case), tasks_of((), None)
+    own = {"own": lambda output, y: errors(output["logits"], y), "object": Gathering(), "loss": nn.CrossEntropyLoss()}
+    found = learner.evaluate(tasks, metric=own)
+    assert found.metrics["loss"].mean == pytest.approx(found.loss)
+    assert found.metrics["object"].mean == pytest.approx(1 - found.metrics["own"].mean / 12)
+    with pytest.raises(ArgumentError, match=r"metric: it gets .*a dict with output\['logits'\].*AttributeError"):
+        learner.evaluate(tasks, metric=errors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ def network(form: Any) -> Any:
 
 
 def own_loss(output: Any, y: Tensor) -> Tensor:
+    assert not isinstance(output, dict) or output.get("sharp", True)  # A flag beside the prediction stays.
     return F.cross_entropy(logits_of(output), y)
 
 
@@ -117,12 +120,21 @@ def test_a_loss_of_tensors_refuses_an_ambiguous_output_and_its_own_advice_works(
         lambda output: output["features"].square().mean(),
         lambda output: 0.1 * output["features"].sum(),
         lambda output: F.mse_loss(output["features"], torch.zeros(1)),
+        lambda output: output["scale"] * output["logits"].sum(),
     ],
 )
 @pytest.mark.parametrize("method", ["ANIL", "ProtoNet", "MultiTask"])
 def test_a_loss_that_reads_what_a_fitted_head_has_not_made_is_refused(method: str, more: Any) -> None:
     with pytest.raises(ArgumentError, match=r"loss_fn: reads more of the network's output than the prediction"):
         figures(method, KNOWN["dict with features"], loss_fn=lambda output, y: own_loss(output, y) + more(output))
+
+
+@pytest.mark.parametrize("tune", ["head", "full"])
+def test_training_by_shared_labels_takes_the_prediction_of_the_named_head(tune: Any) -> None:
+    options: Any = SHORT | {"tune": tune, "classes": "shared", "head": "head"}
+    task, first = replace(TASKS[0], classes=None), lambda output, y: F.cross_entropy(output[0], y)
+    pair = FineTune(network(UNKNOWN["two heads"][0]), loss_fn=first, **options)
+    assert pair.meta_step([task]).loss == FineTune(network(KNOWN["tensor"]), **options).meta_step([task]).loss
 
 
 @pytest.mark.parametrize("method", ["MAML", "ANIL", "R2D2", "ZeroStep"])
@@ -146,17 +158,22 @@ class Scores(nn.Linear):
         return {"logits": super().forward(x)}
 
 
-@pytest.mark.parametrize("method", ["ANIL", "FineTune", "MultiTask"])
-def test_a_head_may_make_the_whole_output(method: str) -> None:
+@pytest.mark.parametrize("loss", [{}, {"loss_fn": own_loss}], ids=["default", "own"])
+@pytest.mark.parametrize("method", ["ANIL", "FineTune", "MultiTask", "MultiTask by id"])
+def test_a_head_may_make_the_whole_output(method: str, loss: dict[str, Any]) -> None:
+    method, *by_id = method.split(" by ")
+    tasks = [replace(task, id="a", classes=None) for task in TASKS] if by_id else TASKS
     net = network(KNOWN["tensor"])
     own = copy.deepcopy(net)
     own.head = Scores(5, 3).double()
     own.head.load_state_dict(net.head.state_dict())
     results = []
     for model in (net, own):
-        learner = getattr(metawrap, method)(model, head="head", **METHODS[method])
-        results.append((learner.meta_step(TASKS).loss, learner.evaluate(TASKS).loss, learner.evaluate(TASKS).accuracy))
+        learner = getattr(metawrap, method)(model, head="head", **METHODS[method], **loss)
+        results.append((learner.meta_step(tasks).loss, learner.evaluate(tasks).loss, learner.evaluate(tasks).accuracy))
     assert results[0] == results[1]
+    with pytest.raises(UnsupportedModuleError, match="'head' that does not return the prediction as a tensor"):
+        ProtoNet(own).meta_step(tasks)
 
 
 class Unheaded(Many):
@@ -192,7 +209,7 @@ def test_an_auxiliary_head_in_training_alone_is_named_and_then_no_obstacle() -> 
     assert found.head == "head"
 
 
-@pytest.mark.parametrize("form", ["dict", "dict with an auxiliary head", "transformers"])
+@pytest.mark.parametrize("form", ["dict", "dict with an auxiliary head", "transformers", "object", "mapping"])
 def test_outputs_of_absent_classes_are_masked_in_any_form(form: str) -> None:
     task = Task(*(part[:4] for part in TASKS[0].parts()))  # Classes 0 and 1 of three outputs.
     results = []
@@ -201,7 +218,24 @@ def test_outputs_of_absent_classes_are_masked_in_any_form(form: str) -> None:
         results.append(learner.evaluate([task], keep_predictions=True))
     assert results[0].loss == results[1].loss
     torch.testing.assert_close(logits_of(results[1].predictions[0]), results[0].predictions[0])
-    assert results[1].predictions[0]["logits"][:, 2].isneginf().all()
+    assert logits_of(results[1].predictions[0])[:, 2].isneginf().all()
+
+
+@pytest.mark.parametrize(
+    ("output", "loss", "words"),
+    [
+        (
+            KNOWN["dict with an auxiliary head"],
+            lambda o, y: F.cross_entropy(o["aux"], y),
+            "another tensor of its shape",
+        ),
+        (lambda *parts: MappingProxyType(KNOWN["dict"](*parts)), own_loss, "no other can take its place"),
+    ],
+)
+def test_what_a_mask_does_not_reach_is_refused(output: Any, loss: Any, words: str) -> None:
+    learner = MAML(network(output), outputs={"mask_unused_outputs": True}, loss_fn=loss, **QUICK)
+    with pytest.raises(metawrap.TaskError, match=words):
+        learner.meta_step(TASKS)
 
 
 def test_the_parts_of_an_output_change_together() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from face import unchanged
+from many_outputs import logits_of
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -113,18 +114,19 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Tensor], Tensor]]]
         lambda m, h: m.head(h[..., None].repeat(1, 1, 2)).mean(2),
         lambda p: p,
     ),
+    "features beside them": (LINEAR, lambda m, h: {"logits": m.head(h), "features": h}, lambda p: p),
     "dropout in eval mode": (LINEAR, lambda m, h: m.head(F.dropout(h)), lambda p: p),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "a scale for each output": (LINEAR, lambda m, h: m.head(h) * m.scale, "fails"),
     "weight_norm": (lambda: weight_norm(nn.Linear(6, 7)), lambda m, h: m.head(h), "not made by the rows"),
     "another order": (LINEAR, lambda m, h: m.head(h).flip(1), "not made by the rows"),
-    "two tensors": (LINEAR, lambda m, h: (m.head(h), m.head(h)), "not made by the rows"),
+    "two tensors": (LINEAR, lambda m, h: (m.head(h), m.head(h)), "not known which tensor"),
 }
 
 
 def ending(head: Callable[[], nn.Module], end: Any) -> Any:
-    loss = lambda p, y: F.cross_entropy(p[0] if isinstance(p, tuple) else p, y)
+    loss = lambda p, y: F.cross_entropy(p[0] if isinstance(p, tuple) else logits_of(p), y)
     torch.manual_seed(0)
     return MAML(Ends(head(), end).double(), inner_steps=1, loss_fn=loss)
 
@@ -144,7 +146,9 @@ def test_whatever_the_end_of_the_network_makes_of_its_outputs(name: str) -> None
         assert torch.equal(X, kept)
         torch.manual_seed(1)
         whole = learner.adapt(X, Y)
-        expected, found = [(torch.manual_seed(2), module(TARGET_X.clone()))[1] for module in (whole, adapted)]
+        expected, found = [
+            (torch.manual_seed(2), logits_of(module(TARGET_X.clone())))[1] for module in (whole, adapted)
+        ]
     torch.testing.assert_close(found, share(expected[:, list(LABELS)]), rtol=1e-9, atol=1e-12)
 
 
@@ -187,9 +191,14 @@ def test_of_a_thousand_outputs_five_keep_all_of_the_probability() -> None:
     assert shares[1] == pytest.approx(1)
 
 
-def told(method: Any, count: int, y: Tensor, **options: Any) -> list[str]:
+class Named(NormedMlp):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+def told(method: Any, count: int, y: Tensor, kind: Any = NormedMlp, **options: Any) -> list[str]:
     """The warnings of two meta-steps."""
-    learner = method(seeded(lambda: NormedMlp(ways=count)), **options)
+    learner = method(seeded(lambda: kind(ways=count)), **options)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", MetaWrapWarning)
         for _ in range(2):
@@ -204,6 +213,7 @@ def test_outputs_of_no_class_are_told_once_and_what_is_told_helps(method: Any, o
     assert text.startswith(f"The network has {outputs} outputs, but its first task has 3 classes")
     assert "Give the network 3 outputs" in text
     assert told(method, 3, PLACES) == []
+    assert told(method, outputs, PLACES, Named) == [text]
     assert ('outputs={"mask_unused_outputs": True}' in text) == (method is not ANIL)
     if method is not ANIL:
         assert told(method, outputs, PLACES, outputs={"mask_unused_outputs": True}) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ LABELS = torch.arange(NODES) % 3
 X = numbers(0, NODES, 4), numbers(1, NODES, 4)
 ENDS = places(2, NODES, NODES, 2), places(3, NODES, NODES, 2)
 MEMBERS = places(4, 3, NODES), places(5, 3, NODES)
+FALLING = torch.linspace(1, 0.1, NODES, dtype=torch.float64)  # The largest number of both sets is the same.
 MIXED: dict[str, tuple[Any, tuple[Any, Any]]] = {
     "edges": (edges, ENDS),
     "edges as floats": (edges, (ENDS[0].double(), ENDS[1].double())),
@@ -90,6 +92,7 @@ MIXED: dict[str, tuple[Any, tuple[Any, Any]]] = {
     "pairs": (mixed_up, (None, None)),
     "sequence": (sequence, (None, None)),
     "attended": (attended, (None, None)),
+    "scaled by the largest": (lambda net, hidden, w: hidden * (w / w.amax())[:, None], (FALLING, FALLING)),
 }
 NAMES = {"multi-task": {"id": "blue"}, "fine-tune by classes": {"classes": (0, 1, 2)}}
 EMBEDDING = ["protonet", "r2d2", "metaoptnet", "matchingnet", "relationnet", "siamese", "mann", "metanet"]
@@ -198,9 +201,12 @@ def test_a_head_that_centres_its_rows_sees_one_set_at_a_time() -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("mixed", MIXED)
+DRAWN = {"drawn around a mean": (lambda net, hidden: torch.normal(hidden - hidden.mean(0), 1.0), (None, None))}
+
+
+@pytest.mark.parametrize("mixed", MIXED | DRAWN)
 def test_reptile_refuses_rows_that_are_no_examples_and_nothing_moves(mixed: str) -> None:
-    mix, rest = MIXED[mixed]
+    mix, rest = (MIXED | DRAWN)[mixed]
     learner = Reptile(seeded(lambda: Net(mix)), inner_steps=1, engine="functional")
     before = copy.deepcopy(learner.state_dict())
     with pytest.raises(TaskError, match=r"support_x: Reptile draws.*Use FOMAML or MAML"):
@@ -215,7 +221,12 @@ def test_reptile_refuses_rows_that_are_no_examples_and_nothing_moves(mixed: str)
         assert advised(seeded(lambda: Net(mix)), inner_steps=1).meta_step([task(rest)]).loss > 0
 
 
-@pytest.mark.parametrize("mix", [None, path_dropped, dropped_out])
+def drawn(net: Net, hidden: Tensor) -> Tensor:
+    counts = torch.poisson(hidden.exp()) * torch.bernoulli(hidden.sigmoid()) + torch.multinomial(hidden.softmax(1), 1)
+    return nn.functional.rrelu(hidden, training=True) * counts + torch.normal(hidden, 1.0)
+
+
+@pytest.mark.parametrize("mix", [None, path_dropped, dropped_out, drawn])
 @pytest.mark.parametrize("tracks", [True, False])
 def test_reptile_takes_rows_that_only_share_the_moments_of_batch_norms(mix: Any, tracks: bool) -> None:
     model: Any = seeded(lambda: Net(mix))
@@ -225,19 +236,17 @@ def test_reptile_takes_rows_that_only_share_the_moments_of_batch_norms(mix: Any,
 
 
 def test_reptile_takes_outputs_of_a_class_of_the_users_own() -> None:
-    class Output:
-        def __init__(self, logits: Tensor) -> None:
-            self.logits = logits
-
     class Objects(Net):
-        def forward(self, x: Tensor, *rest: Tensor) -> Any:
-            return Output(super().forward(x, *rest))
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(scores=super().forward(x))
 
-    objects, plain = (
-        Reptile(seeded(lambda made=made: made(None)), inner_steps=1, engine="functional", loss_fn=loss_fn)
-        for made, loss_fn in (
-            (Objects, lambda found, y: nn.functional.cross_entropy(found.logits, y)),
+    losses = [
+        Reptile(seeded(lambda kind=kind: kind(None)), inner_steps=1, engine="functional", loss_fn=loss_fn)
+        .meta_step([task()])
+        .loss
+        for kind, loss_fn in (
+            (Objects, lambda found, y: nn.functional.cross_entropy(found.scores, y)),
             (Net, nn.functional.cross_entropy),
         )
-    )
-    assert objects.meta_step([task()]).loss == pytest.approx(plain.meta_step([task()]).loss, rel=1e-12)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)

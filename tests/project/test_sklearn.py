@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor, nn
 
 from metawrap import ANIL, MAML, FineTune, MAMLPlusPlus, MetaWrapError, ProtoNet
-from metawrap.errors import ArgumentError, UnsupportedModuleError
+from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError
 from metawrap.sklearn import FewShotClassifier
 
 NAMES = np.array(["cat", "ant", "bee"])
@@ -141,6 +141,9 @@ def test_fewer_classes_than_outputs_are_fitted_with_the_other_outputs_masked_if_
     expected = adapted(torch.tensor(target))[:, :2].softmax(1).detach().numpy()
     np.testing.assert_allclose(model.predict_proba(target), expected, rtol=1e-9)
     assert set(model.predict(target)) <= {"ant", "bee"}
+    learner.loss_fn = nn.NLLLoss()
+    with pytest.raises(TaskError, match="needs log-probabilities"):
+        FewShotClassifier(learner).fit(support[two], y[two])
 
 
 @pytest.mark.parametrize("method", [MAMLPlusPlus, ANIL, FineTune])

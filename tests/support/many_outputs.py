@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,11 @@ KNOWN: dict[str, Form] = {
     "dict": lambda net, shallow, deep: {"logits": net.head(deep)},
     "one of another name": lambda net, shallow, deep: {"out": net.head(deep), "ids": torch.zeros(len(deep)).long()},
     "list of one": lambda net, shallow, deep: [net.head(deep)],
-    "dict with features": lambda net, shallow, deep: {"logits": net.head(deep), "features": shallow},
+    "dict with features": lambda net, shallow, deep: (
+        {"logits": net.head(deep), "features": shallow, "sharp": True, "scale": 2.0}
+    ),
+    "object": lambda net, shallow, deep: SimpleNamespace(logits=net.head(deep), features=shallow),
+    "mapping": lambda net, shallow, deep: UserDict(logits=net.head(deep), aux=net.aux(shallow)),
     "dict with an auxiliary head": lambda net, shallow, deep: {"logits": net.head(deep), "aux": net.aux(shallow)},
     "named tuple": lambda net, shallow, deep: Outputs(net.head(deep), net.aux(shallow) if net.training else None),
     "dataclass": lambda net, shallow, deep: Found(net.head(deep), [shallow]),
@@ -88,4 +93,4 @@ def logits_of(output: Any) -> Tensor:
         return output["out"]  # type: ignore[no-any-return]
     if isinstance(output, list):
         return output[0]  # type: ignore[no-any-return]
-    return output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+    return output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
