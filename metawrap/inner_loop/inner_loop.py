@@ -136,7 +136,8 @@ class InnerLoop:
         if self.losses_in is not None:
             with self.losses_in():
                 _, loss = replace(self, losses_in=None).target_loss(fast, step, weight)
-            return self._predict_target(fast, step), loss
+            prediction = self._predict_target(fast, step)
+            return prediction if self.mask is None else self.mask.masked(prediction, self.task.target_y), loss
         if self.eager is None:
             return self._judged(self._predict_target(fast, step), self.task.target_y, "target")
         leaves = as_leaves(fast)

@@ -76,32 +76,41 @@ class Mask:
         Raises:
             TaskError: the outputs cannot be masked, or the loss does not leave masked outputs out.
         """
-        found = prediction_in(output)
-        prediction = output if found is None else found
-
+        prediction, masked, unused, shown = self._masked(output, y)
         hidden = None if takes_tensors(self.loss_fn) else left_out(_Unmasked)
 
-        def around(other: Tensor, hidden: Tensor | None = hidden) -> Any:
+        def around(other: Tensor) -> Any:
             def changed(tensor: Tensor) -> Tensor:
                 kept = hidden if hidden is not None and tensor.shape == prediction.shape else tensor
                 return other if tensor is prediction else kept
 
             return map_tensors(output, changed)
 
-        unused = self._unused(prediction, y)
-        masked: Tensor = prediction.masked_fill(unused, -torch.inf)
-        if class_loss(self.loss_fn) is not F.cross_entropy and self._sums_to_one(prediction.detach()):
-            masked = masked.log_softmax(1)
-        if prediction_in(shown := around(masked, None)) is not masked:
-            raise MaskRefusedError(
-                "mask_unused_outputs=True: the model returns its prediction in an object in which no other can take "
-                f"its place, {describe_value(output)}. Return it in a dict, or leave it False, and mask in loss_fn."
-            )
         value = loss(around(masked), y)
         if class_loss(self.loss_fn) not in (F.cross_entropy, F.nll_loss) or not bool(value.isfinite()):
             with torch.no_grad():
                 self._check(value.detach(), prediction.detach(), masked.detach(), unused, y, around)
         return shown, value
+
+    def masked(self, output: Any, y: Any) -> Any:
+        """The output with its prediction masked."""
+        return self._masked(output, y)[-1]
+
+    def _masked(self, output: Any, y: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """The prediction, the masked prediction, the unused classes, and the output with its prediction masked."""
+        found = prediction_in(output)
+        prediction = output if found is None else found
+        unused = self._unused(prediction, y)
+        masked: Tensor = prediction.masked_fill(unused, -torch.inf)
+        if class_loss(self.loss_fn) is not F.cross_entropy and self._sums_to_one(prediction.detach()):
+            masked = masked.log_softmax(1)
+        shown = map_tensors(output, lambda tensor: masked if tensor is prediction else tensor)
+        if prediction_in(shown) is not masked:
+            raise MaskRefusedError(
+                "mask_unused_outputs=True: the model returns its prediction in an object in which no other can take "
+                f"its place, {describe_value(output)}. Return it in a dict, or leave it False, and mask in loss_fn."
+            )
+        return prediction, masked, unused, shown
 
     def _unused(self, prediction: Any, y: Any) -> Tensor:
         if not are_logits(prediction, y) or (prediction.ndim > 2 and class_loss(self.loss_fn) is None):

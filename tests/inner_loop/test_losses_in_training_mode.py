@@ -141,6 +141,19 @@ def test_a_network_that_returns_one_loss_in_training_mode(method: Any) -> None:
     assert learner.evaluate([Task((x, y), y, (x, y), y)], steps=1).loss == pytest.approx(expected)
 
 
+def test_predictions_in_eval_mode_are_masked_too() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    model.bias.data[3] = 50.0  # Of a class that the task lacks.
+    x, y = torch.randn(6, 3), torch.arange(6) % 3
+    results = []
+    for on in (False, True):
+        learner = MAML(model, inner_steps=1, outputs={"mask_unused_outputs": True, "losses_in_training_mode": on})
+        results.append(learner.evaluate([Task(x, y, x, y)], keep_predictions=True))
+    assert results[1].accuracy == results[0].accuracy > 0
+    torch.testing.assert_close(results[1].predictions[0], results[0].predictions[0])
+
+
 def test_dropout_in_losses_of_an_evaluation_leaves_the_generators_alone() -> None:
     learner = MAML(Reports(), inner_steps=2, loss_fn=lambda out, y: out["loss"], outputs=ON)
     x, y = torch.randn(4, 3), torch.randn(4, 2)
