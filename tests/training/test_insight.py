@@ -104,9 +104,9 @@ def test_an_interrupted_run_has_the_same_insight_as_one_that_was_not(finished, t
 
 def test_resuming_keeps_the_command_that_started_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["metawrap", "train", "--first"])
-    RunFolder(tmp_path, TINY).begin([], {})
+    RunFolder(tmp_path, TINY).begin([], dict)
     monkeypatch.setattr(sys, "argv", ["metawrap", "train", "--resume"])
-    RunFolder(tmp_path, TINY).begin([], {})
+    RunFolder(tmp_path, TINY).begin([], dict)
     [run] = read_records(tmp_path)
     assert run.command.endswith("train --first")
 
