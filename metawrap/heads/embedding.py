@@ -19,7 +19,8 @@ from metawrap.engines.batched import first_line
 from metawrap.errors import UnsupportedModuleError
 from metawrap.heads.joint_rows import form_of as form_of_inputs
 from metawrap.heads.joint_rows import joined, may_hold_places, rows_stand_alone
-from metawrap.layers.per_step_norm import Moments, PerStepNorm, Statistics
+from metawrap.layers.norm_policies import Statistics, passes_of
+from metawrap.layers.per_step_norm import Moments, PerStepNorm
 from metawrap.outputs import candidates, filled, form_of, in_words, left_out, only_tensor, prediction_in, takes_tensors
 from metawrap.results import task_loss
 from metawrap.surgery.inspect import find_head
@@ -91,15 +92,15 @@ class Embedding:
             run: `run(inputs, statistics, moments)` to something else than embeddings, such as predictions.
         """
         run, kind = run or self.of, "embeddings" if run is None else "others"
-        if norm == "support":
-            return run(task.support_x, "capture", moments), run(task.target_x, "captured", moments)
+        passes = passes_of(norm, training=training)
+        if passes.context is not None:
+            return run(task.support_x, passes.context, moments), run(task.target_x, passes.target, moments)
         if norm == "running" and training and (both := self._joint_inputs(task, run, kind)) is not None:
             # One batch, as in ordinary training: its statistics are stored, and used in evaluation.
             rows = run(both, "batch", moments)
             count = len(tensors_in(task.support_x)[0])
             return rows[:count], rows[count:]
-        statistics: Statistics = "running" if norm == "running" and not training else "batch"
-        return run(task.support_x, statistics, moments), run(task.target_x, statistics, moments)
+        return run(task.support_x, passes.support, moments), run(task.target_x, passes.target, moments)
 
     def _joint_inputs(self, task: Task, run: Run, kind: str) -> Inputs | None:
         """Support and target inputs as one batch; None where that is not known to give the same rows.

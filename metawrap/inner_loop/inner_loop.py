@@ -25,7 +25,8 @@ from metawrap.engines import Engine
 from metawrap.engines.calling import autograd, dense, leaves_behind
 from metawrap.inner_loop.masking import Mask
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
-from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
+from metawrap.layers.norm_policies import PASSES, Passes, Statistics
+from metawrap.layers.per_step_norm import Moments, StepClock
 from metawrap.tasks import Inputs, Task, map_tensors
 
 FastWeights = dict[str, Tensor]
@@ -46,8 +47,7 @@ class InnerLoop:
     engine: runs the module; it takes a task axis where the task has one.
     loss: `loss(prediction, y, part)` to a scalar; `part` names the examples in errors.
     rates: a row of learning rates for each step, by parameter name; the last row serves all later steps.
-    statistics: the statistics that normalise in every pass, except under norm="support".
-    conditional: norm="support": targets are normalised by their support set's statistics.
+    passes: the statistics that normalise in each pass.
     differentiable: the fast weights keep the graph back to where they started.
     second_order: the inner gradients keep their graph, too.
     max_norm, max_value: clipping of the inner gradient.
@@ -64,8 +64,7 @@ class InnerLoop:
     loss: TaskLoss
     clock: StepClock = field(default_factory=StepClock)
     stacked: bool = False
-    statistics: Statistics = "batch"
-    conditional: bool = False
+    passes: Passes = PASSES["batch"]
     differentiable: bool = False
     second_order: bool = False
     max_norm: float | None = None
@@ -110,7 +109,7 @@ class InnerLoop:
     def support_loss(self, fast: FastWeights, task: Task, step: int) -> Tensor:
         """The loss on a task's support set at an inner step: a scalar, or (tasks,) for a stack."""
         with self.losses_in() if self.losses_in else nullcontext():
-            prediction = self.predict(fast, task.support_x, step, self.statistics, twice=self.second_order)
+            prediction = self.predict(fast, task.support_x, step, self.passes.support, twice=self.second_order)
         return self._judged(prediction, task.support_y, self.examples)[1]
 
     def _updated(self, point: Point, gradients: Sequence[Tensor | None], losses: Tensor, step: int) -> Point:
@@ -147,11 +146,10 @@ class InnerLoop:
         return prediction, loss.detach()
 
     def _predict_target(self, fast: FastWeights, step: int) -> Any:
-        if self.conditional:
-            # The support pass is recorded in place of the target pass, which has no statistics of its own.
-            self.predict(fast, self.task.support_x, step, "capture")
-            return self.predict(fast, self.task.target_x, step, "captured")
-        return self.predict(fast, self.task.target_x, step, self.statistics)
+        if self.passes.context is not None:
+            # The context pass is recorded in place of the target pass, which has no statistics of its own.
+            self.predict(fast, self.task.support_x, step, self.passes.context)
+        return self.predict(fast, self.task.target_x, step, self.passes.target)
 
     def predict(self, fast: FastWeights, inputs: Inputs, step: int, statistics: Statistics, twice: bool = False) -> Any:
         """Prediction of the user's module with fast weights, its norms at this step's row."""

@@ -18,24 +18,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
+from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.quick_forms import batch_norm
+from metawrap.layers.task_norm import blended, neutral_statistics, over_channels, wide_of
 from metawrap.tasks import describe_value
 
+# Under norm="running": by how much target passes differ from their support set's, in its deviations and as a log ratio.
+SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
+# Under norm="task": what the outer loop learns about the support set's share.
+BLEND = ("blend_scale", "blend_offset")
 _PRECISE = (torch.float32, torch.float64)
 
 
-Statistics = Literal["batch", "running", "capture", "captured"]
-"""batch: the batch's own. running: the stored row. capture: the batch's own, kept for a later pass with gradients.
-captured: those of the last capturing pass (conditional batch norm)."""
-
-
 class Moments(NamedTuple):
-    """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient."""
+    """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient.
+
+    shift: these are instead the shift and the log ratio of a target pass, see `PerStepNorm.fold_shifts`.
+    """
 
     norm: str
     row: int
     mean: Tensor
     variance: Tensor
+    shift: bool = False
 
 
 @dataclass
@@ -56,7 +61,7 @@ class StepClock:
     statistics: Statistics | None = None
     recorder: list[Moments] | None = None
     twice: bool = False
-    captured: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
 
     @contextmanager
     def at(
@@ -64,7 +69,7 @@ class StepClock:
     ) -> Iterator[None]:
         """Sets the clock for one pass, and restores it afterwards."""
         before = self.step, self.statistics, self.recorder, self.twice
-        if statistics == "capture":
+        if statistics in ("capture", "blended_capture"):
             self.captured = {}
         self.step, self.statistics, self.recorder, self.twice = step, statistics, recorder, twice
         try:
@@ -74,10 +79,10 @@ class StepClock:
             raise
         finally:
             self.step, self.statistics, self.recorder, self.twice = before
-            if statistics == "captured":
+            if statistics in ("captured", "shifted", "blended_captured"):
                 self.captured = {}
 
-    def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def taken(self) -> dict[str, tuple[Tensor, ...]]:
         """Returns and forgets the statistics of the last capturing pass, by norm, for a plain batch norm to hold.
 
         Raises:
@@ -98,6 +103,7 @@ class PerStepState:
     """The attributes of a per-step norm, under one name that cannot collide with the user's own.
 
     affine, statistics: whether weight and bias, and the running statistics, have a row per step.
+    blend: the moments of an example that TaskNorm blends in; None without TaskNorm.
     """
 
     clock: StepClock
@@ -105,6 +111,7 @@ class PerStepState:
     steps: int
     affine: bool
     statistics: bool
+    blend: Literal["instance", "layer"] | None = None
 
     def row(self) -> int:
         """The row of the current inner step."""
@@ -122,13 +129,25 @@ class PerStepNorm(_BatchNorm):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The user's own forward on this step's rows; input and output as the user's class has them."""
-        use = self.per_step.clock.statistics or ("batch" if self.training else "running")
+        clock = self.per_step.clock
+        use = clock.statistics or ("batch" if self.training else "running")
         tracks = self._buffers.get("running_mean") is not None
         if use == "capture":
-            self.per_step.clock.captured.setdefault(self.per_step.name, []).append(_moments(input))
-        if use == "captured":
-            with self._lent(self._neutral_statistics(input), training=False):
-                return super().forward(self._normalised(input), *args, **kwargs)
+            clock.captured.setdefault(self.per_step.name, []).append(_moments(input))
+        elif use in ("captured", "shifted"):
+            context = self._context()
+            if use == "shifted":
+                self._record_shift(input, *context)
+                context = self.shifted(*context)
+            return self._forward_normalised(self._normalised(input, *context), *args, **kwargs)
+        elif use.startswith("blended"):
+            context = self._context() if use == "blended_captured" else (*_moments(input), self._share(input))
+            if use == "blended_capture":
+                clock.captured.setdefault(self.per_step.name, []).append(context)
+            if use != "blended_captured" and tracks:
+                self._record(*_unbiased(input, *context[:2]))
+            assert self.per_step.blend is not None
+            return self._forward_normalised(blended(input, *context, self.per_step.blend, self.eps), *args, **kwargs)
         # Without stored statistics the batch's own are used in evaluation too, as in torch's norms.
         if use == "running" and tracks:
             with self._lent(self._stored_statistics(), training=False):
@@ -165,6 +184,29 @@ class PerStepNorm(_BatchNorm):
                 stored[row] = torch.where(keep, folded, stored[row])
             if count is not None:
                 count[row] += keep * len(seen)
+
+    @torch.no_grad()
+    def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
+        """Folds the mean shift of one meta-step's target passes into each row; not where `keep` is false.
+
+        As the passes of a batch stem from the same weights, they count once, with a fifth of the norm's momentum; the
+        first ones count equally, so that no row remembers where it started.
+        """
+        shift, ratio, count = (self._buffers[name] for name in SHIFTS)
+        assert shift is not None
+        assert ratio is not None
+        assert count is not None
+        rows: dict[Any, list[Moments]] = {}
+        for moments in passes:
+            rows.setdefault(moments.row if self.per_step.statistics else ..., []).append(moments)
+        for row, seen in rows.items():
+            share = 1 / (count[row] + 1).to(shift.dtype)
+            if self.momentum is not None:
+                share = share.clamp(min=self.momentum / 5)
+            for stored, values in ((shift, [m.mean for m in seen]), (ratio, [m.variance for m in seen])):
+                folded = torch.lerp(stored[row], torch.stack(values).mean(0).to(stored.dtype), share)
+                stored[row] = torch.where(keep, folded, stored[row])
+            count[row] += keep
 
     def _shares(self, passes: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """The share of the stored value that is left after so many folds, and the share of each fold."""
@@ -262,24 +304,47 @@ class PerStepNorm(_BatchNorm):
             empty["num_batches_tracked"] = count.new_zeros(())
         return empty
 
-    def _neutral_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        # Mean 0 and variance 1 - eps: the user's forward then divides by one, and its scale and shift still apply.
-        # In the norm's own dtype: a norm in half precision takes no statistics in single precision.
-        like = next((t for t in (self._parameters.get("weight"), self.running_mean) if t is not None), _wide(input))
-        neutral = {"running_mean": like.new_zeros(self.num_features)}
-        return neutral | {"running_var": like.new_full((self.num_features,), 1 - self.eps)}
+    def _forward_normalised(self, normalised: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The user's forward on an input that has its mean and variance already."""
+        with self._lent(neutral_statistics(self, normalised), training=False):
+            return super().forward(normalised, *args, **kwargs)
 
-    def _normalised(self, input: Tensor) -> Tensor:
+    def _context(self) -> tuple[Tensor, ...]:
+        """What the last capturing pass kept for this pass of the norm."""
         waiting = self.per_step.clock.captured.get(self.per_step.name)
         if not waiting:
             raise UnsupportedModuleError(
                 f"'{self.per_step.name}' ({type(self).__name__}) ran more often on the target than on the support "
-                'set, so norm="support" has no statistics for it. Use norm="batch" or norm="running".'
+                'set, so the support set has no statistics for it. Use norm="batch".'
             )
-        mean, variance = waiting.pop(0)
-        shape = (1, -1, *(1,) * (input.ndim - 2))
-        wide = _wide(input)
+        return waiting.pop(0)
+
+    def _normalised(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        shape, wide = over_channels(input), wide_of(input)
         return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
+
+    def shifted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """What a target pass is normalised by under "running", from the moments of its support set, (channels,) each."""
+        row = self.per_step.row() if self.per_step.statistics else ...
+        shift, ratio = (self._buffers.get(name) for name in ("target_shift", "target_log_ratio"))
+        if shift is None or ratio is None:
+            return mean, variance
+        deviation = (variance + self.eps).sqrt()
+        return mean + shift[row] * deviation, (variance + self.eps) * (2 * ratio[row]).exp() - self.eps
+
+    @torch.no_grad()
+    def _record_shift(self, input: Tensor, mean: Tensor, variance: Tensor) -> None:
+        state = self.per_step
+        if state.clock.recorder is None or self._buffers.get("target_shift") is None:
+            return
+        own_mean, own_variance = _moments(input)
+        shift = (own_mean - mean) * (variance + self.eps).rsqrt()
+        ratio = 0.5 * ((own_variance + self.eps) / (variance + self.eps)).log()
+        state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
+
+    def _share(self, input: Tensor) -> Tensor:
+        """The support set's share in the moments: sigmoid(scale * examples + offset)."""
+        return torch.sigmoid(self.blend_scale * len(input) + self.blend_offset)
 
 
 def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:
@@ -288,13 +353,13 @@ def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> Non
     Args:
         outcomes: in task order; each has `moments`, a list of `Moments` in the order of passes.
     """
-    passes: dict[str, list[Moments]] = {}
+    passes: dict[tuple[str, bool], list[Moments]] = {}
     for outcome in outcomes:
         for moments in outcome.moments:
-            passes.setdefault(moments.norm, []).append(moments)
+            passes.setdefault((moments.norm, moments.shift), []).append(moments)
     norms = {m.per_step.name: m for m in model.modules() if isinstance(m, PerStepNorm)}
-    for name, seen in passes.items():
-        norms[name].fold(seen, keep)
+    for (name, shift), seen in passes.items():
+        (norms[name].fold_shifts if shift else norms[name].fold)(seen, keep)
 
 
 class _LocalForward(_BatchNorm):
@@ -335,12 +400,13 @@ def _new_per_step(original: type[_BatchNorm]) -> PerStepNorm:
     return made.__new__(made)
 
 
-def _wide(input: Tensor) -> Tensor:
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+def _unbiased(input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    count = input.numel() // input.shape[1]
+    return mean.detach(), variance.detach() * (count / max(count - 1, 1))
 
 
 def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, with gradient."""
     over = [dim for dim in range(input.ndim) if dim != 1]
-    variance, mean = torch.var_mean(_wide(input), over, correction=0)
+    variance, mean = torch.var_mean(wide_of(input), over, correction=0)
     return mean, variance

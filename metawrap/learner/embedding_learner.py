@@ -18,7 +18,8 @@ from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, sh
 from metawrap.execution.executor import Executor, shared
 from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead, PlacedHead
-from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.layers.norm_policies import passes_of
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
@@ -197,9 +198,10 @@ class EmbeddingLearner(Learner):
         with adapting(self, asked.task(places=True)) as task:
             labels, ways = self._labels(task)
             norm = self.settings.norm
-            statistics: Statistics = {"support": "capture", "running": "running"}.get(norm, "batch")  # type: ignore[assignment]
-            fitted = self._fit_head(self.embedding.of(task.support_x, statistics), labels, ways).plain()
-            held = self.wrapped.clock.taken() if norm == "support" else None
+            passes = passes_of(norm, training=False)
+            embedded = self.embedding.of(task.support_x, passes.context or passes.support)
+            fitted = self._fit_head(embedded, labels, ways).plain()
+            held = self.wrapped.held(norm) if passes.context is not None else None
             module = plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
         placed = PlacedHead(fitted, self.flat).eval()
         if self.embedding.head is not None:

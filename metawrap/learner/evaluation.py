@@ -24,6 +24,7 @@ from metawrap.checks.task_batches import (
 from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
 from metawrap.evaluation_result import EvaluationResult
+from metawrap.layers.norm_policies import BLENDS
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.metrics import Metric, Metrics
 from metawrap.results import MetaOutput, TaskOutcome, meta_output
@@ -138,6 +139,11 @@ def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None
     if mask is not None:
         check_choice("mask_unused_outputs", mask)
     check_steps(steps)
+    if policy != own and policy in BLENDS:
+        raise ArgumentError(
+            f'norm: "{policy}" blends by shares that are learned with it, but the learner was made with norm="{own}". '
+            f'Make it with norm="{policy}", or evaluate under "batch", "support" or "running".'
+        )
     if policy != own and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
         warnings.warn(
             f'Evaluating under norm="{policy}" what was trained under norm="{own}": the weights have not been '

@@ -23,6 +23,7 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
 from metawrap.execution.executor import Executor, shared
 from metawrap.heads.own_head import OwnHead
+from metawrap.layers.norm_policies import passes_of
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
@@ -226,10 +227,10 @@ def under_prefix(prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
 def plain_module(learner: Learner, weights: Mapping[str, Tensor], support_x: Inputs, norm: str) -> nn.Module:
     """A learner's network with these weights in place of its own, as a plain module in eval mode."""
     held = None
-    if norm == "support":
-        with learner.wrapped.clock.at(0, "capture"):
+    if (context := passes_of(norm, training=False).context) is not None:
+        with learner.wrapped.clock.at(0, context):
             FunctionalEngine(learner.model).call(weights, support_x)
-        held = learner.wrapped.clock.taken()
+        held = learner.wrapped.held(norm)
     return plain_copy(learner.model, weights, 0, held, keep_statistics=norm != "batch").eval()
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, shown
+from metawrap.layers.norm_policies import BLENDS
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown
 from metawrap.settings.settings import PLAIN_TRAINING, OuterSettings, TunedSettings, resolve
@@ -46,6 +47,7 @@ def wrapped_as_it_is(
         steps=1,
         affine=False,
         statistics=False,
+        norm=settings.norm if settings.norm in BLENDS else "batch",
         adapt=False,
         swap=given.get("wrapping.swap"),
         keep_norm=given.get("wrapping.keep_norm", ()),

@@ -12,7 +12,8 @@ from typing_extensions import Unpack
 
 from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
-from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.layers.norm_policies import Statistics
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune

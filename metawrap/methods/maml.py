@@ -83,6 +83,7 @@ class MAML(Learner):
             swap=given.get("wrapping.swap"),
             keep_norm=given.get("wrapping.keep_norm", ()),
             head=keywords.get("head"),
+            norm=settings.norm,
         )
         asked = keywords.get("engine", "auto")
         several = settings.execution.tune or settings.execution.workers != 1
@@ -210,9 +211,9 @@ class MAML(Learner):
             point = loop.adapted(start, steps)
             row = max(0, min(steps, self.settings.inner_steps) - 1)
             statistics = None
-            if norm == "support":
-                loop.predict(point.fast, loop.task.support_x, row, "capture")
-                statistics = self.wrapped.clock.taken()
+            if loop.passes.context is not None:
+                loop.predict(point.fast, loop.task.support_x, row, loop.passes.context)
+                statistics = self.wrapped.held(norm, row)
             module = plain_copy(self.model, point.fast, row, statistics, keep_statistics=norm != "batch")
             return asked.cut(finished(module, task))
 

@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.execution.executor import Executor, shared
-from metawrap.layers.per_step_norm import Moments, Statistics
+from metawrap.layers.norm_policies import passes_of
+from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.evaluation import adapting, finished
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
@@ -54,11 +55,10 @@ class ZeroStep(Learner):
     ) -> TaskOutcome:
         self._refuse_steps(steps, mask)
         moments: list[Moments] | None = [] if training else None
-        statistics: Statistics = "running" if norm == "running" and not training else "batch"
-        if norm == "support":
-            self.wrapped.run(task.support_x, "capture", moments)
-            statistics = "captured"
-        prediction = self.wrapped.run(task.target_x, statistics, moments)
+        passes = passes_of(norm, training=training)
+        if passes.context is not None:
+            self.wrapped.run(task.support_x, passes.context, moments)
+        prediction = self.wrapped.run(task.target_x, passes.target, moments)
         loss = task_loss(self.loss_fn, prediction, task.target_y, "target")
         return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments)
 
@@ -78,9 +78,9 @@ class ZeroStep(Learner):
         asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
         with adapting(self, asked.task()) as task:
             norm, held = self.settings.norm, None
-            if norm == "support":
-                self.wrapped.run(task.support_x, "capture", None)
-                held = self.wrapped.clock.taken()
+            if (context := passes_of(norm, training=False).context) is not None:
+                self.wrapped.run(task.support_x, context)
+                held = self.wrapped.held(norm)
             module = plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
             return asked.cut(finished(module, task))
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from metawrap.errors import ArgumentError, shown
+from metawrap.layers.norm_policies import NormPolicy
 from metawrap.settings.groups import (
     GROUPS,
     ExecutionOptions,
@@ -40,7 +41,6 @@ from metawrap.settings.validated import (
 
 __all__ = ["HeadInit", "InnerOptimizerName", "Memory", "NormPolicy", "WorkersIn"]
 
-NormPolicy = Literal["batch", "running", "support"]
 AnySettings = TypeVar("AnySettings", bound="OuterSettings")
 
 _ALL_PARTS = dict.fromkeys(

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import ArgumentError, shown
-from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, StepClock, per_step_class
+from metawrap.layers.norm_policies import BLENDS
+from metawrap.layers.per_step_norm import BLEND, SHIFTS, PerStepNorm, PerStepState, StepClock, per_step_class
+from metawrap.layers.task_norm import task_norm
 from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms
 
@@ -52,7 +54,13 @@ def replace_modules(model: nn.Module, swap: Mapping[type[nn.Module], Factory]) -
 
 
 def make_per_step(
-    model: nn.Module, clock: StepClock, steps: int, affine: bool, statistics: bool, keep: Collection[str] = ()
+    model: nn.Module,
+    clock: StepClock,
+    steps: int,
+    affine: bool,
+    statistics: bool,
+    keep: Collection[str] = (),
+    norm: str = "batch",
 ) -> list[PerStepNorm]:
     """Makes every batch norm of `model` per-step, in place: for a copy in which `find_problems` found nothing.
 
@@ -64,31 +72,48 @@ def make_per_step(
         affine: whether weight and bias get a row per step.
         statistics: whether the running statistics get a row per step.
         keep: names of norms to leave alone.
+        norm: the learner's policy; "running" adds rows of shifts, "task" the learned blend.
     """
     rows: _Made = {}
     norms = []
-    for name, norm in batch_norms(model).items():
+    for name, layer in batch_norms(model).items():
         if name in keep:
             continue
-        norm.__class__ = per_step_class(type(norm))
-        assert isinstance(norm, PerStepNorm)
-        norm.per_step = PerStepState(clock, name, steps, affine, statistics)
+        layer.__class__ = per_step_class(type(layer))
+        assert isinstance(layer, PerStepNorm)
+        layer.per_step = PerStepState(clock, name, steps, affine, statistics, BLENDS.get(norm))
         for local in ("weight", "bias") if affine else ():
-            if (parameter := norm._parameters.get(local)) is not None:
+            if (parameter := layer._parameters.get(local)) is not None:
                 # The old parameter is kept beside the new one: a freed one's id could come back as another's.
-                norm._parameters[local] = rows.setdefault(id(parameter), (parameter, _repeated(parameter, steps)))[1]
+                layer._parameters[local] = rows.setdefault(id(parameter), (parameter, _repeated(parameter, steps)))[1]
         for local in _STATISTICS if statistics else ():
-            if (buffer := norm._buffers.get(local)) is not None:
-                norm._buffers[local] = torch.stack([buffer] * steps)
-        norms.append(norm)
+            if (buffer := layer._buffers.get(local)) is not None:
+                layer._buffers[local] = torch.stack([buffer] * steps)
+        _add_policy(layer, norm)
+        norms.append(layer)
     return norms
+
+
+def _add_policy(layer: PerStepNorm, norm: str) -> None:
+    """Adds what a policy stores or learns in a norm."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    rows = (layer.per_step.steps,) if layer.per_step.statistics else ()
+    if norm == "running":
+        shift, ratio, count = SHIFTS
+        layer.register_buffer(shift, like.new_zeros(*rows, layer.num_features))
+        layer.register_buffer(ratio, like.new_zeros(*rows, layer.num_features))
+        layer.register_buffer(count, torch.zeros(rows, dtype=torch.long, device=like.device))
+    if norm in BLENDS:
+        for name in BLEND:
+            layer.register_parameter(name, nn.Parameter(like.new_zeros(())))
 
 
 def plain_copy(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     step: int,
-    statistics: Mapping[str, tuple[Tensor, Tensor]] | None,
+    statistics: Mapping[str, tuple[Tensor, ...]] | None,
     keep_statistics: bool,
 ) -> nn.Module:
     """A module of the user's own class, with the given weights and with ordinary norms that hold one step's row.
@@ -96,7 +121,7 @@ def plain_copy(
     Args:
         weights: values by parameter name; parameters that are not named keep the model's.
         step: inner step whose rows the norms take.
-        statistics: running mean and variance by norm name, in place of the stored rows.
+        statistics: what `Wrapped.held` returned, in place of the stored rows.
         keep_statistics: whether the norms keep running statistics; without them they use each batch's own.
     """
     with torch.inference_mode(False), torch.no_grad():
@@ -107,13 +132,17 @@ def plain_copy(
             parameters[name].copy_(weight)
         rows: _Made = {}
         for norm in [module for module in plain.modules() if isinstance(module, PerStepNorm)]:
-            name = norm.per_step.name
+            name, blend = norm.per_step.name, norm.per_step.blend
             _make_plain(norm, step, rows)
             if not keep_statistics:
                 norm.track_running_stats = False
                 norm._buffers.update(dict.fromkeys(_STATISTICS))
             elif statistics and name in statistics:
-                _hold(norm, *statistics[name])
+                mean, variance, *share = statistics[name]
+                if share:
+                    task_norm(norm, blend, mean, variance, *share)
+                else:
+                    _hold(norm, mean, variance)
     return plain
 
 
@@ -148,6 +177,10 @@ def _make_plain(norm: PerStepNorm, step: int, rows: _Made) -> None:
     for local, buffer in norm._buffers.items():
         if state.statistics and local in _STATISTICS:
             norm._buffers[local] = None if buffer is None else buffer[row].clone()
+    for local in SHIFTS:
+        norm._buffers.pop(local, None)
+    for local in BLEND:
+        norm._parameters.pop(local, None)
     norm.__class__ = type(norm).original_class  # type: ignore[attr-defined]
     give_own_class(norm)
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
-from metawrap.layers.per_step_norm import Moments, Statistics, StepClock
+from metawrap.layers.norm_policies import Statistics
+from metawrap.layers.per_step_norm import Moments, PerStepNorm, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
 from metawrap.surgery.swap import Factory, make_per_step, replace_modules
@@ -46,6 +47,15 @@ class Wrapped:
         with self.clock.at(0, statistics, moments):
             return call_model(self.model, inputs)
 
+    def held(self, norm: str, row: int = 0) -> dict[str, tuple[Tensor, ...]]:
+        """What the last capturing pass kept, by norm, as norms of a plain module are to hold it for one row."""
+        taken = self.clock.taken()
+        if norm != "running":
+            return taken
+        norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}
+        with self.clock.at(row, "shifted"):
+            return {name: norms[name].shifted(*moments) for name, moments in taken.items()}
+
     @contextmanager
     def in_training_mode(self) -> Iterator[None]:
         """Training mode for a while; every flag is put back."""
@@ -76,11 +86,13 @@ def wrap(
     swap: Mapping[type[nn.Module], Factory] | None = None,
     keep_norm: str | Iterable[str] = (),
     head: str | None = None,
+    norm: str = "batch",
 ) -> Wrapped:
     """Copies a module and makes the copy ready for an inner loop; `model` itself is only read.
 
     Args:
         adapt: which parameters the inner loop adapts; False for a method that has none.
+        norm: see `make_per_step`.
     Raises:
         ArgumentError: an argument has the wrong type or names nothing in the model.
         UnsupportedModuleError: no engine could adapt the module correctly; all reasons are listed.
@@ -100,7 +112,7 @@ def wrap(
     clock = StepClock()
     model_hooks = {name: p for name, p in copied.named_parameters() if p._backward_hooks}
     _warn_of_frozen_norms(copied, kept)
-    norms = make_per_step(copied, clock, steps, affine, statistics, kept)
+    norms = make_per_step(copied, clock, steps, affine, statistics, kept, norm)
     lost = [name for name, p in model_hooks.items() if dict(copied.named_parameters())[name] is not p]
     notes += [f"the hooks on '{name}' are not carried over: it has a row per step now" for name in lost]
     wrapped = Wrapped(copied, clock, adapted, [norm.per_step.name for norm in norms], kept, notes)

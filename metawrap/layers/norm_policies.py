@@ -1,0 +1,40 @@
+"""Batch-norm policies: which statistics normalise the support pass, and which the target pass, of a task."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+NormPolicy = Literal["batch", "running", "support", "task", "task_layer"]
+# How TaskNorm sees an example: by each channel alone (TaskNorm-I), or by all channels (TaskNorm-L).
+BLENDS: dict[str, Literal["instance", "layer"]] = {"task": "instance", "task_layer": "layer"}
+
+Statistics = Literal[
+    "batch", "running", "capture", "captured", "shifted", "blended", "blended_capture", "blended_captured"
+]
+"""batch: the batch's own. running: the stored row. capture: the batch's own, kept for a later pass with gradients.
+captured: those of the last capturing pass (conditional batch norm). shifted: these, moved by the stored row of shifts.
+blended: the batch's own with those of each example (TaskNorm); blended_capture, blended_captured: likewise."""
+
+
+class Passes(NamedTuple):
+    """The statistics of each pass through a network; the context pass, if any, sees the support set once more."""
+
+    support: Statistics
+    context: Statistics | None
+    target: Statistics
+
+
+# Of an inner loop, in training and evaluation alike.
+PASSES: dict[str, Passes] = {
+    "batch": Passes("batch", None, "batch"),
+    "running": Passes("batch", "capture", "shifted"),
+    "support": Passes("batch", "capture", "captured"),
+    **dict.fromkeys(BLENDS, Passes("blended", "blended_capture", "blended_captured")),
+}
+
+
+def passes_of(norm: str, *, training: bool, inner_loop: bool = False) -> Passes:
+    """The passes of a policy. Without an inner loop, "running" is batch norm as in any supervised training."""
+    if norm == "running" and not inner_loop:
+        return PASSES["batch"] if training else Passes("running", None, "running")
+    return PASSES[norm]

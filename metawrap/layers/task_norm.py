@@ -1,0 +1,103 @@
+"""TaskNorm: the moments of the support set, blended with those of each example; and the norms that are deployed with it.
+
+Source: Bronskill et al. 2020, arXiv:2003.03284, section 4.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Blend = Literal["instance", "layer"]
+
+
+def blended(
+    input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float
+) -> Tensor:
+    """The input, (examples, channels, ...), normalised by moments of the support set and of each example.
+
+    Args:
+        mean, variance: of the support set, (channels,). share: of the support set, a scalar from 0 to 1.
+        blend: "instance" takes an example's moments by channel (TaskNorm-I), "layer" over all channels (TaskNorm-L).
+    """
+    shape, wide = over_channels(input), wide_of(input)
+    over = list(range(1 if blend == "layer" else 2, input.ndim))
+    if over:
+        own_variance, own_mean = torch.var_mean(wide, over, correction=0, keepdim=True)
+    else:  # One number for each channel: it is its own mean.
+        own_variance, own_mean = torch.zeros_like(wide), wide
+    mean, variance = mean.view(shape), variance.view(shape)
+    middle = share * mean + (1 - share) * own_mean
+    spread = share * (variance + (mean - middle) ** 2) + (1 - share) * (own_variance + (own_mean - middle) ** 2)
+    return ((wide - middle) * (spread + eps).rsqrt()).to(input.dtype)
+
+
+def over_channels(input: Tensor) -> tuple[int, ...]:
+    """The shape in which (channels,) meets an input."""
+    return (1, -1, *(1,) * (input.ndim - 2))
+
+
+def wide_of(input: Tensor) -> Tensor:
+    """The input in single precision at least."""
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+
+def neutral_statistics(norm: _BatchNorm, input: Tensor) -> dict[str, Tensor]:
+    """Mean 0 and variance 1 - eps: the norm's forward then divides by one, and its scale and shift still apply."""
+    # In the norm's own dtype: a norm in half precision takes no statistics in single precision.
+    like = next((t for t in (norm._parameters.get("weight"), norm.running_mean) if t is not None), wide_of(input))
+    neutral = {"running_mean": like.new_zeros(norm.num_features)}
+    return neutral | {"running_var": like.new_full((norm.num_features,), 1 - norm.eps)}
+
+
+class TaskNorm(_BatchNorm):
+    """Mixed in front of the user's batch-norm class in a module that `adapt` returns under norm="task".
+
+    support_mean, support_variance: moments of the support set, (channels,). support_share: scalar.
+    """
+
+    blend: Blend
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The user's own forward on the normalised input; input and output as the user's class has them."""
+        mean, variance, share = (self._buffers[name] for name in _HELD)
+        normalised = blended(input, mean, variance, share, self.blend, self.eps)  # type: ignore[arg-type]
+        return super().forward(normalised, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle must be told how to make it again.
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_new_task_norm, (type(self).original_class,), *parts[2:])  # type: ignore[attr-defined]
+
+
+_HELD = ("support_mean", "support_variance", "support_share")
+
+
+def task_norm(norm: _BatchNorm, blend: Blend | None, mean: Tensor, variance: Tensor, share: Tensor) -> None:
+    """Turns a plain norm into a `TaskNorm` that holds the moments of a support set, in place."""
+    assert blend is not None
+    neutral = neutral_statistics(norm, mean)
+    norm.__class__ = _task_norm_class(type(norm))
+    norm.blend = blend
+    norm.track_running_stats = True
+    norm._buffers.update(neutral)
+    if norm._buffers.get("num_batches_tracked") is None:
+        norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
+    for name, value in zip(_HELD, (mean, variance, share), strict=True):
+        norm.register_buffer(name, value.detach().clone())
+    norm.eval()
+
+
+@cache
+def _task_norm_class(original: type[_BatchNorm]) -> type[TaskNorm]:
+    name = f"Task{original.__name__}"
+    return type(name, (TaskNorm, original), {"original_class": original, "__module__": __name__})
+
+
+def _new_task_norm(original: type[_BatchNorm]) -> nn.Module:
+    made = _task_norm_class(original)
+    return made.__new__(made)
