@@ -330,7 +330,8 @@ class PerStepNorm(_BatchNorm):
         if shift is None or ratio is None:
             return mean, variance
         deviation = (variance + self.eps).sqrt()
-        return mean + shift[row] * deviation, (variance + self.eps) * (2 * ratio[row]).exp() - self.eps
+        # A clone: a backward pass may still need the row after the next fold.
+        return mean + shift[row].clone() * deviation, (variance + self.eps) * (2 * ratio[row]).exp() - self.eps
 
     @torch.no_grad()
     def _record_shift(self, input: Tensor, mean: Tensor, variance: Tensor) -> None:

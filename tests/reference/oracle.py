@@ -108,8 +108,8 @@ def meta_gradient(
             no target pass is made.
         values: initial values, by the user's names; a norm's may have a leading row axis. Default: the model's.
         statistics: `<norm>.running_mean` and `.running_var` with a leading row axis. Default: the model's, one row.
-        norm: "batch", "running" or "support".
-        training: "running" normalises by the batch in training and by the running statistics otherwise; only training
+        norm: the policy; under "task" and "task_layer" `values` has each norm's blend_scale and blend_offset.
+        training: only training
             folds statistics: those of every pass that normalises by its own, so under "support" those of the second
             support pass stand where the target's would.
         after_norm: what a norm of this exact class does after normalising.
@@ -125,6 +125,9 @@ def meta_gradient(
         start[name].requires_grad_(parameter.requires_grad)
         for hook in (parameter._backward_hooks or {}).values():
             start[name].register_hook(hook)
+    # What TaskNorm learns besides the user's parameters.
+    blends = {name: value for name, value in (values or {}).items() if ".blend_" in name}
+    start |= {name: value.detach().clone().requires_grad_() for name, value in blends.items()}
     start_rates = {name: rate.detach().clone().requires_grad_() for name, rate in rates.items()}
     machine = _Machine(model, statistics, after_norm or {}, kept)
     result = Reference(torch.zeros(()), {}, machine.statistics)
@@ -136,8 +139,7 @@ def meta_gradient(
             total: Any = 0.0
             per_step: list[Tensor | None] = []
             for step, weight in enumerate(step_weights):
-                by_batch = "running" if norm == "running" and not training else "batch"
-                prediction, moments = machine.run(fast, step, support_x, by_batch)
+                prediction, moments = machine.run(fast, step, support_x, norm)
                 if training:
                     machine.fold(step, moments)
                 support_loss = loss_fn(prediction, support_y)
@@ -154,11 +156,11 @@ def meta_gradient(
                 per_step.append(None)
                 if weight == 0.0:
                     continue
-                if norm == "support":
-                    _, moments = machine.run(fast, step, support_x, "batch")
-                    prediction, _ = machine.run(fast, step, target_x, moments)
+                if norm == "batch":
+                    prediction, moments = machine.run(fast, step, target_x, norm)
                 else:
-                    prediction, moments = machine.run(fast, step, target_x, by_batch)
+                    _, moments = machine.run(fast, step, support_x, norm)
+                    prediction, _ = machine.run(fast, step, target_x, norm, moments)
                 if training:
                     machine.fold(step, moments)
                 target_loss = loss_fn(prediction, target_y)
@@ -168,6 +170,8 @@ def meta_gradient(
             result.step_losses.append(per_step)
             result.predictions.append(prediction.detach() if isinstance(prediction, Tensor) else None)
             result.fast_weights.append({name: value.detach() for name, value in fast.items()})
+    if training:
+        machine.fold_shifts()
     result.loss = torch.stack(losses).mean()
     leaves = {name: value for name, value in start.items() if value.requires_grad}
     leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
@@ -201,9 +205,13 @@ class _Machine:
             if parameter is not None
         ]
         self.statistics: dict[str, Tensor] = {}
-        self.row, self.mode, self.seen = 0, "batch", {}
+        self.row, self.norm, self.seen, self.context, self.weights, self.examples = 0, "batch", {}, None, {}, 0
+        self.shifts: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
         self.folds: dict[tuple[str, int], int] = {}  # of each row so far
         for name, norm in norms_of(model).items():
+            for kind in ("target_shift", "target_log_ratio"):
+                if statistics is not None and (key := f"{name}.{kind}") in statistics:
+                    self.statistics[key] = statistics[key].detach().clone()
             for kind in ("running_mean", "running_var"):
                 own = getattr(norm, kind)
                 if own is not None:
@@ -219,9 +227,15 @@ class _Machine:
             if type(module) in PLAIN_GATES:
                 module.forward = PLAIN_GATES[type(module)]  # type: ignore[method-assign]
 
-    def run(self, weights: Mapping[str, Tensor], row: int, x: Any, mode: Any) -> tuple[Any, dict[str, list[Moments]]]:
-        """Output and, for each norm, the batch moments of its calls: mean, biased and unbiased variance."""
-        self.row, self.mode, self.seen = row, mode, {}
+    def run(
+        self, weights: Mapping[str, Tensor], row: int, x: Any, norm: str, context: Any = None
+    ) -> tuple[Any, dict[str, list[Moments]]]:
+        """Output and, for each norm, the batch moments of its calls: mean, biased and unbiased variance.
+
+        Args:
+            context: those of the support set, for a target pass.
+        """
+        self.row, self.norm, self.seen, self.context, self.weights = row, norm, {}, context, weights
         fresh = {id(b): b.clone() for b in self.model.buffers()}  # Earlier passes keep the values that they saw.
         for module in self.model.modules():
             module._buffers.update((n, fresh[id(b)]) for n, b in module._buffers.items() if b is not None)
@@ -243,6 +257,13 @@ class _Machine:
                         if momentum is None:  # A cumulative average: each of n batches weighs 1 / n.
                             momentum = 1 / (int(self.norms[name].num_batches_tracked) + folded)  # type: ignore[arg-type]
                         old[at] = (1 - momentum) * old[at] + momentum * new.detach()
+
+    def fold_shifts(self) -> None:
+        """The first fold of each row: the mean over all tasks."""
+        for (name, row), seen in self.shifts.items():
+            for kind, values in zip(("target_shift", "target_log_ratio"), zip(*seen, strict=True), strict=True):
+                rows = self.statistics[f"{name}.{kind}"]
+                rows[min(row, len(rows) - 1)] = sum(values) / len(values)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -268,11 +289,29 @@ class _Machine:
             count = math.prod(x.shape[axis] for axis in axes)
             calls = self.seen.setdefault(name, [])
             calls.append((mean, var, var * count / max(count - 1, 1)))
-            if isinstance(self.mode, dict):
-                mean, var, _ = self.mode[name][len(calls) - 1]
-            elif self.mode == "running" and f"{name}.running_mean" in self.statistics:
-                mean, var = (self._pick(self.statistics[f"{name}.{kind}"]) for kind in ("running_mean", "running_var"))
-            out = (x - mean.view(view)) / torch.sqrt(var.view(view) + norm.eps)
+            examples = len(x)
+            if self.context is not None:
+                own, (mean, var, _) = (mean.detach(), var.detach()), self.context[name][len(calls) - 1]
+                if f"{name}.target_shift" in self.statistics:
+                    deviation = torch.sqrt(var + norm.eps)
+                    ratio = torch.log(torch.sqrt(own[1] + norm.eps) / deviation.detach())
+                    rows = self.shifts.setdefault((name, self.row), [])
+                    rows.append(((own[0] - mean.detach()) / deviation.detach(), ratio))
+                    shift, log = (self._pick(self.statistics[f"{name}.target_{k}"]).clone() for k in ("shift", "log_ratio"))
+                    mean, var = mean + shift * deviation, (deviation * torch.exp(log)) ** 2 - norm.eps
+                examples = self.examples
+            self.examples = examples
+            mean, var = mean.view(view), var.view(view)
+            if f"{name}.blend_scale" in self.weights and self.norm.startswith("task"):
+                each = list(range(1 if self.norm == "task_layer" else 2, x.dim()))
+                a = 1 / (1 + torch.exp(-self.weights[f"{name}.blend_scale"] * examples - self.weights[f"{name}.blend_offset"]))
+                mean_of = x.mean(each, keepdim=True) if each else x
+                var_of = ((x - mean_of) ** 2).mean(each, keepdim=True) if each else torch.zeros_like(x)
+                both = a * mean + (1 - a) * mean_of
+                # The second moment about the blended mean.
+                var = a * (var + mean**2) + (1 - a) * (var_of + mean_of**2) - 2 * both * both + both**2
+                mean = both
+            out = (x - mean) / torch.sqrt(var + norm.eps)
             if norm.affine:
                 weight, bias = (self._pick(norm._parameters[kind], 2) for kind in ("weight", "bias"))
                 out = out * weight.view(view) + bias.view(view)

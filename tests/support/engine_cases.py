@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 ENGINES = ("functional", "higher")
 ALL_ENGINES = (*ENGINES, "batched")
-POLICIES = ("batch", "running", "support")
+POLICIES = ("batch", "running", "support", "task", "task_layer")
 STEPS, EPOCH, ANNEAL_EPOCHS = 2, 1, 5
 
 

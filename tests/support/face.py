@@ -17,7 +17,7 @@ from metawrap import MAMLPlusPlus, Task
 
 # What a line of a run's log holds that no two runs share.
 MEASURED = frozenset({"seconds", "step_seconds", "peak_mib"})
-STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var", "target_shift", "target_log_ratio")
 
 
 def build(model: nn.Module, *, seed: int = 1, method: Callable[..., Any] = MAMLPlusPlus, **options: Any) -> Any:
