@@ -132,6 +132,10 @@ def meta_gradient(
     machine = _Machine(model, statistics, after_norm or {}, kept)
     result = Reference(torch.zeros(()), {}, machine.statistics)
     losses = []
+    leaves = {name: value for name, value in start.items() if value.requires_grad}
+    leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
+    whole: list[Tensor | None] = [None] * len(leaves)
+    tasks = list(tasks)
     with plain_operations():
         for support_x, support_y, target_x, target_y in tasks:
             # What is not adapted is the model's own, and what forward does to it in place stays.
@@ -153,6 +157,8 @@ def meta_gradient(
                         gradient = gradient if second_order else gradient.detach()
                         rate = start_rates[name]
                         fast[name] = fast[name] - rate[min(step, len(rate) - 1)] * gradient
+                        if loss_alone:
+                            fast[name] = fast[name].detach().requires_grad_()
                 per_step.append(None)
                 if weight == 0.0:
                     continue
@@ -164,21 +170,22 @@ def meta_gradient(
                 if training:
                     machine.fold(step, moments)
                 target_loss = loss_fn(prediction, target_y)
+                target_loss = target_loss.detach() if loss_alone else target_loss
                 per_step[-1] = target_loss.detach()
                 total = total + weight * target_loss
-            losses.append(total)
+            if not loss_alone:
+                # Task by task: the graphs of all tasks of a large network do not fit into memory at once.
+                own_gradients = torch.autograd.grad(total / len(tasks), list(leaves.values()), allow_unused=True)
+                found = [g.to_dense() if g is not None and g.is_sparse else g for g in own_gradients]
+                whole = [b if a is None else a if b is None else a + b for a, b in zip(whole, found, strict=True)]
+            losses.append(total.detach())
             result.step_losses.append(per_step)
             result.predictions.append(prediction.detach() if isinstance(prediction, Tensor) else None)
             result.fast_weights.append({name: value.detach() for name, value in fast.items()})
     if training:
         machine.fold_shifts()
     result.loss = torch.stack(losses).mean()
-    leaves = {name: value for name, value in start.items() if value.requires_grad}
-    leaves |= {f"lr/{name}": rate for name, rate in start_rates.items()}
-    gradients = [] if loss_alone else torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True)
-    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
-    result.gradients = dict(zip(leaves, dense, strict=not loss_alone))
-    result.loss = result.loss.detach()
+    result.gradients = {} if loss_alone else dict(zip(leaves, whole, strict=True))
     normed = {f"{name}.{local}" for name, norm in norms_of(model).items() for local in norm._buffers}
     result.buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in normed}
     result.buffers |= {name: value for name, value in start.items() if not value.requires_grad}
@@ -369,7 +376,7 @@ def conv4_meta_gradient(
         predictions.append(logits.detach())
     leaves = weights | {f"lr/{name}": rate for name, rate in speeds.items()}
     gradients = torch.autograd.grad(total, list(leaves.values()))
-    return Reference(total.detach(), dict(zip(leaves, gradients, strict=True)), rows, predictions=predictions)
+    return Reference(total.detach(), dict(zip(leaves, whole, strict=True)), rows, predictions=predictions)
 
 
 def worst_error(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 Values = dict[str, Tensor]
 AT_MOST = 1e-6
 # Longer ones leave the straight piece between the kinks of ReLU and max-pooling; shorter ones drown in rounding.
-EXPONENTS = (-5, -6, -4, -7, -3, -8)
+EXPONENTS = (-5, -6, -4, -7, -3, -8, -5.5, -6.5, -4.5, -7.5)
 
 
 def difference_error(loss: Callable[[Values], float], values: Values, gradients: Mapping[str, Tensor | None]) -> float:
@@ -36,7 +36,7 @@ def difference_error(loss: Callable[[Values], float], values: Values, gradients:
     def moved(length: float) -> float:
         return loss({n: v + length * direction[n] if n in direction else v for n, v in values.items()})
 
-    found: dict[int, float] = {}
+    found: dict[float, float] = {}
     tried: list[float] = []
     for exponent in EXPONENTS:
         length = 10.0**exponent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -58,6 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("write_table", default=None)
     if path is not None:
         config.pluginmanager.register(_Table(path), "zoo-table")
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_freed() -> Iterator[None]:
+    # Graphs of the large networks, in circles of references, would add up to more than the machine has.
+    yield
+    gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)
