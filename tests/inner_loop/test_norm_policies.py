@@ -26,7 +26,7 @@ from models import ActNormNet, BatchNormAct2d, Conv4, NormedMlp, class_tasks, se
 from oracle import msl_weights
 from torch import Tensor, nn
 
-from metawrap import MAML, MAMLPlusPlus, MetaWrapWarning
+from metawrap import ArgumentError, MAML, MAMLPlusPlus, MetaWrapWarning
 
 STEPS = 3
 MODELS: dict[str, tuple[Any, tuple[int, ...], dict[type, Any]]] = {
@@ -134,7 +134,7 @@ def test_forward_in_eval_mode_is_the_evaluation_policy(norm: str) -> None:
     assert_same_values(output.predictions, reference.predictions)
 
 
-@every_policy
+@pytest.mark.parametrize("norm", ["batch", "running", "support"])
 def test_evaluating_under_another_policy_than_trained_warns_and_says_which(norm: str) -> None:
     model, learner, batch, _ = wrapped(norm="batch")
     reference = reference_for(model, learner, batch, last_only(STEPS), norm=norm, training=False)
@@ -145,6 +145,13 @@ def test_evaluating_under_another_policy_than_trained_warns_and_says_which(norm:
     assert result.norm == norm
     assert norm in str(result)
     assert result.loss == pytest.approx(float(reference.loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["task", "task_layer"])
+def test_a_blend_that_was_not_learned_is_refused(norm: str) -> None:
+    _, learner, batch, _ = wrapped(norm="batch")
+    with pytest.raises(ArgumentError, match=f'Make it with norm="{norm}"'):
+        learner.evaluate(batch, norm=norm)
 
 
 def test_interval_is_the_95_percent_one_over_tasks() -> None:

@@ -132,7 +132,7 @@ def test_3_evaluation_and_adapt_change_nothing(engine: str, norm: str, training:
     rng = torch.random.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetaWrapWarning)
-        for policy in POLICIES:
+        for policy in {"batch", "running", "support", norm}:
             learner.evaluate(BATCH, norm=policy, steps=3)
         learner.adapt(BATCH[0][0], BATCH[1][0], steps=3)(BATCH[2][0])
         learner.unwrap()
