@@ -223,8 +223,8 @@ def _by_names(names: set[str]) -> str | None:
         return "tieredimagenet"
     if {"CUB_200_2011", "CUB_200_2011.tgz"} & names or {"images.txt", "classes.txt"} <= names:
         return "cub"
-    grocery = {"Granny-Smith", "Tropicana-Juice-Smooth"} <= names or "grocery-store-128.zip" in names
-    if grocery or any(name.startswith("GroceryStoreDataset") for name in names):
+    repository = any(name.startswith("GroceryStoreDataset") for name in names)
+    if repository or "grocery-store-128.zip" in names or {"Granny-Smith", "Tropicana-Juice-Smooth"} <= names:
         return "grocery"
     if {"cifar-100-python", "cifar-100-python.tar.gz"} & names or {"meta", "train", "test"} <= names:
         return "cifar-fs"

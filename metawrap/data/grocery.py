@@ -20,8 +20,8 @@ from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
 from metawrap.data.problems import check_int, listed
 from metawrap.errors import DataError
 
-# A line holds one kind, or kinds that look alike. No coarse class of the data set is in two parts, and no brand is:
-# cartons of Arla, Garant, Valio and Yoggi train, those of Alpro and Oatly validate, juices test.
+# A line holds one kind, or kinds that look alike. No coarse class of the data set is in two parts, and no brand
+# of cartons is: those of Arla, Garant, Valio and Yoggi train, those of Alpro and Oatly validate, juices test.
 FAMILIES = {
     "train": """
         Golden-Delicious Granny-Smith Pink-Lady Red-Delicious Royal-Gala
@@ -61,8 +61,7 @@ _FILE = re.compile(
     r"(?:(?P<flat>[^/]+/)?|(?P<published>(?:[^/]+/){0,2})(?:train|val|test)/(?:Fruit|Packages|Vegetables)/(?:[^/]+/)?)"
     r"(?P<name>[^/]+)/[^/]+"
 )
-_SAMPLE = "Kiwi"
-_PLACES = (_SAMPLE, f"*/{_SAMPLE}", *(f"{above}train/Fruit/{_SAMPLE}" for above in ("", "*/", "*/*/")))
+_PLACES = ("*", "*/*", "train/*/*", "*/train/*/*", "*/*/train/*/*")
 _HOW_TO_GET = (
     "Get GroceryStoreDataset by Marcus Klasson (MIT licence; marcusklasson/GroceryStoreDataset on GitHub) and pass "
     "root=<its folder or a zip of it, grocery-store-128.zip, or a folder with the 81 class folders>."
@@ -85,14 +84,14 @@ def load_grocery(
             grocery-store-128.zip (default: a cache folder). Classes lie side by side; or as they were published, in
             {train,val,test}/{Fruit,Packages,Vegetables}/, and their images are then those of all three. Other files
             are left out.
-        split: "families", which keeps each coarse class, each brand and kinds that look alike in one part; or the
-            names of the classes, as for `load_image_folder`.
+        split: "families", which keeps each coarse class, each brand of cartons and kinds that look alike in one part;
+            or the names of the classes, as for `load_image_folder`.
         image_size, stream: as for `load_image_folder`.
     Raises:
         ArgumentError, DataError: as `load_image_folder`; or a class is missing, or the data set is there twice.
     """
     check_int("image_size", image_size, 1)
-    complete = lambda folder: any(next(folder.glob(place), None) for place in _PLACES)  # noqa: E731
+    complete = lambda folder: any(found.name in _CLASSES for place in _PLACES for found in folder.glob(place))  # noqa: E731
     place = locate(root, "Grocery Store", "grocery-store", "grocery-store-128.zip", complete, None, _HOW_TO_GET)
     files = files_at(place, MAX_IMAGE_BYTES)
     classes = _classes(visible(files.names()), place)
