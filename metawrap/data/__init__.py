@@ -4,7 +4,7 @@ The floors of this room, top to bottom; a module imports only modules of lower f
 
     contact_sheet, check_data
     episodes, catalog
-    omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, user_data
+    omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, grocery, user_data
     folder
     class_folders, augmentation, pixel_sources
     class_split, cached_labels, downloads, pictures
@@ -21,6 +21,7 @@ from metawrap.data.cub import load_cub
 from metawrap.data.episodes import EpisodeSampler
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
+from metawrap.data.grocery import load_grocery
 from metawrap.data.image_sets import DataSplits, ImageSet, LabelledImages, StreamedImages
 from metawrap.data.mini_imagenet import load_mini_imagenet
 from metawrap.data.omniglot import load_omniglot
@@ -29,6 +30,7 @@ from metawrap.data.user_data import splits_from
 
 __all__ = [
     "DATASETS", "DataSplits", "EpisodeSampler", "ImageSet", "LabelledImages", "StreamedImages",
-    "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_image_folder",
-    "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of", "splits_from",
+    "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_grocery",
+    "load_image_folder", "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of",
+    "splits_from",
 ]  # fmt: skip

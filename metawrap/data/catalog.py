@@ -12,6 +12,7 @@ from metawrap.data.cifar import load_cifar_fs, load_fc100
 from metawrap.data.cub import load_cub
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
+from metawrap.data.grocery import load_grocery
 from metawrap.data.image_sets import DataSplits
 from metawrap.data.mini_imagenet import load_mini_imagenet
 from metawrap.data.omniglot import load_omniglot
@@ -23,6 +24,7 @@ DATASETS: dict[str, Callable[..., DataSplits]] = {
     "cub": load_cub,
     "fc100": load_fc100,
     "glyphs": load_glyphs,
+    "grocery": load_grocery,
     "mini-imagenet": load_mini_imagenet,
     "omniglot": load_omniglot,
     "tieredimagenet": load_tiered_imagenet,
@@ -30,7 +32,7 @@ DATASETS: dict[str, Callable[..., DataSplits]] = {
 # The data sets that download=True fetches.
 DOWNLOADED = frozenset({"cifar-fs", "fc100", "omniglot"})
 # The normalisation of published experiments with photographs; other images stay in [0, 1].
-_NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub": "imagenet"}
+_NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub": "imagenet", "grocery": "imagenet"}
 
 
 def load_data(name_or_path: str | Path, root: str | Path | None = None, **options: Any) -> DataSplits:

@@ -28,8 +28,8 @@ FOLDER = "folder"
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 _CACHE = re.compile(r"mini-imagenet-cache-\w+\.pkl|miniImageNet_category_split_\w+\.pickle")
 _HOW = (
-    "Expected a folder of class folders, or the files of omniglot, mini-imagenet, tieredimagenet, cub or CIFAR-100 (a "
-    "folder, a zip or a tar; CIFAR-100 a folder or its tar.gz)."
+    "Expected a folder of class folders, or the files of omniglot, mini-imagenet, tieredimagenet, cub, grocery or "
+    "CIFAR-100 (a folder, a zip or a tar; CIFAR-100 a folder or its tar.gz)."
 )
 
 
@@ -223,6 +223,9 @@ def _by_names(names: set[str]) -> str | None:
         return "tieredimagenet"
     if {"CUB_200_2011", "CUB_200_2011.tgz"} & names or {"images.txt", "classes.txt"} <= names:
         return "cub"
+    repository = any(name.startswith("GroceryStoreDataset") for name in names)
+    if repository or "grocery-store-128.zip" in names or {"Granny-Smith", "Tropicana-Juice-Smooth"} <= names:
+        return "grocery"
     if {"cifar-100-python", "cifar-100-python.tar.gz"} & names or {"meta", "train", "test"} <= names:
         return "cifar-fs"
     return None

@@ -60,4 +60,13 @@ def test_options_that_a_data_set_does_not_take_are_named():
 def test_everything_listed_is_there():
     assert sorted(metawrap.data.__all__) == metawrap.data.__all__
     assert all(hasattr(metawrap.data, name) for name in metawrap.data.__all__)
-    assert set(DATASETS) == {"cifar-fs", "cub", "fc100", "glyphs", "mini-imagenet", "omniglot", "tieredimagenet"}
+    assert set(DATASETS) == {
+        "cifar-fs",
+        "cub",
+        "fc100",
+        "glyphs",
+        "grocery",
+        "mini-imagenet",
+        "omniglot",
+        "tieredimagenet",
+    }

@@ -148,3 +148,58 @@ def cub_folder(root: Path, classes: int = 8, images: int = 3) -> Path:
     for name, rows in tables.items():
         (folder / f"{name}.txt").write_text("\n".join(rows) + "\n")
     return folder
+
+
+GROCERY = {
+    "Fruit": {
+        "Apple": "Golden-Delicious Granny-Smith Pink-Lady Red-Delicious Royal-Gala",
+        "Melon": "Cantaloupe Galia-Melon Honeydew-Melon Watermelon",
+        "Pear": "Anjou Conference Kaiser",
+        "": "Avocado Banana Kiwi Lemon Lime Mango Nectarine Orange Papaya Passion-Fruit Peach Pineapple Plum "
+        "Pomegranate Red-Grapefruit Satsumas",
+    },
+    "Packages": {
+        "Juice": "Bravo-Apple-Juice Bravo-Orange-Juice God-Morgon-Apple-Juice God-Morgon-Orange-Juice "
+        "God-Morgon-Orange-Red-Grapefruit-Juice God-Morgon-Red-Grapefruit-Juice Tropicana-Apple-Juice "
+        "Tropicana-Golden-Grapefruit Tropicana-Juice-Smooth Tropicana-Mandarin-Morning",
+        "Milk": "Arla-Ecological-Medium-Fat-Milk Arla-Lactose-Medium-Fat-Milk Arla-Medium-Fat-Milk Arla-Standard-Milk "
+        "Garant-Ecological-Medium-Fat-Milk Garant-Ecological-Standard-Milk",
+        "Oatghurt": "Oatly-Natural-Oatghurt",
+        "Oat-Milk": "Oatly-Oat-Milk",
+        "Sour-Cream": "Arla-Ecological-Sour-Cream Arla-Sour-Cream",
+        "Sour-Milk": "Arla-Sour-Milk",
+        "Soyghurt": "Alpro-Blueberry-Soyghurt Alpro-Vanilla-Soyghurt",
+        "Soy-Milk": "Alpro-Fresh-Soy-Milk Alpro-Shelf-Soy-Milk",
+        "Yoghurt": "Arla-Mild-Vanilla-Yoghurt Arla-Natural-Mild-Low-Fat-Yoghurt Arla-Natural-Yoghurt "
+        "Valio-Vanilla-Yoghurt Yoggi-Strawberry-Yoghurt Yoggi-Vanilla-Yoghurt",
+    },
+    "Vegetables": {
+        "Mushroom": "Brown-Cap-Mushroom",
+        "Onion": "Yellow-Onion",
+        "Pepper": "Green-Bell-Pepper Orange-Bell-Pepper Red-Bell-Pepper Yellow-Bell-Pepper",
+        "Potato": "Floury-Potato Solid-Potato Sweet-Potato",
+        "Tomato": "Beef-Tomato Regular-Tomato Vine-Tomato",
+        "": "Asparagus Aubergine Cabbage Carrots Cucumber Garlic Ginger Leek Red-Beet Zucchini",
+    },
+}
+"""Kind -> coarse class -> classes of Grocery Store, from its table; under "", classes that are coarse classes too."""
+
+
+def grocery_files(published: bool = False, images: int = 3) -> dict[str, bytes]:
+    """All 81 classes side by side; or in the folders of its repository, with a drawing of each class beside them."""
+    files: dict[str, bytes] = {}
+    for kind, coarse in GROCERY.items():
+        for group, names in coarse.items():
+            for name in names.split():
+                pictures = [picture(image, "JPEG") for image in noise(images, 8, 8, 3, seed=len(files))]
+                inside = "/".join(filter(None, (kind, group, name)))
+                for place, content in enumerate(pictures):
+                    part = ("test", "train", "val")[place % 3]
+                    home = (
+                        f"GroceryStoreDataset-master/dataset/{part}/{inside}" if published else f"grocery-store/{name}"
+                    )
+                    files[f"{home}/{place:03d}.jpg"] = content
+                if published:
+                    drawings = "GroceryStoreDataset-master/dataset/iconic-images-and-descriptions"
+                    files[f"{drawings}/{inside}/{name}_Iconic.jpg"] = pictures[0]
+    return files

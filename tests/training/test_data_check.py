@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import omniglot_files, write_zip, zipped
+from data_helpers import omniglot_files, write_folder, write_zip, zipped
 from PIL import Image
-from published import cifar_archive, cub_folder, mini_caches, mini_csv, noise, tiered_pickles
+from published import cifar_archive, cub_folder, grocery_files, mini_caches, mini_csv, noise, tiered_pickles
 from tiny_runs import log_of
 
 from metawrap.cli import main
@@ -170,6 +170,8 @@ LAYOUTS = {
     "tiered": (tiered_pickles, "tieredimagenet"),
     "cub": (cub_folder, "cub"),
     "cub tgz": (cub_archive, "cub"),
+    "grocery": (lambda root: write_zip(root / "g.zip", grocery_files()), "grocery"),
+    "grocery folder": (lambda root: write_folder(root, grocery_files(published=True)), "grocery"),
     "cifar": (cifar_archive, "cifar-fs"),
     "zip": (lambda root: zipped(birds(root / "b"), root / "a.zip"), "folder"),
 }
@@ -181,7 +183,7 @@ def test_layouts_are_recognised(tmp_path, capsys, layout):
     root.mkdir()
     write, name = LAYOUTS["mini cache" if layout == "one pickle" else layout]
     written = write(root)
-    root = written if layout in ("cub tgz", "cifar", "zip") else root
+    root = written if layout in ("cub tgz", "cifar", "zip", "grocery") else root
     path = root / "mini-imagenet-cache-val.pkl" if layout == "one pickle" else root
     code, out, err = check(capsys, path, "--ways", 1, "--targets", 1, "--out", tmp_path / "a.png")
     assert (code, err) == (0, "")

@@ -16,7 +16,7 @@ import torch
 from bird_runs import CLASSES, FLAGS, write_birds, write_class
 from data_helpers import omniglot_files, write_folder, write_zip, zipped
 from PIL import Image
-from published import cifar_archive, cifar_folder, cub_folder, mini_caches, mini_csv, tiered_pickles
+from published import cifar_archive, cifar_folder, cub_folder, grocery_files, mini_caches, mini_csv, tiered_pickles
 from tiny_runs import refusal
 
 import metawrap.training.run_evaluation
@@ -232,6 +232,10 @@ SOURCES: dict[str, tuple[list[Callable[[Path], Any]], dict[str, Any]]] = {
         {"split": "alphabet", "validation_alphabets": 1},
     ),
     "cub": ([lambda root: cub_folder(root), lambda root: zipped(cub_folder(root / "in").parent, root / "cub.zip")], {}),
+    "grocery": (
+        [lambda root: write_folder(root, grocery_files()), lambda root: write_zip(root / "g.zip", grocery_files())],
+        {"image_size": 8},
+    ),
     "cifar-fs": ([lambda root: cifar_folder(root), lambda root: cifar_archive(root)], {}),
     "mini-imagenet": ([lambda root: mini_csv(root), lambda root: mini_csv(root, nested=True)], {"image_size": 8}),
     "mini-imagenet caches": (
