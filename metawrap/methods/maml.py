@@ -64,11 +64,12 @@ class MAML(Learner):
     def _build(self, model: nn.Module, keywords: Mapping[str, Any], known: type) -> None:
         """Checks what a constructor was given, then makes the learner. `known` is the TypedDict of its keywords."""
         method = type(self).__name__
-        refuse_unknown(method, flattened(keywords), keyword_types(known))
+        flat = flattened(keywords)
+        refuse_unknown(method, flat, keyword_types(known))
         for name, value in self.fixed.items():
-            if keywords.get(name) not in (None, value):
+            if flat.get(name) not in (None, value):
                 raise ArgumentError(
-                    f"{name}: cannot be {shown(keywords[name])} in {method}, where it is {shown(value)}. Leave it out, "
+                    f"{name}: cannot be {shown(flat[name])} in {method}, where it is {shown(value)}. Leave it out, "
                     "or use MAML."
                 )
         preset = check_preset(keywords.get("preset"), self.default_preset, method)

@@ -83,6 +83,14 @@ def test_the_meta_gradient_equals_that_of_a_loop_by_hand(kind: str, engine: str,
     assert all(found[name] is not None for name in BODY)
 
 
+@pytest.mark.parametrize("workers_in", ["threads", "processes"])
+def test_workers_make_the_same_gradient(workers_in: str) -> None:
+    learner = learner_of(head_init="prototypes", head="linear", workers=2, workers_in=workers_in)
+    loss, expected = by_hand(learner, "prototypes", TASKS)
+    assert learner.meta_step(TASKS).loss == pytest.approx(float(loss), rel=1e-12)
+    assert_same_gradients(gradients_of(learner), expected)
+
+
 def test_first_order_still_learns_through_the_prototypes() -> None:
     learner = learner_of(head_init="prototypes", head="linear", first_order_epochs=math.inf, inner_lr=1e-12)
     expected = by_hand(learner, "prototypes", TASKS)[1]
