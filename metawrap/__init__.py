@@ -18,6 +18,7 @@ from metawrap.evaluation_result import EvaluationResult
 from metawrap.learner.description import Description, ModuleRow
 from metawrap.methods import (
     ANIL,
+    BOIL,
     FOMAML,
     MAML,
     MANN,
@@ -49,6 +50,7 @@ except PackageNotFoundError:  # Run from a checkout that is not installed.
 
 __all__ = [
     "ANIL",
+    "BOIL",
     "FOMAML",
     "MAML",
     "MANN",

@@ -43,7 +43,7 @@ class BatchedEngine:
         norms = [module for module in model.modules() if isinstance(module, PerStepNorm)]
         self._clock = norms[0].per_step.clock if norms else StepClock()
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """See `Engine.call`; every tensor has a leading task axis.
 
         Raises:
@@ -57,7 +57,7 @@ class BatchedEngine:
             passes.clear()
             clock.recorder = None if recorder is None else passes
             clock.captured = {name: list(pairs) for name, pairs in statistics.items()}
-            output = self._functional.call(fast, x)
+            output = self._functional.call(fast, x, head=head)
             left = {name: list(pairs) for name, pairs in clock.captured.items()}
             return output, [(seen.mean, seen.variance) for seen in passes], left
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metawrap.errors import UnsupportedModuleError
 from metawrap.snapshot.module_state import BufferEdits, same_value
+from metawrap.tasks import call_model, describe_value
 
 
 class EditedBuffers:
@@ -60,6 +62,30 @@ class EditedBuffers:
     def _note_graph(self, name: str, buffer: Tensor) -> None:
         if buffer.grad_fn is not None:
             self._edits.carried.add(name)
+
+
+def run_model(model: nn.Module, inputs: Any, head: nn.Module | None) -> Any:
+    """The output of a model, or the input of its module `head`: the embeddings, (examples, ...).
+
+    Raises:
+        UnsupportedModuleError: the head does not run exactly once, or not on a floating-point tensor.
+    """
+    if head is None:
+        return call_model(model, inputs)
+    entered: list[Any] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(next(iter((*args, *kwargs.values())), None))
+
+    with head.register_forward_pre_hook(note, with_kwargs=True):
+        call_model(model, inputs)
+    if len(entered) != 1 or not isinstance(entered[0], Tensor) or not entered[0].is_floating_point():
+        found = describe_value(entered[0]) if len(entered) == 1 else f"{len(entered)} of them"
+        raise UnsupportedModuleError(
+            f"Expected one floating-point tensor to enter the head ({type(head).__name__}) in a forward pass, as its "
+            f"embedding, but got {found}. Name the module that an embedding enters with head=."
+        )
+    return entered[0]
 
 
 @contextmanager

@@ -31,13 +31,14 @@ class Engine(Protocol):
         """Args: edits: the buffers that the model's forward is known to edit; calls add to it."""
         ...
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """The model's prediction with `weights` (by parameter name) in place of the parameters of those names.
 
         Args:
             weights: fast weights; gradients flow back to them. Parameters that are not named are used as they are.
             inputs: a tensor, or a tuple or dict of them, passed as `model(x)`, `model(*x)` or `model(**x)`.
             twice: whether the prediction will be differentiated twice: layers then take their quick forms.
+            head: name of a module whose input is returned in place of the prediction.
         """
         ...
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers
+from metawrap.engines.calling import EditedBuffers, run_model
 from metawrap.errors import UnsupportedModuleError
 from metawrap.layers.quick_forms import QuickForms
 from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
-from metawrap.tasks import call_model
 
 
 class FunctionalEngine:
@@ -29,7 +28,7 @@ class FunctionalEngine:
         self._forms = QuickForms((module, module) for module in model.modules())
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """See `Engine.call`."""
         slots = [(*slot, weights[name]) for name in weights for slot in self._slots[name]]
         originals = [module._parameters[local] for module, local, _ in slots]
@@ -39,7 +38,7 @@ class FunctionalEngine:
                 tensor._is_param = True
                 module._parameters[local] = tensor  # type: ignore[assignment]
             with self._buffers.lent(), self._forms.lent(twice):
-                output = call_model(self.model, inputs)
+                output = run_model(self.model, inputs, None if head is None else self.model.get_submodule(head))
             self._refuse_new_parameters()
             return output
         finally:

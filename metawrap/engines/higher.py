@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metawrap.engines.calling import EditedBuffers
+from metawrap.engines.calling import EditedBuffers, run_model
 from metawrap.layers.quick_forms import QuickForms
 from metawrap.snapshot.module_state import BufferEdits
-from metawrap.tasks import call_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -46,7 +45,7 @@ class HigherEngine:
         self._forms = QuickForms(self._pairs)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
 
-    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False) -> Any:
+    def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """See `Engine.call`."""
         originals = dict(self.model.named_parameters())
         for module, twin in self._pairs:
@@ -55,7 +54,8 @@ class HigherEngine:
             # In every submodule now, not as each is called: hooks run before that and may read parameters.
             self._twin.update_params([weights.get(name, original) for name, original in originals.items()])
             with self._buffers.lent(), self._forms.lent(twice):
-                return call_model(self._twin, inputs)
+                # The twin shares the hooks of the module.
+                return run_model(self._twin, inputs, None if head is None else self.model.get_submodule(head))
         finally:
             self._twin.update_params(list(originals.values()))
             for (module, twin), own in zip(self._pairs, self._own, strict=True):

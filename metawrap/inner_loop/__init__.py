@@ -2,9 +2,10 @@
 
 task_solver.py: from tasks to outcomes; chooses the way through the files below
 flat_memory.py: the path with the graph of one inner step at a time
+class_starts.py: the head starts from one row for all classes, or from their prototypes; the table of all starts
+head_starts.py: where the head starts in each task
 inner_loop.py: the path: the one generator over inner steps, target losses, weighted sum
 update_rules.py: SGD, momentum, Adam, clipping; the learned rates
-head_starts.py: where the head starts in each task
 masking.py: outputs of classes that a task lacks
 task_layout.py: tasks of one shape as a stack; images in channels_last
 """

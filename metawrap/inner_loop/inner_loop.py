@@ -112,6 +112,13 @@ class InnerLoop:
             prediction = self.predict(fast, task.support_x, step, self.passes.support, twice=self.second_order)
         return self._judged(prediction, task.support_y, self.examples)[1]
 
+    def embedded(self, fast: FastWeights, head: str) -> Tensor:
+        """What enters the module `head` on the support set at the first inner step, which records the statistics."""
+        inputs = map_tensors(self.task.support_x, Tensor.clone) if self.clone_inputs else self.task.support_x
+        with self.losses_in() if self.losses_in else nullcontext(), self.clock.at(0, self.passes.support):
+            found: Tensor = self.engine.call(fast, inputs, head=head)
+        return found
+
     def _updated(self, point: Point, gradients: Sequence[Tensor | None], losses: Tensor, step: int) -> Point:
         fast = point.fast
         rates = {name: rows[min(step, len(rows) - 1)] for name, rows in self.rates.items()}

@@ -217,13 +217,21 @@ class TaskSolver:
             learned = self.head_start.kind == "learned"
             starts = [{} if learned else self.head_start.values(self.wrapped.model, loop.task.id)]
         parameters = dict(self.wrapped.model.named_parameters())
-        # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
-        copies = {
-            name: start_of([start.get(name, parameters[name]) for start in starts])
-            if loop.stacked
-            else starts[0].get(name, parameters[name]).clone()
-            for name in self.wrapped.adapted
-        }
+
+        def copied() -> FastWeights:
+            # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
+            return {
+                name: start_of([start.get(name, parameters[name]) for start in starts])
+                if loop.stacked
+                else starts[0].get(name, parameters[name]).clone()
+                for name in self.wrapped.adapted
+            }
+
+        copies = copied()
+        if self.head_start.reads_support:
+            # By clones of its own: the graph behind one fast weight must not hold another one, or the inner gradient
+            # of that one would be taken through both.
+            copies.update(self.head_start.of_support(loop, copied, ignored_label(self.loss_fn)))
         # A parameter that was frozen after wrapping is still adapted, from its present value.
         return {
             name: w if loop.differentiable and w.requires_grad else w.detach().requires_grad_()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -214,6 +214,10 @@ class LearningRates(nn.Module):
     def items(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of parameter name and its rates, row by row."""
         return ((name, self[name]) for name in self.names)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forgets rates of parameters that are not adapted after all; state_dict keeps them."""
+        self.names = [name for name in self.names if name not in names]
 
     def per_step(self) -> dict[str, tuple[Tensor, ...]]:
         """Each name's rows, one after another."""

@@ -85,7 +85,7 @@ class SteppedKeywords(InnerLoopKeywords, AdamKeywords, total=False):
 
 
 class MAMLKeywords(SteppedKeywords, total=False):
-    """The keywords of `MAML`, `FOMAML`, `MAMLPlusPlus` and `MetaSGD`."""
+    """The keywords of `MAML`, `FOMAML`, `MAMLPlusPlus`, `MetaSGD` and `BOIL`."""
 
     preset: str | None
     first_order_epochs: WholeOrInfinite | None

@@ -2,6 +2,7 @@
 
 from metawrap.learner.learner import Learner
 from metawrap.methods.anil import ANIL
+from metawrap.methods.boil import BOIL
 from metawrap.methods.fine_tune import FineTune
 from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
@@ -22,6 +23,7 @@ from metawrap.methods.zero_step import ZeroStep
 
 __all__ = [
     "ANIL",
+    "BOIL",
     "FOMAML",
     "MAML",
     "MANN",

@@ -21,7 +21,8 @@ from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning, shown
 from metawrap.execution.executor import shared, stateful_modules
 from metawrap.execution.parallel import executor_for
-from metawrap.inner_loop.head_starts import HEAD_STARTS, HeadStart
+from metawrap.inner_loop.class_starts import HEAD_STARTS
+from metawrap.inner_loop.head_starts import HeadStart
 from metawrap.inner_loop.inner_loop import Point
 from metawrap.inner_loop.task_solver import InnerUpdate, TaskSolver
 from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
@@ -31,6 +32,7 @@ from metawrap.learner.evaluation import adapting, check_steps, finished
 from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
+from metawrap.results import ignored_label
 from metawrap.settings.keywords import flattened, keyword_types, refuse_unknown, shows
 from metawrap.settings.settings import PRESETS, Settings, check_choice, check_preset, resolve
 from metawrap.surgery.swap import plain_copy
@@ -62,11 +64,12 @@ class MAML(Learner):
     def _build(self, model: nn.Module, keywords: Mapping[str, Any], known: type) -> None:
         """Checks what a constructor was given, then makes the learner. `known` is the TypedDict of its keywords."""
         method = type(self).__name__
-        refuse_unknown(method, flattened(keywords), keyword_types(known))
+        flat = flattened(keywords)
+        refuse_unknown(method, flat, keyword_types(known))
         for name, value in self.fixed.items():
-            if keywords.get(name) not in (None, value):
+            if flat.get(name) not in (None, value):
                 raise ArgumentError(
-                    f"{name}: cannot be {shown(keywords[name])} in {method}, where it is {shown(value)}. Leave it out, "
+                    f"{name}: cannot be {shown(flat[name])} in {method}, where it is {shown(value)}. Leave it out, "
                     "or use MAML."
                 )
         preset = check_preset(keywords.get("preset"), self.default_preset, method)
@@ -165,7 +168,7 @@ class MAML(Learner):
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch if self.settings.outputs.head_init != "learned" else ():
-            self.head_start.check(task.id)
+            self.head_start.check(task, ignored_label(self.loss_fn), self.settings.outputs.mask_unused_outputs)
 
     @shared
     def adapt(
@@ -221,7 +224,8 @@ class MAML(Learner):
     def unwrap(self) -> nn.Module:
         """The meta-trained initialisation as a plain module of the user's own class, its norms at row 0.
 
-        Under head_init="zeros" its head is zero, as it is when a task begins.
+        Its head is as it is when a task begins under head_init="zeros" and "shared", and under "prototypes", "random"
+        and "stored", which decide that by the task, as it was before training, or as learned.
         """
         start = self.head_start.of_unwrapped(self.model)
         return plain_copy(self.model, start, 0, None, keep_statistics=self.settings.norm != "batch")

@@ -89,6 +89,11 @@ class Reptile(MAML):
                 "Freeze them with requires_grad_(False), or use another method."
             )
         self._build(model, keywords, ReptileKeywords)
+        if self.settings.outputs.head_init == "prototypes":
+            raise ArgumentError(
+                'outputs.head_init: cannot be "prototypes" in Reptile, which has no gradient to pass through them. Use '
+                '"zeros" or "shared", or MAML.'
+            )
         # Training forwards so far, and where the present call's draws stand because of them: 0 in a meta-step.
         self.forwards = self._ahead = 0
         self._known_forms: set[str] = set()

@@ -26,7 +26,7 @@ from metawrap.settings.validated import (
 )
 from metawrap.surgery.swap import Factory
 
-HeadInit = Literal["learned", "zeros", "random", "stored"]
+HeadInit = Literal["learned", "zeros", "random", "stored", "shared", "prototypes"]
 Memory = Literal["unrolled", "flat"]
 WorkersIn = Literal["threads", "processes"]
 InnerOptimizerName = Literal["sgd", "adam"]
@@ -201,8 +201,10 @@ class OutputOptions(Options):
         default="learned",
         description=(
             'where the head starts in each task: "learned"; "zeros"; "random", drawn by its '
-            'reset_parameters(); or "stored", as the task with the same `Task.id` left it when it was'
-            " last trained on."
+            'reset_parameters(); "stored", as the task with the same `Task.id` left it when it was'
+            ' last trained on; "shared", the mean of its learned rows for each class (UNICORN-MAML); or'
+            ' "prototypes", by the mean embedding of each class (ProtoMAML). With "zeros", "shared" and'
+            ' "prototypes" the order of the labels does not matter.'
         ),
     )
     mask_unused_outputs: Switch = Field(

@@ -21,6 +21,7 @@ METHODS = {
     "fomaml": "FOMAML",
     "meta-sgd": "MetaSGD",
     "anil": "ANIL",
+    "boil": "BOIL",
     "reptile": "Reptile",
     "lstm": "LSTMMetaLearner",
     "r2d2": "R2D2",

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Reptile": FEW | {"evaluation_steps": 2},
     "LSTMMetaLearner": FEW | {"hidden_size": 5},
     "ANIL": FEW,
+    "BOIL": FEW,
     "FineTune": FEW | {"classes": 3},
     "MultiTask": FEW | {"classes": 3},
     "MANN": {"hidden": 16, "slots": 8},

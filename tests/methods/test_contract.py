@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maml": {"inner_steps": 2},
     "fomaml": {"inner_steps": 2},
     "anil": {"inner_steps": 2},
+    "boil": {"inner_steps": 2},
     "fine-tune": {"inner_steps": 5, "classes": 9},
     "multi-task": {"inner_steps": 5, "classes": 9},
     "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
@@ -65,7 +66,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "siamese-images": (Conv4, (1, 16, 16)),
     "statistician-images": (Conv4, (1, 16, 16)),
 }
-INNER_STEPS = {"maml++", "maml", "fomaml", "meta-sgd", "anil", "reptile", "lstm", "fine-tune", "multi-task"}
+INNER_STEPS = {"maml++", "maml", "fomaml", "meta-sgd", "anil", "boil", "reptile", "lstm", "fine-tune", "multi-task"}
 # Their head is fitted to embeddings, and has one output for each class of the task.
 FITTED = [name for name in METHODS if name not in INNER_STEPS | {"zero-step"}]
 FITTED += [name for name in VARIANTS if name.split("-")[0] in FITTED]
@@ -81,7 +82,7 @@ PARTIAL_GRADIENT = {"fomaml", "reptile", "lstm", "metanet"}
 EXAMPLES = sorted(
     {
         getattr(methods, METHODS[n]).__module__.split(".")[-1]
-        for n in [*FITTED, "anil", "fine-tune", "multi-task", "zero-step"]
+        for n in [*FITTED, "anil", "boil", "fine-tune", "multi-task", "zero-step"]
         if n in METHODS
     }
 )

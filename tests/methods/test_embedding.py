@@ -14,7 +14,19 @@ from metawrap import ArgumentError, ProtoNet, Task, TaskError, UnsupportedModule
 from metawrap.training.run_settings import METHODS
 
 # Those that have an inner loop, or keep the user's own head.
-NOT_FITTED = {"maml++", "maml", "fomaml", "meta-sgd", "reptile", "lstm", "anil", "fine-tune", "multi-task", "zero-step"}
+NOT_FITTED = {
+    "maml++",
+    "maml",
+    "fomaml",
+    "meta-sgd",
+    "reptile",
+    "lstm",
+    "anil",
+    "boil",
+    "fine-tune",
+    "multi-task",
+    "zero-step",
+}
 
 
 def task_of(shape: tuple[int, ...] = (4,), **options: Any) -> Task:
