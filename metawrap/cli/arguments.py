@@ -89,7 +89,7 @@ _NORM = {"choices": NORMS} | _NAME
 _LEARNER: dict[str, dict[str, Any]] = {
     "--method": _NAME | {"choices": tuple(METHODS), "help": "maml++ (default); metawrap compare --help lists all"},
     "--preset": _NAME | {"help": "authors_code (default) or paper"},
-    "--norm": _NORM | {"help": "batch norm by batch, running or support (the method's)"},
+    "--norm": _NORM | {"help": "batch norm: batch, running, support, task, task_layer (the method's)"},
     "--engine": _NAME | {"help": f"auto (default: chooses one), {', '.join(ENGINES)}"},
     "--inner-steps": _N | {"help": "inner updates per task (the method's: 5)"},
     "--inner-lr": _X | {"help": "first inner learning rate (0.1)"},
@@ -242,7 +242,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument("--tasks", dest="test_tasks", **_N, help="tasks of unseen classes (the run's)")
     parser.add_argument(
-        "--norm", dest="norms", nargs="+", default=None, **_NORM, help="batch-norm policies (all three)"
+        "--norm", dest="norms", nargs="+", default=None, **_NORM, help="batch-norm policies (all that apply)"
     )
     parser.add_argument("--ensemble", **_N, help="also average the logits of the N best checkpoints")
     parser.add_argument("--data", **_NAME, help="test on another data set, with images of the same size")

@@ -105,11 +105,6 @@ def norm_warnings(settings: Settings, wrapped: Wrapped) -> Iterator[str]:
     has_rows = settings.per_step_norm_affine and settings.inner_steps > 1
     if has_rows and settings.first_order_epochs > settings.step_loss_epochs:
         yield first_order_warning(settings)
-    if settings.norm == "running":
-        yield (
-            'norm="running" trains under batch statistics and adapts under stored ones in evaluation, where the inner '
-            'loop often diverges; norm="support" is inductive and the same in both'
-        )
 
 
 def _learned_besides(learner: Any) -> Iterator[str]:

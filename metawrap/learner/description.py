@@ -31,8 +31,10 @@ _SHAPES_SHOWN = 4
 _LATER = "known after the first task"
 _NORMS = {
     "batch": "each batch's own statistics, always (transductive)",
-    "running": "the batch's own statistics in training, stored ones in evaluation (inductive)",
+    "running": "the target passes use stored statistics (inductive)",
     "support": "the target passes use the support set's statistics (inductive)",
+    "task": "TaskNorm-I: the support set's statistics, blended with those of each example by channel (inductive)",
+    "task_layer": "TaskNorm-L: the support set's statistics, blended with those of each example (inductive)",
 }
 
 

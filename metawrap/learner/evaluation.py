@@ -166,8 +166,7 @@ def _warn_diverged(losses: Tensor, policy: str) -> None:
     if diverged := int((~torch.isfinite(losses)).sum()):
         warnings.warn(
             f'{diverged} of {len(losses)} tasks ended with a loss that is not finite under norm="{policy}": the inner '
-            "loop diverged. Rates that were learned under batch statistics are known to do so under stored ones; "
-            'norm="support" is inductive too, and the same in training and evaluation.',
+            "loop diverged. Evaluate under the policy of training, with fewer steps, or train longer.",
             MetaWrapWarning,
             stacklevel=5,
         )

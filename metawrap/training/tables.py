@@ -8,7 +8,6 @@ from typing import Any
 
 from metawrap.training.run_settings import METHODS, RunSettings
 
-_KINDS = {"batch": "transductive", "running": "inductive", "support": "inductive"}
 _TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 
