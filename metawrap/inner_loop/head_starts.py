@@ -45,7 +45,7 @@ class HeadStart(nn.Module):
         """Where those start that the support set of the loop's task, or of each of its tasks, decides.
 
         Args:
-            initial: makes the initial fast weights anew. ignored: the label that counts not.
+            initial: makes the initial fast weights anew. ignored: the label that is left out.
         """
         return {}
 

@@ -28,6 +28,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "multi_step_loss": False,
     },
     "zero heads": {"engine": "functional", "head_init": "zeros", "head": "linear"},
+    "prototypes": {"engine": "functional", "head_init": "prototypes", "head": "linear"},
 }
 
 
