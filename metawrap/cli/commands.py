@@ -36,7 +36,6 @@ from metawrap.training.progress import quiet, say
 from metawrap.training.run import train, train_seeds
 from metawrap.training.run_evaluation import evaluate_run
 from metawrap.training.run_folder import read_run
-from metawrap.training.run_settings import NORMS
 from metawrap.training.study import run_study, study_table
 from metawrap.training.tables import comparison_table, result_text
 from metawrap.training.torchrun import on_rank_zero, process_group, rank, world_size
@@ -139,7 +138,7 @@ def _compare(arguments: Namespace) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    result = evaluate_run(arguments.run, arguments.norms or NORMS, arguments.new_classes, **flags_in(arguments))
+    result = evaluate_run(arguments.run, arguments.norms, arguments.new_classes, **flags_in(arguments))
     print(f"\n{result_text(result)}")
     if arguments.out is not None:
         write_json(Path(arguments.out), result)

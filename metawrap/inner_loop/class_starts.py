@@ -122,7 +122,7 @@ def _prototypes(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:
     """The mean embedding of each class: (ways, numbers); zero for a class without examples.
 
     Args:
-        embedded: (examples, numbers, ...), floating point. labels: (examples, ...), of 0..ways - 1; others are left out.
+        embedded: (examples, numbers, ...). labels: (examples, ...), of 0..ways - 1; others are left out.
     """
     rows = embedded.movedim(1, -1).flatten(0, -2)
     with torch.autocast(rows.device.type, enabled=False):

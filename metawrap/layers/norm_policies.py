@@ -38,3 +38,17 @@ def passes_of(norm: str, *, training: bool, inner_loop: bool = False) -> Passes:
     if norm == "running" and not inner_loop:
         return PASSES["batch"] if training else Passes("running", None, "running")
     return PASSES[norm]
+
+
+def policies_of(norm: str, *, inner_loop: bool) -> list[str]:
+    """The policies that a learner made with `norm` can tell apart: its own first.
+
+    An inner loop has rows of its own for "running" only if it was trained under it, and a blend likewise.
+    """
+    others = ["batch", "support"] if inner_loop else ["batch", "running", "support"]
+    return [norm, *(name for name in others if name != norm)]
+
+
+def kind_of(norm: str) -> str:
+    """Whether a target's prediction depends on the other targets."""
+    return "transductive" if norm == "batch" else "inductive"

@@ -15,9 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Blend = Literal["instance", "layer"]
 
 
-def blended(
-    input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float
-) -> Tensor:
+def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float) -> Tensor:
     """The input, (examples, channels, ...), normalised by moments of the support set and of each example.
 
     Args:

@@ -64,6 +64,8 @@ class Learner(nn.Module, ABC):
     distributed: bool = True
     head: str | None = None
     outer_update: type[OuterUpdate] = OuterUpdate
+    # Whether the network itself adapts in an inner loop.
+    inner_loop: bool = False
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class MAML(Learner):
     """
 
     default_preset = "maml"
+    inner_loop = True
     # Settings that make the method what it is, whatever the preset.
     fixed: ClassVar[Mapping[str, Any]] = {}
     settings_class: type[Settings] = Settings

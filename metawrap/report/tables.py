@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from metawrap.layers.norm_policies import kind_of
 from metawrap.report.gather import Group, differences
 from metawrap.report.records import RunRecords, Score
 from metawrap.training.progress import duration
@@ -65,7 +66,7 @@ def final_table(groups: Sequence[Group]) -> Values | None:
         for norm in dict.fromkeys(norm for run in runs for norm in run.scores):
             scores = [run.scores.get(norm, {}) for run in runs]
             is_trained = all(run.trained_norm == norm for run in runs)
-            rows.append(_row(norm, kind_of(norm, ""), scores, columns, is_trained=is_trained))
+            rows.append(_row(norm, kind_of(norm), scores, columns, is_trained=is_trained))
         for run in runs if len(runs) > 1 else ():
             norm = run.trained_norm if run.trained_norm in run.scores else next(iter(run.scores))
             rows.append(_row(f"seed {run.seed}, {norm}", _OVER_TASKS, [run.scores[norm]], columns, is_seed=True))

@@ -16,9 +16,9 @@ from torch import Tensor
 from metawrap.data import EpisodeSampler
 from metawrap.errors import CheckpointError, MetaWrapWarning
 from metawrap.evaluation_result import EvaluationResult
+from metawrap.layers.norm_policies import policies_of
 from metawrap.outputs import prediction_in
 from metawrap.training.checkpoints import CheckpointFolder, best_epochs, load_into
-from metawrap.training.run_settings import NORMS
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
 
 _SCORES = ("before", "after", "ensemble")
@@ -31,7 +31,7 @@ def final_test(
     checkpoints: CheckpointFolder,
     history: list[dict[str, Any]],
     ensemble: int = 0,
-    norms: Sequence[str] = NORMS,
+    norms: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Tests the best checkpoint of `best_epochs`, and the average of the best `ensemble` ones.
 
@@ -45,6 +45,7 @@ def final_test(
     Raises:
         CheckpointError: the best checkpoint is missing or cannot be read.
     """
+    norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
     epochs = on_rank_zero(lambda: _epochs_to_test(checkpoints, history, ensemble))
     scores: dict[str, dict[str, Any]] = {norm: {} for norm in norms}
     logits: dict[str, list[Any]] = {}

@@ -29,7 +29,7 @@ from metawrap.training.machine import peak_memory
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_evaluation import tested
 from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, write_run
-from metawrap.training.run_settings import NORMS, RunSettings
+from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero, rank, seed_dropout, share, world_size
@@ -99,7 +99,7 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
     )
     with board or nullcontext():
         seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0, board)
-    norms = NORMS if settings.test_norms == "all" else (experiment.learner.settings.norm,)
+    norms = None if settings.test_norms == "all" else (experiment.learner.settings.norm,)
     result = tested(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
     insight = final_insight(experiment.learner, experiment.test, settings.test_tasks)
     on_rank_zero(lambda: folder.write_result(result, insight))

@@ -16,6 +16,7 @@ from metawrap.data.episodes import Demand, check_enough
 from metawrap.data.loader_workers import naming_dead_workers
 from metawrap.data.problems import listed
 from metawrap.errors import CheckpointError, DataError
+from metawrap.layers.norm_policies import policies_of
 from metawrap.training.data_record import changed, differences, joined, read_record, record_of, unseen
 from metawrap.training.experiment import (
     TEST_SEED,
@@ -30,12 +31,12 @@ from metawrap.training.final_evaluation import final_test
 from metawrap.training.machine import command_line, describe_machine
 from metawrap.training.progress import say
 from metawrap.training.run_folder import NO_RECORD, RunFolder, read_run
-from metawrap.training.run_settings import NORMS, RunSettings
+from metawrap.training.run_settings import RunSettings
 
 
 @naming_dead_workers()
 def evaluate_run(
-    out: str | Path, norms: Sequence[str] = NORMS, new_classes: bool = False, **changes: Any
+    out: str | Path, norms: Sequence[str] | None = None, new_classes: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """Tests the best checkpoint of a run again, finished or not. Writes nothing.
 
@@ -48,7 +49,7 @@ def evaluate_run(
 
     Args:
         out: the run's folder.
-        norms: batch-norm policies to test under.
+        norms: batch-norm policies to test under; all that apply if None.
         new_classes: test on all classes of the present data, of any part, that were not in the run's training or
             validation, in place of the test part.
         changes: settings of the test that replace the run's own, such as test_tasks=1000, ensemble=5, data="omniglot".
@@ -126,10 +127,11 @@ def _images_to_test(
 
 
 def tested(
-    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str]
+    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str] | None
 ) -> dict[str, Any]:
     """The final test of a learner, with the record of the run: see `train`."""
     settings, learner, begun = folder.settings, experiment.learner, time.monotonic()
+    norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
     counted = f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
     say(f"Testing on {settings.test_tasks} tasks of unseen classes, under {counted} ...")
     test = final_test(

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metawrap.layers.norm_policies import kind_of
 from metawrap.training.run_settings import METHODS, RunSettings
 
 _TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
@@ -136,7 +137,7 @@ def _padded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[
 
 
 def _policy(norm: str, trained_norm: str) -> str:
-    return f"{norm} ({_KINDS[norm]}){' *' if norm == trained_norm else ''}"
+    return f"{norm} ({kind_of(norm)}){' *' if norm == trained_norm else ''}"
 
 
 def _mean_and_deviation(scores: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ from models import ActNormNet, BatchNormAct2d, Conv4, NormedMlp, class_tasks, se
 from oracle import msl_weights
 from torch import Tensor, nn
 
-from metawrap import ArgumentError, MAML, MAMLPlusPlus, MetaWrapWarning
+from metawrap import MAML, ArgumentError, MAMLPlusPlus, MetaWrapWarning
 
 STEPS = 3
 MODELS: dict[str, tuple[Any, tuple[int, ...], dict[type, Any]]] = {

@@ -11,7 +11,6 @@ from deployed_cases import ALL, STEPS, call, wrapped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 

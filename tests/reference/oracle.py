@@ -304,14 +304,19 @@ class _Machine:
                     ratio = torch.log(torch.sqrt(own[1] + norm.eps) / deviation.detach())
                     rows = self.shifts.setdefault((name, self.row), [])
                     rows.append(((own[0] - mean.detach()) / deviation.detach(), ratio))
-                    shift, log = (self._pick(self.statistics[f"{name}.target_{k}"]).clone() for k in ("shift", "log_ratio"))
+                    shift, log = (
+                        self._pick(self.statistics[f"{name}.target_{k}"]).clone() for k in ("shift", "log_ratio")
+                    )
                     mean, var = mean + shift * deviation, (deviation * torch.exp(log)) ** 2 - norm.eps
                 examples = self.examples
             self.examples = examples
             mean, var = mean.view(view), var.view(view)
             if f"{name}.blend_scale" in self.weights and self.norm.startswith("task"):
                 each = list(range(1 if self.norm == "task_layer" else 2, x.dim()))
-                a = 1 / (1 + torch.exp(-self.weights[f"{name}.blend_scale"] * examples - self.weights[f"{name}.blend_offset"]))
+                a = 1 / (
+                    1
+                    + torch.exp(-self.weights[f"{name}.blend_scale"] * examples - self.weights[f"{name}.blend_offset"])
+                )
                 mean_of = x.mean(each, keepdim=True) if each else x
                 var_of = ((x - mean_of) ** 2).mean(each, keepdim=True) if each else torch.zeros_like(x)
                 both = a * mean + (1 - a) * mean_of
