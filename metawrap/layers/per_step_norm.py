@@ -147,7 +147,9 @@ class PerStepNorm(_BatchNorm):
             if use != "blended_captured" and tracks:
                 self._record(*_unbiased(input, *context[:2]))
             assert self.per_step.blend is not None
-            return self._forward_normalised(blended(input, *context, self.per_step.blend, self.eps), *args, **kwargs)
+            mean, variance, share = context
+            found = blended(input, mean, variance, share, self.per_step.blend, self.eps)
+            return self._forward_normalised(found, *args, **kwargs)
         # Without stored statistics the batch's own are used in evaluation too, as in torch's norms.
         if use == "running" and tracks:
             with self._lent(self._stored_statistics(), training=False):
@@ -324,7 +326,7 @@ class PerStepNorm(_BatchNorm):
         return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
 
     def shifted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """What a target pass is normalised by under "running", from the moments of its support set, (channels,) each."""
+        """What normalises a target pass under "running": its support set's moments, (channels,) each, moved by the row."""
         row = self.per_step.row() if self.per_step.statistics else ...
         shift, ratio = (self._buffers.get(name) for name in ("target_shift", "target_log_ratio"))
         if shift is None or ratio is None:
@@ -345,7 +347,10 @@ class PerStepNorm(_BatchNorm):
 
     def _share(self, input: Tensor) -> Tensor:
         """The support set's share in the moments: sigmoid(scale * examples + offset)."""
-        return torch.sigmoid(self.blend_scale * len(input) + self.blend_offset)
+        scale, offset = (self._parameters[name] for name in BLEND)
+        assert scale is not None
+        assert offset is not None
+        return torch.sigmoid(scale * len(input) + offset)
 
 
 def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""TaskNorm: the moments of the support set, blended with those of each example; and the norms that are deployed with it.
+"""TaskNorm: the moments of the support set, blended with those of each example; and the norms deployed with it.
 
 Source: Bronskill et al. 2020, arXiv:2003.03284, section 4.
 """
@@ -79,8 +79,8 @@ def task_norm(norm: _BatchNorm, blend: Blend | None, mean: Tensor, variance: Ten
     """Turns a plain norm into a `TaskNorm` that holds the moments of a support set, in place."""
     assert blend is not None
     neutral = neutral_statistics(norm, mean)
-    norm.__class__ = _task_norm_class(type(norm))
-    norm.blend = blend
+    norm.__class__ = _task_norm_class(type(norm))  # type: ignore[arg-type]
+    norm.__dict__["blend"] = blend
     norm.track_running_stats = True
     norm._buffers.update(neutral)
     if norm._buffers.get("num_batches_tracked") is None:
@@ -97,5 +97,5 @@ def _task_norm_class(original: type[_BatchNorm]) -> type[TaskNorm]:
 
 
 def _new_task_norm(original: type[_BatchNorm]) -> nn.Module:
-    made = _task_norm_class(original)
+    made = _task_norm_class(original)  # type: ignore[arg-type]
     return made.__new__(made)

@@ -381,7 +381,7 @@ def conv4_meta_gradient(
         predictions.append(logits.detach())
     leaves = weights | {f"lr/{name}": rate for name, rate in speeds.items()}
     gradients = torch.autograd.grad(total, list(leaves.values()))
-    return Reference(total.detach(), dict(zip(leaves, whole, strict=True)), rows, predictions=predictions)
+    return Reference(total.detach(), dict(zip(leaves, gradients, strict=True)), rows, predictions=predictions)
 
 
 def worst_error(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> tuple[float, str]:
