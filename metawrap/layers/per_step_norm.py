@@ -326,7 +326,7 @@ class PerStepNorm(_BatchNorm):
         return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
 
     def shifted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """What normalises a target pass under "running": its support set's moments, (channels,) each, moved by the row."""
+        """What normalises a target pass under "running": its support set's moments, (channels,), moved by the row."""
         row = self.per_step.row() if self.per_step.statistics else ...
         shift, ratio = (self._buffers.get(name) for name in ("target_shift", "target_log_ratio"))
         if shift is None or ratio is None:

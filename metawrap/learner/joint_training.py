@@ -17,6 +17,7 @@ from metawrap.engines.calling import autograd, dense
 from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
+from metawrap.layers.norm_policies import BLENDS
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
 from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
@@ -115,6 +116,15 @@ class JointTraining:
             return module
         # Until here the norms used the support set's own statistics; the finished module holds them.
         return plain_module(learner, dict(module.named_parameters()), task.support_x, norm)
+
+    @staticmethod
+    def refuse_blend(method: str, norm: object) -> None:
+        """Raises ArgumentError under TaskNorm, whose blend a module that is fitted to a task cannot learn."""
+        if isinstance(norm, str) and norm in BLENDS:
+            raise ArgumentError(
+                f'norm: {method} fits plain networks, whose norms have no learned blend, but got "{norm}". Use '
+                '"support" or "running", or another method.'
+            )
 
     def check(self, learner: HeadLearner, batch: TaskBatch) -> None:
         """Raises TaskError or ArgumentError when a task cannot be trained on."""

@@ -75,6 +75,7 @@ class FineTune(HeadLearner):
         self.shared_labels = classes == "shared"
         table = ClassTable(None if isinstance(classes, str) else classes)
         self.joint = JointTraining(tune, inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
+        self.joint.refuse_blend(type(self).__name__, keywords.get("norm"))
         super().__init__(model, keywords, parts={"table": self.joint.table})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:

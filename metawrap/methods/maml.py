@@ -185,7 +185,8 @@ class MAML(Learner):
         """A plain module of the user's own class, in eval mode, fitted to one support set; changes nothing here.
 
         Its norms are ordinary ones, at row max(0, min(steps, inner_steps) - 1): under norm="batch" without running
-        statistics (they use each batch's own), under "running" with that row's, under "support" with the support set's.
+        statistics (they use each batch's own), else with the support set's: under "running" moved by that row's shifts,
+        under "task" blended with those of each example.
         So under "batch" its state_dict fits a model whose batch norms were built with track_running_stats=False.
         Loading it into others fails; with strict=False it would leave them to normalise by mean 0 and variance 1.
 
@@ -283,8 +284,8 @@ class MAMLPlusPlus(MAML):
         learn_inner_lr: LSLR; without it the rates stay at `inner_lr`.
         cosine_annealing, meta_lr, min_meta_lr, epochs: CA, from `meta_lr` to `min_meta_lr` over `epochs` epochs.
         iterations_per_epoch: meta-steps that make an epoch, for every schedule.
-        norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "running" (stored ones
-            in evaluation) or "support" (targets use their support set's).
+        norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "support" (targets use their
+            support set's), "running" (these, moved by stored shifts), "task" or "task_layer" (TaskNorm-I, -L).
         adapt: which parameters the inner loop adapts: names, wildcards, or a function of the name; all but the
             batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
             start that is no longer learned.

@@ -69,6 +69,7 @@ class MultiTask(HeadLearner):
     ) -> None:
         table = ClassTable(classes)
         self.joint = JointTraining("head", inner_lr, inner_optimizer, table, self._by_classes, self._outputs)
+        self.joint.refuse_blend(type(self).__name__, keywords.get("norm"))
         super().__init__(model, keywords, parts={"table": table, "heads": TaskHeads()})
 
     def _outputs(self, task: Task, norm: str, moments: list[Moments], labels: Tensor) -> TrainingOutputs:
