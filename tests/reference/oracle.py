@@ -175,7 +175,10 @@ def meta_gradient(
                 total = total + weight * target_loss
             if not loss_alone:
                 # Task by task: the graphs of all tasks of a large network do not fit into memory at once.
-                own_gradients = torch.autograd.grad(total / len(tasks), list(leaves.values()), allow_unused=True)
+                # A task may have left a graph in the model for the next one, so it is freed with its last holder.
+                own_gradients = torch.autograd.grad(
+                    total / len(tasks), list(leaves.values()), allow_unused=True, retain_graph=True
+                )
                 found = [g.to_dense() if g is not None and g.is_sparse else g for g in own_gradients]
                 whole = [b if a is None else a if b is None else a + b for a, b in zip(whole, found, strict=True)]
             losses.append(total.detach())
