@@ -30,7 +30,7 @@ from metawrap.inner_loop.inner_loop import (
 from metawrap.inner_loop.masking import Mask, used_labels
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
-from metawrap.layers.norm_policies import passes_of
+from metawrap.layers.norm_policies import PASSES
 from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
@@ -182,7 +182,7 @@ class TaskSolver:
             partial(task_loss, self.loss_fn),
             self.wrapped.clock,
             stacked=several,
-            passes=passes_of(norm, training=training, inner_loop=True),
+            passes=PASSES[norm],
             differentiable=differentiable,
             second_order=differentiable and is_second_order(self.epoch, self.settings.first_order_epochs),
             max_norm=inner.max_grad_norm,

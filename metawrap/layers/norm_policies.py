@@ -33,9 +33,9 @@ PASSES: dict[str, Passes] = {
 }
 
 
-def passes_of(norm: str, *, training: bool, inner_loop: bool = False) -> Passes:
-    """The passes of a policy. Without an inner loop, "running" is batch norm as in any supervised training."""
-    if norm == "running" and not inner_loop:
+def passes_of(norm: str, *, training: bool) -> Passes:
+    """The passes of a method without an inner loop: under "running" batch norm is that of any supervised training."""
+    if norm == "running":
         return PASSES["batch"] if training else Passes("running", None, "running")
     return PASSES[norm]
 

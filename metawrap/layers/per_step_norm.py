@@ -6,7 +6,6 @@ The user's forward runs unchanged. During a call its parameters and statistics a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.quick_forms import batch_norm
-from metawrap.layers.task_norm import blended, neutral_statistics, over_channels, wide_of
+from metawrap.layers.support_moments import SHIFTS, fold_shifts, moments_of, normalised, shift_of, shifted, unbiased
+from metawrap.layers.task_norm import blended, neutral_statistics
 from metawrap.tasks import describe_value
 
-# Under norm="running": by how much target passes differ from their support set's, in its deviations and as a log ratio.
-SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
 # Under norm="task": what the outer loop learns about the support set's share.
 BLEND = ("blend_scale", "blend_offset")
 _PRECISE = (torch.float32, torch.float64)
@@ -82,21 +80,6 @@ class StepClock:
             if statistics in ("captured", "shifted", "blended_captured"):
                 self.captured = {}
 
-    def taken(self) -> dict[str, tuple[Tensor, ...]]:
-        """Returns and forgets the statistics of the last capturing pass, by norm, for a plain batch norm to hold.
-
-        Raises:
-            UnsupportedModuleError: a norm ran more than once in it.
-        """
-        captured, self.captured = self.captured, {}
-        for name, passes in captured.items():
-            if len(passes) != 1:
-                raise UnsupportedModuleError(
-                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain batch norm holds one set of "
-                    'statistics. Use norm="batch" or norm="running", or evaluate with the learner itself.'
-                )
-        return {name: passes[0] for name, passes in captured.items()}
-
 
 @dataclass
 class PerStepState:
@@ -133,19 +116,20 @@ class PerStepNorm(_BatchNorm):
         use = clock.statistics or ("batch" if self.training else "running")
         tracks = self._buffers.get("running_mean") is not None
         if use == "capture":
-            clock.captured.setdefault(self.per_step.name, []).append(_moments(input))
+            clock.captured.setdefault(self.per_step.name, []).append(moments_of(input))
         elif use in ("captured", "shifted"):
             context = self._context()
             if use == "shifted":
                 self._record_shift(input, *context)
                 context = self.shifted(*context)
-            return self._forward_normalised(self._normalised(input, *context), *args, **kwargs)
+            mean, variance = context
+            return self._forward_normalised(normalised(input, mean, variance, self.eps), *args, **kwargs)
         elif use.startswith("blended"):
-            context = self._context() if use == "blended_captured" else (*_moments(input), self._share(input))
+            context = self._context() if use == "blended_captured" else (*moments_of(input), self._share(input))
             if use == "blended_capture":
                 clock.captured.setdefault(self.per_step.name, []).append(context)
             if use != "blended_captured" and tracks:
-                self._record(*_unbiased(input, *context[:2]))
+                self._record(*unbiased(input, *context[:2]))
             assert self.per_step.blend is not None
             mean, variance, share = context
             found = blended(input, mean, variance, share, self.per_step.blend, self.eps)
@@ -186,29 +170,6 @@ class PerStepNorm(_BatchNorm):
                 stored[row] = torch.where(keep, folded, stored[row])
             if count is not None:
                 count[row] += keep * len(seen)
-
-    @torch.no_grad()
-    def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
-        """Folds the mean shift of one meta-step's target passes into each row; not where `keep` is false.
-
-        As the passes of a batch stem from the same weights, they count once, with a fifth of the norm's momentum; the
-        first ones count equally, so that no row remembers where it started.
-        """
-        shift, ratio, count = (self._buffers[name] for name in SHIFTS)
-        assert shift is not None
-        assert ratio is not None
-        assert count is not None
-        rows: dict[Any, list[Moments]] = {}
-        for moments in passes:
-            rows.setdefault(moments.row if self.per_step.statistics else ..., []).append(moments)
-        for row, seen in rows.items():
-            share = 1 / (count[row] + 1).to(shift.dtype)
-            if self.momentum is not None:
-                share = share.clamp(min=self.momentum / 5)
-            for stored, values in ((shift, [m.mean for m in seen]), (ratio, [m.variance for m in seen])):
-                folded = torch.lerp(stored[row], torch.stack(values).mean(0).to(stored.dtype), share)
-                stored[row] = torch.where(keep, folded, stored[row])
-            count[row] += keep
 
     def _shares(self, passes: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """The share of the stored value that is left after so many folds, and the share of each fold."""
@@ -321,29 +282,25 @@ class PerStepNorm(_BatchNorm):
             )
         return waiting.pop(0)
 
-    def _normalised(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        shape, wide = over_channels(input), wide_of(input)
-        return ((wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
-
     def shifted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """What normalises a target pass under "running": its support set's moments, (channels,), moved by the row."""
-        row = self.per_step.row() if self.per_step.statistics else ...
-        shift, ratio = (self._buffers.get(name) for name in ("target_shift", "target_log_ratio"))
+        shift, ratio = (self._buffers.get(name) for name in SHIFTS[:2])
         if shift is None or ratio is None:
             return mean, variance
-        deviation = (variance + self.eps).sqrt()
-        # A clone: a backward pass may still need the row after the next fold.
-        return mean + shift[row].clone() * deviation, (variance + self.eps) * (2 * ratio[row]).exp() - self.eps
+        row = self.per_step.row() if self.per_step.statistics else ...
+        return shifted(mean, variance, shift[row], ratio[row], self.eps)
 
-    @torch.no_grad()
     def _record_shift(self, input: Tensor, mean: Tensor, variance: Tensor) -> None:
         state = self.per_step
-        if state.clock.recorder is None or self._buffers.get("target_shift") is None:
-            return
-        own_mean, own_variance = _moments(input)
-        shift = (own_mean - mean) * (variance + self.eps).rsqrt()
-        ratio = 0.5 * ((own_variance + self.eps) / (variance + self.eps)).log()
-        state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
+        if state.clock.recorder is not None and self._buffers.get(SHIFTS[0]) is not None:
+            shift, ratio = shift_of(input, mean, variance, self.eps)
+            state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
+
+    def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
+        """Folds the target passes of one meta-step into the rows of shifts; see `fold_shifts`."""
+        for row in dict.fromkeys(moments.row for moments in passes) if self.per_step.statistics else [...]:
+            seen = [(m.mean, m.variance) for m in passes if row in (m.row, ...)]
+            fold_shifts([self._buffers[name] for name in SHIFTS], row, seen, self.momentum, keep)
 
     def _share(self, input: Tensor) -> Tensor:
         """The support set's share in the moments: sigmoid(scale * examples + offset)."""
@@ -389,30 +346,6 @@ def _made_class(original: type[_BatchNorm]) -> type[PerStepNorm]:
     return type(f"PerStep{original.__name__}", bases, {"original_class": original, "__module__": __name__})
 
 
-def refuses_per_step(module: nn.Module) -> str | None:
-    """Why a batch norm cannot become per-step, or None."""
-    forward = type(module).forward
-    if isinstance(module, nn.SyncBatchNorm) and forward is not nn.SyncBatchNorm.forward:
-        return "is a SyncBatchNorm with a forward of its own, which would synchronise across processes in an inner loop"
-    if "forward" in vars(module):
-        return "has its forward replaced on the instance, so this step's rows cannot be lent to it"
-    if not [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]:
-        return "has a forward without an input"
-    return None
-
-
 def _new_per_step(original: type[_BatchNorm]) -> PerStepNorm:
     made = per_step_class(original)
     return made.__new__(made)
-
-
-def _unbiased(input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    count = input.numel() // input.shape[1]
-    return mean.detach(), variance.detach() * (count / max(count - 1, 1))
-
-
-def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, with gradient."""
-    over = [dim for dim in range(input.ndim) if dim != 1]
-    variance, mean = torch.var_mean(wide_of(input), over, correction=0)
-    return mean, variance

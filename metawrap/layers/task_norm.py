@@ -85,8 +85,9 @@ def task_norm(norm: _BatchNorm, blend: Blend | None, mean: Tensor, variance: Ten
     norm._buffers.update(neutral)
     if norm._buffers.get("num_batches_tracked") is None:
         norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
+    # Moments of half-precision inputs come in single precision.
     for name, value in zip(_HELD, (mean, variance, share), strict=True):
-        norm.register_buffer(name, value.detach().clone())
+        norm.register_buffer(name, value.detach().to(neutral["running_mean"], copy=True))
     norm.eval()
 
 

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from metawrap.layers.per_step_norm import refuses_per_step
 from metawrap.outputs import candidates, in_words, prediction_in
 from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import tensors_in
@@ -262,3 +261,15 @@ def _reaches_module(value: Any, inside: set[int], depth: int = 3) -> bool:
         items = value.values() if isinstance(value, dict) else value
         return any(_reaches_module(item, inside, depth - 1) for item in items)
     return hasattr(value, "func") and _reaches_module(value.func, inside, depth - 1) if depth else False
+
+
+def refuses_per_step(module: nn.Module) -> str | None:
+    """Why a batch norm cannot become per-step, or None."""
+    forward = type(module).forward
+    if isinstance(module, nn.SyncBatchNorm) and forward is not nn.SyncBatchNorm.forward:
+        return "is a SyncBatchNorm with a forward of its own, which would synchronise across processes in an inner loop"
+    if "forward" in vars(module):
+        return "has its forward replaced on the instance, so this step's rows cannot be lent to it"
+    if not [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]:
+        return "has a forward without an input"
+    return None

@@ -48,8 +48,19 @@ class Wrapped:
             return call_model(self.model, inputs)
 
     def held(self, norm: str, row: int = 0) -> dict[str, tuple[Tensor, ...]]:
-        """What the last capturing pass kept, by norm, as norms of a plain module are to hold it for one row."""
-        taken = self.clock.taken()
+        """What the last capturing pass kept, by norm, as norms of a plain module are to hold it for one row.
+
+        Raises:
+            UnsupportedModuleError: a norm ran more than once in it.
+        """
+        captured, self.clock.captured = self.clock.captured, {}
+        for name, passes in captured.items():
+            if len(passes) != 1:
+                raise UnsupportedModuleError(
+                    f"'{name}' runs {len(passes)} times in one forward pass, but a plain norm holds one set of "
+                    'statistics. Use norm="batch", or evaluate with the learner itself.'
+                )
+        taken = {name: passes[0] for name, passes in captured.items()}
         if norm != "running":
             return taken
         norms = {m.per_step.name: m for m in self.model.modules() if isinstance(m, PerStepNorm)}

@@ -26,7 +26,7 @@ from deployed_cases import (
     returned,
     wrapped,
 )
-from engine_cases import POLICIES
+from engine_cases import PLAIN_POLICIES, POLICIES
 from face import assert_same_values, build, fingerprint
 from models import Conv4, NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def test_output_is_the_learners_own_prediction_and_that_of_plain_pytorch(name: s
     assert fingerprint(learner) == before
     # What is unwrapped holds stored statistics, not those of a support set.
     plain = learner.unwrap().eval()
-    assert_same_output(call(plain, target_x), by_hand(name, "running" if norm == "support" else norm, 0))
+    assert_same_output(call(plain, target_x), by_hand(name, norm, 0, unwrapped=True))
 
 
 def class_of(module: nn.Module) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def test_mode_is_that_of_the_learner_for_unwrap_and_eval_for_adapt(norm: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("norm", PLAIN_POLICIES)
 @pytest.mark.parametrize("name", ["Conv4", "metaclass", "transformer encoder", "kinds of norm", "LSTM"])
 def test_adapted_module_can_be_cast(name: str, norm: str, dtype: torch.dtype) -> None:
     target_x = ALL[name].task()[2]
@@ -157,7 +157,7 @@ def test_a_model_in_half_precision_adapts_and_evaluates_in_it(norm: str, dtype: 
         torch.testing.assert_close(found.detach().double(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("norm", PLAIN_POLICIES)
 def test_fine_tuning_with_a_plain_optimizer_moves_the_module_alone(norm: str) -> None:
     case, (model, learner) = ALL["frozen backbone"], wrapped("frozen backbone", norm)
     support_x, support_y, target_x, target_y = case.task()
@@ -178,7 +178,7 @@ def test_fine_tuning_with_a_plain_optimizer_moves_the_module_alone(norm: str) ->
     assert (fingerprint(model), fingerprint(learner)) == before
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("norm", PLAIN_POLICIES)
 def test_in_training_mode_the_norms_are_torchs_own(norm: str) -> None:
     _, learner = wrapped("metaclass", norm)
     support_x, support_y, target_x, _ = ALL["metaclass"].task()
@@ -208,7 +208,7 @@ REMOVED: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("norm", PLAIN_POLICIES)
 @pytest.mark.parametrize("name", REMOVED)
 def test_what_reparametrizes_can_be_removed_before_deployment(name: str, norm: str) -> None:
     model, learner = wrapped(name, norm)
@@ -230,7 +230,7 @@ def test_what_reparametrizes_can_be_removed_before_deployment(name: str, norm: s
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("norm", PLAIN_POLICIES)
 def test_what_is_returned_inside_inference_mode_trains_outside(norm: str, mode: Any) -> None:
     _, learner = wrapped("LSTM", norm)
     support_x, support_y, target_x, target_y = ALL["LSTM"].task()

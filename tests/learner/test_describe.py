@@ -386,7 +386,7 @@ def test_hostile_names_are_escaped_everywhere() -> None:
 def test_warnings_and_notes_stand_in_all_looks() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learner = MAMLPlusPlus(nn.DataParallel(NormedMlp()), norm="running")
+        learner = MAMLPlusPlus(nn.DataParallel(NormedMlp()), first_order_epochs=20, msl_epochs=5)
     found = learner.describe()
     assert re.search(r"^warning +norm=\"running\" trains under", str(found), re.MULTILINE)
     assert re.search(r"^note +the model was taken out of its DataParallel", str(found), re.MULTILINE)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
-def by_hand(name: str, norm: str, steps: int) -> Any:
+def by_hand(name: str, norm: str, steps: int, unwrapped: bool = False) -> Any:
     """The target prediction of MAML++ as one would write it without any library: a fresh original, and a loop of SGD.
 
     Of the learner only the values are read: initial weights, rates, norm rows.
@@ -64,7 +64,7 @@ def by_hand(name: str, norm: str, steps: int) -> Any:
                 call(model, support_x)
             with blended(norms, values, norm, len(support_y), context):
                 return call(model, target_x)
-    if norm != "batch":
+    if norm != "batch" and not unwrapped:
         by_batch(True)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from engine_cases import POLICIES, vision_transformer
+from engine_cases import PLAIN_POLICIES, vision_transformer
 from face import assert_same_values, build
 from models import ActNormNet, Conv4, LSTMClassifier, NormedMlp, TiedNet, class_tasks, hooked_conv4, seeded
 from steady import steady
@@ -111,7 +111,7 @@ ALL = CASES | LARGE
 PLAIN = {"LSTM", "vision transformer", "transformer encoder"}
 
 
-def policy_cases(names: Iterable[str], policies: Sequence[str] = POLICIES, engines: Sequence[str] = ()) -> Any:
+def policy_cases(names: Iterable[str], policies: Sequence[str] = PLAIN_POLICIES, engines: Sequence[str] = ()) -> Any:
     """Parametrises `name`, `norm` and, if asked, `engine`; `higher` runs by default under norm="support" alone."""
     cases = []
     for name in names:

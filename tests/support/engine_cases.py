@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 ENGINES = ("functional", "higher")
 ALL_ENGINES = (*ENGINES, "batched")
+# Under these `adapt` returns modules of the user's own classes alone.
+PLAIN_POLICIES = ("batch", "running", "support")
 POLICIES = ("batch", "running", "support", "task", "task_layer")
 STEPS, EPOCH, ANNEAL_EPOCHS = 2, 1, 5
 

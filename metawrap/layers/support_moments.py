@@ -1,0 +1,79 @@
+"""Moments of a support set that normalise its targets, and how targets differ from them (norm="running").
+
+A shift is (mean of the target - mean) / deviation of the support set; a log ratio that of the two deviations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metawrap.layers.task_norm import over_channels, wide_of
+
+# Rows of the shifts and log ratios, and how often each was folded.
+SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
+
+
+def moments_of(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, with gradient."""
+    over = [dim for dim in range(input.ndim) if dim != 1]
+    variance, mean = torch.var_mean(wide_of(input), over, correction=0)
+    return mean, variance
+
+
+def unbiased(input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, without gradient, from the biased one."""
+    count = input.numel() // input.shape[1]
+    return mean.detach(), variance.detach() * (count / max(count - 1, 1))
+
+
+def normalised(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """The input, (examples, channels, ...), normalised by moments per channel."""
+    shape, wide = over_channels(input), wide_of(input)
+    return ((wide - mean.view(shape)) * (variance + eps).rsqrt().view(shape)).to(input.dtype)
+
+
+def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The moments of a support set, moved to where targets lie; all (channels,)."""
+    # A clone: a backward pass may still need the row after the next fold.
+    moved = mean + shift.clone() * (variance + eps).sqrt()
+    return moved, (variance + eps) * (2 * ratio).exp() - eps
+
+
+@torch.no_grad()
+def shift_of(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The shift and the log ratio of a target pass against the moments of its support set."""
+    own_mean, own_variance = moments_of(input)
+    return (own_mean - mean) * (variance + eps).rsqrt(), 0.5 * ((own_variance + eps) / (variance + eps)).log()
+
+
+@torch.no_grad()
+def fold_shifts(
+    buffers: Sequence[Tensor | None],
+    row: Any,
+    seen: Sequence[tuple[Tensor, Tensor]],
+    momentum: float | None,
+    keep: Tensor,
+) -> None:
+    """Folds the mean shift of one meta-step's target passes into a row; not where `keep`, a bool scalar, is false.
+
+    As the passes of a batch stem from the same weights, they count once, with a fifth of the norm's momentum; the first
+    ones count equally, so that no row remembers where it started.
+
+    Args:
+        buffers: those named by `SHIFTS`. row: index, or ... for all. momentum: of the norm; None averages all.
+    """
+    shift, ratio, count = buffers
+    assert shift is not None
+    assert ratio is not None
+    assert count is not None
+    share = 1 / (count[row] + 1).to(shift.dtype)
+    if momentum is not None:
+        share = share.clamp(min=momentum / 5)
+    for stored, values in zip((shift, ratio), zip(*seen, strict=True), strict=True):
+        folded = torch.lerp(stored[row], torch.stack(values).mean(0).to(stored.dtype), share)
+        stored[row] = torch.where(keep, folded, stored[row])
+    count[row] += keep
