@@ -20,11 +20,9 @@ from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.quick_forms import batch_norm
 from metawrap.layers.support_moments import SHIFTS, fold_shifts, moments_of, normalised, shift_of, shifted, unbiased
-from metawrap.layers.task_norm import blended, neutral_statistics
+from metawrap.layers.task_norm import BLEND, blended, neutral_statistics
 from metawrap.tasks import describe_value
 
-# Under norm="task": what the outer loop learns about the support set's share.
-BLEND = ("blend_scale", "blend_offset")
 _PRECISE = (torch.float32, torch.float64)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Blend = Literal["instance", "layer"]
+# What the outer loop learns about the support set's share.
+BLEND = ("blend_scale", "blend_offset")
 
 
 def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -270,6 +271,6 @@ def refuses_per_step(module: nn.Module) -> str | None:
         return "is a SyncBatchNorm with a forward of its own, which would synchronise across processes in an inner loop"
     if "forward" in vars(module):
         return "has its forward replaced on the instance, so this step's rows cannot be lent to it"
-    if not [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]:
+    if not [p for p in signature(forward).parameters.values() if p.name != "self"]:
         return "has a forward without an input"
     return None

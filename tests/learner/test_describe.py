@@ -388,10 +388,10 @@ def test_warnings_and_notes_stand_in_all_looks() -> None:
         warnings.simplefilter("ignore")
         learner = MAMLPlusPlus(nn.DataParallel(NormedMlp()), first_order_epochs=20, msl_epochs=5)
     found = learner.describe()
-    assert re.search(r"^warning +norm=\"running\" trains under", str(found), re.MULTILINE)
+    assert re.search(r"^warning +from epoch 5 to epoch 20", str(found), re.MULTILINE)
     assert re.search(r"^note +the model was taken out of its DataParallel", str(found), re.MULTILINE)
     text = "".join(HtmlPage(found._repr_html_()).texts)
-    assert 'Warning: norm="running" trains under' in text
+    assert "Warning: from epoch 5 to epoch 20" in text
     assert "Note: the model was taken out of its DataParallel" in text
 
 
