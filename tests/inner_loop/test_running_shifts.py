@@ -110,7 +110,7 @@ def test_meta_gradient_is_that_of_finite_differences(engine: str, norm: str) -> 
 
     def loss(present: Any) -> float:
         put(present)
-        return float(learner(batch).loss)
+        return float(learner(batch).loss.detach())
 
     put(values)
     learner(batch).loss.backward()

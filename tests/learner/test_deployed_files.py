@@ -229,7 +229,7 @@ def test_export_with_any_batch_size_equals_eager_and_keeps_the_policys_company_r
             assert_same_values([output], [plain(x[:size])])
     alone = torch.allclose(outputs[12][:2], outputs[2], rtol=1e-9, atol=1e-11)
     # Under "batch" the module, exported or not, normalises by whatever batch it is given.
-    transductive = norm == "batch" or (norm == "running" and name == "kinds of norm")  # one of them stores nothing
+    transductive = norm == "batch"
     assert alone == (not transductive)
     if not transductive:
         single = exported(plain, target_x[:1])
