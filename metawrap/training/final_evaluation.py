@@ -45,8 +45,8 @@ def final_test(
     Raises:
         CheckpointError: the best checkpoint is missing or cannot be read.
     """
-    norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
     epochs = on_rank_zero(lambda: _epochs_to_test(checkpoints, history, ensemble))
+    norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
     scores: dict[str, dict[str, Any]] = {norm: {} for norm in norms}
     logits: dict[str, list[Any]] = {}
     with warnings.catch_warnings():

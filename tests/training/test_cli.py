@@ -50,7 +50,7 @@ def complaint(capsys):
 def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(capsys):
     assert main(["train", *FLAGS, "--out", "run"]) == 0
     first = capsys.readouterr().out
-    columns = ("before adaptation", "after adaptation", "batch (transductive) *", "running", "support")
+    columns = ("before adaptation", "after adaptation", "batch (transductive) *", "support (inductive)")
     assert not [words for words in (*columns, "run/result.json") if words not in first]
     assert main(["evaluate", "run", "--out", "again.json"]) == 0
     second = capsys.readouterr().out

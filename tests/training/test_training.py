@@ -59,7 +59,7 @@ def test_a_run_leaves_a_log_line_and_a_checkpoint_per_epoch_and_a_result(finishe
 
 def test_the_result_has_every_policy_before_and_after_and_averaged(finished):
     _, result = finished
-    assert list(result["test"]["norms"]) == ["batch", "running", "support"]
+    assert list(result["test"]["norms"]) == ["batch", "support"]
     for scores in result["test"]["norms"].values():
         assert list(scores) == ["before", "after", "ensemble"]
         assert all(0 <= score["accuracy"] <= 1 and score["interval"] >= 0 for score in scores.values())
@@ -162,7 +162,7 @@ def test_settings_survive_json_and_unknown_ones_are_named():
         ({"ways": 1}, "ways: expected a whole number of at least 2, but got 1"),
         ({"epochs": 0}, "epochs: expected a whole number of at least 1"),
         ({"method": "mamba"}, r"method: expected one of maml\+\+, maml, .*, but got 'mamba'"),
-        ({"norm": "layer"}, "norm: expected 'batch', 'running' or 'support'"),
+        ({"norm": "layer"}, "norm: expected 'batch', 'running', 'support', 'task' or 'task_layer'"),
         ({"seed": -1}, "seed: expected a whole number of at least 0, but got -1"),
     ],
 )
@@ -311,7 +311,7 @@ def test_score_of_matches_a_count_by_hand():
 def test_seeds_are_summarised_by_mean_and_sample_deviation_and_resume(tmp_path):
     settings = replace(TINY, epochs=1)
     summary = train_seeds(settings, [0, 3], tmp_path)
-    for norm in ("batch", "running", "support"):
+    for norm in ("batch", "support"):
         results = [json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text()) for seed in (0, 3)]
         values = [result["test"]["norms"][norm]["after"]["accuracy"] for result in results]
         after = summary["summary"]["norms"][norm]["after"]
