@@ -569,7 +569,7 @@ def test_calls_without_effect_are_refused(name: str) -> None:
         ("protonet", {"embedding": "input"}, r"embedding: expected 'head_input' or 'output'"),
         ("protonet", {"embedding": "output", "head": "linear"}, r"head: has no effect"),
         ("protonet", {"head": "nothing"}, r"head: expected the name of a submodule"),
-        ("protonet", {"norm": "layer"}, r"norm: expected 'batch', 'running' or 'support'"),
+        ("protonet", {"norm": "layer"}, r"norm: expected 'batch', 'running', 'support', 'task' or 'task_layer'"),
         ("protonet", {"meta_lr": -1.0}, r"meta_lr: expected a positive number"),
         ("protonet", {"loss_fn": None}, r"loss_fn: expected a function"),
         ("protonet", {"loss_fn": 3}, r"loss_fn: expected a function"),
