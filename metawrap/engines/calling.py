@@ -65,7 +65,7 @@ class EditedBuffers:
 
 
 def run_model(model: nn.Module, inputs: Any, head: nn.Module | None) -> Any:
-    """The output of a model, or the input of its module `head`: the embeddings, (examples, ...).
+    """The output of a model; with `head`, one of its modules, what enters that: the embeddings, (examples, ...).
 
     Raises:
         UnsupportedModuleError: the head does not run exactly once, or not on a floating-point tensor.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import differ
 from metawrap.errors import ArgumentError, UnsupportedModuleError
-from metawrap.layers.per_step_norm import Moments
 from metawrap.results import TaskOutcome
 from metawrap.tasks import Task, TaskBatch, map_tensors, tensors_in
 
@@ -131,7 +130,7 @@ def _copy_of(solved: TaskOutcome) -> TaskOutcome:
         step_losses=solved.step_losses.clone(),
         prediction=map_tensors(solved.prediction, Tensor.clone),
         accuracy=None if solved.accuracy is None else solved.accuracy.clone(),
-        moments=[Moments(m.norm, m.row, m.mean.clone(), m.variance.clone()) for m in solved.moments],
+        moments=[m._replace(mean=m.mean.clone(), variance=m.variance.clone()) for m in solved.moments],
         head={name: value.clone() for name, value in solved.head.items()},
     )
 

@@ -113,7 +113,7 @@ class InnerLoop:
         return self._judged(prediction, task.support_y, self.examples)[1]
 
     def embedded(self, fast: FastWeights, head: str) -> Tensor:
-        """What enters the module `head` on the support set at the first inner step, which records the statistics."""
+        """The input of the module `head` on the support set, its norms as in the first inner step; not recorded."""
         inputs = map_tensors(self.task.support_x, Tensor.clone) if self.clone_inputs else self.task.support_x
         with self.losses_in() if self.losses_in else nullcontext(), self.clock.at(0, self.passes.support):
             found: Tensor = self.engine.call(fast, inputs, head=head)

@@ -216,7 +216,7 @@ class LearningRates(nn.Module):
         return ((name, self[name]) for name in self.names)
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Forgets rates of parameters that are not adapted after all; state_dict keeps them."""
+        """Leaves these parameters out of the inner update. Their rates stay in state_dict, unused."""
         self.names = [name for name in self.names if name not in names]
 
     def per_step(self) -> dict[str, tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.quick_forms import batch_norm
 from metawrap.layers.support_moments import SHIFTS, fold_shifts, moments_of, normalised, shift_of, shifted, unbiased
-from metawrap.layers.task_norm import BLEND, blended, neutral_statistics
+from metawrap.layers.task_norm import BLEND, Blend, blended, neutral_statistics
 from metawrap.tasks import describe_value
 
 _PRECISE = (torch.float32, torch.float64)
@@ -29,7 +29,7 @@ _PRECISE = (torch.float32, torch.float64)
 class Moments(NamedTuple):
     """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient.
 
-    shift: these are instead the shift and the log ratio of a target pass, see `PerStepNorm.fold_shifts`.
+    shift: mean and variance are instead a shift and a log ratio; see layers/support_moments.py.
     """
 
     norm: str
@@ -84,7 +84,7 @@ class PerStepState:
     """The attributes of a per-step norm, under one name that cannot collide with the user's own.
 
     affine, statistics: whether weight and bias, and the running statistics, have a row per step.
-    blend: the moments of an example that TaskNorm blends in; None without TaskNorm.
+    blend: the moments of an example that TaskNorm blends in.
     """
 
     clock: StepClock
@@ -92,7 +92,7 @@ class PerStepState:
     steps: int
     affine: bool
     statistics: bool
-    blend: Literal["instance", "layer"] | None = None
+    blend: Blend = "instance"
 
     def row(self) -> int:
         """The row of the current inner step."""
@@ -123,12 +123,15 @@ class PerStepNorm(_BatchNorm):
             mean, variance = context
             return self._forward_normalised(normalised(input, mean, variance, self.eps), *args, **kwargs)
         elif use.startswith("blended"):
-            context = self._context() if use == "blended_captured" else (*moments_of(input), self._share(input))
+            if use == "blended_captured":
+                context = self._context()
+            else:
+                self._check_size(input)
+                context = (*moments_of(input), self._share(input))
+                if tracks:
+                    self._record(*unbiased(input, *context[:2]))
             if use == "blended_capture":
                 clock.captured.setdefault(self.per_step.name, []).append(context)
-            if use != "blended_captured" and tracks:
-                self._record(*unbiased(input, *context[:2]))
-            assert self.per_step.blend is not None
             mean, variance, share = context
             found = blended(input, mean, variance, share, self.per_step.blend, self.eps)
             return self._forward_normalised(found, *args, **kwargs)
@@ -271,7 +274,7 @@ class PerStepNorm(_BatchNorm):
             return super().forward(normalised, *args, **kwargs)
 
     def _context(self) -> tuple[Tensor, ...]:
-        """What the last capturing pass kept for this pass of the norm."""
+        """The moments that the context pass kept for this call of the norm."""
         waiting = self.per_step.clock.captured.get(self.per_step.name)
         if not waiting:
             raise UnsupportedModuleError(
@@ -295,16 +298,14 @@ class PerStepNorm(_BatchNorm):
             state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
 
     def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
-        """Folds the target passes of one meta-step into the rows of shifts; see `fold_shifts`."""
+        """Folds the shifts that the target passes of one meta-step had into their rows; see `fold_shifts`."""
         for row in dict.fromkeys(moments.row for moments in passes) if self.per_step.statistics else [...]:
             seen = [(m.mean, m.variance) for m in passes if row in (m.row, ...)]
             fold_shifts([self._buffers[name] for name in SHIFTS], row, seen, self.momentum, keep)
 
     def _share(self, input: Tensor) -> Tensor:
         """The support set's share in the moments: sigmoid(scale * examples + offset)."""
-        scale, offset = (self._parameters[name] for name in BLEND)
-        assert scale is not None
-        assert offset is not None
+        scale, offset = (getattr(self, name) for name in BLEND)
         return torch.sigmoid(scale * len(input) + offset)
 
 

@@ -1,6 +1,7 @@
 """Moments of a support set that normalise its targets, and how targets differ from them (norm="running").
 
-A shift is (mean of the target - mean) / deviation of the support set; a log ratio that of the two deviations.
+With m and s the mean and deviation of a support set in one channel, and m' and s' those of its targets: the shift is
+(m' - m) / s, the log ratio log(s' / s).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: f
 
 @torch.no_grad()
 def shift_of(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The shift and the log ratio of a target pass against the moments of its support set."""
+    """Shift and log ratio, (channels,) each, of a target batch; `mean` and `variance` are its support set's."""
     own_mean, own_variance = moments_of(input)
     return (own_mean - mean) * (variance + eps).rsqrt(), 0.5 * ((own_variance + eps) / (variance + eps)).log()
 
@@ -58,13 +59,15 @@ def fold_shifts(
     momentum: float | None,
     keep: Tensor,
 ) -> None:
-    """Folds the mean shift of one meta-step's target passes into a row; not where `keep`, a bool scalar, is false.
+    """Moves a row towards the mean over the target passes of one meta-step.
 
-    As the passes of a batch stem from the same weights, they count once, with a fifth of the norm's momentum; the first
-    ones count equally, so that no row remembers where it started.
+    All tasks of a meta-step together count as one observation, because they share their weights. A new observation
+    gets a fifth of the norm's momentum. The first ones get equal parts, so that the zeros of the start are forgotten.
 
     Args:
-        buffers: those named by `SHIFTS`. row: index, or ... for all. momentum: of the norm; None averages all.
+        buffers: those named by `SHIFTS`. row: index of the row; ... where the norm has one for all steps.
+        seen: shift and log ratio of each target pass. momentum: of the norm; None averages all meta-steps equally.
+        keep: bool scalar; where it is false, because the meta-step was skipped, nothing changes.
     """
     shift, ratio, count = buffers
     assert shift is not None

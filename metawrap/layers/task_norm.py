@@ -57,10 +57,15 @@ def neutral_statistics(norm: _BatchNorm, input: Tensor) -> dict[str, Tensor]:
 class TaskNorm(_BatchNorm):
     """Mixed in front of the user's batch-norm class in a module that `adapt` returns under norm="task".
 
-    support_mean, support_variance: moments of the support set, (channels,). support_share: scalar.
+    support_mean, support_variance: moments of the support set, (channels,). support_share: scalar. It has no training
+    mode, in which it would normalise a second time, by the batch: `train()` leaves it in eval mode.
     """
 
     blend: Blend
+
+    def train(self, mode: bool = True) -> TaskNorm:
+        """Stays in eval mode."""
+        return super().train(False)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The user's own forward on the normalised input; input and output as the user's class has them."""
@@ -77,9 +82,8 @@ class TaskNorm(_BatchNorm):
 _HELD = ("support_mean", "support_variance", "support_share")
 
 
-def task_norm(norm: _BatchNorm, blend: Blend | None, mean: Tensor, variance: Tensor, share: Tensor) -> None:
+def task_norm(norm: _BatchNorm, blend: Blend, mean: Tensor, variance: Tensor, share: Tensor) -> None:
     """Turns a plain norm into a `TaskNorm` that holds the moments of a support set, in place."""
-    assert blend is not None
     neutral = neutral_statistics(norm, mean)
     norm.__class__ = _task_norm_class(type(norm))  # type: ignore[arg-type]
     norm.__dict__["blend"] = blend

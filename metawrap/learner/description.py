@@ -31,7 +31,7 @@ _SHAPES_SHOWN = 4
 _LATER = "known after the first task"
 _NORMS = {
     "batch": "each batch's own statistics, always (transductive)",
-    "running": "the target passes use stored statistics (inductive)",
+    "running": "stored statistics in evaluation; with an inner loop they correct the support set's (inductive)",
     "support": "the target passes use the support set's statistics (inductive)",
     "task": "TaskNorm-I: the support set's statistics, blended with those of each example by channel (inductive)",
     "task_layer": "TaskNorm-L: the support set's statistics, blended with those of each example (inductive)",

@@ -145,9 +145,11 @@ def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None
             f'Make it with norm="{policy}", or evaluate under "batch", "support" or "running".'
         )
     if policy != own and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
+        unmoved = ' It has stored no shifts of targets either, so this equals norm="support".'
         warnings.warn(
             f'Evaluating under norm="{policy}" what was trained under norm="{own}": the weights have not been '
-            "trained for these statistics, and accuracy is known to suffer.",
+            "trained for these statistics, and accuracy is known to suffer."
+            + (unmoved if policy == "running" and learner.inner_loop else ""),
             MetaWrapWarning,
             stacklevel=5,
         )

@@ -1,4 +1,4 @@
-"""BOIL: MAML whose inner loop leaves the head as it was learned."""
+"""BOIL: MAML whose inner loop adapts every layer but the head."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BOIL(MAML):
         super()._prepare(task)
 
     def _leave_out(self, head: str | None) -> None:
-        """Takes the head out of the inner loop. Its rates keep their places in state_dict."""
+        """Takes the head's parameters out of the inner loop; their rates stay in state_dict, unused."""
         names = head_parameters("BOIL", self.model, head, self.wrapped.adapted)
         rest = tuple(name for name in self.wrapped.adapted if name not in names)
         if not rest:

@@ -89,6 +89,11 @@ class Reptile(MAML):
                 "Freeze them with requires_grad_(False), or use another method."
             )
         self._build(model, keywords, ReptileKeywords)
+        if self.settings.norm == "running":
+            raise ArgumentError(
+                'norm: cannot be "running" in Reptile, which trains on the targets too, so that it cannot measure how '
+                'they differ from a support set. Use "support".'
+            )
         if self.settings.outputs.head_init == "prototypes":
             raise ArgumentError(
                 'outputs.head_init: cannot be "prototypes" in Reptile, which has no gradient to pass through them. Use '

@@ -82,7 +82,7 @@ def make_per_step(
             continue
         layer.__class__ = per_step_class(type(layer))
         assert isinstance(layer, PerStepNorm)
-        layer.per_step = PerStepState(clock, name, steps, affine, statistics, BLENDS.get(norm))
+        layer.per_step = PerStepState(clock, name, steps, affine, statistics, BLENDS.get(norm, "instance"))
         for local in ("weight", "bias") if affine else ():
             if (parameter := layer._parameters.get(local)) is not None:
                 # The old parameter is kept beside the new one: a freed one's id could come back as another's.

@@ -48,8 +48,10 @@ class Wrapped:
             return call_model(self.model, inputs)
 
     def held(self, norm: str, row: int = 0) -> dict[str, tuple[Tensor, ...]]:
-        """What the last capturing pass kept, by norm, as norms of a plain module are to hold it for one row.
+        """The statistics that each norm of an adapted plain module will hold, by the norm's name; after a context pass.
 
+        Args:
+            norm: the policy. row: of the inner step whose shifts apply under "running".
         Raises:
             UnsupportedModuleError: a norm ran more than once in it.
         """

@@ -78,7 +78,7 @@ def found(place: Path) -> list[Found]:
 def expected(model: type[nn.Module] = NormedMlp, tasks: Any = TASKS, norm: str = "batch", **options: Any) -> Reference:
     """The oracle on all tasks."""
     parts = [task.parts() for task in tasks]
-    return reference_for(seeded(model), fresh(model, **options), parts, WEIGHTS, norm=norm)
+    return reference_for(seeded(model), fresh(model, norm=norm, **options), parts, WEIGHTS, norm=norm)
 
 
 def assert_is(case: Found, reference: Reference, tolerance: float = 1e-9) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import CASES
+from engine_cases import CASES, POLICIES
 from face import assert_same_values, build, tensors, unchanged
 from models import Conv4, NormedMlp, class_tasks, seeded
 from stateful import Late
@@ -88,6 +88,16 @@ def test_training_by_replays_is_training(way: str, recorder: Recorder) -> None:
     assert_same_values(tensors(replaying), tensors(plain))
     assert recorder.recorded == {"multi-step loss": 3, "order changes": 2}.get(way, 1)
     assert recorder.replayed == 6 + recorder.recorded
+
+
+@pytest.mark.parametrize("norm", POLICIES)
+def test_replays_store_the_statistics_of_every_policy(norm: str, recorder: Recorder) -> None:
+    plain, replaying = both(NormedMlp, engine="functional", norm=norm)
+    for batch in [class_tasks((4,), seed=seed) for seed in range(3)]:
+        plain.meta_step(batch)
+        replaying.meta_step(batch)
+    assert recorder.recorded == 1
+    assert_same_values(tensors(replaying), tensors(plain))
 
 
 def test_a_step_keeps_what_it_returned_when_the_next_one_is_replayed(recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ from engine_cases import ALL_ENGINES
 from face import assert_same_state, build, gradients_of, rates_of
 from torch import nn
 
-from metawrap import MAML, MAMLPlusPlus, Task
+from metawrap import MAML, ArgumentError, MAMLPlusPlus, MetaWrapWarning, Reptile, Task
 
 STEPS = 2
 
@@ -115,6 +115,20 @@ def test_meta_gradient_is_that_of_finite_differences(engine: str, norm: str) -> 
     put(values)
     learner(batch).loss.backward()
     assert difference_error(loss, values, gradients_of(learner)) < 1e-6
+
+
+def test_without_rows_it_is_the_support_policy_and_the_warning_says_so() -> None:
+    learner, batch = MAMLPlusPlus(network(), inner_steps=STEPS), tasks(0)
+    learner.meta_step(batch)
+    with pytest.warns(MetaWrapWarning, match='no shifts of targets either, so this equals norm="support"'):
+        found = learner.evaluate(batch, norm="running")
+    with pytest.warns(MetaWrapWarning, match="trained for these statistics"):
+        assert found.loss == learner.evaluate(batch, norm="support").loss
+
+
+def test_reptile_refuses_it() -> None:
+    with pytest.raises(ArgumentError, match=r'norm: cannot be "running" in Reptile.*Use "support"'):
+        Reptile(network(), norm="running")
 
 
 def test_a_stored_learner_goes_on_bit_for_bit() -> None:

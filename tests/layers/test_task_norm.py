@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from metawrap import ArgumentError, FineTune, MAMLPlusPlus, MultiTask, ProtoNet, Task
+from metawrap import ArgumentError, FineTune, MAMLPlusPlus, MultiTask, ProtoNet, Task, TaskError
 from metawrap.layers.task_norm import blended
 
 SHAPES = [(5, 3, 4, 4), (6, 3, 7), (5, 3)]
@@ -58,6 +58,7 @@ def test_the_share_depends_on_the_size_of_the_support_set(norm: str, shots: int)
         net[0](image).detach().numpy(), hidden.mean(axes), hidden.var(axes), share, layer=norm == "task_layer"
     )
     np.testing.assert_allclose(adapted[1](adapted[0](image)).detach().numpy(), expected, rtol=1e-9)
+    assert torch.equal(adapted.train()(image), adapted.eval()(image)), "it has no training mode"
     again = pickle.loads(pickle.dumps(adapted))
     assert torch.equal(again(image), adapted(image))
 
@@ -77,3 +78,9 @@ def test_scale_and_offset_are_learned_by_the_outer_loop_alone() -> None:
 def test_methods_that_fit_plain_networks_refuse_it(method: Any) -> None:
     with pytest.raises(ArgumentError, match=r'fits plain networks.*Use "support" or "running"'):
         method(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), norm="task")
+
+
+def test_one_value_per_channel_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    with pytest.raises(TaskError, match="one value per channel has no variance"):
+        MAMLPlusPlus(net, norm="task").adapt(torch.randn(1, 4), torch.zeros(1, dtype=torch.long))

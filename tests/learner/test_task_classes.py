@@ -43,7 +43,7 @@ NAMES = {"owl": 4, "cat": 1, "elk": 6}
 OWN_HEAD: list[Any] = [
     MAMLPlusPlus,
     partial(FOMAML, norm="support"),
-    partial(Reptile, norm="running", evaluation_steps=2),
+    partial(Reptile, norm="support", evaluation_steps=2),
     partial(ANIL, norm="support"),
     partial(FineTune, inner_steps=3),
     partial(MultiTask, inner_steps=3),

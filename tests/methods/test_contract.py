@@ -268,6 +268,8 @@ def test_a_batch_is_the_mean_of_its_tasks_whatever_the_chunks(case: str) -> None
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
+    if (deployed, norm) == ("reptile", "running"):
+        return  # Refused: see tests/inner_loop/test_running_shifts.py.
     learner, batch = make(deployed, norm=norm), batch_of(deployed)
     for _ in range(3):
         learner.meta_step(batch)
@@ -293,6 +295,8 @@ def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
 
 @pytest.mark.parametrize("norm", ["running", "support"])
 def test_a_target_is_judged_alone_as_in_company(deployed: str, norm: str) -> None:
+    if (deployed, norm) == ("reptile", "running"):
+        return  # Refused: see tests/inner_loop/test_running_shifts.py.
     learner, task = make(deployed, norm=norm), batch_of(deployed)[0]
     learner.meta_step([task])
     together = predictions(learner, task)

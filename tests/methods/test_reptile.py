@@ -95,7 +95,7 @@ def test_forward_leaves_exactly_this_gradient(engine: str) -> None:
 
 def test_running_statistics_are_those_of_ordinary_training() -> None:
     model, task = seeded(NormedMlp), as_tasks(BATCH)[0]
-    learner = Reptile(model, inner_steps=3, inner_lr=LR, norm="running")
+    learner = Reptile(model, inner_steps=3, inner_lr=LR, norm="support")
     learner.meta_step([Task(*task)])
     end = fitted(model, [whole(task)] * 3)
     for name in ("running_mean", "running_var"):

@@ -30,6 +30,7 @@ import matplotlib
 import published
 import pytest
 import torch
+from data_helpers import write_zip
 from forked import compare_in_forks
 
 import metawrap
@@ -148,6 +149,8 @@ def stand_in(words: list[str]) -> list[str]:
             )
             published.mini_csv(Path("mini"))
         return ["--data-root", "mini"]
+    if data == "grocery":
+        return ["--data-root", str(write_zip(Path("grocery.zip"), published.grocery_files()))]
     return ["--data", "glyphs"] if words[0] == "train" and data in (None, "omniglot") else []
 
 

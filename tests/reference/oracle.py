@@ -272,8 +272,7 @@ class _Machine:
         """The first fold of each row: the mean over all tasks."""
         for (name, row), seen in self.shifts.items():
             for kind, values in zip(("target_shift", "target_log_ratio"), zip(*seen, strict=True), strict=True):
-                rows = self.statistics[f"{name}.{kind}"]
-                rows[min(row, len(rows) - 1)] = sum(values) / len(values)  # type: ignore[arg-type]
+                self.statistics[f"{name}.{kind}"][row] = sum(values) / len(values)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -305,7 +304,8 @@ class _Machine:
                 if f"{name}.target_shift" in self.statistics:
                     deviation = torch.sqrt(var + norm.eps)
                     ratio = torch.log(torch.sqrt(own[1] + norm.eps) / deviation.detach())
-                    rows = self.shifts.setdefault((name, self.row), [])
+                    row = min(self.row, len(self.statistics[f"{name}.target_shift"]) - 1)
+                    rows = self.shifts.setdefault((name, row), [])
                     rows.append(((own[0] - mean.detach()) / deviation.detach(), ratio))
                     shift, log = (
                         self._pick(self.statistics[f"{name}.target_{k}"]).clone() for k in ("shift", "log_ratio")

@@ -156,7 +156,7 @@ PATTERNS = [
         for p in _policies
     ),
     *(
-        _entry(f"BatchNorm1d twice in a pass, norm={p}", make=Twice, options={"norm": p}, adapted_alone=p != "support")
+        _entry(f"BatchNorm1d twice in a pass, norm={p}", make=Twice, options={"norm": p}, adapted_alone=p == "batch")
         for p in _policies
     ),
     # Without stored statistics, as norm="batch" leaves it, a norm that reads them cannot run.
