@@ -104,6 +104,7 @@ _NETWORK: dict[str, dict[str, Any]] = {
 _TASKS: dict[str, dict[str, Any]] = {
     "--batch": _N | {"dest": "tasks_per_batch", "help": "tasks per meta-step (8)"},
     "--validation-tasks": _N | {"help": "fixed tasks to validate on (200)"},
+    "--validation-alone": _N | {"help": "of these, how many also with each target predicted alone (0)"},
     "--test-tasks": _N | {"help": "fixed tasks of unseen classes to test on (600)"},
 }
 _SEED = _N | {"help": "of the initial weights and the order of tasks (0)"}

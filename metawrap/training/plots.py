@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +47,53 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axis.set_minor_locator(NullLocator())
         return 1 / float(done[0]["settings"]["ways"])
 
-    return _draw(draw, path, task_name(done[0]["settings"]) if done else None, legend="test accuracy")
+    return _draw({"": draw}, path, task_name(done[0]["settings"]) if done else None, legend="test accuracy")
 
 
 def draw_study(runs: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draws validation accuracy by epoch, a colour per experiment and dashes per seed. Returns whether it was drawn."""
+    """Draws validation accuracy by meta-step, a colour per experiment, dashes per seed. Returns whether it was drawn.
+
+    A second panel has the accuracy of targets that are predicted one at a time, where the runs have measured it.
+    """
     drawn = [run for run in runs if run["validation"] and None not in run["validation"]]
+    experiments = list(dict.fromkeys(run["experiment"] for run in drawn))
+    seeds = list(dict.fromkeys(run["seed"] for run in drawn))
 
-    def draw(axes: Any) -> float:
-        from matplotlib.ticker import MaxNLocator
-
-        experiments = list(dict.fromkeys(run["experiment"] for run in drawn))
-        seeds = list(dict.fromkeys(run["seed"] for run in drawn))
+    def draw(axes: Any, values: str) -> float:
         for run in drawn:
-            epochs = range(1, len(run["validation"]) + 1)
-            percent = [100 * value for value in run["validation"]]
+            percent = [100 * value for value in run[values]]
             colour = _COLOURS[experiments.index(run["experiment"]) % len(_COLOURS)]
             axes.plot(
-                epochs,
+                run["meta_steps"],
                 percent,
                 color=colour,
                 linestyle=_DASHES[seeds.index(run["seed"]) % len(_DASHES)],
                 linewidth=1.6,
                 marker="o" if len(percent) == 1 else None,
-                label=f"{run['method']}, seed {run['seed']}" + (" (stopped)" if run["error"] else ""),
+                label=run["method"]
+                + (f", seed {run['seed']}" if len(seeds) > 1 else "")
+                + (" (stopped)" if run["error"] else ""),
             )
             if run["error"]:
-                axes.plot(epochs[-1], percent[-1], color=colour, marker="X", markersize=9, clip_on=False)
-        axes.set(xlabel="epoch", ylim=(0, 101), xlim=(0.5, max(max(run["epochs"] for run in drawn), 1) + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.plot(run["meta_steps"][-1], percent[-1], color=colour, marker="X", markersize=9, clip_on=False)
+        axes.set(xlabel="meta-steps", ylim=(0, 101), xlim=(0, 1.02 * max(run["planned"] for run in drawn)))
         return 100 / float(drawn[0]["ways"])
 
-    return _draw(draw, path, task_name(dict(drawn[0])) if drawn else None)
+    panels = {"": partial(draw, values="validation")}
+    if drawn and all(run.get("alone") for run in drawn):
+        panels = {
+            "all targets of a task in one batch": panels[""],
+            "each target alone": partial(draw, values="alone"),
+        }
+    return _draw(panels, path, task_name(dict(drawn[0])) if drawn else None)
 
 
-def _draw(draw: Callable[[Any], float], path: Path, title: str | None, legend: str | None = None) -> bool:
-    """Draws one figure. `draw` fills the axes and returns the accuracy of chance; without a title nothing is drawn."""
+def _draw(
+    panels: Mapping[str, Callable[[Any], float]], path: Path, title: str | None, legend: str | None = None
+) -> bool:
+    """Draws one figure of panels side by side, by their titles. Each function fills its axes and returns the accuracy
+    of chance; without a title nothing is drawn.
+    """
     if title is None:
         return False
     try:
@@ -89,14 +101,18 @@ def _draw(draw: Callable[[Any], float], path: Path, title: str | None, legend: s
     except ImportError:
         say('The plot needs matplotlib: pip install "metawrap[plot]", then run the command again (study: --resume).')
         return False
-    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
-    axes = figure.subplots()
-    chance = draw(axes)
-    axes.axhline(chance, color="#9aa0a6", linewidth=1)
-    axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set(ylabel="validation accuracy, %", title=title)
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(title=legend, loc="outside right upper", frameon=False, fontsize=9)
+    figure = Figure(figsize=(9.5, 5.4) if len(panels) == 1 else (12, 5), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, draw) in zip(row, panels.items(), strict=True):
+        chance = draw(axes)
+        axes.axhline(chance, color="#9aa0a6", linewidth=1)
+        axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.set(title=f"{title}\n{name}" if name else title)
+        axes.grid(color="#e3e6ea", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].set_ylabel("validation accuracy, %")
+    figure.legend(
+        *row[0].get_legend_handles_labels(), title=legend, loc="outside right upper", frameon=False, fontsize=9
+    )
     figure.savefig(path, dpi=150, facecolor="white")
     return True

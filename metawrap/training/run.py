@@ -6,12 +6,14 @@ random state on the same tasks, and so ends with the same bits on the same CPU.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from metawrap.data.loader_workers import naming_dead_workers
 from metawrap.errors import ArgumentError, CheckpointError, DataError
 from metawrap.results import StepMetrics
-from metawrap.tasks import TaskBatch
+from metawrap.tasks import Task, TaskBatch
 from metawrap.training.checkpoints import Checkpoint, load_into, write_json
 from metawrap.training.data_record import record_of
 from metawrap.training.experiment import Experiment, build_experiment, load_splits
@@ -229,11 +231,23 @@ def _troubles(learner: Any, tasks: TaskBatch, iteration: int) -> list[dict[str, 
 
 def _validate(experiment: Experiment, settings: RunSettings) -> dict[str, Any]:
     result = evaluate_shared(experiment.learner, experiment.validation, settings.validation_tasks)
-    return {
+    alone = {}
+    if count := settings.validation_alone:
+        batches = experiment.validation.batches(-(-count // experiment.validation.tasks_per_batch))
+        drawn = islice(itertools.chain.from_iterable(batches), count)
+        tasks = [one for task in drawn for one in _one_by_one(task)]
+        alone = {"validation_alone_accuracy": experiment.learner.evaluate(tasks).accuracy}
+    return alone | {
         "validation_loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no NaN.
         "validation_accuracy": result.accuracy,
         "validation_interval": result.interval,
     }
+
+
+def _one_by_one(task: Task) -> list[Task]:
+    """A task for each target image, as a deployed model meets them."""
+    rows = range(len(task.target_y))
+    return [replace(task, target_x=task.target_x[i : i + 1], target_y=task.target_y[i : i + 1]) for i in rows]  # type: ignore[index]
 
 
 def _snapshot(

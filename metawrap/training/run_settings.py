@@ -64,7 +64,9 @@ class RunSettings(Options):
     model: "package.module:factory" of the user's own network; replaces backbone and filters.
     train_ways: classes of a training task, for methods that do not use the network's own outputs; None means ways.
     keep: number of the best checkpoints to keep, and of the newest. ensemble: number of the best checkpoints to average
-    in the final test (0: none). test_norms: "all" batch-norm policies in the final test, or the run's "own" alone.
+    in the final test (0: none). validation_alone: number of the validation tasks whose targets are also predicted one
+    at a time, which tells transductive norms from inductive ones (0: none). test_norms: "all" batch-norm policies in
+    the final test, or the run's "own" alone.
     options: further keyword arguments of the method, such as {"msl_epochs": 15}. recipe: the name of the recipe behind
     the settings, for the record alone.
 
@@ -100,6 +102,7 @@ class RunSettings(Options):
     iterations_per_epoch: Count = 50
     tasks_per_batch: Count = 8
     validation_tasks: Several = 200
+    validation_alone: Whole = 0
     test_tasks: Several = 600
     test_norms: Literal["all", "own"] = "all"
     seed: Whole = 0

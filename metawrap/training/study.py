@@ -37,8 +37,10 @@ def run_study(
         out: a folder without a study, or with `resume` the folder of a study with these settings.
         resume: continue unfinished runs.
     Returns:
-        The content of `out`/study.json: "study", "command", "runs", each {"experiment", "method", "seed", "error",
-        "validation" [accuracy after each epoch], "test" {"accuracy", "interval"} or None, "norm", "ways"}.
+        The content of `out`/study.json: "study", "command", "runs", each {"experiment", "method" (see `study_titles`),
+        "seed", "error", "validation" [accuracy after each epoch], "alone" [the same with targets one at a time, see
+        RunSettings.validation_alone], "meta_steps" [before each validation], "planned" (meta-steps), "test"
+        {"accuracy", "interval"} or None, "norm", "data", "ways", "shots"}.
     Raises:
         CheckpointError: `out` has a study, and `resume` is False or its settings differ.
         MetaWrapError: no run could be trained.
@@ -51,8 +53,9 @@ def run_study(
     keys = [(folder, seed) for folder in experiments for seed in seeds]
     runs = {f"{folder}/seed-{seed}": replace(experiments[folder], seed=seed) for folder, seed in keys}
     rows = run_in_processes(runs, path)
+    titles = study_titles(experiments)
     results = [
-        _result(folder, settings, path / run, row)
+        _result(folder, titles[folder], settings, path / run, row)
         for (folder, _), (run, settings), row in zip(keys, runs.items(), rows, strict=True)
     ]
     for folder, settings in experiments.items():
@@ -82,6 +85,24 @@ def study_table(runs: Sequence[Mapping[str, Any]]) -> str:
     failed = [f"{each['experiment']}, seed {each['seed']}: {each['error']}" for each in runs if each["error"]]
     note = "Accuracy in percent; ± 95 % interval over tasks, behind a mean the standard deviation over seeds."
     return "\n".join([table, "", note, *failed])
+
+
+def study_titles(experiments: Mapping[str, RunSettings]) -> dict[str, str]:
+    """What tells the experiments apart, by folder: the method; or, where two have one, the settings that differ.
+
+    >>> study_titles({"a": RunSettings(norm="batch"), "b": RunSettings(norm="task")})
+    {'a': 'MAML++, norm=batch', 'b': 'MAML++, norm=task'}
+    """
+    titles = {folder: method_title(settings.method) for folder, settings in experiments.items()}
+    if len(set(titles.values())) == len(titles):
+        return titles
+    values = {folder: settings.to_dict() for folder, settings in experiments.items()}
+    names = [name for name in next(iter(values.values())) if name not in ("method", "recipe")]
+    differing = [name for name in names if len({repr(each[name]) for each in values.values()}) > 1]
+    return {
+        folder: ", ".join([title, *(f"{name}={values[folder][name]}" for name in differing)])
+        for folder, title in titles.items()
+    }
 
 
 def largest_fall(accuracies: Sequence[float]) -> float:
@@ -115,14 +136,17 @@ def _check(path: Path, experiments: Mapping[str, RunSettings], seeds: Sequence[i
             build_experiment(replace(settings, seed=seeds[0]))  # Settings that cannot be built leave no folder behind.
 
 
-def _result(experiment: str, settings: RunSettings, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+def _result(experiment: str, title: str, settings: RunSettings, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    logged = read_lines(folder / LOG)
     return {
         "experiment": experiment,
-        "method": method_title(settings.method),
+        "method": title,
         "seed": settings.seed,
         "error": row["error"],
-        "validation": [record["validation_accuracy"] for record in read_lines(folder / LOG)],
-        "epochs": settings.epochs,
+        "validation": [record["validation_accuracy"] for record in logged],
+        "alone": [record["validation_alone_accuracy"] for record in logged if settings.validation_alone],
+        "meta_steps": [record["iteration"] for record in logged],
+        "planned": settings.epochs * settings.iterations_per_epoch,
         "test": None if row["error"] else {name: row[name] for name in ("accuracy", "interval", "loss") if name in row},
         "norm": row.get("norm"),
         "data": settings.data,

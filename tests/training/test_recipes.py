@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ from metawrap.backbones import Conv4
 from metawrap.cli import main
 from metawrap.recipes import load_recipe, recipe_names, recipe_text
 from metawrap.recipes.yaml_file import Given
+from metawrap.settings.settings import NormPolicy
 from metawrap.training.experiment import build_learner
 from metawrap.training.plots import draw_study
 from metawrap.training.run_settings import METHODS, RunSettings
@@ -57,6 +60,8 @@ OTHERS = {
     *(f"mini-imagenet-5way-1shot-mamlpp-steps{steps}" for steps in STEPS),
     *(f"omniglot-20way-{s}shot-{what}" for s in (1, 5) for what in ("strided-maml", "strided-mamlpp", "stability")),
 }
+POLICIES = ("batch", "support", "running", "task", "task_layer")
+OWN = {"norms", *(f"norms-{norm.replace('_', '-')}" for norm in POLICIES)}
 
 
 def learner_of(settings: RunSettings) -> Any:
@@ -64,8 +69,16 @@ def learner_of(settings: RunSettings) -> Any:
     return build_learner(settings, small)
 
 
-def test_every_published_experiment_is_packaged_and_nothing_else():
-    assert set(recipe_names()) == {*NAMES, *OTHERS}
+def test_every_published_experiment_is_packaged_beside_our_own_study():
+    assert set(recipe_names()) == {*NAMES, *OTHERS, *OWN}
+
+
+def test_the_runs_of_the_norms_study_differ_in_the_policy_alone():
+    assert set(get_args(NormPolicy)) == {*POLICIES}
+    runs = [each.settings() for each in load_recipe("norms").runs]
+    assert [each.norm for each in runs] == [*POLICIES]
+    assert len({repr(replace(each, norm=None, recipe=None)) for each in runs}) == 1
+    assert runs[0].validation_alone > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,7 +322,8 @@ def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_
 def run_of(method: str, seed: int, validation: list[Any], error: str | None = None) -> dict[str, Any]:
     test = None if error else {"accuracy": validation[-1], "interval": 0.01, "loss": 1.5}
     run = {"experiment": method, "method": method, "seed": seed, "validation": validation, "error": error, "test": test}
-    return run | {"epochs": 3, "data": "omniglot", "ways": 20, "shots": 1}
+    run |= {"alone": [], "meta_steps": [7 * (epoch + 1) for epoch in range(len(validation))], "planned": 21}
+    return run | {"data": "omniglot", "ways": 20, "shots": 1}
 
 
 def test_the_table_of_a_study_has_the_mean_over_seeds_and_the_largest_fall():
@@ -335,6 +349,10 @@ def test_the_plot_of_a_study_is_drawn_where_there_is_something_to_draw(tmp_path)
     assert draw_study([run_of("A", 0, [0.5]), run_of("B", 0, [0.1, 0.2], "stopped")], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw_study([run_of("A", 0, [], "stopped")], tmp_path / "b.png")
+    both = [run_of("A", 0, [0.5]) | {"alone": [0.3]}, run_of("B", 0, [0.4]) | {"alone": [0.4]}]
+    assert draw_study(both, tmp_path / "c.png")
+    widths = [plt.imread(tmp_path / f"{name}.png").shape[1] for name in "ac"]
+    assert widths[0] < widths[1]  # The second panel.
 
 
 @pytest.mark.usefixtures("_in_folder")
@@ -360,7 +378,7 @@ def test_recipes_lists_every_name_with_what_was_published(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 110
-    listed = {line.split()[0]: line for line in lines if line.startswith(("omniglot-", "mini-imagenet-"))}
+    listed = {line.split()[0]: line for line in lines if line.startswith(("omniglot-", "mini-imagenet-", "norms"))}
     assert set(listed) == set(recipe_names())
     assert listed["omniglot-20way-1shot-mamlpp"].endswith("97.65 ± 0.05")
     assert set(METHODS) >= {load_recipe(name).settings().method for name in NAMES}

@@ -20,6 +20,7 @@ from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_learner, build_model
 from metawrap.training.final_evaluation import final_test, score_of
+from metawrap.training.run import _validate
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 from metawrap.training.tables import result_text
 
@@ -356,6 +357,25 @@ def test_a_checkpoint_whose_optimizer_or_random_state_fits_no_more_is_one_error(
     checkpoints.save(replace(stored, history=stored.history, **{part: damage}))
     with pytest.raises(CheckpointError, match=r"epoch 3 cannot be resumed.*--out"):
         train(replace(TINY, ensemble=2), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("norm", ["batch", "task"])
+def test_validation_alone_hands_each_target_to_the_adapted_network_by_itself(norm):
+
+    experiment = build_experiment(replace(TINY, norm=norm, validation_tasks=20))
+    found = _validate(experiment, replace(TINY, validation_tasks=20, validation_alone=6))
+    tasks = [task for batch in experiment.validation.batches(1) for task in batch]
+    counts = {"validation_alone_accuracy": tasks[:6], "validation_accuracy": tasks}
+    hits = {"validation_alone_accuracy": 0, "validation_accuracy": 0}
+    for name, own in counts.items():
+        for task in own:
+            adapted = experiment.learner.adapt(task.support_x, task.support_y)
+            parts = task.target_x.split(1 if "alone" in name else len(task.target_x))
+            predicted = torch.cat([adapted(part).argmax(-1) for part in parts])
+            hits[name] += int((predicted == task.target_y).sum())
+    assert {name: found[name] for name in hits} == {
+        name: pytest.approx(hits[name] / (5 * len(own))) for name, own in counts.items()
+    }
 
 
 def test_a_validation_loss_that_is_not_finite_is_null_in_the_log(tmp_path, monkeypatch):
