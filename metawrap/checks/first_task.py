@@ -142,9 +142,7 @@ class FirstTaskChecks:
         if self.engine.name == "higher":
             self._refuse_higher_if_wrong(solver, task)
         if settings.execution.memory == "flat" and differentiable:
-            if self.engine.name != "batched":
-                self._refuse_flat_if_wrong(solver, task)
-            self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
+            self._look_at_flat_memory(solver, task)
         earlier = {name for look in self.findings.values() for name in look.unused}
         warn_unused([name for name in unused if name not in earlier])
         if wrapped.model.training and True not in self.findings and not settings.outputs.mask_unused_outputs:
@@ -171,6 +169,22 @@ class FirstTaskChecks:
             reason = f"higher fails on this model ({first_line(error)})"
         if reason:
             raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
+
+    def look_at_flat_memory(self, learner: Any, task: Task) -> None:
+        """Asks what flat memory needs to know, where it was not asked for at first.
+
+        Raises:
+            UnsupportedModuleError: the model does not do the same when a pass runs a second time.
+        """
+        with autograd(True), model_unchanged(learner, self.edits):
+            self._look_at_flat_memory(learner._solver(), task.map(copy_of))
+            if self.engine.name == "batched":
+                self._several_at_once_are_right(learner, task.map(copy_of), differentiable=True, memory="flat")
+
+    def _look_at_flat_memory(self, solver: TaskSolver, task: Task) -> None:
+        if self.engine.name != "batched":  # Two tasks at once are compared with the memory of the run.
+            self._refuse_flat_if_wrong(solver, task)
+        self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
 
     def _refuse_flat_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         engine = self.engine.name
@@ -212,7 +226,9 @@ class FirstTaskChecks:
         except Exception as error:  # It has run as one task before, so the second task is the cause.
             raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
 
-    def _several_at_once_are_right(self, learner: Any, task: Task, differentiable: bool) -> bool:
+    def _several_at_once_are_right(
+        self, learner: Any, task: Task, differentiable: bool, memory: Memory | None = None
+    ) -> bool:
         """Whether two tasks at once have the gradient that they have one by one; False where that cannot be told yet.
 
         Raises:
@@ -236,7 +252,7 @@ class FirstTaskChecks:
             if not all(bool(g.isfinite().all()) for g in reference if g is not None):
                 return False
             try:
-                found = gradient("batched", pair, memory=learner.settings.execution.memory)
+                found = gradient("batched", pair, memory=memory or learner.settings.execution.memory)
             except (MetaWrapError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
