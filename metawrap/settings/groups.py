@@ -112,7 +112,7 @@ class ExecutionOptions(Options):
         description=(
             '"unrolled" keeps the graph of all inner steps, "flat" that of one step at a time: each '
             "support pass runs a second time, and a step leaves only its weights and the state of its"
-            " update rule."
+            " update rule. If it is not given, memory that runs out turns it on."
         ),
     )
     tasks_per_backward: CountOrNone = Field(
