@@ -5,5 +5,6 @@ not_finite.py: the task, inner step and layer where numbers stop being finite
 task_batches.py: labels that a loss cannot take, inputs that a model cannot take
 first_look.py: findings of the first task, and the checks of a single pass
 several_tasks.py: whether a model can run several tasks at once
+unequal_tasks.py: whether tasks of unequal sizes may be padded
 second_derivative.py: whether a model can be differentiated twice
 """

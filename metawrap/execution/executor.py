@@ -48,7 +48,9 @@ class Executor:
     def in_words(self, learner: Any) -> str:
         """How tasks are run, for `describe()`."""
         if self.several_at_once:
-            return "all tasks of one shape at once in meta_step and forward"
+            reason = learner.checks.not_padded
+            of = "near sizes, padded" if reason is None else f"one shape (not padded: {reason})"
+            return f"all tasks of {of}, at once in meta_step and forward"
         return "one task after another" + (", images in channels_last" if self.channels_last else "")
 
     def state(self) -> dict[str, Any]:

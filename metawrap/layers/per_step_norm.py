@@ -46,6 +46,7 @@ class StepClock:
     A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
     With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
     twice: whether the pass will be differentiated twice; batch norm then takes its quick form.
+    rows: (examples,), which rows of a padded batch are examples; None where all are.
 
     >>> clock = StepClock()
     >>> with clock.at(2, "batch"):
@@ -58,6 +59,7 @@ class StepClock:
     recorder: list[Moments] | None = None
     twice: bool = False
     captured: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    rows: Tensor | None = None
 
     @contextmanager
     def at(
@@ -114,7 +116,7 @@ class PerStepNorm(_BatchNorm):
         use = clock.statistics or ("batch" if self.training else "running")
         tracks = self._buffers.get("running_mean") is not None
         if use == "capture":
-            clock.captured.setdefault(self.per_step.name, []).append(moments_of(input))
+            clock.captured.setdefault(self.per_step.name, []).append(moments_of(input, clock.rows))
         elif use in ("captured", "shifted"):
             context = self._context()
             if use == "shifted":
@@ -127,9 +129,9 @@ class PerStepNorm(_BatchNorm):
                 context = self._context()
             else:
                 self._check_size(input)
-                context = (*moments_of(input), self._share(input))
+                context = (*moments_of(input, clock.rows), self._share(input))
                 if tracks:
-                    self._record(*unbiased(input, *context[:2]))
+                    self._record(*unbiased(input, *context[:2], clock.rows))
             if use == "blended_capture":
                 clock.captured.setdefault(self.per_step.name, []).append(context)
             mean, variance, share = context
@@ -140,6 +142,11 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         self._check_size(input)
+        if clock.rows is not None:
+            mean, variance = moments_of(input, clock.rows)
+            if tracks:
+                self._record(*unbiased(input, mean, variance, clock.rows))
+            return self._forward_normalised(normalised(input, mean, variance, self.eps), *args, **kwargs)
         if self._is_plain(input):
             return self._quick(input, tracks)
         seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
@@ -294,7 +301,7 @@ class PerStepNorm(_BatchNorm):
     def _record_shift(self, input: Tensor, mean: Tensor, variance: Tensor) -> None:
         state = self.per_step
         if state.clock.recorder is not None and self._buffers.get(SHIFTS[0]) is not None:
-            shift, ratio = shift_of(input, mean, variance, self.eps)
+            shift, ratio = shift_of(input, mean, variance, self.eps, state.clock.rows)
             state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
 
     def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
@@ -306,7 +313,8 @@ class PerStepNorm(_BatchNorm):
     def _share(self, input: Tensor) -> Tensor:
         """The support set's share in the moments: sigmoid(scale * examples + offset)."""
         scale, offset = (getattr(self, name) for name in BLEND)
-        return torch.sigmoid(scale * len(input) + offset)
+        rows = self.per_step.clock.rows
+        return torch.sigmoid(scale * (len(input) if rows is None else rows.sum()) + offset)
 
 
 def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:

@@ -145,7 +145,7 @@ class MAML(Learner):
         if "engine" not in changes:
             made["engine"] = self._engine("functional" if checks.engine.name == "batched" else checks.engine.name)
         if "batched" not in changes and checks.batched:
-            made["batched"] = self._engine("batched")
+            made |= {"batched": self._engine("batched"), "pads": checks.not_padded is None}
         return TaskSolver(**{**made, **changes})
 
     def _engine(self, name: str) -> Engine:
