@@ -26,7 +26,6 @@ from metawrap.checks.first_look import (
     refuse_carried_graphs,
     refuse_other_layout,
     support_gradient,
-    warn_functional_instead_of_higher,
     warn_many_outputs,
     warn_no_second_derivative,
     warn_tasks_in_order,
@@ -144,7 +143,7 @@ class FirstTaskChecks:
                 cause = missing_second_derivative(wrapped.model, learned, support_loss)
             self._refuse_second_order(learner, cause)
         if self.engine.name == "higher":
-            self._leave_higher_if_wrong(solver, task)
+            self._refuse_higher_if_wrong(solver, task)
         if settings.execution.memory == "flat" and differentiable:
             if self.engine.name != "batched":
                 self._refuse_flat_if_wrong(solver, task)
@@ -164,7 +163,7 @@ class FirstTaskChecks:
         if cause and is_second_order(learner.epoch, learner.settings.first_order_epochs):
             raise UnsupportedModuleError(cause)
 
-    def _leave_higher_if_wrong(self, solver: TaskSolver, task: Task) -> None:
+    def _refuse_higher_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         if not any(parameter.requires_grad for parameter in solver.learned):
             return
         reference = probed_gradient(solver, "functional", [task])
@@ -173,11 +172,8 @@ class FirstTaskChecks:
             reason = "higher's gradient is not the module's own" if wrong else ""
         except Exception as error:  # Any failure inside the third library is a reason to leave it.
             reason = f"higher fails on this model ({first_line(error)})"
-        if reason and self.engine.asked == "higher":
-            raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
         if reason:
-            self.engine.name, self.engine.why = "functional", reason
-            warn_functional_instead_of_higher(reason)
+            raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
 
     def _refuse_flat_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         engine = self.engine.name

@@ -6,7 +6,9 @@ Tasks that are not independent are run in order, whatever was chosen.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -35,17 +37,26 @@ from metawrap.snapshot.reachable_state import difference, state_of
 from metawrap.surgery.inspect import find_hooks
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
+_LOG = logging.getLogger(__name__)
+
+# Before a way is measured with tune="auto": the first meta-step looks at the model, the second shows the time.
+_LOOKS = 2
+_ORDINALS = ("first", "second", "third")
+# Seconds of a meta-gradient: what starts and joins workers takes milliseconds.
+_WORTH_WHILE = 0.1
+
 
 class ParallelExecutor(Executor):
     """Runs the tasks of a batch as its options say, or as was measured.
 
-    measured: the way that was measured to be fastest; None before that. in_order_because: what was seen in a meta-step
-    that makes tasks depend on each other.
+    measured: the way that was measured to be fastest; None before that. looked: meta-steps before it, with tune="auto".
+    in_order_because: what was seen in a meta-step that makes tasks depend on each other.
     """
 
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         super().__init__(options, several_at_once)
         self.measured: Speed | None = None
+        self.looked = 0
         self.recordings = Recordings()
         self.in_order_because: str | None = None
         self._any_order = False
@@ -62,8 +73,8 @@ class ParallelExecutor(Executor):
         """See `Executor.in_words`."""
         if self.several_at_once:
             return super().in_words(learner) + (", recorded and replayed" if self.options.cuda_graphs else "")
-        if self.options.tune and self.measured is None:
-            return "measured in the first meta-step"
+        if self._undecided and device_of(learner).type == "cpu":
+            return f"one task after another until the {_ORDINALS[self._looks]} meta-step, which measures what is faster"
         if self.speed.workers != 1 and (reason := self.why_in_order(learner)):
             return f"{replace(self.speed, workers=1)}: {reason}"
         return str(self.speed)
@@ -71,8 +82,31 @@ class ParallelExecutor(Executor):
     def meta_gradient(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
         """See `Executor.meta_gradient`."""
         run = partial(super().meta_gradient, learner)
-        if self.options.tune and self.measured is None:
+        if self._undecided and self.looked >= self._looks:
             self._measure(learner, batch, parameters, run)
+        begun = time.process_time()  # Of all threads, without the time that other processes take.
+        found = self._solved(learner, batch, parameters, run)
+        if self._undecided and device_of(learner).type == "cpu":
+            self._look(time.process_time() - begun)
+        return found
+
+    @property
+    def _undecided(self) -> bool:
+        return self.options.measures and self.measured is None
+
+    @property
+    def _looks(self) -> int:
+        """Meta-steps before the one that measures: their time shows whether it is worth while."""
+        return 0 if self.options.tune is True else _LOOKS
+
+    def _look(self, seconds: float) -> None:
+        self.looked += 1
+        if self.looked == _LOOKS and seconds < _WORTH_WHILE:
+            self.measured = Speed(why=f"a meta-gradient takes {seconds:.2g} s, too little to divide")
+
+    def _solved(
+        self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter], run: Callable[..., MetaGradient]
+    ) -> MetaGradient:
         if self.options.cuda_graphs:
             return self._replayed(learner, batch, parameters, run)
         if self.speed.workers == 1 and self.options.memory == "unrolled":
@@ -88,7 +122,7 @@ class ParallelExecutor(Executor):
             if self.in_any_order(learner):
                 # Perhaps the only cause; if not, the next try shows the other.
                 learner.checks.passes_in_order = str(disturbed)
-                return self.meta_gradient(learner, batch, parameters)
+                return self._solved(learner, batch, parameters, run)
             self.in_order_because = str(disturbed)
             failed = isinstance(disturbed.__cause__, ChildError)
         finally:
@@ -153,14 +187,17 @@ class ParallelExecutor(Executor):
 
     def state(self) -> dict[str, Any]:
         """What was measured, for a state_dict."""
-        return {} if self.measured is None else {"speed": asdict(self.measured)}
+        if self.measured is not None:
+            return {"speed": asdict(self.measured)}
+        return {"looked": self.looked} if self._undecided and self.looked else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what was measured, if these options would measure."""
         super().load_state(state)
-        if self.options.tune and "speed" in state:
-            self.measured = Speed(**state["speed"])
-            self.channels_last = self.measured.channels_last
+        if self.options.measures:
+            self.measured = Speed(**state["speed"]) if "speed" in state else None
+            self.looked = state.get("looked", 0)
+            self.channels_last = self.speed.channels_last
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"recordings": Recordings()}
@@ -225,6 +262,7 @@ class ParallelExecutor(Executor):
         finally:
             self._probed, self.measured = {}, chosen
             self.channels_last = self.speed.channels_last
+        _LOG.info("Tasks of a meta-step: %s", chosen)
 
     def _chunks_in_order(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
@@ -289,7 +327,8 @@ def _twice(learner: Any) -> AbstractContextManager[None]:
     return differentiable_twice(learner.model, learner.checks.plain_forms)
 
 
-def executor_for(options: ExecutionOptions, several_at_once: bool) -> Executor:
-    """The executor of a gradient-based learner: the plain one where the options ask for tasks in order."""
-    plain = options.workers == 1 and options.memory == "unrolled" and not (options.tune or options.cuda_graphs)
-    return (Executor if plain else ParallelExecutor)(options, several_at_once)
+def executor_for(options: ExecutionOptions, engine: str) -> Executor:
+    """The executor of a gradient-based learner: the plain one where the tasks are run in order, or all at once."""
+    measured = options.measures and (engine == "functional" or options.tune is True)
+    plain = options.workers == 1 and options.memory == "unrolled" and not (measured or options.cuda_graphs)
+    return (Executor if plain else ParallelExecutor)(options, engine == "batched")

@@ -90,15 +90,14 @@ class MAML(Learner):
             norm=settings.norm,
         )
         asked = keywords.get("engine", "auto")
-        several = settings.execution.tune or settings.execution.workers != 1
-        engine = choose_engine(asked, wrapped.model, several)
+        engine = choose_engine(asked, wrapped.model)
         _check_goes_with(asked, settings)
         parts = self._inner_parts(wrapped.adapted_parameters(), settings)
         super().__init__(
             wrapped,
             settings,
             keywords,
-            executor=executor_for(settings.execution, engine.name == "batched"),
+            executor=executor_for(settings.execution, engine.name),
             parts=parts,
             options={"preset": preset},
         )
@@ -257,7 +256,7 @@ def _check_goes_with(engine: str, settings: Settings) -> None:
             f'{settings.execution.workers!r}. Leave it out, or pass engine="functional".'
         )
     for name in ("tune", "channels_last"):
-        if engine == "batched" and getattr(settings.execution, name):
+        if engine == "batched" and getattr(settings.execution, name) is True:
             raise ArgumentError(
                 f'execution.{name}: has no effect with engine="batched", which runs all tasks at once in a layout of '
                 'its own. Leave it out, or pass engine="functional".'

@@ -157,7 +157,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
 
     choose_by(monkeypatch, choose)
     learner = build(seeded(Conv4), tune=True)
-    assert "measured in the first meta-step" in str(learner.describe())
+    assert "until the first meta-step, which measures" in str(learner.describe())
     batch = CASES["conv4"].batch()
     plain = build(seeded(Conv4))
     plain.meta_step(batch)
@@ -176,9 +176,71 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
     learner.meta_step(batch)
     assert_same_values(tensors(resumed), tensors(learner), tolerance=0)
     assert len(calls) == 1
-    untuned = build(seeded(Conv4))
+    untuned = build(seeded(Conv4), tune=False)
     untuned.load_state_dict(learner.state_dict())
     assert untuned.describe().speed == str(Speed())
+
+
+def never(*_: Any) -> Speed:
+    raise AssertionError("a way was measured")
+
+
+def test_short_meta_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_by(monkeypatch, never)
+    monkeypatch.setattr(parallel, "_WORTH_WHILE", 100.0)
+    learner = build(seeded(NormedMlp))
+    assert "until the third meta-step" in learner.describe().speed
+    for _ in range(4):
+        learner.meta_step(class_tasks((4,)))
+    assert "too little to divide" in learner.describe().speed
+    assert learner.executor.speed.workers == 1
+    again = build(seeded(NormedMlp))
+    again.load_state_dict(learner.state_dict())
+    assert again.describe().speed == learner.describe().speed
+
+
+def test_long_meta_steps_are_measured_once_in_the_third_also_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def choose(*_: Any) -> Speed:
+        calls.append(learner.iteration)
+        return Speed(2, True, why="measured: so")
+
+    choose_by(monkeypatch, choose)
+    monkeypatch.setattr(parallel, "_WORTH_WHILE", 0.0)
+    batch = CASES["conv4"].batch()
+    first, plain = build(seeded(Conv4)), build(seeded(Conv4), tune=False)
+    for each in (first, first, plain, plain):
+        each.meta_step(batch)
+    assert_same_values(tensors(first), tensors(plain), tolerance=0)
+    learner = build(seeded(Conv4))
+    learner.load_state_dict(first.state_dict())
+    learner.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for each in (learner, learner, plain, plain):
+        each.meta_step(batch)
+    assert calls == [2]
+    assert learner.executor.speed == Speed(2, True, why="measured: so")
+    assert_same_values(tensors(learner), tensors(plain))
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"workers": 2},
+        {"workers": 2, "workers_in": "threads"},
+        {"channels_last": True},
+        {"tune": False},
+        {"engine": "higher"},
+        {"engine": "batched"},
+    ],
+    ids=str,
+)
+def test_what_is_named_is_not_measured(monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]) -> None:
+    choose_by(monkeypatch, never)
+    monkeypatch.setattr(parallel, "_WORTH_WHILE", 0.0)
+    learner = build(seeded(Conv4), **named)
+    for _ in range(3):
+        learner.meta_step(CASES["conv4"].batch())
 
 
 @pytest.mark.parametrize("change", ["images", "parameters"])
