@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,13 +39,9 @@ def why_not_padded(
 
     if not rows_stand_alone(solver.wrapped.model, run, task.support_x, task.target_x):
         return "the output is no single tensor, or rows of a task act on each other outside of batch norms"
-    support, target = len(task.support_y), len(task.target_y)
-    # Never as long as the other set: a norm over another axis of that length would not be seen.
-    longer = replace(
-        task,
-        **{f"support_{kind}": _longer(getattr(task, f"support_{kind}"), 1) for kind in "xy"},
-        **{f"target_{kind}": _longer(getattr(task, f"target_{kind}"), 1 + (support == target)) for kind in "xy"},
-    )
+    # Never to one length: a norm over another axis of that length would not be seen.
+    more = 2 if len(task.support_y) == len(task.target_y) else 1
+    longer = Task(*(_longer(part, count) for part, count in zip(task.parts(), (1, 1, more, more), strict=True)))
     try:
         reference = gradient("functional", [task, longer])
         finite = all(bool(g.isfinite().all()) for g in reference if g is not None)
@@ -59,6 +54,6 @@ def why_not_padded(
     return None
 
 
-def _longer(rows: Tensor, count: int) -> Tensor:
+def _longer(rows: Any, count: int) -> Any:
     """With rows from the front behind the last, so that they differ from padded ones."""
     return torch.cat([rows, *([rows[:1]] * count)])

@@ -8,7 +8,7 @@ each row is known: labels of padded rows are those that cross-entropy ignores, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from metawrap.results import class_loss, function_of, ignored_label, loss_option
 from metawrap.tasks import Task, describe_value
 
 # Losses that are the mean, or the sum, of a number for each entry of the labels.
-_BY_ENTRY = {
+_BY_ENTRY: dict[Any, Callable[..., Tensor]] = {
     nn.MSELoss.forward: F.mse_loss,
     nn.L1Loss.forward: F.l1_loss,
     nn.SmoothL1Loss.forward: F.smooth_l1_loss,
@@ -37,7 +37,7 @@ def can_be_padded(task: Task, loss_fn: Any) -> bool:
     if not all(isinstance(part, Tensor) and part.layout == torch.strided for part in task.parts()):
         return False
     if class_loss(loss_fn) in (F.cross_entropy, F.nll_loss):  # Probabilities as labels cannot be ignored.
-        return task.support_y.dtype == task.target_y.dtype == torch.int64
+        return bool(task.support_y.dtype == task.target_y.dtype == torch.int64)
     return function_of(loss_fn, _BY_ENTRY) is not None
 
 
@@ -96,7 +96,7 @@ def _over_rows(loss_fn: Any, rows: Tensor, prediction: Tensor, y: Tensor) -> Ten
         by_entry.reduction = "none"
     else:
         by_entry = partial(loss_fn, reduction="none")
-    losses = by_entry(prediction, y)
+    losses: Tensor = by_entry(prediction, y)
     if losses.shape != y.shape:
         raise TaskError(f"loss_fn: expected a loss for each label, {describe_value(y)}, but got {losses.shape}.")
     of_rows = losses.flatten(1) if losses.ndim > 1 else losses.unsqueeze(1)

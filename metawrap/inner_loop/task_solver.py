@@ -33,7 +33,7 @@ from metawrap.inner_loop.padding import can_be_padded, loss_of_rows, padded
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
 from metawrap.layers.norm_policies import PASSES
-from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of
+from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.settings.settings import Settings
 from metawrap.snapshot.generators import Generators
@@ -186,7 +186,7 @@ class TaskSolver:
             engine,
             self.update.optimizer(engine.name),
             self.update.rates.per_step(),
-            partial(loss_of_rows, self.loss_fn),
+            partial(loss_of_rows if several else task_loss, self.loss_fn),
             self.wrapped.clock,
             stacked=several,
             passes=PASSES[norm],

@@ -1,4 +1,4 @@
-"""Moments of a support set that normalise its targets, and how targets differ from them (norm="running").
+"""Moments of a batch, those of a support set that normalise its targets, and how targets differ (norm="running").
 
 With m and s the mean and deviation of a support set in one channel, and m' and s' those of its targets: the shift is
 (m' - m) / s, the log ratio log(s' / s).
@@ -26,7 +26,10 @@ def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tenso
         variance, mean = torch.var_mean(wide_of(input), over, correction=0)
         return mean, variance
     if len(rows) != len(input):
-        raise UnsupportedModuleError(f"a batch norm gets {len(input)} rows for the {len(rows)} examples of a task")
+        raise UnsupportedModuleError(
+            f"A batch norm gets {len(input)} rows for {len(rows)} padded examples, so it is unknown which rows count. "
+            'Use engine="functional".'
+        )
     own_mean, own_variance = (value.flatten(1) for value in moments_by_row(wide_of(input)))
     share = rows.to(own_mean.dtype) / rows.sum()
     mean = share @ own_mean

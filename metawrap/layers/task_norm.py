@@ -32,6 +32,13 @@ def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend:
     return ((wide - middle) * (spread + eps).rsqrt()).to(input.dtype)
 
 
+def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
+    """The support set's share in the moments: sigmoid(scale * examples + offset). Args: rows: examples; all if None."""
+    examples = len(input) if rows is None else rows.sum()
+    scale, offset = (getattr(norm, name) for name in BLEND)
+    return torch.sigmoid(scale * examples + offset)
+
+
 def moments_by_row(input: Tensor, first: int = 2) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each row over the axes from `first` on, which stay as axes of one entry."""
     over = list(range(first, input.ndim))

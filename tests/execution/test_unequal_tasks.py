@@ -1,4 +1,4 @@
-"""engine="batched" on tasks of unequal sizes: padded where that is exact, else grouped; equal to the oracle either way."""
+"""engine="batched" on tasks of unequal sizes: padded where that is exact, else grouped; equal to the oracle."""
 
 from __future__ import annotations
 
