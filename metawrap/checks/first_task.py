@@ -76,7 +76,7 @@ class FirstTaskChecks:
         self.findings: dict[bool, FirstLook] = {}
         self.edits = BufferEdits(find_buffer_aliases(model))
         self.plain_forms = self.edits_inputs = self.batched = False
-        self.not_padded: str | None = "no task was seen"
+        self.not_padded: str | None = "no task was tried yet"
         self.passes_in_order: str | None = None
 
     def prepare(self, learner: Any, task: Task) -> None:

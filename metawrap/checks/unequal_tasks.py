@@ -11,7 +11,7 @@ from torch import Tensor
 from metawrap.checks.first_look import Gradients, differ
 from metawrap.engines import first_line
 from metawrap.heads.joint_rows import rows_stand_alone
-from metawrap.inner_loop.padding import can_be_padded
+from metawrap.inner_loop.padding import are_near, can_be_padded
 from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.tasks import Inputs, Task
 
@@ -28,13 +28,14 @@ def why_not_padded(
     if solver.examples is not None or solver.training_path is not None:
         return "each inner step draws rows of its own"
     if not can_be_padded(task, solver.loss_fn):
-        return "a loss of torch on one tensor of labels, from one tensor of inputs, could leave rows out, but not this"
+        return "inputs or labels are not one tensor each, or loss_fn is no loss of torch that can leave rows out"
 
     def run(inputs: Inputs) -> Any:
         # Batch norms by the moments of one set, whatever the rows.
         solver.wrapped.run(task.support_x, "capture")
         found = solver.wrapped.run(inputs, "captured")
-        assert isinstance(found, Tensor)  # Of other outputs it is not known which parts have a row for each example.
+        if not isinstance(found, Tensor):
+            raise TypeError("of other outputs it is not known which parts have a row for each example")
         return found
 
     if not rows_stand_alone(solver.wrapped.model, run, task.support_x, task.target_x):
@@ -42,6 +43,8 @@ def why_not_padded(
     # Never to one length: a norm over another axis of that length would not be seen.
     more = 2 if len(task.support_y) == len(task.target_y) else 1
     longer = Task(*(_longer(part, count) for part, count in zip(task.parts(), (1, 1, more, more), strict=True)))
+    if not are_near([task, longer]):
+        return "the first task has a set of one row, which shows nothing"
     try:
         reference = gradient("functional", [task, longer])
         finite = all(bool(g.isfinite().all()) for g in reference if g is not None)

@@ -49,8 +49,9 @@ class Executor:
         """How tasks are run, for `describe()`."""
         if self.several_at_once:
             reason = learner.checks.not_padded
-            of = "near sizes, padded" if reason is None else f"one shape (not padded: {reason})"
-            return f"all tasks of {of}, at once in meta_step and forward"
+            if reason is None:
+                return "all tasks of near sizes at once in meta_step and forward, padded: a trial had the same gradient"
+            return f"all tasks of one shape at once in meta_step and forward, unequal ones not padded: {reason}"
         return "one task after another" + (", images in channels_last" if self.channels_last else "")
 
     def state(self) -> dict[str, Any]:

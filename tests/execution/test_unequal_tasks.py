@@ -56,7 +56,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 def assert_padded(learner: Any, model: nn.Module, tasks: list[Any], at_once: list[Any], **options: Any) -> None:
     learner.checks.prepare(learner, Task(*tasks[0]))
-    assert "near sizes, padded" in learner.describe().speed
+    assert "padded: a trial had the same gradient" in learner.describe().speed
     at_once.clear()
     assert_step_equals_oracle(learner, model, tasks, weights_of(learner), **options)
     assert {number for number, _ in at_once} == {len(tasks)}
@@ -183,7 +183,7 @@ def test_heads_with_a_start_of_their_own_are_those_of_one_by_one(head_init: str)
         learner = batched(seeded(NormedMlp), head_init=head_init, head="linear", engine=engine)
         losses = learner.meta_step(tasks).step_losses
         found[engine] = losses, gradients_of(learner)
-        assert engine == "functional" or "padded, at once" in learner.describe().speed
+        assert engine == "functional" or "padded: a trial" in learner.describe().speed
     torch.testing.assert_close(found["batched"], found["functional"], rtol=1e-9, atol=1e-11)
 
 
@@ -224,7 +224,7 @@ def test_a_loss_of_ones_own_is_grouped(at_once: list[Any]) -> None:
 
     learner = batched(seeded(NormedMlp), loss_fn=loss_fn)
     reason = assert_grouped(learner, seeded(NormedMlp), tasks_of((4,)), at_once, loss_fn=loss_fn)
-    assert "one shape (not padded: a loss of torch" in reason
+    assert "not padded: inputs or labels are not one tensor each, or loss_fn is no loss of torch" in reason
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,13 @@ def test_other_labels_than_the_first_tasks_are_grouped(at_once: list[Any]) -> No
     soft = [(sx, F.one_hot(sy).double(), tx, F.one_hot(ty).double()) for sx, sy, tx, ty in tasks]
     assert_step_equals_oracle(learner, seeded(NormedMlp), soft, weights_of(learner))
     assert not any(padded for _, padded in at_once)
+
+
+def test_a_first_task_with_a_set_of_one_row_shows_nothing(at_once: list[Any]) -> None:
+    tasks = tasks_of((4,))
+    tasks[0] = (*tasks[0][:2], tasks[0][2][:1], tasks[0][3][:1])
+    make = partial(nn.Linear, 4, 3)
+    assert "a set of one row" in assert_grouped(batched(seeded(make)), seeded(make), tasks, at_once)
 
 
 class Acting(nn.Module):
@@ -283,7 +290,9 @@ ACTING: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", ACTING)
 def test_models_whose_rows_act_on_each_other_are_grouped(name: str, at_once: list[Any]) -> None:
     make = ACTING[name]
-    assert "one shape (not padded: " in assert_grouped(batched(seeded(make)), seeded(make), tasks_of((4,)), at_once)
+    assert "of one shape at once in meta_step and forward, unequal ones not padded: " in assert_grouped(
+        batched(seeded(make)), seeded(make), tasks_of((4,)), at_once
+    )
 
 
 class Named(NormedMlp):
@@ -323,7 +332,7 @@ def test_dropout_draws_for_each_task_and_the_trial_leaves_generators_alone() -> 
     learner.checks.prepare(learner, task)
     assert torch.equal(torch.get_rng_state(), before)
     first, second = learner([task, shorter]).predictions
-    assert "padded, at once" in learner.describe().speed
+    assert "padded: a trial" in learner.describe().speed
     assert float((first - second).abs().max()) > 1e-3
 
 
@@ -336,4 +345,4 @@ def test_the_trial_leaves_the_model_alone() -> None:
 
 
 def test_describe_says_nothing_of_padding_before_a_task_was_seen() -> None:
-    assert "no task was seen" in MAML(nn.Linear(4, 3), engine="batched").describe().speed
+    assert "not padded: no task was tried yet" in MAML(nn.Linear(4, 3), engine="batched").describe().speed
