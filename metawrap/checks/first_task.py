@@ -145,9 +145,7 @@ class FirstTaskChecks:
         if self.engine.name == "higher":
             self._refuse_higher_if_wrong(solver, task)
         if settings.execution.memory == "flat" and differentiable:
-            if self.engine.name != "batched":
-                self._refuse_flat_if_wrong(solver, task)
-            self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
+            self._look_at_flat_memory(solver, task)
         earlier = {name for look in self.findings.values() for name in look.unused}
         warn_unused([name for name in unused if name not in earlier])
         if wrapped.model.training and True not in self.findings and not settings.outputs.mask_unused_outputs:
@@ -174,6 +172,22 @@ class FirstTaskChecks:
             reason = f"higher fails on this model ({first_line(error)})"
         if reason:
             raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
+
+    def look_at_flat_memory(self, learner: Any, task: Task) -> None:
+        """Asks what flat memory needs to know, where it was not asked for at first.
+
+        Raises:
+            UnsupportedModuleError: the model does not do the same when a pass runs a second time.
+        """
+        with autograd(True), model_unchanged(learner, self.edits):
+            self._look_at_flat_memory(learner._solver(), task.map(copy_of))
+            if self.engine.name == "batched":
+                self._several_at_once_are_right(learner, task.map(copy_of), differentiable=True, memory="flat")
+
+    def _look_at_flat_memory(self, solver: TaskSolver, task: Task) -> None:
+        if self.engine.name != "batched":  # Two tasks at once are compared with the memory of the run.
+            self._refuse_flat_if_wrong(solver, task)
+        self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
 
     def _refuse_flat_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         engine = self.engine.name
@@ -215,7 +229,9 @@ class FirstTaskChecks:
         except Exception as error:  # It has run as one task before, so the second task is the cause.
             raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
 
-    def _several_at_once_are_right(self, learner: Any, task: Task, differentiable: bool) -> bool:
+    def _several_at_once_are_right(
+        self, learner: Any, task: Task, differentiable: bool, memory: Memory | None = None
+    ) -> bool:
         """Whether two tasks at once have the gradient that they have one by one; False where that cannot be told yet.
 
         Raises:
@@ -229,7 +245,7 @@ class FirstTaskChecks:
         once, asked = self.findings[learner.model.training].no_second_derivative, learner.settings.first_order_epochs
         order = asked if once or math.isinf(asked) else 0
         solver, sample, tolerance = in_double_precision(learner, task)
-        memory = learner.settings.execution.memory
+        memory = memory or learner.settings.execution.memory
         gradient = partial(probed_gradient, replace(solver, pads=True), first_order_epochs=order)
         with without_dropout(solver.wrapped.model):
             try:

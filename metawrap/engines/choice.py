@@ -94,5 +94,5 @@ def choose_engine(name: str, model: nn.Module) -> EngineChoice:
     if name == "higher" and (hazards := find_higher_hazards(model)):
         raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {hazards[0]}. Use engine="functional".')
     if name == "auto":
-        return EngineChoice(name, "functional", "it carries every model, in worker threads too")
+        return EngineChoice(name, "functional", "it carries every model")
     return EngineChoice(name, name, "asked for")  # Whether "batched" carries it, the first task shows.

@@ -20,7 +20,7 @@ from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning, shown
 from metawrap.execution.executor import shared, stateful_modules
-from metawrap.execution.parallel import executor_for
+from metawrap.execution.measured import executor_for
 from metawrap.inner_loop.class_starts import HEAD_STARTS
 from metawrap.inner_loop.head_starts import HeadStart
 from metawrap.inner_loop.inner_loop import Point
