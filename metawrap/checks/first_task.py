@@ -33,6 +33,7 @@ from metawrap.checks.first_look import (
 )
 from metawrap.checks.second_derivative import missing_second_derivative
 from metawrap.checks.several_tasks import refuse_impure, twin_of, without_dropout
+from metawrap.checks.unequal_tasks import why_not_padded
 from metawrap.engines import (
     ENGINES,
     BatchedEngine,
@@ -66,6 +67,7 @@ class FirstTaskChecks:
     engine: the chosen engine; a finding may change the choice. findings: by mode, True for training mode.
     edits: buffers that forward edits. edits_inputs: forward edits its inputs. plain_forms: forward runs an operation
     that `PlainForms` replaces. batched: several tasks at once are known to have the right gradient.
+    not_padded: why tasks of unequal sizes do not run at once; None where they do.
     passes_in_order: why the passes of one task must run in their own order, or None.
     """
 
@@ -74,6 +76,7 @@ class FirstTaskChecks:
         self.findings: dict[bool, FirstLook] = {}
         self.edits = BufferEdits(find_buffer_aliases(model))
         self.plain_forms = self.edits_inputs = self.batched = False
+        self.not_padded: str | None = "no task was tried yet"
         self.passes_in_order: str | None = None
 
     def prepare(self, learner: Any, task: Task) -> None:
@@ -235,13 +238,15 @@ class FirstTaskChecks:
             UnsupportedModuleError: they have another gradient, or none.
         """
         if not any(parameter.requires_grad for parameter in learner.parameters()):
+            self.not_padded = "nothing is learned"
             return True
         if not differentiable:
             return False
         once, asked = self.findings[learner.model.training].no_second_derivative, learner.settings.first_order_epochs
         order = asked if once or math.isinf(asked) else 0
         solver, sample, tolerance = in_double_precision(learner, task)
-        gradient = partial(probed_gradient, solver, first_order_epochs=order)
+        memory = memory or learner.settings.execution.memory
+        gradient = partial(probed_gradient, replace(solver, pads=True), first_order_epochs=order)
         with without_dropout(solver.wrapped.model):
             try:
                 pair = [sample, twin_of(sample)]
@@ -252,15 +257,16 @@ class FirstTaskChecks:
             if not all(bool(g.isfinite().all()) for g in reference if g is not None):
                 return False
             try:
-                found = gradient("batched", pair, memory=memory or learner.settings.execution.memory)
+                found = gradient("batched", pair, memory=memory)
             except (MetaWrapError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
-        if differ(found, reference, tolerance):
-            raise UnsupportedModuleError(
-                cannot("its meta-gradient for two tasks at once is not that of one after the other")
-            )
+            if differ(found, reference, tolerance):
+                raise UnsupportedModuleError(
+                    cannot("its meta-gradient for two tasks at once is not that of one after the other")
+                )
+            self.not_padded = why_not_padded(solver, sample, partial(gradient, memory=memory), tolerance)
         return True
 
 

@@ -67,7 +67,10 @@ class Executor:
     def way_in_words(self, learner: Any) -> str:
         """The same without the memory."""
         if self.several_at_once:
-            return "all tasks of one shape at once in meta_step and forward"
+            reason = learner.checks.not_padded
+            if reason is None:
+                return "all tasks of near sizes at once in meta_step and forward, padded: a trial had the same gradient"
+            return f"all tasks of one shape at once in meta_step and forward, unequal ones not padded: {reason}"
         return "one task after another" + (", images in channels_last" if self.channels_last else "")
 
     def state(self) -> dict[str, Any]:

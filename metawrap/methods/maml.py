@@ -144,7 +144,7 @@ class MAML(Learner):
         if "engine" not in changes:
             made["engine"] = self._engine("functional" if checks.engine.name == "batched" else checks.engine.name)
         if "batched" not in changes and checks.batched:
-            made["batched"] = self._engine("batched")
+            made |= {"batched": self._engine("batched"), "pads": checks.not_padded is None}
         return TaskSolver(**{**made, **changes})
 
     def _engine(self, name: str) -> Engine:
@@ -294,9 +294,10 @@ class MAMLPlusPlus(MAML):
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         head: name of the module that makes the prediction; found by watching a forward pass if None.
         engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
-            tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
-            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
-            later (a counter, a draw from random or numpy, an edited buffer), when it does.
+            tasks of one shape run at once, under `torch.func.vmap`, padded ones of near sizes too where a trial shows
+            that this is exact; a task of a shape of its own, `evaluate` and `adapt` run through "functional". What
+            vmap cannot carry is refused at the first meta-step; what begins later (a counter, a draw from random or
+            numpy, an edited buffer), when it does.
         inner_update: an `InnerOptions`, or a dict of its fields: SGD or Adam, momentum, clipping of the inner gradient.
         outer_update: an `OuterOptions` or dict: Adam's betas, clipping, steps that are not finite.
         execution: an `ExecutionOptions` or dict: memory, workers, layout, replays.
