@@ -35,6 +35,7 @@ from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Chunk = tuple[Task, ...]
+Solve = Callable[[Any, Task], TaskOutcome]
 MetaGradient = tuple[list[TaskOutcome], list[Tensor | None]]
 
 
@@ -155,6 +156,11 @@ class Executor:
     ) -> Iterator[MetaGradient]:
         """`chunk_gradient` of each chunk, in another way than one after another."""
         raise NotImplementedError
+
+    def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
+        """The outcome of each task of an evaluation, in their order."""
+        for task in tasks:
+            yield solve(learner, task)
 
     def changes(self, settings: Any) -> dict[str, Any]:
         """What of the solver is not as the settings say, as memory ran out."""

@@ -20,12 +20,21 @@ from metawrap.checks.first_task import probed_gradient
 from metawrap.checks.several_tasks import left_behind
 from metawrap.engines import ENGINES, differentiable_twice, first_line
 from metawrap.execution.cuda_graphs import Recordings, check_can_record, form_of
-from metawrap.execution.executor import Chunk, Executor, MetaGradient, chunk_gradient, edits_weights, stateful_modules
+from metawrap.execution.executor import (
+    Chunk,
+    Executor,
+    MetaGradient,
+    Solve,
+    chunk_gradient,
+    edits_weights,
+    stateful_modules,
+)
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes, refused
-from metawrap.execution.threads import has_modes, in_threads, replica
+from metawrap.execution.threads import Item, Result, has_modes, in_threads, replica
 from metawrap.execution.tuning import Speed
 from metawrap.inner_loop.flat_memory import DisturbedError
 from metawrap.inner_loop.task_solver import TaskSolver
+from metawrap.results import TaskOutcome
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.snapshot.generators import Generators
@@ -176,6 +185,24 @@ class ParallelExecutor(Executor):
         else:
             yield from self._in_threads(learner, gradient, chunks, count)
 
+    def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
+        """See `Executor.solved`; in threads where meta-steps have workers, as they have shown that tasks allow it."""
+        looked = learner.findings.keys() >= {True, False}
+        count = self.speed.number_of_workers(len(tasks))
+        if count < 2 or not looked or self.why_in_order(learner, processes=False):
+            yield from super().solved(learner, tasks, solve)
+            return
+        generators = Generators()
+        try:
+            with restored_buffers(*stateful_modules(learner)):
+                found = list(self._in_threads(learner, solve, tasks, count))
+        except DisturbedError as disturbed:
+            generators.put_back()
+            self.in_order_because = str(disturbed)
+            yield from super().solved(learner, tasks, solve)
+        else:
+            yield from found
+
     def _in_processes(
         self, learner: Any, work: Callable[[Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
     ) -> Iterator[MetaGradient]:
@@ -189,8 +216,8 @@ class ParallelExecutor(Executor):
             raise DisturbedError(str(error)) from error
 
     def _in_threads(
-        self, learner: Any, work: Callable[[Any, Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
-    ) -> Iterator[MetaGradient]:
+        self, learner: Any, work: Callable[[Any, Item], Result], items: Sequence[Item], count: int
+    ) -> Iterator[Result]:
         try:
             replicas = [self._replica(learner) for _ in range(count)]
         except Exception as error:  # A lock, for example, that the model was given since the first task.
@@ -198,7 +225,7 @@ class ParallelExecutor(Executor):
         before = [state_of(_parts(each)) for each in replicas]
         # Settings of the whole process are made before the first worker begins, and undone after the last.
         with _twice(learner):
-            yield from in_threads(work, chunks, replicas)
+            yield from in_threads(work, items, replicas)
         for each, state in zip(replicas, before, strict=True):
             if changed := difference(state, state_of(_parts(each))):
                 raise DisturbedError(changed)
