@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,17 +17,16 @@ from torch import nn
 from metawrap.checks.first_task import carries_channels_last, model_unchanged
 from metawrap.execution.executor import Executor, MetaGradient
 from metawrap.execution.parallel import ParallelExecutor
-from metawrap.execution.tuning import Speed, fastest
+from metawrap.execution.tuning import Multiplications, Speed, fastest
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 _LOG = logging.getLogger(__name__)
 
-# Meta-steps before a way is measured with tune="auto": the first looks at the model, the second shows the time.
-_LOOKS = 2
-# Seconds of a meta-gradient: what starts and joins workers takes milliseconds.
-_WORTH_WHILE = 0.1
-_SHORT = Speed(why="a meta-gradient takes less than 0.1 s, too little to divide")
+# Multiplications and additions in the forward passes of a meta-step, which takes some 0.1 s on a core. Counted and not
+# timed, so that small runs are the same to the last bit wherever they run: a measured way may differ by rounding.
+_WORTH_WHILE = 5e8
+_SHORT = Speed(why="a meta-step is too small to divide")
 
 
 class MeasuredExecutor(ParallelExecutor):
@@ -37,13 +35,12 @@ class MeasuredExecutor(ParallelExecutor):
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         super().__init__(options, several_at_once)
         self.decided = False
-        self._seconds: float | None = None
 
     def way_in_words(self, learner: Any) -> str:
         """See `Executor.way_in_words`."""
         if self.decided or device_of(learner).type != "cpu":
             return super().way_in_words(learner)
-        which = "first" if self.options.tune is True else "third"
+        which = "first" if self.options.tune is True else "second"
         return f"one task after another until the {which} meta-step, which measures what is faster"
 
     def state(self) -> dict[str, Any]:
@@ -58,18 +55,12 @@ class MeasuredExecutor(ParallelExecutor):
 
     def way(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
         """See `Executor.way`."""
-        if not self.decided and self.options.tune is True:
-            self._measure(learner, batch, parameters)
-        elif not self.decided and self._seconds is not None and learner.iteration >= _LOOKS:
-            if self._seconds < _WORTH_WHILE:
-                self._take(_SHORT)
-            else:
+        if not self.decided and (self.options.tune is True or (learner.iteration and device_of(learner).type == "cpu")):
+            if self.options.tune is True or _work(learner, batch) >= _WORTH_WHILE:
                 self._measure(learner, batch, parameters)
-        begun = time.process_time()  # Of all threads, without the time of other processes.
-        found = super().way(learner, batch, parameters)
-        if not self.decided and learner.iteration and device_of(learner).type == "cpu":
-            self._seconds = time.process_time() - begun
-        return found
+            else:
+                self._take(_SHORT)
+        return super().way(learner, batch, parameters)
 
     def _take(self, speed: Speed, decided: bool = True) -> None:
         self.speed, self.channels_last, self.decided = speed, speed.channels_last, decided
@@ -117,6 +108,19 @@ class MeasuredExecutor(ParallelExecutor):
             and not self.worker_differs(learner, learner._solver(**self.probed), task, processes)
             for count in counts
         ]
+
+
+def _work(learner: Any, batch: TaskBatch) -> float:
+    """Multiplications and additions in the forward passes of a meta-step; 0 where the model does not run as counted."""
+    task = usable(batch[0])
+    rows = len(task.support_y) + len(task.target_y)
+    try:
+        with model_unchanged(learner), torch.no_grad(), Multiplications() as counted:
+            learner.wrapped.run(task.support_x, "batch")
+    except Exception:  # Of tensors that the count does not know, nested ones for example.
+        return 0.0
+    passes = learner.settings.inner_steps * len(batch) * rows / max(1, len(task.support_y))
+    return float(counted.total) * passes
 
 
 def executor_for(options: ExecutionOptions, engine: str) -> Executor:

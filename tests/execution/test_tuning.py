@@ -20,7 +20,7 @@ from stateful import EditsInput, Late, Once, Watched
 from torch import Tensor, nn
 from ways_to_work import FOUR
 
-from metawrap import ArgumentError, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
+from metawrap import ArgumentError, MAMLPlusPlus, Task, TaskBatch, UnsupportedModuleError
 from metawrap.execution import measured
 from metawrap.execution.tuning import Speed, fastest
 from metawrap.inner_loop.task_layout import to_channels_last
@@ -187,19 +187,28 @@ def never(*_: Any) -> Speed:
 
 def test_short_meta_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     choose_by(monkeypatch, never)
-    monkeypatch.setattr(measured, "_WORTH_WHILE", 100.0)
     learner = build(seeded(NormedMlp))
-    assert "until the third meta-step" in learner.describe().speed
-    for _ in range(4):
+    assert "until the second meta-step" in learner.describe().speed
+    for _ in range(3):
         learner.meta_step(class_tasks((4,)))
-    assert "too little to divide" in learner.describe().speed
+    assert "too small to divide" in learner.describe().speed
     assert learner.executor.speed.workers == 1
     assert "speed" not in learner.state_dict()["_extra_state"]
 
 
-def test_long_meta_steps_are_measured_once_also_after_a_resume(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_work_of_a_meta_step_is_counted() -> None:
+    learner = build(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).double(), inner_steps=5)
+    batch = class_tasks((1, 6, 6), tasks=3)
+    learner.meta_step(batch)
+    per_example = 2 * (4 * 16 * 9 + 64 * 3)  # A multiplication and an addition for each weight and place.
+    rows = len(batch[1][0]) + len(batch[3][0])
+    with unchanged(learner):
+        assert measured._work(learner, TaskBatch(tuple(Task(*parts) for parts in zip(*batch, strict=True)))) == (
+            per_example * rows * 5 * 3
+        )
+
+
+def test_long_meta_steps_are_measured_once_also_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def choose(*_: Any) -> Speed:
@@ -207,18 +216,20 @@ def test_long_meta_steps_are_measured_once_also_after_a_resume(
         return Speed(2, True, why="measured: so")
 
     choose_by(monkeypatch, choose)
-    monkeypatch.setattr(measured, "_WORTH_WHILE", 0.0)
+    monkeypatch.setattr(measured, "_WORTH_WHILE", 1.0)
     batch = CASES["conv4"].batch()
-    first, plain = build(seeded(Conv4)), build(seeded(Conv4), tune=False)
-    for each in (first, first, plain, plain):
+    learner, plain = build(seeded(Conv4)), build(seeded(Conv4), tune=False)
+    for each in (learner, plain):
         each.meta_step(batch)
-    assert_same_values(tensors(first), tensors(plain), tolerance=0)
+    assert_same_values(tensors(learner), tensors(plain), tolerance=0)
+    optimizer = copy.deepcopy(learner.optimizer.state_dict())
+    state = copy.deepcopy(learner.state_dict())
     learner = build(seeded(Conv4))
-    learner.load_state_dict(first.state_dict())
-    learner.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    for each in (learner, learner, learner, plain, plain, plain):
+    learner.load_state_dict(state)
+    learner.optimizer.load_state_dict(optimizer)
+    for each in (learner, learner, plain, plain):
         each.meta_step(batch)
-    assert calls == [3]  # After a resume, the third meta-step shows the time.
+    assert calls == [1]
     assert learner.executor.speed == Speed(2, True, why="measured: so")
     assert_same_values(tensors(learner), tensors(plain))
 
@@ -237,7 +248,7 @@ def test_long_meta_steps_are_measured_once_also_after_a_resume(
 )
 def test_what_is_named_is_not_measured(monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]) -> None:
     choose_by(monkeypatch, never)
-    monkeypatch.setattr(measured, "_WORTH_WHILE", 0.0)
+    monkeypatch.setattr(measured, "_WORTH_WHILE", 1.0)
     learner = build(seeded(Conv4), **named)
     for _ in range(3):
         learner.meta_step(CASES["conv4"].batch())
