@@ -120,7 +120,7 @@ def _work(learner: Any, batch: TaskBatch) -> float:
     except Exception:  # Of tensors that the count does not know, nested ones for example.
         return 0.0
     passes = learner.settings.inner_steps * len(batch) * rows / max(1, len(task.support_y))
-    return float(counted.total) * passes
+    return float(counted.total * passes)
 
 
 def executor_for(options: ExecutionOptions, engine: str) -> Executor:
