@@ -104,12 +104,12 @@ _NETWORK: dict[str, dict[str, Any]] = {
 _TASKS: dict[str, dict[str, Any]] = {
     "--batch": _N | {"dest": "tasks_per_batch", "help": "tasks per meta-step (8)"},
     "--validation-tasks": _N | {"help": "fixed tasks to validate on (200)"},
-    "--validation-alone": _N | {"help": "of these, how many also with each target predicted alone (0)"},
+    "--validation-alone": _N | {"help": "of these, with each target alone too (0)"},
     "--test-tasks": _N | {"help": "fixed tasks of unseen classes to test on (600)"},
 }
 _SEED = _N | {"help": "of the initial weights and the order of tasks (0)"}
 _SET = {"action": "append", "dest": "options", "type": _option, "metavar": "NAME=VALUE"} | {
-    "help": "any setting of a recipe or keyword of the method; wins over the recipe"
+    "help": "any setting or keyword of the method; wins over a recipe"
 }
 _DEVICE = _NAME | {"help": "auto (default), cpu, cuda, cuda:1"}
 

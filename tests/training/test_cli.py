@@ -283,7 +283,10 @@ def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
 
 
 def test_inspect_with_an_input_shape_looks_at_a_task(capsys):
-    assert main([*SMALL, "--input-shape", "1,8,8", "--method", "maml", "--set", "adapt_norm=true"]) == 0
+    assert (
+        main([*SMALL, "--input-shape", "1,8,8", "--method", "maml", "--engine", "higher", "--set", "adapt_norm=true"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert printed.startswith('MAML(preset="maml") around Sequential')
     for words in ("adapted, the head", "its gradient is that of functional", "adapt_norm=True"):

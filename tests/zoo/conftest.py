@@ -146,7 +146,7 @@ class _Table:
             members = [row for row in rows if row.family == family]
             yield f"\n## {family[:1].upper()}{family[1:]}\n\n{self._count(members)}.\n"
             yield f"| {' | '.join(COLUMNS)} |"
-            yield "| --- | --: | --- | --- | --- | --- | --: | --- | --: | --- |"
+            yield "| --- | --: | --- | --- | --- | --: | --- | --: | --- |"
             yield from (row.line() for row in members)
 
     @staticmethod
