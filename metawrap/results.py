@@ -228,7 +228,12 @@ def class_loss(loss_fn: Any) -> Callable[..., Tensor] | None:
 
 
 def function_of(loss_fn: Any, losses: Mapping[Any, Callable[..., Tensor]]) -> Callable[..., Tensor] | None:
-    """Which of these losses a loss is, itself or as module or partial. Args: losses: by the forward of its module."""
+    """The function of torch that a loss function computes, if it is one of `losses`; else None.
+
+    Args:
+        loss_fn: the function itself, its module (`nn.MSELoss()`), or a partial of either.
+        losses: functions by the forward method of their module, such as {nn.MSELoss.forward: F.mse_loss}.
+    """
     function = _bare(loss_fn)
     if isinstance(function, nn.Module):
         return losses.get(type(function).forward)

@@ -235,12 +235,12 @@ _NO_GRADIENT = (
 
 
 def counted(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call returns, and the multiplications and additions in it; 0 where it does not run as it is counted."""
+    """The result of a call, and the number of multiplications and additions in it; 0 if they cannot be counted."""
     try:
         with _Multiplications() as count:
             return run(), count.total
-    except Exception:  # Of tensors that the count does not know, nested ones for example; or the call's own.
-        return run(), 0
+    except Exception:  # The counting mode does not know all tensors, nested ones for example. An error of the call
+        return run(), 0  # itself is raised here again.
 
 
 class _Multiplications(TorchDispatchMode):

@@ -175,7 +175,7 @@ class FirstTaskChecks:
             raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
 
     def look_at_flat_memory(self, learner: Any, task: Task) -> None:
-        """Asks what flat memory needs to know, where it was not asked for at first.
+        """Checks that flat memory is right for the model, after memory ran out without it.
 
         Raises:
             UnsupportedModuleError: the model does not do the same when a pass runs a second time.

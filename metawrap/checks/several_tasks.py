@@ -1,4 +1,4 @@
-"""Checks whether tasks can run at the same time: by a trial with two tasks, and by what a task leaves behind."""
+"""Checks whether tasks can run at the same time: a trial with two tasks, and the traces that a task leaves."""
 
 from __future__ import annotations
 

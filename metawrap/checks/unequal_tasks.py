@@ -1,4 +1,4 @@
-"""Whether tasks of unequal sizes may be padded to one size: a trial with the first task and a longer twin of it."""
+"""Checks whether tasks of unequal sizes may be padded to one size: a trial with the first task and a longer copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metawrap.tasks import Inputs, Task
 def why_not_padded(
     solver: TaskSolver, task: Task, gradient: Callable[[str, Sequence[Task]], Gradients], tolerance: float
 ) -> str | None:
-    """The reason why tasks of unequal sizes are not padded, in words; None where they may be.
+    """Why tasks of unequal sizes cannot be padded, as text for `describe()`; None if they can.
 
     Args:
         gradient: the gradient of the summed loss of tasks through an engine; `"batched"` pads them.
@@ -31,7 +31,7 @@ def why_not_padded(
         return "inputs or labels are not one tensor each, or loss_fn is no loss of torch that can leave rows out"
 
     def run(inputs: Inputs) -> Any:
-        # Batch norms by the moments of one set, whatever the rows.
+        # Batch norms take the moments of the support set, so that they do not connect the rows of `inputs`.
         solver.wrapped.run(task.support_x, "capture")
         found = solver.wrapped.run(inputs, "captured")
         if not isinstance(found, Tensor):
@@ -40,7 +40,8 @@ def why_not_padded(
 
     if not rows_stand_alone(solver.wrapped.model, run, task.support_x, task.target_x):
         return "the output is no single tensor, or rows of a task act on each other outside of batch norms"
-    # Never to one length: a norm over another axis of that length would not be seen.
+    # The longer support and target sets differ in length. If all sets had one length, a norm over another axis of that
+    # length would pass the trial.
     more = 2 if len(task.support_y) == len(task.target_y) else 1
     longer = Task(*(_longer(part, count) for part, count in zip(task.parts(), (1, 1, more, more), strict=True)))
     if not are_near([task, longer]):
@@ -58,5 +59,5 @@ def why_not_padded(
 
 
 def _longer(rows: Any, count: int) -> Any:
-    """With rows from the front behind the last, so that they differ from padded ones."""
+    """Appends copies of the first row: padding repeats the last row, and the trial must tell them apart."""
     return torch.cat([rows, *([rows[:1]] * count)])

@@ -44,12 +44,10 @@ class Executor:
 
     several_at_once: the engine runs all tasks of a batch together. channels_last: images have this layout. memory: as
     in the options, until memory runs out. fitting: the chunk size after the last lack of memory; None while memory
-    never ran out. settled: tasks are run one after another and nothing is left to try, so that `way` is not asked.
+    never ran out. settled: tasks run one after another, and no subclass has a say in it: the short path of a meta-step.
     same_everywhere: the other processes of a distributed run are known to have the same learner.
     keeps_memory: the process was told to keep the memory that it frees.
     """
-
-    has_ways = False  # Whether `way` runs tasks otherwise than one after another.
 
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         self.options, self.several_at_once = options, several_at_once
@@ -66,7 +64,7 @@ class Executor:
         return words
 
     def way_in_words(self, learner: Any) -> str:
-        """The same without the memory."""
+        """As `in_words`, without what it says about memory."""
         if self.several_at_once:
             reason = learner.checks.not_padded
             if reason is None:
@@ -97,11 +95,11 @@ class Executor:
         return run(learner, batch, parameters)
 
     def way(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
-        """As `meta_gradient`, in another way than one task after another."""
-        raise NotImplementedError
+        """Computes the meta-gradient; subclasses choose here how tasks are run."""
+        return self.in_memory(learner, batch, parameters)
 
     def in_memory(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
-        """As `meta_gradient`; where memory runs out, with a smaller graph, and then with fewer tasks at once."""
+        """Computes the meta-gradient. If memory runs out, it tries flat memory first, then fewer tasks at once."""
         batch = TaskBatch(tuple(usable(task) for task in batch))
         learner._prepare(batch[0])
         at_once = self.options.tasks_per_backward or (len(batch) if self.several_at_once else 1)
@@ -123,7 +121,7 @@ class Executor:
             if generators is not None:
                 generators.put_back()
             if can_be_flat(learner, batch[0], self.memory):
-                self.memory, self.settled = "flat", not self.has_ways
+                self.memory, self.settled = "flat", False
                 warn_flat()
             elif size == 1:
                 self.memory = memory  # A smaller graph did not help.
@@ -146,7 +144,7 @@ class Executor:
     def in_order(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
     ) -> Iterator[MetaGradient]:
-        """`chunk_gradient` of each chunk, one after another."""
+        """Outcomes and gradient of each chunk of tasks, one chunk after another."""
         for chunk in chunks:
             solver = learner._solver(**self.changes(learner.settings))
             yield chunk_gradient(solver, chunk, parameters, learner.settings.norm, tasks)
@@ -154,8 +152,8 @@ class Executor:
     def chunk_gradients(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
     ) -> Iterator[MetaGradient]:
-        """`chunk_gradient` of each chunk, in another way than one after another."""
-        raise NotImplementedError
+        """Outcomes and gradient of each chunk of tasks, in their order; subclasses may run chunks at the same time."""
+        return self.in_order(learner, chunks, parameters, tasks)
 
     def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
         """The outcome of each task of an evaluation, in their order."""
@@ -163,7 +161,7 @@ class Executor:
             yield solve(learner, task)
 
     def changes(self, settings: Any) -> dict[str, Any]:
-        """What of the solver is not as the settings say, as memory ran out."""
+        """Fields of the task solver that differ from the settings: flat memory, after memory ran out."""
         if self.memory == self.options.memory:
             return {}
         return {"settings": replace(settings, execution=replace(settings.execution, memory=self.memory))}

@@ -1,7 +1,4 @@
-"""The fastest way of running tasks, measured on a learner's own batch and kept.
-
-Each meta-step asks `way` until the choice is made; a learner whose tasks then run one after another asks no more.
-"""
+"""Tuning: the first meta-steps time layouts, worker threads and worker processes, and the fastest is kept."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import torch
 from torch import nn
 
 from metawrap.checks.first_task import carries_channels_last, model_unchanged
+from metawrap.execution.allocator import keep_memory
 from metawrap.execution.executor import Executor, MetaGradient
 from metawrap.execution.parallel import ParallelExecutor
 from metawrap.execution.tuning import Speed, fastest
@@ -23,14 +21,14 @@ from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 _LOG = logging.getLogger(__name__)
 
-# Multiplications and additions in the forward passes of a meta-step, which takes some 0.1 s on a core. Counted and not
-# timed, so that small runs are the same to the last bit wherever they run: a measured way may differ by rounding.
+# A meta-step with fewer multiplications and additions in its forward passes is not tuned. This is a count and not a
+# time, so that small runs always end with the same bits: results of a tuned run may differ by rounding.
 _WORTH_WHILE = 5e8
 _SHORT = Speed(why="a meta-step is too small to divide")
 
 
 class MeasuredExecutor(ParallelExecutor):
-    """Runs the tasks of a batch in the way that was measured to be fastest. decided: whether it was."""
+    """Runs the tasks of a batch in the way that was measured to be fastest. decided: whether the choice is made."""
 
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         super().__init__(options, several_at_once)
@@ -67,17 +65,22 @@ class MeasuredExecutor(ParallelExecutor):
         self.settled = decided and speed.workers == 1 and self.memory == "unrolled"
 
     def _measure(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> None:
-        """Chooses by the time of this batch's meta-gradient, of second order if training comes to that."""
-        settings, before = learner.settings, self.speed
-        few = TaskBatch(batch.tasks[: 2 * torch.get_num_threads() * (self.options.tasks_per_backward or 1)])
+        """Times the meta-gradient of this batch in each way; in second order, unless training never reaches it."""
+        settings, before, size = learner.settings, self.speed, self.options.tasks_per_backward or 1
+        few = TaskBatch(tuple(map(usable, batch.tasks[: 2 * torch.get_num_threads() * size])))
+        if self.keeps_memory:
+            keep_memory(one_arena=True)  # A block that one thread frees then serves another.
 
         def timed(speed: Speed) -> None:
             self.speed, self.channels_last = speed, speed.channels_last
             with model_unchanged(learner):
-                self.in_memory(learner, few, parameters)
+                if speed == Speed():
+                    self.in_memory(learner, few, parameters)
+                else:  # A way for which memory is too short is passed over.
+                    self._summed(learner, few, parameters, min(size, self.fitting or size))
 
         try:
-            task = usable(few[0])
+            task = few[0]
             learner._prepare(task)
             twice = not learner.checks.findings[learner.model.training].no_second_derivative
             if not math.isinf(settings.first_order_epochs) and twice:
@@ -111,7 +114,7 @@ class MeasuredExecutor(ParallelExecutor):
 
 
 def _work(learner: Any, batch: TaskBatch) -> float:
-    """Multiplications and additions in the forward passes of a meta-step."""
+    """The number of multiplications and additions in all forward passes of one meta-step."""
     task = usable(batch[0])
     learner._prepare(task)
     try:

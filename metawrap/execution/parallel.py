@@ -50,8 +50,6 @@ class ParallelExecutor(Executor):
     the solver while ways are measured.
     """
 
-    has_ways = True
-
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         super().__init__(options, several_at_once)
         self.speed = Speed(options.workers, options.channels_last, options.workers_in == "processes")
@@ -186,7 +184,7 @@ class ParallelExecutor(Executor):
             yield from self._in_threads(learner, gradient, chunks, count)
 
     def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
-        """See `Executor.solved`; in threads where meta-steps have workers, as they have shown that tasks allow it."""
+        """See `Executor.solved`. Threads are used if meta-steps have workers: a meta-step has checked that they may."""
         looked = learner.findings.keys() >= {True, False}
         count = self.speed.number_of_workers(len(tasks))
         if count < 2 or not looked or self.why_in_order(learner, processes=False):

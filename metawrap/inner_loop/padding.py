@@ -42,9 +42,9 @@ def can_be_padded(task: Task, loss_fn: Any) -> bool:
 
 
 def are_near(tasks: Sequence[Task]) -> bool:
-    """Whether no part of a task needs more padded rows than it has.
+    """Whether the tasks are similar enough in size: no set would be padded to more than twice its rows.
 
-    A task of one row is near to its like alone, as a batch norm must see that it has no variance.
+    Sets of one row are padded with nothing: a batch norm must refuse them, as one row has no variance.
     """
     for part in ("support_y", "target_y"):
         sizes = [len(getattr(task, part)) for task in tasks]

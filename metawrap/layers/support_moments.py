@@ -20,7 +20,11 @@ SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
 
 
 def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, with gradient. Args: rows: those that count; all if None."""
+    """Mean and biased variance of each channel, with gradient.
+
+    Args:
+        rows: (examples,), True for the examples that count; None if all do.
+    """
     if rows is None:
         over = [dim for dim in range(input.ndim) if dim != 1]
         variance, mean = torch.var_mean(wide_of(input), over, correction=0)
@@ -37,7 +41,7 @@ def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, without gradient, from the biased one. Args: rows: see `moments_of`."""
+    """Mean and unbiased variance from the biased variance, without gradient; `rows` as in `moments_of`."""
     count = input.numel() // input.shape[1]
     if rows is None:
         return mean.detach(), variance.detach() * (count / max(count - 1, 1))

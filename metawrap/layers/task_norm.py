@@ -33,7 +33,11 @@ def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend:
 
 
 def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
-    """The support set's share in the moments: sigmoid(scale * examples + offset). Args: rows: examples; all if None."""
+    """The weight of the support set's moments in the blend, sigmoid(scale * examples + offset), a scalar.
+
+    Args:
+        input: (examples, channels, ...). rows: (examples,), True for the examples that count; None if all do.
+    """
     examples = len(input) if rows is None else rows.sum()
     scale, offset = (getattr(norm, name) for name in BLEND)
     return torch.sigmoid(scale * examples + offset)

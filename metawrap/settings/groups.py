@@ -169,17 +169,17 @@ class ExecutionOptions(Options):
 
     @cached_property
     def measures(self) -> bool:
-        """Whether the way that tasks are run is measured."""
+        """Whether tuning may choose how tasks are run."""
         return bool(self.tune) and not self._chosen and not self.cuda_graphs
 
     @cached_property
     def in_threads(self) -> bool:
-        """Whether tasks may be solved in several threads."""
-        return (self.workers != 1 and self.workers_in == "threads") or self.measures
+        """Whether tasks are solved in several threads, as far as that was asked for."""
+        return self.workers != 1 and self.workers_in == "threads"
 
     @property
     def _chosen(self) -> frozenset[str]:
-        """The fields that measurement would choose, and the user did."""
+        """Fields that tuning would choose, but that the user has set."""
         usual = {"workers": 1, "channels_last": False}
         return self.given & {"workers_in"} | {name for name, value in usual.items() if getattr(self, name) != value}
 

@@ -48,7 +48,7 @@ def say(text: str, error: bool = False) -> None:
 
 @contextmanager
 def saying_logs() -> Iterator[None]:
-    """Inside the block, what metawrap logs with level INFO is said."""
+    """Prints metawrap's log messages of level INFO and above as progress lines, inside the block."""
     logger, handler = logging.getLogger("metawrap"), logging.Handler()
     handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
     before = logger.level

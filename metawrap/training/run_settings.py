@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from metawrap.data import DATASETS
-from metawrap.errors import CheckpointError
+from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.settings.settings import NormPolicy
 from metawrap.settings.validated import Count, Expected, Number, Options, Several, Switch, Whole, validated
 
@@ -110,6 +110,14 @@ class RunSettings(Options):
     keep: Count = 5
     ensemble: Whole = 0
     recipe: Text | None = None
+
+    def check_together(self) -> None:
+        """Raises ArgumentError where more targets are to be predicted alone than there are validation tasks."""
+        if self.validation_alone > self.validation_tasks:
+            raise ArgumentError(
+                f"validation_alone: expected at most validation_tasks={self.validation_tasks}, but got "
+                f"{self.validation_alone}. Use fewer, or more --validation-tasks."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON and `torch.load(weights_only=True)` can hold."""

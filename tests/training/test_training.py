@@ -359,6 +359,12 @@ def test_a_checkpoint_whose_optimizer_or_random_state_fits_no_more_is_one_error(
         train(replace(TINY, ensemble=2), tmp_path / "run", resume=True)
 
 
+def test_no_more_tasks_are_validated_alone_than_there_are() -> None:
+    assert replace(TINY, validation_tasks=6, validation_alone=6).validation_alone == 6
+    with pytest.raises(ArgumentError, match=r"validation_alone: expected at most validation_tasks=6, but got 7"):
+        replace(TINY, validation_tasks=6, validation_alone=7)
+
+
 @pytest.mark.parametrize("norm", ["batch", "task"])
 def test_validation_alone_hands_each_target_to_the_adapted_network_by_itself(norm):
 
