@@ -22,6 +22,8 @@ from rivals.cases import Case, TaskTensors, initial_values, make_tasks
 from rivals.libraries import Higher, Iteryne, Jax, Learn2Learn, ParallelMetalearn, Skipped, TorchOpt
 from rivals.plain import PlainLoop
 
+_UNTUNED = {"tune": False}
+
 
 class Contender(Protocol):
     """One way to do the meta-step, with tasks of its own."""
@@ -104,8 +106,9 @@ class Setting:
 
     @property
     def in_every_version(self) -> bool:
-        """Whether every version of metawrap has this setting: the defaults, or no other keyword than `engine`."""
-        return self.family == "metawrap" and not self.by_name and set(self.options) <= {"engine"}
+        """Whether every version of metawrap has this setting: the defaults, or no other keywords than these two."""
+        plain = self.options.get("execution", _UNTUNED) == _UNTUNED and set(self.options) <= {"engine", "execution"}
+        return self.family == "metawrap" and not self.by_name and plain
 
     def build(self, case: Case, dtype: torch.dtype, device: str, spread: float = 0.0) -> Contender:
         """The contender, with the same initial values and tasks as all others.
@@ -132,6 +135,8 @@ def _metawrap(
     engine: str = "functional",
     **how: Any,
 ) -> Setting:
+    if engine == "functional" and not how.keys() & {"workers", "channels_last", "tune"}:
+        how |= _UNTUNED  # A setting does what its name says.
     options: dict[str, Any] = {"engine": engine}
     options |= {"execution": how} if how else {}
     options |= {"first_order": True} if first_order else {}

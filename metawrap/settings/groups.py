@@ -150,7 +150,7 @@ class ExecutionOptions(Options):
         description=(
             "times workers, workers_in and channels_last and keeps the fastest: True, in the first "
             'meta-step; "auto", in the second, on a CPU, where a meta-step is large (5e8 multiplications and '
-            "additions forward, some 0.1 s) and none of the three is given. `describe()` shows the choice, "
+            "additions forward) and none of the three is given. `describe()` shows the choice, "
             "and a checkpoint holds it."
         ),
     )
