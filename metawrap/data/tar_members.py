@@ -62,6 +62,12 @@ class TarFiles:
         self._file: IO[bytes] | None = None
         self._opener = 0
         self._members: dict[str, tuple[int, int]] = {}  # name -> begin and size
+        try:
+            self._look(path)
+        finally:  # A refused archive is no longer open, either.
+            self.close()
+
+    def _look(self, path: Path) -> None:
         with reading(f"'{path}' is not a readable zip, tar or tar.gz", *_ERRORS):
             self.sequential = is_compressed(path)
             with tarfile.open(fileobj=self._opened(), mode="r:") as archive:
@@ -75,7 +81,6 @@ class TarFiles:
                         raise DataError(f"The archive '{path}' holds '{name}' twice. Get a fresh copy of it.")
                     if member.isfile():
                         self._members[name] = member.offset_data, member.size
-        self.close()
 
     def names(self) -> list[str]:
         """All member names without folders, sorted."""

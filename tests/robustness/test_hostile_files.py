@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import struct
 import tarfile
 import tracemalloc
@@ -138,11 +139,20 @@ def test_a_damaged_tar_is_read_or_refused(tmp_path: Path, noise: bytes, place: i
     place %= len(content)
     content[place : place + len(noise)] = noise
     path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
-    with contextlib.suppress(DataError):
-        files = TarFiles(path, MIB)
+    with contextlib.suppress(DataError), contextlib.closing(TarFiles(path, MIB)) as files:
         assert all(len(files.read(name)) <= MIB for name in files.names())
     with contextlib.suppress(DataError):
         assert set(read_members(path, ["meta", "train"], MIB)) == {"meta", "train"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files of Linux")
+def test_a_refused_tar_is_closed(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", member("meta", b"abc"), member("meta", b"abc"), mode="w")
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(DataError, match="twice") as raised:
+        TarFiles(path, MIB)
+    assert raised.value is not None  # The exception, and the frames that it holds, are alive.
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("file", ["meta", "train", "test"])
