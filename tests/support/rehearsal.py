@@ -1,11 +1,11 @@
 """A CUDA device that is not there: tensors say device="cuda:0", and hold values.
 
 The CPU runs each operation on the values, so that checks which look at values, evaluation and adaptation go on.
-`FakeTensorMode` judges each operation that meets another device, and refuses it where CUDA does. Tensors of the CPU stay
-ordinary ones. Where the host would wait for the device, the operation is noted.
+`FakeTensorMode` judges each operation that meets another device, and refuses it where CUDA does. Tensors of the CPU
+stay ordinary ones. Where the host would wait for the device, the operation is noted.
 
-torch's C++ code is told "meta" where Python is told "cuda:0": without a driver its autograd has no CUDA streams. For this
-reason kernels that CUDA alone has, of cuDNN for example, do not run.
+torch's C++ code is told "meta" where Python is told "cuda:0": without a driver its autograd has no CUDA streams. So
+kernels that CUDA alone has, of cuDNN for example, do not run.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _READS = {"_local_scalar_dense", "equal", "_linalg_check_errors", "is_nonzero", 
 _SHAPED_BY_VALUES = {
     *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"),
 }
+_INDEXED, _MASKS = {"index", "index_put", "index_put_", "_unsafe_index"}, (torch.bool, torch.uint8)
 _OF_SHAPE = {"squeeze_", "unsqueeze_", "transpose_", "t_", "resize_", "set_", "as_strided_"}
 
 
 class CudaRehearsal(FakeTensorMode):
     """Inside of it, tensors can be made with device="cuda:0".
 
-    waits: the operations for which the host waits for the device, as "operation at file:line of metawrap".
+    waits: the operations for which the host waits for the device, as "operation at file of metawrap".
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class CudaRehearsal(FakeTensorMode):
         name = func.overloadpacket.__name__
         values, options = _mapped((args, kwargs), _on_cpu)
         given = {id(_on_cpu(fake)): fake for fake in fakes}
-        masked = name.startswith("index") and any(one.dtype in (torch.bool, torch.uint8) for one in tensors[1:])
+        masked = name in _INDEXED and any(one is not None and one.dtype in _MASKS for one in args[1])
         if name in _READS | _SHAPED_BY_VALUES or masked:
             self._note(name)
         device = CUDA
@@ -75,6 +76,8 @@ class CudaRehearsal(FakeTensorMode):
 
     def _judged(self, func: Any, types: Any, args: Any, kwargs: Any) -> torch.device:
         """The device of the output, by torch's own rules; they also carry out changes of shape in place."""
+        # A tensor of the CPU is looked at as a leaf.
+        args, kwargs = _mapped((args, kwargs), lambda leaf: leaf.detach() if type(leaf) is Tensor else leaf)
         self._judging = True
         try:
             output = super().__torch_dispatch__(func, types, args, kwargs)
@@ -99,7 +102,7 @@ class CudaRehearsal(FakeTensorMode):
 
     def _note(self, name: str) -> None:
         places = [frame for frame in traceback.extract_stack() if _PACKAGE in Path(frame.filename).parents]
-        last = f"{Path(places[-1].filename).relative_to(_PACKAGE)}:{places[-1].lineno}" if places else "no file"
+        last = Path(places[-1].filename).relative_to(_PACKAGE).as_posix() if places else "no file"
         self.waits.append(f"{name} at {last}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CudaRehearsal:
@@ -155,9 +158,13 @@ def _applied(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = 
             parameter.data = fn(parameter.data)
 
 
+def _device_of_lazy(lazy: Tensor) -> torch.device:
+    return _CPU if Tensor.device.__get__(lazy).type == "cpu" else CUDA
+
+
 def _materialized(lazy: Any, shape: Any, device: Any = None, dtype: Any = None) -> None:
     """Makes a lazy parameter of the device what torch makes of one of the CPU; its class is no FakeTensor before."""
-    if (device or lazy.device).type == "cpu":
+    if torch.device(device or lazy.device).type == "cpu":
         return _materialize(lazy, shape, device, dtype)
     made = torch.empty(shape, device=CUDA, dtype=dtype or lazy.dtype)
     torch.utils.swap_tensors(lazy, nn.Parameter(made, lazy.requires_grad))
@@ -177,6 +184,7 @@ def cuda_rehearsal() -> Iterator[CudaRehearsal]:
         patch.object(FakeTensor, "__torch_dispatch__", staticmethod(_with_device_for_cpp)),
         patch.object(FakeTensor, "data", property(_data.__get__, _set_data), create=True),
         patch.object(UninitializedTensorMixin, "materialize", _materialized),
+        patch.object(UninitializedTensorMixin, "device", property(_device_of_lazy), create=True),
         patch.object(FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda"), create=True),
         CudaRehearsal() as mode,
     ):
