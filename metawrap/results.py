@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -224,10 +224,15 @@ _CLASS_LOSSES: dict[Any, Callable[..., Tensor]] = {
 
 def class_loss(loss_fn: Any) -> Callable[..., Tensor] | None:
     """The loss of torch on classes that this is, itself or as module or partial; None for any other loss."""
+    return function_of(loss_fn, _CLASS_LOSSES)
+
+
+def function_of(loss_fn: Any, losses: Mapping[Any, Callable[..., Tensor]]) -> Callable[..., Tensor] | None:
+    """Which of these losses a loss is, itself or as module or partial. Args: losses: by the forward of its module."""
     function = _bare(loss_fn)
     if isinstance(function, nn.Module):
-        return _CLASS_LOSSES.get(type(function).forward)
-    return next((known for known in _CLASS_LOSSES.values() if known is function), None)
+        return losses.get(type(function).forward)
+    return next((known for known in losses.values() if known is function), None)
 
 
 def accuracy_of(prediction: Any, y: Any, loss_fn: Any, known: bool = False) -> Tensor | None:

@@ -19,7 +19,7 @@ from metawrap.backbones import Conv4
 from metawrap.errors import MetaWrapError
 from metawrap.tasks import Task
 from rivals.cases import Case, TaskTensors, initial_values, make_tasks
-from rivals.libraries import Higher, Jax, Learn2Learn, Skipped, TorchOpt
+from rivals.libraries import Higher, Iteryne, Jax, Learn2Learn, ParallelMetalearn, Skipped, TorchOpt
 from rivals.plain import PlainLoop
 
 
@@ -149,6 +149,8 @@ SETTINGS = {
         Setting("higher", "peer", Higher, needs=("higher",)),
         Setting("torchopt", "peer", TorchOpt, needs=("torchopt",)),
         Setting("learn2learn", "peer", Learn2Learn, needs=("learn2learn",)),
+        Setting("iteryne", "peer", Iteryne, needs=("iteryne",)),
+        Setting("parallel-metalearn", "peer", ParallelMetalearn, needs=("metalearn.algorithms",)),
         # In one process with JAX's threads, torch's own took ten times as long.
         Setting("jax", "peer", Jax, needs=("jax",), apart=True),
         Setting("metawrap default", "metawrap", Metawrap, settles=4),

@@ -28,7 +28,8 @@ class Skipped(Exception):  # noqa: N818  # it is no error
 WHY_MISSING = {
     "learn2learn": (
         "learn2learn is not installed. Its last release, 0.2.0, does not build on Python 3.11 or newer: its C source "
-        "includes longintrepr.h, which is gone there"
+        "includes longintrepr.h, which is gone there. Its folder utils is pure Python and runs on PYTHONPATH: see "
+        "benchmarks/results/README.md"
     ),
 }
 
@@ -40,8 +41,9 @@ def require(module: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:
-        reason = WHY_MISSING.get(module, f"{module} is not installed; the extra 'bench' brings it")
-        if isinstance(error, ModuleNotFoundError) and error.name == module:
+        package = module.partition(".")[0]
+        reason = WHY_MISSING.get(package, f"{package} is not installed; the extra 'bench' brings it")
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise Skipped(reason) from error
         raise Skipped(f"{module} is installed, but its import fails: {error}") from error
 
@@ -150,6 +152,101 @@ class Learn2Learn(TorchLibrary):
         found = torch.autograd.grad(support_loss, list(fast.parameters()), create_graph=True)
         updates = [-rate * gradient for rate, gradient in zip(self.rates(step), found, strict=True)]
         return self.module.update_module(fast, updates=updates)
+
+
+class Iteryne(TorchLibrary):
+    """Through the learners of iteryne's MAML. A learner takes a rate for each tensor, as its MetaSGD does."""
+
+    library = "iteryne"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.maml = self.module.MAML(self.model)
+
+    def start(self) -> AbstractContextManager[Any]:
+        """A learner with the module's parameters."""
+        return nullcontext(self.maml.clone())
+
+    def inner_step(self, fast: Any, support_loss: Tensor, step: int) -> Any:
+        """By the learner."""
+        fast.lr = dict(zip(self.adapted, self.rates(step), strict=True))
+        return fast.adapt(support_loss)
+
+
+class ParallelMetalearn:
+    """parallel-metalearn's own `MAML.step`, which imports as `metalearn`: all tasks at once, by vmap.
+
+    The library's batch norm learns one scale and shift for all steps. For this reason the network is `SteppedConv4`,
+    with rows of its own. Running statistics, which the others record and do not use, are left out.
+    """
+
+    def __init__(self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors]) -> None:
+        learn, rules, losses = (require(f"metalearn.{part}") for part in ("algorithms", "inner_optimizers", "loss"))
+        like = next(iter(values.values()))
+        self.model = SteppedConv4(case).to(like.device, like.dtype)
+        self.model.load_state_dict({name: value for name, value in values.items() if not name.startswith("lr/")})
+        fast = self.model.get_fast_weights()
+        inner = rules.InnerSGD(fast, max_inner_steps=case.steps, per_layer=True, per_step=True).to(like.dtype)
+        self.rates = {f"lr/{name}": inner.lrs[f"lr_{name.replace('.', '_')}"] for name in fast}
+        with torch.no_grad():
+            for name, rate in self.rates.items():
+                rate.copy_(values[name])
+        loss = losses.CrossEntropy(losses.CategoricalAccuracy())
+        self.maml = learn.MAML(
+            model=self.model,
+            optimizer=torch.optim.Adam(self.model.parameters(), lr=META_LR, fused=True),
+            inner_optimizer=inner,
+            support_loss_fn=loss,
+            query_loss_fn=self._target_loss(loss, case.steps),
+            inner_steps=case.steps,
+            multi_step_loss=True,
+            chunk_size=case.tasks,
+            device=like.device,
+        )
+        support_x, support_y, target_x, target_y = (torch.stack(parts) for parts in zip(*tasks, strict=True))
+        self.batch = support_x, {"labels": support_y}, target_x, {"labels": target_y}
+
+    def step(self) -> None:
+        """One outer update, of epoch 0."""
+        self.maml.step(iter([self.batch]), epoch=0, epochs=1)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last step's meta-gradient."""
+        learned = dict(self.model.named_parameters()) | self.rates
+        return {name: value.grad for name, value in learned.items() if value.grad is not None}
+
+    @staticmethod
+    def _target_loss(loss: nn.Module, steps: int) -> nn.Module:
+        # Release 0.5.6 divides each target loss by its weight, where the paper multiplies. At epoch 0 all weights are
+        # 1 / steps (here a float32 number), so a loss that is multiplied by both becomes the weighted loss.
+        weight = float(require("metalearn.algorithms.MetaUtils").get_per_step_loss_weights(steps, 0, 1)[0])
+
+        class Weighted(nn.Module):
+            def forward(self, **arguments: Any) -> tuple[Tensor, Tensor]:
+                value, accuracy = loss(**arguments)
+                return value * (weight / steps), accuracy
+
+        return Weighted()
+
+
+class SteppedConv4(Conv4):
+    """Conv4 with the rows of its batch norms inside, in the form that parallel-metalearn calls."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        for block in range(BLOCKS):
+            rows = {part: torch.empty(case.steps, case.filters) for part in ("weight", "bias")}
+            self.get_submodule(f"conv{block}")["norm"] = nn.ParameterDict(rows)
+
+    def forward(self, x: Tensor, num_step: int, training: bool) -> dict[str, Tensor]:
+        """Logits, by the rows of this step."""
+        rows = [self.get_submodule(f"conv{block}.norm") for block in range(BLOCKS)]
+        norms = [(row["weight"][num_step], row["bias"][num_step], None, None) for row in rows]
+        return {"logits": super().forward(x, norms)}
+
+    def get_fast_weights(self) -> dict[str, Tensor]:
+        """The parameters that the inner loop adapts."""
+        return {name: value for name, value in self.named_parameters() if ".norm." not in name}
 
 
 class Jax:

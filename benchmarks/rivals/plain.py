@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rivals.cases import BLOCKS, EPSILON, META_LR, MOMENTUM, SLOPE, Case, TaskTensors, adapted_names, step_loss_weights
 
-Norm = tuple[Tensor, Tensor, Tensor, Tensor]
+Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class PlainLoop:
@@ -90,7 +90,7 @@ class PlainLoop:
         return updated(fast, self.rates(step), gradients)
 
     def norms(self, step: int) -> list[Norm]:
-        """This step's row of each batch norm: weight, bias, running mean, running variance."""
+        """This step's row of each batch norm: weight, bias, running mean, running variance (None: not recorded)."""
         return [
             (
                 self.values[f"conv{block}.norm.weight"][step],

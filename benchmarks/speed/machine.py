@@ -21,7 +21,7 @@ from metawrap.training.machine import describe_machine
 UNCACHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 # glibc's mallopt: blocks of any size come from the heap, the heap is never given back, and all threads share one.
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
-PEERS = ("higher", "torchopt", "learn2learn", "jax", "jaxlib")
+PEERS = ("higher", "torchopt", "learn2learn", "iteryne", "parallel-metalearn", "jax", "jaxlib")
 MEGABYTE = 2**20
 
 

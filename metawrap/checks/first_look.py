@@ -225,15 +225,6 @@ def warn_tasks_in_order(workers: int | str, reason: str) -> None:
     )
 
 
-def warn_functional_instead_of_higher(reason: str) -> None:
-    """Warns that `engine="auto"` uses `functional` instead of `higher`."""
-    warnings.warn(
-        f"engine='auto' falls back to 'functional': {reason}. Pass engine='functional' to silence this.",
-        MetaWrapWarning,
-        stacklevel=5,
-    )
-
-
 _NO_GRADIENT = (
     "No adapted parameter gets a gradient from the support loss. The model may compute under no_grad, detach its "
     "output, or run on parameters other than its own (a closure over another module, say). Make forward read its "

@@ -26,7 +26,6 @@ from metawrap.checks.first_look import (
     refuse_carried_graphs,
     refuse_other_layout,
     support_gradient,
-    warn_functional_instead_of_higher,
     warn_many_outputs,
     warn_no_second_derivative,
     warn_tasks_in_order,
@@ -34,6 +33,7 @@ from metawrap.checks.first_look import (
 )
 from metawrap.checks.second_derivative import missing_second_derivative
 from metawrap.checks.several_tasks import refuse_impure, twin_of, without_dropout
+from metawrap.checks.unequal_tasks import why_not_padded
 from metawrap.engines import (
     ENGINES,
     BatchedEngine,
@@ -67,6 +67,7 @@ class FirstTaskChecks:
     engine: the chosen engine; a finding may change the choice. findings: by mode, True for training mode.
     edits: buffers that forward edits. edits_inputs: forward edits its inputs. plain_forms: forward runs an operation
     that `PlainForms` replaces. batched: several tasks at once are known to have the right gradient.
+    not_padded: why tasks of unequal sizes do not run at once; None where they do.
     passes_in_order: why the passes of one task must run in their own order, or None.
     """
 
@@ -75,6 +76,7 @@ class FirstTaskChecks:
         self.findings: dict[bool, FirstLook] = {}
         self.edits = BufferEdits(find_buffer_aliases(model))
         self.plain_forms = self.edits_inputs = self.batched = False
+        self.not_padded: str | None = "no task was tried yet"
         self.passes_in_order: str | None = None
 
     def prepare(self, learner: Any, task: Task) -> None:
@@ -141,11 +143,9 @@ class FirstTaskChecks:
                 cause = missing_second_derivative(wrapped.model, learned, support_loss)
             self._refuse_second_order(learner, cause)
         if self.engine.name == "higher":
-            self._leave_higher_if_wrong(solver, task)
+            self._refuse_higher_if_wrong(solver, task)
         if settings.execution.memory == "flat" and differentiable:
-            if self.engine.name != "batched":
-                self._refuse_flat_if_wrong(solver, task)
-            self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
+            self._look_at_flat_memory(solver, task)
         earlier = {name for look in self.findings.values() for name in look.unused}
         warn_unused([name for name in unused if name not in earlier])
         if wrapped.model.training and True not in self.findings and not settings.outputs.mask_unused_outputs:
@@ -161,7 +161,7 @@ class FirstTaskChecks:
         if cause and is_second_order(learner.epoch, learner.settings.first_order_epochs):
             raise UnsupportedModuleError(cause)
 
-    def _leave_higher_if_wrong(self, solver: TaskSolver, task: Task) -> None:
+    def _refuse_higher_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         if not any(parameter.requires_grad for parameter in solver.learned):
             return
         reference = probed_gradient(solver, "functional", [task])
@@ -170,11 +170,24 @@ class FirstTaskChecks:
             reason = "higher's gradient is not the module's own" if wrong else ""
         except Exception as error:  # Any failure inside the third library is a reason to leave it.
             reason = f"higher fails on this model ({first_line(error)})"
-        if reason and self.engine.asked == "higher":
-            raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
         if reason:
-            self.engine.name, self.engine.why = "functional", reason
-            warn_functional_instead_of_higher(reason)
+            raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {reason}. Use engine="functional".')
+
+    def look_at_flat_memory(self, learner: Any, task: Task) -> None:
+        """Asks what flat memory needs to know, where it was not asked for at first.
+
+        Raises:
+            UnsupportedModuleError: the model does not do the same when a pass runs a second time.
+        """
+        with autograd(True), model_unchanged(learner, self.edits):
+            self._look_at_flat_memory(learner._solver(), task.map(copy_of))
+            if self.engine.name == "batched":
+                self._several_at_once_are_right(learner, task.map(copy_of), differentiable=True, memory="flat")
+
+    def _look_at_flat_memory(self, solver: TaskSolver, task: Task) -> None:
+        if self.engine.name != "batched":  # Two tasks at once are compared with the memory of the run.
+            self._refuse_flat_if_wrong(solver, task)
+        self.passes_in_order = self.passes_in_order or self._order_matters(solver, task)
 
     def _refuse_flat_if_wrong(self, solver: TaskSolver, task: Task) -> None:
         engine = self.engine.name
@@ -216,20 +229,24 @@ class FirstTaskChecks:
         except Exception as error:  # It has run as one task before, so the second task is the cause.
             raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
 
-    def _several_at_once_are_right(self, learner: Any, task: Task, differentiable: bool) -> bool:
+    def _several_at_once_are_right(
+        self, learner: Any, task: Task, differentiable: bool, memory: Memory | None = None
+    ) -> bool:
         """Whether two tasks at once have the gradient that they have one by one; False where that cannot be told yet.
 
         Raises:
             UnsupportedModuleError: they have another gradient, or none.
         """
         if not any(parameter.requires_grad for parameter in learner.parameters()):
+            self.not_padded = "nothing is learned"
             return True
         if not differentiable:
             return False
         once, asked = self.findings[learner.model.training].no_second_derivative, learner.settings.first_order_epochs
         order = asked if once or math.isinf(asked) else 0
         solver, sample, tolerance = in_double_precision(learner, task)
-        gradient = partial(probed_gradient, solver, first_order_epochs=order)
+        memory = memory or learner.settings.execution.memory
+        gradient = partial(probed_gradient, replace(solver, pads=True), first_order_epochs=order)
         with without_dropout(solver.wrapped.model):
             try:
                 pair = [sample, twin_of(sample)]
@@ -240,15 +257,16 @@ class FirstTaskChecks:
             if not all(bool(g.isfinite().all()) for g in reference if g is not None):
                 return False
             try:
-                found = gradient("batched", pair, memory=learner.settings.execution.memory)
+                found = gradient("batched", pair, memory=memory)
             except (MetaWrapError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise UnsupportedModuleError(cannot(f"it fails with {first_line(error)}")) from error
-        if differ(found, reference, tolerance):
-            raise UnsupportedModuleError(
-                cannot("its meta-gradient for two tasks at once is not that of one after the other")
-            )
+            if differ(found, reference, tolerance):
+                raise UnsupportedModuleError(
+                    cannot("its meta-gradient for two tasks at once is not that of one after the other")
+                )
+            self.not_padded = why_not_padded(solver, sample, partial(gradient, memory=memory), tolerance)
         return True
 
 

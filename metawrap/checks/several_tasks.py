@@ -1,4 +1,4 @@
-"""Checks by a trial whether a model can run several tasks at once: with two tasks, and without random draws."""
+"""Checks whether tasks can run at the same time: by a trial with two tasks, and by what a task leaves behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from metawrap.engines.task_axis import DROPOUTS
 from metawrap.errors import UnsupportedModuleError
 from metawrap.snapshot.module_state import ModuleState, slots_of
 from metawrap.surgery.copying import containers_in, enclosed
+from metawrap.surgery.inspect import find_hooks
 from metawrap.tasks import Task, map_tensors
 
 
@@ -109,3 +110,17 @@ def _attention(
     func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **more: Any
 ) -> Any:
     return func(query, key, value, attn_mask, 0.0, *args, **more)
+
+
+def left_behind(learner: Any) -> str | None:
+    """What solving a task of a learner leaves behind for the next one, or None."""
+    checks = learner.checks
+    if learner.settings.outputs.head_init == "random":
+        return "random heads come in the order of the tasks"
+    if checks.edits.edited:
+        return f"forward edits the buffer '{min(checks.edits.edited)}'"
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "torch has hooks on all modules, which may touch what is outside of it"
+    if (hooked := find_hooks(learner.model)) is not None:
+        return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
+    return known.left_behind if (known := checks.findings.get(True)) else None

@@ -32,7 +32,7 @@ from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
-from metawrap.training.progress import quiet, say
+from metawrap.training.progress import quiet, say, saying_logs
 from metawrap.training.run import train, train_seeds
 from metawrap.training.run_evaluation import evaluate_run
 from metawrap.training.run_folder import read_run
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
         sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]
-    with _sigterm_interrupts(), _warnings_in_one_line(), quiet(arguments.quiet):
+    with _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")

@@ -7,7 +7,7 @@ share no fast weight, so each gets its own gradient. Statistics of norms leave v
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ from metawrap.surgery.copying import held_tensors
 from metawrap.tasks import map_tensors, tensors_in
 
 Captured = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+class Padded(NamedTuple):
+    """Inputs or labels of tasks of unequal sizes, each padded to the rows of the largest.
+
+    values: (tasks, rows, ...). rows: (tasks, rows), which of them are the task's own.
+    """
+
+    values: Tensor
+    rows: Tensor
 
 
 class BatchedEngine:
@@ -46,22 +56,26 @@ class BatchedEngine:
     def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """See `Engine.call`; every tensor has a leading task axis.
 
+        Args:
+            inputs: also `Padded`: norms then leave the padded rows out.
         Raises:
             UnsupportedModuleError: forward has a side effect that would serve all tasks at once, or fails for several
                 tasks but not for one. An error that one task raises by itself is raised as it is.
         """
         clock, recorder, captured = self._clock, self._clock.recorder, self._clock.captured
         passes: list[Moments] = []
+        inputs, rows = inputs if isinstance(inputs, Padded) else (inputs, None)
 
-        def run(fast: Mapping[str, Tensor], x: Any, statistics: Captured) -> Any:
+        def run(fast: Mapping[str, Tensor], x: Any, statistics: Captured, own: Tensor | None) -> Any:
             passes.clear()
+            clock.rows = own
             clock.recorder = None if recorder is None else passes
             clock.captured = {name: list(pairs) for name, pairs in statistics.items()}
             output = self._functional.call(fast, x, head=head)
             left = {name: list(pairs) for name, pairs in clock.captured.items()}
             return output, [(seen.mean, seen.variance) for seen in passes], left
 
-        args = (dict(weights), inputs, captured)
+        args = (dict(weights), inputs, captured, rows)
         before = self._state()
         try:
             output, moments, captured = self._mapped(run, *args)
@@ -74,7 +88,7 @@ class BatchedEngine:
             raise
         finally:
             self._edits.edited.clear()
-            clock.recorder, clock.captured = recorder, captured
+            clock.recorder, clock.captured, clock.rows = recorder, captured, None
         if recorder is not None:
             pairs = zip(passes, moments, strict=True)
             recorder += [seen._replace(mean=mean, variance=variance) for seen, (mean, variance) in pairs]

@@ -13,7 +13,7 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.higher import HigherEngine
 from metawrap.errors import ArgumentError, UnsupportedModuleError, shown
 from metawrap.snapshot.module_state import BufferEdits
-from metawrap.surgery.inspect import find_higher_hazards, find_hooks
+from metawrap.surgery.inspect import find_higher_hazards
 
 
 class Engine(Protocol):
@@ -77,17 +77,13 @@ class BuiltEngines(dict[str, Engine]):
         return BuiltEngines, ()
 
 
-def choose_engine(name: str, model: nn.Module, threads: bool = False) -> EngineChoice:
+def choose_engine(name: str, model: nn.Module) -> EngineChoice:
     """The engine for a model.
 
-    `"auto"` takes `higher` where inspection finds no hazard, else `functional`; never `batched`, which not every task
-    batch fits.
+    `"auto"` takes `functional`: it carries every model, and can solve several tasks at the same time.
 
     >>> choose_engine("auto", nn.Linear(2, 2)).name
-    'higher'
-
-    Args:
-        threads: whether tasks may be solved at the same time, which `higher` cannot.
+    'functional'
 
     Raises:
         ArgumentError: no engine has that name.
@@ -95,18 +91,8 @@ def choose_engine(name: str, model: nn.Module, threads: bool = False) -> EngineC
     """
     if name not in ("auto", *ENGINES):
         raise ArgumentError(f"engine: expected 'auto', {', '.join(map(repr, ENGINES))}, but got {shown(name)}.")
-    if name in ("functional", "batched"):  # Whether "batched" carries it, the first task shows.
-        return EngineChoice(name, name, "asked for")
-    if threads and name == "auto":
-        return EngineChoice(name, "functional", "it can solve several tasks at the same time")
-    hazards = find_higher_hazards(model)
-    hooked = find_hooks(model) if name == "auto" else None
-    if not hazards and hooked is not None:
-        reason = f"higher would hand the hooks of '{hooked}' a twin of it in place of the module"
-        return EngineChoice(name, "functional", reason)
-    if not hazards:
-        reason = "asked for" if name == "higher" else "nothing found that higher gets wrong"
-        return EngineChoice(name, "higher", reason)
-    if name == "higher":
+    if name == "higher" and (hazards := find_higher_hazards(model)):
         raise UnsupportedModuleError(f'engine="higher" cannot carry this model: {hazards[0]}. Use engine="functional".')
-    return EngineChoice(name, "functional", f"higher cannot carry it: {hazards[0]}")
+    if name == "auto":
+        return EngineChoice(name, "functional", "it carries every model")
+    return EngineChoice(name, name, "asked for")  # Whether "batched" carries it, the first task shows.

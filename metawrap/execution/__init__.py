@@ -1,6 +1,7 @@
 """How calls and tasks are run; this changes their time and memory, never their result. Top to bottom:
 
-parallel.py: tasks in threads, in forked processes or by replays; measures the fastest way
+measured.py: the fastest way, measured on a learner's own batch
+parallel.py: tasks in threads, in forked processes or by replays
 executor.py: tasks in their order, fewer at once where memory runs out; which calls may run at the same time
 ranks.py: processes of torch.distributed that share a meta-step
 threads.py: replicas of a learner, and tasks in threads

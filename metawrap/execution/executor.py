@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.errors import MetaWrapError, OutOfMemoryError
-from metawrap.execution.out_of_memory import free_memory, is_out_of_memory, too_little_memory, warn_split
+from metawrap.execution.out_of_memory import (
+    can_be_flat,
+    free_memory,
+    is_out_of_memory,
+    too_little_memory,
+    warn_flat,
+    warn_split,
+)
 from metawrap.execution.threads import replica
 from metawrap.inner_loop.inner_loop import added
 from metawrap.results import MetaOutput, TaskOutcome
@@ -27,37 +35,54 @@ from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Chunk = tuple[Task, ...]
+Solve = Callable[[Any, Task], TaskOutcome]
 MetaGradient = tuple[list[TaskOutcome], list[Tensor | None]]
 
 
 class Executor:
     """Runs the tasks of a batch in their order.
 
-    several_at_once: the engine runs all tasks of a batch together. channels_last: images have this layout.
-    fitting: the chunk size after the last lack of memory; None while memory never ran out.
+    several_at_once: the engine runs all tasks of a batch together. channels_last: images have this layout. memory: as
+    in the options, until memory runs out. fitting: the chunk size after the last lack of memory; None while memory
+    never ran out. settled: tasks are run one after another and nothing is left to try, so that `way` is not asked.
     same_everywhere: the other processes of a distributed run are known to have the same learner.
     keeps_memory: the process was told to keep the memory that it frees.
     """
 
+    has_ways = False  # Whether `way` runs tasks otherwise than one after another.
+
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         self.options, self.several_at_once = options, several_at_once
-        self.channels_last = options.channels_last
+        self.channels_last, self.memory = options.channels_last, options.memory
         self.fitting: int | None = None
+        self.settled = True
         self.same_everywhere = self.keeps_memory = False
 
     def in_words(self, learner: Any) -> str:
         """How tasks are run, for `describe()`."""
+        words = self.way_in_words(learner)
+        if self.memory != self.options.memory:
+            words += ", with the graph of one inner step at a time, as memory ran out"
+        return words
+
+    def way_in_words(self, learner: Any) -> str:
+        """The same without the memory."""
         if self.several_at_once:
-            return "all tasks of one shape at once in meta_step and forward"
+            reason = learner.checks.not_padded
+            if reason is None:
+                return "all tasks of near sizes at once in meta_step and forward, padded: a trial had the same gradient"
+            return f"all tasks of one shape at once in meta_step and forward, unequal ones not padded: {reason}"
         return "one task after another" + (", images in channels_last" if self.channels_last else "")
 
     def state(self) -> dict[str, Any]:
-        """What was measured, for a state_dict."""
-        return {}
+        """What was found out, for a state_dict."""
+        return {} if self.memory == self.options.memory else {"memory": self.memory}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what was measured."""
+        """Restores what was found out."""
         self.same_everywhere = False
+        if "memory" not in self.options.given:
+            self.memory = state.get("memory", self.options.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"same_everywhere": False, "keeps_memory": False}
@@ -68,44 +93,80 @@ class Executor:
         Raises:
             OutOfMemoryError: one task alone does not fit into memory.
         """
+        run = self.in_memory if self.settled else self.way
+        return run(learner, batch, parameters)
+
+    def way(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
+        """As `meta_gradient`, in another way than one task after another."""
+        raise NotImplementedError
+
+    def in_memory(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
+        """As `meta_gradient`; where memory runs out, with a smaller graph, and then with fewer tasks at once."""
         batch = TaskBatch(tuple(usable(task) for task in batch))
         learner._prepare(batch[0])
         at_once = self.options.tasks_per_backward or (len(batch) if self.several_at_once else 1)
-        size = min(at_once, self.fitting or len(batch))
+        size, memory = min(at_once, self.fitting or len(batch)), self.memory
         while True:
             device = device_of(learner)
-            # A single task is not tried again. A device that records a graph must not be asked for its random state.
+            # A device that records a graph must not be asked for its random state.
             recorded = learner.settings.execution.cuda_graphs
             generators = Generators(None if recorded else device) if size > 1 else None
             try:
-                with restored_buffers(*stateful_modules(learner)) if size > 1 else nullcontext():
+                with restored_buffers(*stateful_modules(learner)):
                     return self._summed(learner, batch, parameters, size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
-                    raise OutOfMemoryError(too_little_memory(error, learner.settings)) from error
+                cause = too_little_memory(error, learner.settings, self.memory)
             # Behind the handler: the exception holds the graph that did not fit.
             free_memory(device)
-            assert generators is not None
-            generators.put_back()
-            size = (size + 1) // 2
-            self.fitting = size
-            warn_split(size)
+            if generators is not None:
+                generators.put_back()
+            if can_be_flat(learner, batch[0], self.memory):
+                self.memory, self.settled = "flat", not self.has_ways
+                warn_flat()
+            elif size == 1:
+                self.memory = memory  # A smaller graph did not help.
+                raise OutOfMemoryError(cause)
+            else:
+                size = (size + 1) // 2
+                self.fitting = size
+                warn_split(size)
 
     def _summed(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter], size: int) -> MetaGradient:
         total: list[Tensor | None] = [None] * len(parameters)
         outcomes: list[TaskOutcome] = []
-        for found, gradients in self._chunks_in_order(learner, list(batch.chunks(size)), parameters, len(batch)):
+        chunks = list(batch.chunks(size))
+        run = self.in_order if self.settled else self.chunk_gradients
+        for found, gradients in run(learner, chunks, parameters, len(batch)):
             total = [added(old, new) for old, new in zip(total, gradients, strict=True)]
             outcomes += found
         return outcomes, total
 
-    def _chunks_in_order(
+    def in_order(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
     ) -> Iterator[MetaGradient]:
+        """`chunk_gradient` of each chunk, one after another."""
         for chunk in chunks:
-            yield chunk_gradient(learner._solver(), chunk, parameters, learner.settings.norm, tasks)
+            solver = learner._solver(**self.changes(learner.settings))
+            yield chunk_gradient(solver, chunk, parameters, learner.settings.norm, tasks)
+
+    def chunk_gradients(
+        self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
+    ) -> Iterator[MetaGradient]:
+        """`chunk_gradient` of each chunk, in another way than one after another."""
+        raise NotImplementedError
+
+    def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
+        """The outcome of each task of an evaluation, in their order."""
+        for task in tasks:
+            yield solve(learner, task)
+
+    def changes(self, settings: Any) -> dict[str, Any]:
+        """What of the solver is not as the settings say, as memory ran out."""
+        if self.memory == self.options.memory:
+            return {}
+        return {"settings": replace(settings, execution=replace(settings.execution, memory=self.memory))}
 
 
 def chunk_gradient(

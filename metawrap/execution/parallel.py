@@ -1,84 +1,83 @@
 """How a gradient-based learner's tasks are run: in order, in threads, in forked processes, or by replays.
 
-The way changes the time of a meta-gradient and never its value. The user names it, or the first meta-step measures it.
+The way changes the time of a meta-gradient and never its value. The user names it, or it is measured (`measured`).
 Tasks that are not independent are run in order, whatever was chosen.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from metawrap.checks.first_look import Gradients, differ, warn_tasks_in_order
-from metawrap.checks.first_task import carries_channels_last, model_unchanged, probed_gradient
+from metawrap.checks.first_look import differ, warn_tasks_in_order
+from metawrap.checks.first_task import probed_gradient
+from metawrap.checks.several_tasks import left_behind
 from metawrap.engines import ENGINES, differentiable_twice, first_line
 from metawrap.execution.cuda_graphs import Recordings, check_can_record, form_of
-from metawrap.execution.executor import Chunk, Executor, MetaGradient, chunk_gradient, edits_weights, stateful_modules
+from metawrap.execution.executor import (
+    Chunk,
+    Executor,
+    MetaGradient,
+    Solve,
+    chunk_gradient,
+    edits_weights,
+    stateful_modules,
+)
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes, refused
-from metawrap.execution.threads import has_modes, in_threads, replica
-from metawrap.execution.tuning import Speed, fastest
+from metawrap.execution.threads import Item, Result, has_modes, in_threads, replica
+from metawrap.execution.tuning import Speed
 from metawrap.inner_loop.flat_memory import DisturbedError
 from metawrap.inner_loop.task_solver import TaskSolver
+from metawrap.results import TaskOutcome
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
 from metawrap.snapshot.reachable_state import difference, state_of
-from metawrap.surgery.inspect import find_hooks
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 
 class ParallelExecutor(Executor):
-    """Runs the tasks of a batch as its options say, or as was measured.
+    """Runs the tasks of a batch as its options say.
 
-    measured: the way that was measured to be fastest; None before that. in_order_because: what was seen in a meta-step
-    that makes tasks depend on each other.
+    speed: how. in_order_because: what was seen in a meta-step that makes tasks depend on each other. probed: fields of
+    the solver while ways are measured.
     """
+
+    has_ways = True
 
     def __init__(self, options: ExecutionOptions, several_at_once: bool = False) -> None:
         super().__init__(options, several_at_once)
-        self.measured: Speed | None = None
+        self.speed = Speed(options.workers, options.channels_last, options.workers_in == "processes")
+        self.settled = False
         self.recordings = Recordings()
         self.in_order_because: str | None = None
         self._any_order = False
-        self._probed: dict[str, Any] = {}  # Fields of the solver while ways are measured.
+        self.probed: dict[str, Any] = {}
 
-    @property
-    def speed(self) -> Speed:
-        """How tasks are run: as the options say, or as was measured."""
-        options = self.options
-        asked = Speed(options.workers, options.channels_last, options.workers_in == "processes")
-        return self.measured or asked
-
-    def in_words(self, learner: Any) -> str:
-        """See `Executor.in_words`."""
+    def way_in_words(self, learner: Any) -> str:
+        """See `Executor.way_in_words`."""
         if self.several_at_once:
-            return super().in_words(learner) + (", recorded and replayed" if self.options.cuda_graphs else "")
-        if self.options.tune and self.measured is None:
-            return "measured in the first meta-step"
+            return super().way_in_words(learner) + (", recorded and replayed" if self.options.cuda_graphs else "")
         if self.speed.workers != 1 and (reason := self.why_in_order(learner)):
             return f"{replace(self.speed, workers=1)}: {reason}"
         return str(self.speed)
 
-    def meta_gradient(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
-        """See `Executor.meta_gradient`."""
-        run = partial(super().meta_gradient, learner)
-        if self.options.tune and self.measured is None:
-            self._measure(learner, batch, parameters, run)
+    def way(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> MetaGradient:
+        """See `Executor.way`."""
+        run = partial(self.in_memory, learner)
         if self.options.cuda_graphs:
             return self._replayed(learner, batch, parameters, run)
-        if self.speed.workers == 1 and self.options.memory == "unrolled":
+        if self.speed.workers == 1 and self.memory == "unrolled":
             return run(batch, parameters)
         generators = Generators()
-        self._any_order = self.options.memory == "flat"
+        self._any_order = self.memory == "flat"
         try:
             with restored_buffers(*stateful_modules(learner)):
                 return run(batch, parameters)
@@ -88,7 +87,7 @@ class ParallelExecutor(Executor):
             if self.in_any_order(learner):
                 # Perhaps the only cause; if not, the next try shows the other.
                 learner.checks.passes_in_order = str(disturbed)
-                return self.meta_gradient(learner, batch, parameters)
+                return self.way(learner, batch, parameters)
             self.in_order_because = str(disturbed)
             failed = isinstance(disturbed.__cause__, ChildError)
         finally:
@@ -107,7 +106,7 @@ class ParallelExecutor(Executor):
         """Whether the passes of a task may run in another order than their own."""
         if not self._any_order or learner.checks.passes_in_order or edits_weights(learner.model):
             return False
-        return self._left_behind(learner) is None
+        return left_behind(learner) is None
 
     def why_in_order(self, learner: Any, processes: bool | None = None) -> str | None:
         """Why tasks cannot be solved at the same time, in threads or in processes, or None."""
@@ -116,7 +115,7 @@ class ParallelExecutor(Executor):
             return "workers are for the CPU"
         if learner.checks.engine.name != "functional":
             return f'engine="{learner.checks.engine.name}" runs in one thread'
-        if reason := self.in_order_because or self._left_behind(learner):
+        if reason := self.in_order_because or left_behind(learner):
             return reason
         if edits_weights(learner.model):
             return "an embedding with max_norm edits its weights in forward"
@@ -151,17 +150,6 @@ class ParallelExecutor(Executor):
             return f"{where} fails ({first_line(error)})"
         return None if same else f"{where} does not give the same gradient"
 
-    def state(self) -> dict[str, Any]:
-        """What was measured, for a state_dict."""
-        return {} if self.measured is None else {"speed": asdict(self.measured)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what was measured, if these options would measure."""
-        super().load_state(state)
-        if self.options.tune and "speed" in state:
-            self.measured = Speed(**state["speed"])
-            self.channels_last = self.measured.channels_last
-
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"recordings": Recordings()}
 
@@ -172,67 +160,21 @@ class ParallelExecutor(Executor):
         learner._prepare(batch[0])
         settings = learner.settings
         stored = "stored heads are another for each task" if settings.outputs.head_init == "stored" else None
-        check_can_record(device_of(learner), self._left_behind(learner) or stored)
+        check_can_record(device_of(learner), left_behind(learner) or stored)
         order = is_second_order(learner.epoch, settings.first_order_epochs)
         weights = tuple(step_loss_weights(settings.inner_steps, learner.epoch, settings.step_loss_epochs))
         form = form_of(batch, learner.model, parameters, order, weights, settings, id(learner.loss_fn))
         return self.recordings.run(lambda these: run(these, parameters), batch, form)
 
-    def _left_behind(self, learner: Any) -> str | None:
-        """What solving a task leaves behind for the next one, or None."""
-        checks, model = learner.checks, learner.model
-        if learner.settings.outputs.head_init == "random":
-            return "random heads come in the order of the tasks"
-        if checks.edits.edited:
-            return f"forward edits the buffer '{min(checks.edits.edited)}'"
-        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-            return "torch has hooks on all modules, which may touch what is outside of it"
-        if (hooked := find_hooks(model)) is not None:
-            return f"'{hooked or 'the model itself'}' has hooks, which may touch what is outside of it"
-        return known.left_behind if (known := checks.findings.get(True)) else None
-
-    def _measure(
-        self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter], run: Callable[..., MetaGradient]
-    ) -> None:
-        """Chooses by the time of this batch's meta-gradient, of second order if training comes to that."""
-        settings, cores = learner.settings, torch.get_num_threads()
-        few = TaskBatch(batch.tasks[: 2 * cores * (self.options.tasks_per_backward or 1)])
-        chosen = None
-
-        def timed(speed: Speed) -> Gradients:
-            self.measured, self.channels_last = speed, speed.channels_last
-            with model_unchanged(learner):
-                return run(few, parameters)[1]
-
-        try:
-            task = usable(few[0])
-            learner._prepare(task)
-            twice = not learner.checks.findings[learner.model.training].no_second_derivative
-            if not math.isinf(settings.first_order_epochs) and twice:
-                self._probed = {"settings": replace(settings, first_order_epochs=0)}
-            counts = [n for n in range(2, cores + 1) if cores % n == 0]
-            workers = [
-                (count, processes)
-                for processes in (False, True)
-                if counts
-                and not self.why_in_order(learner, processes)
-                and not self.worker_differs(learner, learner._solver(**self._probed), task, processes)
-                for count in counts
-            ]
-            images = any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
-            layouts = [True] if images and carries_channels_last(learner, task, **self._probed) else []
-            chosen = fastest(timed, layouts, workers)
-        finally:
-            self._probed, self.measured = {}, chosen
-            self.channels_last = self.speed.channels_last
-
-    def _chunks_in_order(
+    def chunk_gradients(
         self, learner: Any, chunks: Sequence[Chunk], parameters: Sequence[nn.Parameter], tasks: int
     ) -> Iterator[MetaGradient]:
+        """See `Executor.chunk_gradients`."""
         any_order, norm = self.in_any_order(learner), learner.settings.norm
+        changes = self.probed | self.changes(self.probed.get("settings", learner.settings))
 
         def gradient(each: Any, chunk: Chunk) -> MetaGradient:
-            return chunk_gradient(each._solver(any_order=any_order, **self._probed), chunk, parameters, norm, tasks)
+            return chunk_gradient(each._solver(any_order=any_order, **changes), chunk, parameters, norm, tasks)
 
         count = self.speed.number_of_workers(len(chunks))
         if count < 2 or self.why_in_order(learner):
@@ -242,6 +184,24 @@ class ParallelExecutor(Executor):
             yield from self._in_processes(learner, partial(gradient, learner), chunks, count)
         else:
             yield from self._in_threads(learner, gradient, chunks, count)
+
+    def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
+        """See `Executor.solved`; in threads where meta-steps have workers, as they have shown that tasks allow it."""
+        looked = learner.findings.keys() >= {True, False}
+        count = self.speed.number_of_workers(len(tasks))
+        if count < 2 or not looked or self.why_in_order(learner, processes=False):
+            yield from super().solved(learner, tasks, solve)
+            return
+        generators = Generators()
+        try:
+            with restored_buffers(*stateful_modules(learner)):
+                found = list(self._in_threads(learner, solve, tasks, count))
+        except DisturbedError as disturbed:
+            generators.put_back()
+            self.in_order_because = str(disturbed)
+            yield from super().solved(learner, tasks, solve)
+        else:
+            yield from found
 
     def _in_processes(
         self, learner: Any, work: Callable[[Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
@@ -256,8 +216,8 @@ class ParallelExecutor(Executor):
             raise DisturbedError(str(error)) from error
 
     def _in_threads(
-        self, learner: Any, work: Callable[[Any, Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
-    ) -> Iterator[MetaGradient]:
+        self, learner: Any, work: Callable[[Any, Item], Result], items: Sequence[Item], count: int
+    ) -> Iterator[Result]:
         try:
             replicas = [self._replica(learner) for _ in range(count)]
         except Exception as error:  # A lock, for example, that the model was given since the first task.
@@ -265,7 +225,7 @@ class ParallelExecutor(Executor):
         before = [state_of(_parts(each)) for each in replicas]
         # Settings of the whole process are made before the first worker begins, and undone after the last.
         with _twice(learner):
-            yield from in_threads(work, chunks, replicas)
+            yield from in_threads(work, items, replicas)
         for each, state in zip(replicas, before, strict=True):
             if changed := difference(state, state_of(_parts(each))):
                 raise DisturbedError(changed)
@@ -287,9 +247,3 @@ def _parts(learner: Any) -> tuple[nn.Module, Any]:
 
 def _twice(learner: Any) -> AbstractContextManager[None]:
     return differentiable_twice(learner.model, learner.checks.plain_forms)
-
-
-def executor_for(options: ExecutionOptions, several_at_once: bool) -> Executor:
-    """The executor of a gradient-based learner: the plain one where the options ask for tasks in order."""
-    plain = options.workers == 1 and options.memory == "unrolled" and not (options.tune or options.cuda_graphs)
-    return (Executor if plain else ParallelExecutor)(options, several_at_once)

@@ -7,5 +7,6 @@ head_starts.py: where the head starts in each task
 inner_loop.py: the path: the one generator over inner steps, target losses, weighted sum
 update_rules.py: SGD, momentum, Adam, clipping; the learned rates
 masking.py: outputs of classes that a task lacks
-task_layout.py: tasks of one shape as a stack; images in channels_last
+task_layout.py: which tasks share a stack; images in channels_last
+padding.py: tasks of unequal sizes as one stack
 """

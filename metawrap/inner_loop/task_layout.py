@@ -1,24 +1,35 @@
-"""How tasks lie in memory: several of one shape as one stack, apart again, and images in channels_last."""
+"""How tasks lie in memory: which of them share a stack, the stack, apart again, and images in channels_last."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metawrap.inner_loop.padding import are_near
 from metawrap.layers.per_step_norm import Moments
 from metawrap.results import TaskOutcome, accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
 
 
-def alike(tasks: Sequence[Task]) -> list[list[int]]:
-    """The places of tasks that can be stacked: of the same structure, shapes, dtypes and values that are no tensors."""
+def alike(tasks: Sequence[Task], pads: bool = False) -> list[list[int]]:
+    """The places of tasks that can be stacked: of the same structure, shapes, dtypes and values that are no tensors.
+
+    Args:
+        pads: sets that are near to each other in size can be stacked, too.
+    """
     groups: list[tuple[Any, list[int]]] = []
+
+    def takes(places: Sequence[int], place: int) -> bool:
+        return not pads or are_near([tasks[each] for each in (*places, place)])
+
     for place, task in enumerate(tasks):
-        form = [map_tensors(part, _Form) for part in task.parts()]
-        places = next((places for known, places in groups if _equal(known, form)), None)
+        form = [map_tensors(part, partial(_Form, any_size=pads)) for part in task.parts()]
+        fitting = (places for known, places in groups if _equal(known, form) and takes(places, place))
+        places = next(fitting, None)
         if places is None:
             groups.append((form, [place]))
         else:
@@ -36,8 +47,8 @@ def _equal(one: Any, other: Any) -> bool:
 class _Form:
     """Stands for a tensor; equal where two could be stacked."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._like = (tensor.shape, tensor.dtype, tensor.layout)
+    def __init__(self, tensor: Tensor, any_size: bool) -> None:
+        self._like = (tensor.shape[any_size:], tensor.dtype, tensor.layout)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Form) and self._like == other._like
@@ -68,12 +79,13 @@ def apart(
     moments: Iterable[Moments],
     head: Mapping[str, Tensor],
     loss_fn: Any,
+    cut: bool = False,
 ) -> list[TaskOutcome]:
     """Each task's outcome, without graph, from those of all of them.
 
     Args:
         losses: (tasks,). step_losses: (tasks,) for each step, None where not computed. The tensors in the others have
-            a leading task axis.
+            a leading task axis. cut: the prediction has padded rows.
     """
     prediction, losses = map_tensors(prediction, Tensor.detach), losses.detach()
     missing = torch.full_like(losses, torch.nan)
@@ -83,6 +95,7 @@ def apart(
     outcomes = []
     for place, task in enumerate(tasks):
         own = map_tensors(prediction, lambda tensor, i=place: tensor[i])  # type: ignore[misc]
+        own = own[: len(task.target_y)] if cut else own
         passes = [one._replace(mean=one.mean[place], variance=one.variance[place]) for one in seen]
         stored = {name: value[place].clone() for name, value in head.items()}
         accuracy = accuracy_of(own, task.target_y, loss_fn)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metawrap.engines import BatchedEngine, BufferEdits, Engine, differentiable_twice
+from metawrap.engines.batched import Padded
 from metawrap.inner_loop.flat_memory import unrolled_flat
 from metawrap.inner_loop.head_starts import HeadStart
 from metawrap.inner_loop.inner_loop import (
@@ -28,6 +29,7 @@ from metawrap.inner_loop.inner_loop import (
     unrolled,
 )
 from metawrap.inner_loop.masking import Mask, used_labels
+from metawrap.inner_loop.padding import can_be_padded, loss_of_rows, padded
 from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
 from metawrap.layers.norm_policies import PASSES
@@ -62,6 +64,7 @@ class TaskSolver:
     """Solves tasks by an inner loop.
 
     engine: for one task; batched: for a stack of tasks of one shape, None to solve them one by one.
+    pads: the stack may hold tasks of unequal sizes, padded.
     learned: every parameter that the outer loop learns. epoch: decides about step weights and derivative order.
     modules: every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
     channels_last: hands images to the model in this layout. clone_inputs: the model edits its inputs.
@@ -83,6 +86,7 @@ class TaskSolver:
     modules: Sequence[nn.Module]
     edits: BufferEdits
     batched: BatchedEngine | None = None
+    pads: bool = False
     channels_last: bool = False
     clone_inputs: bool = False
     plain_forms: bool = False
@@ -107,11 +111,13 @@ class TaskSolver:
         # In the order of the tasks: random heads are drawn as they would be task by task.
         starts = [self.head_start.values(self.wrapped.model, task.id) for task in tasks]
         # An edit of a buffer is refused after it was made.
+        pads = self.pads and all(can_be_padded(task, self.loss_fn) for task in tasks)
         with restored_buffers(self.wrapped.model):
-            for places in alike(tasks):
+            for places in alike(tasks, pads):
                 group, own = [tasks[place] for place in places], [starts[place] for place in places]
                 if len(group) > 1:
-                    loss, found = self._solve_stack(group, own, training, norm, whole_graph)
+                    stack = padded(group, self.loss_fn) if pads else stacked(group)
+                    loss, found = self._solve_stack(stack, group, own, training, norm, whole_graph)
                 else:
                     alone = self.solve(group[0], training=training, norm=norm, whole_graph=whole_graph, start=own[0])
                     loss, found = alone.loss, [alone.detached()]
@@ -153,13 +159,14 @@ class TaskSolver:
         )
 
     def _solve_stack(
-        self, tasks: Sequence[Task], starts: Sequence[Start], training: bool, norm: str, whole_graph: bool
+        self, stack: Task, tasks: Sequence[Task], starts: Sequence[Start], training: bool, norm: str, whole_graph: bool
     ) -> tuple[Tensor, list[TaskOutcome]]:
-        loop = self.loop(stacked(tasks), training=training, norm=norm, several=True)
+        loop = self.loop(stack, training=training, norm=norm, several=True)
         weights = self._step_weights(self.settings.inner_steps, training)
         found = self._run(loop, self.initial_weights(loop, starts), weights, training, whole_graph)
         head, moments = self.head_start.adapted(found.fast), loop.moments or []
-        outcomes = apart(tasks, found.losses, found.step_losses, found.prediction, moments, head, self.loss_fn)
+        cut, steps = isinstance(stack.target_x, Padded), found.step_losses
+        outcomes = apart(tasks, found.losses, steps, found.prediction, moments, head, self.loss_fn, cut)
         return found.loss, outcomes
 
     def loop(
@@ -179,7 +186,7 @@ class TaskSolver:
             engine,
             self.update.optimizer(engine.name),
             self.update.rates.per_step(),
-            partial(task_loss, self.loss_fn),
+            partial(loss_of_rows if several else task_loss, self.loss_fn),
             self.wrapped.clock,
             stacked=several,
             passes=PASSES[norm],

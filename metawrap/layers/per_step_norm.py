@@ -20,10 +20,8 @@ from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.quick_forms import batch_norm
 from metawrap.layers.support_moments import SHIFTS, fold_shifts, moments_of, normalised, shift_of, shifted, unbiased
-from metawrap.layers.task_norm import BLEND, Blend, blended, neutral_statistics
+from metawrap.layers.task_norm import Blend, blended, neutral_statistics, share_of
 from metawrap.tasks import describe_value
-
-_PRECISE = (torch.float32, torch.float64)
 
 
 class Moments(NamedTuple):
@@ -46,6 +44,7 @@ class StepClock:
     A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
     With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
     twice: whether the pass will be differentiated twice; batch norm then takes its quick form.
+    rows: (examples,), which rows of a padded batch are examples; None where all are.
 
     >>> clock = StepClock()
     >>> with clock.at(2, "batch"):
@@ -58,6 +57,7 @@ class StepClock:
     recorder: list[Moments] | None = None
     twice: bool = False
     captured: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    rows: Tensor | None = None
 
     @contextmanager
     def at(
@@ -114,7 +114,7 @@ class PerStepNorm(_BatchNorm):
         use = clock.statistics or ("batch" if self.training else "running")
         tracks = self._buffers.get("running_mean") is not None
         if use == "capture":
-            clock.captured.setdefault(self.per_step.name, []).append(moments_of(input))
+            clock.captured.setdefault(self.per_step.name, []).append(moments_of(input, clock.rows))
         elif use in ("captured", "shifted"):
             context = self._context()
             if use == "shifted":
@@ -123,13 +123,8 @@ class PerStepNorm(_BatchNorm):
             mean, variance = context
             return self._forward_normalised(normalised(input, mean, variance, self.eps), *args, **kwargs)
         elif use.startswith("blended"):
-            if use == "blended_captured":
-                context = self._context()
-            else:
-                self._check_size(input)
-                context = (*moments_of(input), self._share(input))
-                if tracks:
-                    self._record(*unbiased(input, *context[:2]))
+            own = use != "blended_captured"
+            context = (*self._seen(input), share_of(self, input, clock.rows)) if own else self._context()
             if use == "blended_capture":
                 clock.captured.setdefault(self.per_step.name, []).append(context)
             mean, variance, share = context
@@ -139,6 +134,8 @@ class PerStepNorm(_BatchNorm):
         if use == "running" and tracks:
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
+        if clock.rows is not None:
+            return self._forward_normalised(normalised(input, *self._seen(input), self.eps), *args, **kwargs)
         self._check_size(input)
         if self._is_plain(input):
             return self._quick(input, tracks)
@@ -203,7 +200,7 @@ class PerStepNorm(_BatchNorm):
         ):
             return False
         dtype, tensors = input.dtype, (self.weight, self.bias, self._buffers.get("running_mean"))
-        return dtype in _PRECISE and all(tensor is None or tensor.dtype == dtype for tensor in tensors)
+        return dtype in (torch.float32, torch.float64) and all(t is None or t.dtype == dtype for t in tensors)
 
     def _quick(self, input: Tensor, tracks: bool) -> Tensor:
         """The forward of torch's own batch norm on this step's rows."""
@@ -222,6 +219,14 @@ class PerStepNorm(_BatchNorm):
         if mean is not None and variance is not None:
             self._record(mean, variance)
         return output
+
+    def _seen(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments of the batch, which are recorded."""
+        self._check_size(input)
+        mean, variance = moments_of(input, self.per_step.clock.rows)
+        if self._buffers.get("running_mean") is not None:
+            self._record(*unbiased(input, mean, variance, self.per_step.clock.rows))
+        return mean, variance
 
     def _record(self, mean: Tensor, variance: Tensor) -> None:
         state = self.per_step
@@ -294,7 +299,7 @@ class PerStepNorm(_BatchNorm):
     def _record_shift(self, input: Tensor, mean: Tensor, variance: Tensor) -> None:
         state = self.per_step
         if state.clock.recorder is not None and self._buffers.get(SHIFTS[0]) is not None:
-            shift, ratio = shift_of(input, mean, variance, self.eps)
+            shift, ratio = shift_of(input, mean, variance, self.eps, state.clock.rows)
             state.clock.recorder.append(Moments(state.name, state.row(), shift, ratio, shift=True))
 
     def fold_shifts(self, passes: Sequence[Moments], keep: Tensor) -> None:
@@ -302,11 +307,6 @@ class PerStepNorm(_BatchNorm):
         for row in dict.fromkeys(moments.row for moments in passes) if self.per_step.statistics else [...]:
             seen = [(m.mean, m.variance) for m in passes if row in (m.row, ...)]
             fold_shifts([self._buffers[name] for name in SHIFTS], row, seen, self.momentum, keep)
-
-    def _share(self, input: Tensor) -> Tensor:
-        """The support set's share in the moments: sigmoid(scale * examples + offset)."""
-        scale, offset = (getattr(self, name) for name in BLEND)
-        return torch.sigmoid(scale * len(input) + offset)
 
 
 def fold_moments(model: nn.Module, outcomes: Iterable[Any], keep: Tensor) -> None:

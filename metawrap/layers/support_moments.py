@@ -1,4 +1,4 @@
-"""Moments of a support set that normalise its targets, and how targets differ from them (norm="running").
+"""Moments of a batch, those of a support set that normalise its targets, and how targets differ (norm="running").
 
 With m and s the mean and deviation of a support set in one channel, and m' and s' those of its targets: the shift is
 (m' - m) / s, the log ratio log(s' / s).
@@ -12,23 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metawrap.layers.task_norm import over_channels, wide_of
+from metawrap.errors import UnsupportedModuleError
+from metawrap.layers.task_norm import moments_by_row, over_channels, wide_of
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
 
 
-def moments_of(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, with gradient."""
-    over = [dim for dim in range(input.ndim) if dim != 1]
-    variance, mean = torch.var_mean(wide_of(input), over, correction=0)
-    return mean, variance
+def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, with gradient. Args: rows: those that count; all if None."""
+    if rows is None:
+        over = [dim for dim in range(input.ndim) if dim != 1]
+        variance, mean = torch.var_mean(wide_of(input), over, correction=0)
+        return mean, variance
+    if len(rows) != len(input):
+        raise UnsupportedModuleError(
+            f"A batch norm gets {len(input)} rows for {len(rows)} padded examples, so it is unknown which rows count. "
+            'Use engine="functional".'
+        )
+    own_mean, own_variance = (value.flatten(1) for value in moments_by_row(wide_of(input)))
+    share = rows.to(own_mean.dtype) / rows.sum()
+    mean = share @ own_mean
+    return mean, share @ (own_variance + (own_mean - mean) ** 2)
 
 
-def unbiased(input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, without gradient, from the biased one."""
+def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, without gradient, from the biased one. Args: rows: see `moments_of`."""
     count = input.numel() // input.shape[1]
-    return mean.detach(), variance.detach() * (count / max(count - 1, 1))
+    if rows is None:
+        return mean.detach(), variance.detach() * (count / max(count - 1, 1))
+    # In the variance's own precision: a quotient of whole numbers would be float32.
+    counted = (rows.sum() * (count // len(input))).to(variance.dtype)
+    return mean.detach(), variance.detach() * (counted / (counted - 1).clamp(min=1))
 
 
 def normalised(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
@@ -45,9 +60,11 @@ def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: f
 
 
 @torch.no_grad()
-def shift_of(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def shift_of(
+    input: Tensor, mean: Tensor, variance: Tensor, eps: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Shift and log ratio, (channels,) each, of a target batch; `mean` and `variance` are its support set's."""
-    own_mean, own_variance = moments_of(input)
+    own_mean, own_variance = moments_of(input, rows)
     return (own_mean - mean) * (variance + eps).rsqrt(), 0.5 * ((own_variance + eps) / (variance + eps)).log()
 
 

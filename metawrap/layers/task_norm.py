@@ -25,15 +25,27 @@ def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend:
         blend: "instance" takes an example's moments by channel (TaskNorm-I), "layer" over all channels (TaskNorm-L).
     """
     shape, wide = over_channels(input), wide_of(input)
-    over = list(range(1 if blend == "layer" else 2, input.ndim))
-    if over:
-        own_variance, own_mean = torch.var_mean(wide, over, correction=0, keepdim=True)
-    else:  # One number for each channel: it is its own mean.
-        own_variance, own_mean = torch.zeros_like(wide), wide
+    own_mean, own_variance = moments_by_row(wide, first=1 if blend == "layer" else 2)
     mean, variance = mean.view(shape), variance.view(shape)
     middle = share * mean + (1 - share) * own_mean
     spread = share * (variance + (mean - middle) ** 2) + (1 - share) * (own_variance + (own_mean - middle) ** 2)
     return ((wide - middle) * (spread + eps).rsqrt()).to(input.dtype)
+
+
+def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
+    """The support set's share in the moments: sigmoid(scale * examples + offset). Args: rows: examples; all if None."""
+    examples = len(input) if rows is None else rows.sum()
+    scale, offset = (getattr(norm, name) for name in BLEND)
+    return torch.sigmoid(scale * examples + offset)
+
+
+def moments_by_row(input: Tensor, first: int = 2) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each row over the axes from `first` on, which stay as axes of one entry."""
+    over = list(range(first, input.ndim))
+    if not over:  # One number for each channel: it is its own mean.
+        return input, torch.zeros_like(input)
+    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
+    return mean, variance
 
 
 def over_channels(input: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,12 @@ def evaluated(
     predictions: list[Any] = []
     with in_eval_mode(learner), torch.no_grad():
         for batch in iterate_task_batches(tasks):
-            for task in checked_batch(batch, learner.loss_fn, device_of(learner)):
+            checked = list(checked_batch(batch, learner.loss_fn, device_of(learner)))
+            for place, task in enumerate(checked, len(values)):
+                refuse_uncounted(task, learner.loss_fn, f"tasks (task {place}): ")
+            solve = partial(_solved, norm=policy, steps=steps, mask=mask)
+            for task, outcome in zip(checked, learner.executor.solved(learner, checked, solve), strict=True):
                 where = f"tasks (task {len(values)}): "
-                refuse_uncounted(task, learner.loss_fn, where)
-                with explained([task], learner.model):
-                    outcome = _solved(learner, task, policy, steps, mask)
                 losses.append(outcome.loss.detach().double().cpu())
                 refuse_not_finite(task, losses[-1:], where)
                 if metrics is not None:
@@ -157,7 +159,7 @@ def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None
 
 
 def _solved(learner: Any, task: Task, norm: str, steps: int | None, mask: bool | None) -> TaskOutcome:
-    with autograd(False):
+    with autograd(False), explained([task], learner.model):
         task = usable(task)
         learner._prepare(task)
         outcome: TaskOutcome = learner._solver().solve(task, training=False, norm=norm, steps=steps, mask=mask)

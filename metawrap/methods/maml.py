@@ -20,7 +20,7 @@ from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning, shown
 from metawrap.execution.executor import shared, stateful_modules
-from metawrap.execution.parallel import executor_for
+from metawrap.execution.measured import executor_for
 from metawrap.inner_loop.class_starts import HEAD_STARTS
 from metawrap.inner_loop.head_starts import HeadStart
 from metawrap.inner_loop.inner_loop import Point
@@ -90,15 +90,14 @@ class MAML(Learner):
             norm=settings.norm,
         )
         asked = keywords.get("engine", "auto")
-        several = settings.execution.tune or settings.execution.workers != 1
-        engine = choose_engine(asked, wrapped.model, several)
+        engine = choose_engine(asked, wrapped.model)
         _check_goes_with(asked, settings)
         parts = self._inner_parts(wrapped.adapted_parameters(), settings)
         super().__init__(
             wrapped,
             settings,
             keywords,
-            executor=executor_for(settings.execution, engine.name == "batched"),
+            executor=executor_for(settings.execution, engine.name),
             parts=parts,
             options={"preset": preset},
         )
@@ -145,7 +144,7 @@ class MAML(Learner):
         if "engine" not in changes:
             made["engine"] = self._engine("functional" if checks.engine.name == "batched" else checks.engine.name)
         if "batched" not in changes and checks.batched:
-            made["batched"] = self._engine("batched")
+            made |= {"batched": self._engine("batched"), "pads": checks.not_padded is None}
         return TaskSolver(**{**made, **changes})
 
     def _engine(self, name: str) -> Engine:
@@ -257,7 +256,7 @@ def _check_goes_with(engine: str, settings: Settings) -> None:
             f'{settings.execution.workers!r}. Leave it out, or pass engine="functional".'
         )
     for name in ("tune", "channels_last"):
-        if engine == "batched" and getattr(settings.execution, name):
+        if engine == "batched" and getattr(settings.execution, name) is True:
             raise ArgumentError(
                 f'execution.{name}: has no effect with engine="batched", which runs all tasks at once in a layout of '
                 'its own. Leave it out, or pass engine="functional".'
@@ -295,9 +294,10 @@ class MAMLPlusPlus(MAML):
         scheduler: function from an optimizer to a scheduler, stepped at the end of each epoch, in place of CA.
         head: name of the module that makes the prediction; found by watching a forward pass if None.
         engine: "auto", "higher", "functional", or "batched": in `meta_step`, and in `forward` in training mode, all
-            tasks of one shape run at once, under `torch.func.vmap`; a task of a shape of its own, `evaluate` and
-            `adapt` run through "functional". What vmap cannot carry is refused at the first meta-step; what begins
-            later (a counter, a draw from random or numpy, an edited buffer), when it does.
+            tasks of one shape run at once, under `torch.func.vmap`, padded ones of near sizes too where a trial shows
+            that this is exact; a task of a shape of its own, `evaluate` and `adapt` run through "functional". What
+            vmap cannot carry is refused at the first meta-step; what begins later (a counter, a draw from random or
+            numpy, an edited buffer), when it does.
         inner_update: an `InnerOptions`, or a dict of its fields: SGD or Adam, momentum, clipping of the inner gradient.
         outer_update: an `OuterOptions` or dict: Adam's betas, clipping, steps that are not finite.
         execution: an `ExecutionOptions` or dict: memory, workers, layout, replays.

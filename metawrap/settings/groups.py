@@ -16,6 +16,7 @@ from metawrap.settings.validated import (
     Betas,
     Count,
     CountOrNone,
+    Expected,
     Fraction,
     Options,
     Positive,
@@ -29,6 +30,7 @@ from metawrap.surgery.swap import Factory
 HeadInit = Literal["learned", "zeros", "random", "stored", "shared", "prototypes"]
 Memory = Literal["unrolled", "flat"]
 WorkersIn = Literal["threads", "processes"]
+Tune = Annotated[bool | Literal["auto"], Expected('True, False or "auto"')]
 InnerOptimizerName = Literal["sgd", "adam"]
 
 
@@ -110,7 +112,7 @@ class ExecutionOptions(Options):
         description=(
             '"unrolled" keeps the graph of all inner steps, "flat" that of one step at a time: each '
             "support pass runs a second time, and a step leaves only its weights and the state of its"
-            " update rule."
+            " update rule. If it is not given, memory that runs out turns it on."
         ),
     )
     tasks_per_backward: CountOrNone = Field(
@@ -143,11 +145,13 @@ class ExecutionOptions(Options):
             "side; convolutions and pooling often run faster on this layout."
         ),
     )
-    tune: Switch = Field(
-        default=False,
+    tune: Tune = Field(
+        default="auto",
         description=(
-            "times workers, workers_in and channels_last in the first meta-step and keeps the "
-            "fastest. `describe()` shows the choice, and a checkpoint holds it."
+            "times workers, workers_in and channels_last and keeps the fastest: True, in the first "
+            'meta-step; "auto", in the second, on a CPU, where a meta-step is large (5e8 multiplications and '
+            "additions forward, some 0.1 s) and none of the three is given. `describe()` shows the choice, "
+            "and a checkpoint holds it."
         ),
     )
     allocator: Switch = Field(
@@ -164,18 +168,26 @@ class ExecutionOptions(Options):
     )
 
     @cached_property
+    def measures(self) -> bool:
+        """Whether the way that tasks are run is measured."""
+        return bool(self.tune) and not self._chosen and not self.cuda_graphs
+
+    @cached_property
     def in_threads(self) -> bool:
         """Whether tasks may be solved in several threads."""
-        return (self.workers != 1 and self.workers_in == "threads") or self.tune
+        return (self.workers != 1 and self.workers_in == "threads") or self.measures
+
+    @property
+    def _chosen(self) -> frozenset[str]:
+        """The fields that measurement would choose, and the user did."""
+        usual = {"workers": 1, "channels_last": False}
+        return self.given & {"workers_in"} | {name for name, value in usual.items() if getattr(self, name) != value}
 
     def check_together(self) -> None:
         """Raises ArgumentError where a field has no effect beside another."""
-        chosen = self.given & {"workers_in"} | {
-            name for name, usual in {"workers": 1, "channels_last": False}.items() if getattr(self, name) != usual
-        }
-        if self.tune and chosen:
+        if self.tune is True and self._chosen:
             raise ArgumentError(
-                f"{self.named(min(chosen))}: is chosen by measurement with tune=True. Leave it out, or tune=True."
+                f"{self.named(min(self._chosen))}: is chosen by measurement with tune=True. Leave it out, or tune=True."
             )
         if "workers_in" in self.given and self.workers == 1:
             raise ArgumentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,21 @@ def say(text: str, error: bool = False) -> None:
     if rank() == 0 and (error or not _quiet):
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+@contextmanager
+def saying_logs() -> Iterator[None]:
+    """Inside the block, what metawrap logs with level INFO is said."""
+    logger, handler = logging.getLogger("metawrap"), logging.Handler()
+    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 class Progress:

@@ -59,11 +59,6 @@ def test_adapted_module_predicts_what_the_oracle_predicts(name: str, engine: str
         torch.testing.assert_close(adapted(target_x).detach(), reference.predictions[index], rtol=1e-9, atol=1e-11)
 
 
-def test_auto_takes_higher_for_a_network_that_it_carries() -> None:
-    learner = case_learner(CASES["conv4"], "auto")
-    assert "higher" in str(learner.describe())
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("engine", ENGINES)

@@ -20,15 +20,15 @@ from stateful import EditsInput, Late, Once, Watched
 from torch import Tensor, nn
 from ways_to_work import FOUR
 
-from metawrap import ArgumentError, MAMLPlusPlus, TaskBatch, UnsupportedModuleError
-from metawrap.execution import parallel
+from metawrap import ArgumentError, MAMLPlusPlus, Task, TaskBatch, UnsupportedModuleError
+from metawrap.execution import measured
 from metawrap.execution.tuning import Speed, fastest
 from metawrap.inner_loop.task_layout import to_channels_last
 
 
 def choose_by(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Speed]) -> None:
     """Chooses by this function where a learner would measure."""
-    monkeypatch.setattr(parallel, "fastest", choose)
+    monkeypatch.setattr(measured, "fastest", choose)
 
 
 class Anneal:
@@ -157,7 +157,7 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
 
     choose_by(monkeypatch, choose)
     learner = build(seeded(Conv4), tune=True)
-    assert "measured in the first meta-step" in str(learner.describe())
+    assert "until the first meta-step, which measures" in str(learner.describe())
     batch = CASES["conv4"].batch()
     plain = build(seeded(Conv4))
     plain.meta_step(batch)
@@ -176,9 +176,82 @@ def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.Monkey
     learner.meta_step(batch)
     assert_same_values(tensors(resumed), tensors(learner), tolerance=0)
     assert len(calls) == 1
-    untuned = build(seeded(Conv4))
+    untuned = build(seeded(Conv4), tune=False)
     untuned.load_state_dict(learner.state_dict())
     assert untuned.describe().speed == str(Speed())
+
+
+def never(*_: Any) -> Speed:
+    raise AssertionError("a way was measured")
+
+
+def test_short_meta_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_by(monkeypatch, never)
+    learner = build(seeded(NormedMlp))
+    assert "until the second meta-step" in learner.describe().speed
+    for _ in range(3):
+        learner.meta_step(class_tasks((4,)))
+    assert "too small to divide" in learner.describe().speed
+    assert learner.executor.speed.workers == 1
+    assert "speed" not in learner.state_dict()["_extra_state"]
+
+
+def test_the_work_of_a_meta_step_is_counted() -> None:
+    learner = build(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).double(), inner_steps=5)
+    batch = class_tasks((1, 6, 6), tasks=3)
+    learner.meta_step(batch)
+    per_example = 2 * (4 * 16 * 9 + 64 * 3)  # A multiplication and an addition for each weight and place.
+    rows = len(batch[1][0]) + len(batch[3][0])
+    with unchanged(learner):
+        assert measured._work(learner, TaskBatch(tuple(Task(*parts) for parts in zip(*batch, strict=True)))) == (
+            per_example * rows * 5 * 3
+        )
+
+
+def test_long_meta_steps_are_measured_once_also_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def choose(*_: Any) -> Speed:
+        calls.append(learner.iteration)
+        return Speed(2, True, why="measured: so")
+
+    choose_by(monkeypatch, choose)
+    monkeypatch.setattr(measured, "_WORTH_WHILE", 1.0)
+    batch = CASES["conv4"].batch()
+    learner, plain = build(seeded(Conv4)), build(seeded(Conv4), tune=False)
+    for each in (learner, plain):
+        each.meta_step(batch)
+    assert_same_values(tensors(learner), tensors(plain), tolerance=0)
+    optimizer = copy.deepcopy(learner.optimizer.state_dict())
+    state = copy.deepcopy(learner.state_dict())
+    learner = build(seeded(Conv4))
+    learner.load_state_dict(state)
+    learner.optimizer.load_state_dict(optimizer)
+    for each in (learner, learner, plain, plain):
+        each.meta_step(batch)
+    assert calls == [1]
+    assert learner.executor.speed == Speed(2, True, why="measured: so")
+    assert_same_values(tensors(learner), tensors(plain))
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"workers": 2},
+        {"workers": 2, "workers_in": "threads"},
+        {"channels_last": True},
+        {"tune": False},
+        {"engine": "higher"},
+        {"engine": "batched"},
+    ],
+    ids=str,
+)
+def test_what_is_named_is_not_measured(monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]) -> None:
+    choose_by(monkeypatch, never)
+    monkeypatch.setattr(measured, "_WORTH_WHILE", 1.0)
+    learner = build(seeded(Conv4), **named)
+    for _ in range(3):
+        learner.meta_step(CASES["conv4"].batch())
 
 
 @pytest.mark.parametrize("change", ["images", "parameters"])

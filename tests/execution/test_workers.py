@@ -16,7 +16,7 @@ from engine_cases import ANNEAL_EPOCHS, CASES, POLICIES, STEPS, case_learner, ca
 from face import assert_equals_reference, assert_step_equals_oracle, build, fingerprint, in_dtype, unchanged
 from models import Conv4, NormedMlp, class_tasks, seeded
 from oracle import msl_weights
-from stateful import Watch, Watched
+from stateful import Watch, Watched, watched
 from torch import Tensor, nn
 from ways_to_work import FOUR, WORKERS_IN
 
@@ -187,3 +187,61 @@ def test_results_come_in_order_and_modes_are_the_callers() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         found = list(in_threads(work, range(7), [nn.Identity() for _ in range(3)]))
     assert found == [(item, False, True, torch.float16) for item in range(7)]
+
+
+class WatchedNorm(NormedMlp):
+    forward = watched(NormedMlp.forward)
+
+
+@pytest.mark.parametrize("norm", POLICIES)
+@pytest.mark.parametrize("workers_in", WORKERS_IN)
+def test_evaluation_uses_the_threads_with_the_same_result(norm: str, workers_in: str) -> None:
+    learner, plain = (
+        build(seeded(WatchedNorm), norm=norm, **how)
+        for how in ({"workers": 2, "workers_in": workers_in}, {"workers": 1, "tune": False})
+    )
+    found = []
+    for each in (plain, learner):
+        for _ in range(2):
+            each.meta_step(FOUR)
+        each.evaluate(FOUR)  # The first in eval mode looks at the model.
+        Watch.most = 0
+        with unchanged(each):
+            found.append(each.evaluate(FOUR, keep_predictions=True))
+        assert Watch.most == (1 if each is plain else 2)
+    one, two = found
+    assert (one.loss, one.accuracy, one.norm) == (two.loss, two.accuracy, two.norm)
+    for first, second in zip(one.predictions, two.predictions, strict=True):
+        assert torch.equal(first, second)
+
+
+class DrawsInEvaluation(NormedMlp):
+    draws: ClassVar[bool] = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        return found * torch.rand(()) if self.draws and not self.training else found
+
+
+def test_evaluation_that_begins_to_draw_goes_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for how in ({"workers": 1, "tune": False}, {"workers": 2}):
+        learner = build(seeded(DrawsInEvaluation), **how)
+        learner.meta_step(FOUR)
+        learner.evaluate(FOUR)
+        monkeypatch.setattr(DrawsInEvaluation, "draws", True)
+        torch.manual_seed(3)
+        results.append((learner.evaluate(FOUR).loss, learner.evaluate(FOUR).loss, torch.rand(())))
+        monkeypatch.undo()
+    assert results[0] == results[1]
+    assert "random" in learner.executor.in_order_because or "torch" in learner.executor.in_order_because
+
+
+def test_a_task_that_fails_in_an_evaluation_in_threads_is_named() -> None:
+    learner = build(seeded(NormedMlp), workers=2)
+    learner.meta_step(FOUR)
+    learner.evaluate(FOUR)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    wrong = Task(x, y, x.expand(2, -1, -1)[0][:, :3], y)
+    with unchanged(learner), pytest.raises(Exception, match=r"shape|size"):
+        learner.evaluate([Task(x, y, x, y), wrong, Task(x, y, x, y)])

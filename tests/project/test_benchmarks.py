@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gpu import meta_step
 from rivals import cases, contenders
 from rivals.cases import Case
 from rivals.contenders import SETTINGS, Setting
+from rivals.libraries import Skipped, require
 from rivals.plain import PlainLoop
 from speed import compare, measure, processes
 
@@ -77,13 +79,28 @@ def test_the_plain_loop_of_the_benchmarks_equals_the_tests_own(one_backward: boo
         torch.testing.assert_close(loop.variances[block], expected.statistics[f"conv{block}.norm.running_var"])
 
 
-@pytest.mark.parametrize("name", ["metawrap functional", "metawrap flat", "metawrap first-order", "higher", "torchopt"])
+PEERS = ["higher", "torchopt", "learn2learn", "iteryne", "parallel-metalearn"]
+
+
+@pytest.mark.parametrize("name", ["metawrap functional", "metawrap flat", "metawrap first-order", *PEERS])
 def test_a_meta_step_has_the_plain_loops_gradient(name: str) -> None:
     for module in SETTINGS[name].needs:
         pytest.importorskip(module)
     record = agreement_of(name)
     assert record["kind"] == "agreement", record
     assert record["relative_error"] < 1e-9
+
+
+@pytest.mark.parametrize("name", ["iteryne", "parallel-metalearn"])
+def test_later_meta_steps_of_a_library_have_the_plain_loops_gradients(name: str) -> None:
+    for module in SETTINGS[name].needs:
+        pytest.importorskip(module)
+    case = replace(TINY, steps=3)  # 1/3 is another number in float32: parallel-metalearn's weights have to cancel.
+    library, loop = (SETTINGS[each].build(case, torch.float64, "cpu", 0.02) for each in (name, "plain"))
+    for _ in range(3):
+        library.step()
+        loop.step()
+    assert measure.worst_error(library.gradients(), loop.gradients())[0] < 1e-9
 
 
 @pytest.mark.slow
@@ -137,6 +154,8 @@ def test_a_setting_that_cannot_run_is_left_out_with_the_reason(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torchopt", None)  # As if it were not installed.
     record = agreement_of("torchopt")
     assert (record["kind"], "torchopt" in record["reason"]) == ("skipped", True)
+    with pytest.raises(Skipped, match="no_such_package is not installed; the extra 'bench'"):
+        require("no_such_package.part")
 
 
 @pytest.mark.usefixtures("here")

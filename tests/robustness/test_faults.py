@@ -20,6 +20,7 @@ import metawrap
 from metawrap.cli import main
 from metawrap.errors import CheckpointError
 from metawrap.execution import executor, parallel
+from metawrap.inner_loop import task_solver
 from metawrap.training import checkpoints
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint, write_atomically
 from metawrap.training.run_lock import RunLock
@@ -246,13 +247,25 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
 class Small(torch.nn.Module):
     """Draws random numbers, and has statistics: a second try must not be seen in either."""
 
-    def __init__(self):
+    def __init__(self, drop=0.4):
         super().__init__()
         self.body = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh())
-        self.drop, self.head = torch.nn.Dropout(0.4), torch.nn.Linear(5, 2)
+        self.drop, self.head = torch.nn.Dropout(drop), torch.nn.Linear(5, 2)
 
     def forward(self, x):
         return self.head(self.drop(self.body(x)))
+
+
+class Remembers(torch.nn.Module):
+    """Keeps its calls in a list, which nobody can put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = torch.nn.Linear(3, 2), [0]
+
+    def forward(self, x):
+        self.seen[0] += 1
+        return self.linear(x) / self.seen[0]
 
 
 def small_tasks(count):
@@ -290,7 +303,7 @@ def with_room_for(room, error, monkeypatch):
 def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(monkeypatch, error, engine):
     def learner():
         torch.manual_seed(1)
-        options = {"inner_steps": 2, "engine": engine, "tasks_per_backward": 7}
+        options = {"inner_steps": 2, "engine": engine, "tasks_per_backward": 7, "memory": "unrolled"}
         return metawrap.MAMLPlusPlus(Small().double(), **grouped(**options))
 
     roomy, tight = learner(), learner()
@@ -307,18 +320,70 @@ def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(mo
         "Out of memory: from now on 2 tasks at a time",
     ]
     assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]
-    for (name, one), other in zip(roomy.state_dict().items(), tight.state_dict().values(), strict=True):
-        if isinstance(one, torch.Tensor):
-            assert torch.allclose(one.double(), other.double(), rtol=1e-9, atol=1e-12), name
+    same_values(roomy, tight)
 
 
-def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_changes_nothing(monkeypatch):
-    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2)
+def same_values(one, other):
+    for name, value in one.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value.double(), other.state_dict()[name].double(), rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "batched"}, {"workers": 2}, {"tasks_per_backward": 3}], ids=str)
+def test_flat_memory_is_taken_where_memory_runs_out_with_the_same_update_and_one_warning(monkeypatch, options):
+    def learner():
+        torch.manual_seed(1)
+        return metawrap.MAMLPlusPlus(Small(drop=0).double(), inner_steps=3, **grouped(**options))
+
+    roomy, tight = learner(), learner()
+    for _ in range(3):
+        roomy.meta_step(small_tasks(4))
+    tight.meta_step(small_tasks(4))
+    real = task_solver.unrolled
+
+    def without_room(loop, start, weights):
+        if loop.differentiable and len(weights) > 2:
+            real(loop, start, weights)  # Changes statistics.
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(loop, start, weights)
+
+    monkeypatch.setattr(task_solver, "unrolled", without_room)
+    with pytest.warns(metawrap.MetaWrapWarning, match="graph of one inner step at a time") as heard:
+        tight.meta_step(small_tasks(4))
+    assert len(heard) == 1
+    tight.meta_step(small_tasks(4))
+    assert "as memory ran out" in tight.describe().speed
+    same_values(roomy, tight)
+    resumed = learner()
+    resumed.load_state_dict(tight.state_dict())
+    resumed.meta_step(small_tasks(4))
+    assert resumed.executor.memory == "flat"
+
+
+def test_flat_memory_is_not_taken_where_the_model_cannot_repeat_a_pass(monkeypatch):
+    learner = metawrap.MAMLPlusPlus(Remembers().double(), inner_steps=2, execution={"workers": 1})
+    learner.meta_step(small_tasks(2))
+    with_room_for(0, OUT_OF_MEMORY[0], monkeypatch)
+    with pytest.raises(metawrap.OutOfMemoryError, match=r'Use execution={"memory": "flat"}'):
+        learner.meta_step(small_tasks(2))
+    assert learner.executor.memory == "unrolled"
+
+
+@pytest.mark.filterwarnings("ignore:Out of memory")
+@pytest.mark.parametrize(
+    ("execution", "words"),
+    [
+        ({"memory": "unrolled"}, r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'),
+        ({}, r"1 task and the graph of one inner step at a time \(CUDA.*Use fewer or smaller images"),
+    ],
+)
+def test_one_task_that_does_not_fit_is_an_error_that_names_what_takes_less_and_changes_nothing(
+    monkeypatch, execution, words
+):
+    learner = metawrap.MAMLPlusPlus(Small().double(), inner_steps=2, execution=execution)
     before = {name: str(value) for name, value in learner.state_dict().items()}
     with_room_for(0, OUT_OF_MEMORY[0], monkeypatch)
-    with pytest.raises(
-        metawrap.OutOfMemoryError, match=r'1 task at a time \(CUDA.*Use execution={"memory": "flat"}.*fewer inner_st'
-    ):
+    with pytest.raises(metawrap.OutOfMemoryError, match=words):
         learner.meta_step(small_tasks(2))
     assert {name: str(value) for name, value in learner.state_dict().items()} == before
     assert learner.iteration == 0

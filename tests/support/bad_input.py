@@ -268,7 +268,7 @@ INNER: dict[str, list[tuple[Any, str]]] = {
     "execution.workers": [(0, "at least 1"), (1.5, "whole"), ("all", "auto")],
     "execution.workers_in": [("fibres", "'threads'")],
     "execution.channels_last": [(1, "True or False")],
-    "execution.tune": [("yes", "True or False")],
+    "execution.tune": [("yes", 'True, False or "auto"')],
     "execution.cuda_graphs": [(1, "True or False")],
     "head": [(5, "name of a submodule"), ("nowhere", "name of a submodule")],
     "outputs.head_init": [("ones", "'learned'"), (None, "'learned'")],

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapError, MetaWrapWarning, UnsupportedModuleError
+from metawrap import ArgumentError, MAMLPlusPlus, MetaWrapError, UnsupportedModuleError
 
 BATCH = class_tasks((4,))
 OPTIONS: dict[str, Any] = {"multi_step_loss": False, "first_order_epochs": 0, "inner_steps": 2}
@@ -402,20 +402,14 @@ class FoundByWalking(Body):
         return self.linear(torch.tanh(F.linear(x, layer.weight, layer.bias)))
 
 
-@pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
-@pytest.mark.parametrize("make", [TypeTest, SliceOfList, FoundByWalking])
-def test_auto_checks_what_inspection_cannot_see_and_ends_with_the_right_gradient(make: Any) -> None:
-    assert_carried(seeded(make), "auto")
+def test_higher_carries_a_forward_that_walks_over_its_submodules() -> None:
+    assert_carried(seeded(FoundByWalking), "higher")
 
 
-def test_auto_warns_when_the_check_falls_back() -> None:
-    learner = build(seeded(TypeTest), engine="auto", **OPTIONS)
-    with pytest.warns(MetaWrapWarning, match=r"(?i)functional"):
-        learner.meta_step(BATCH)
-    assert learner.describe().engine == "functional"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learner.meta_step(BATCH)  # once
+@pytest.mark.parametrize("make", [TypeTest, SliceOfList])
+def test_higher_is_refused_where_only_its_gradient_shows_the_hazard(make: Any) -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"higher's gradient|higher fails"):
+        build(seeded(make), engine="higher", **OPTIONS).meta_step(BATCH)
 
 
 # --- what every engine carries ----------------------------------------------------------------------------------------

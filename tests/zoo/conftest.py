@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from torchvision_nets import LIMIT, builders_below_limit
 
-ENGINES, DIFFERENCES, EVALUATION = ("functional", "auto", "higher"), "differences", "evaluation"
+ENGINES, DIFFERENCES, EVALUATION = ("functional", "higher"), "differences", "evaluation"
 PACKAGES = ("torch", "torchvision", "higher", "transformers")
 COLUMNS = (
-    *("network", "parameters", "engine of `auto`", "`higher`", "`functional`", "evaluation"),
+    *("network", "parameters", "`functional`", "`higher`", "evaluation"),
     *("worst error", "finite differences", "seconds", "note"),
 )
 HEAD = """\
@@ -32,8 +32,6 @@ are compared with a plain loop written by hand ([the oracle](../tests/reference/
 - `equal`: the relative error is at most 1e-9, with the network's own dropout and stochastic depth on, and the module
   that was passed in is unchanged. The worst error stands beside it; 0 is equality to the last bit.
 - `refused`: metawrap raised the error that names module, cause and fix, as it must there.
-- engine of `auto`: the one that `engine="auto"`, the default, ran, with an equal result. Where that is `higher`, the
-  column `higher` shows that same run: it is not repeated under the engine's name.
 - finite differences: the relative error of the plain loop's meta-gradient along a random direction of all that is
   learned, against central differences of its meta-loss ([how](../tests/support/differences.py)). Of torch's derivatives
   these need only the first, so a wrong second derivative, which both loops would share, shows. At most 1e-6, `in
@@ -84,7 +82,6 @@ class _Row:
     name: str
     note: str
     results: dict[str, str] = field(default_factory=dict)  # By engine, and evaluation: see HEAD, "FAILED", "skipped".
-    taken: str = ""
     parameters: int | None = None
     errors: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -99,8 +96,7 @@ class _Row:
         cells = [
             self.name,
             _short(self.parameters),
-            self.taken or self.results.get("auto", "not run"),
-            *(self.results.get(engine, "not run") for engine in ("higher", "functional")),
+            *(self.results.get(engine, "not run") for engine in ENGINES),
             self.results.get(EVALUATION, ""),
             f"{max(self.errors):.0e}" if any(self.errors) else "0" if self.errors else "",
             self.results.get(DIFFERENCES, "not run"),
@@ -127,7 +123,6 @@ class _Table:
         row.seconds += report.duration
         if report.passed and column in ENGINES:
             row.parameters = outcome["parameters"]
-            row.taken = outcome["engine"] if column == "auto" else row.taken
             row.errors += [] if outcome["error"] is None else [outcome["error"]]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

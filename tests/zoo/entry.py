@@ -78,24 +78,15 @@ class Outcome:
 
 
 def check(entry: Entry, engine: str) -> Outcome:
-    """Tries one network under one engine: "auto", "functional", "higher", or "threads": functional with two workers.
+    """Tries one network under one engine: "functional", "higher", or "threads": functional with two workers.
 
     "differences" is no engine: the plain loop itself is tried.
     """
     if engine == "differences":
         return check_differences(entry)
-    if engine == "higher" and entry.higher and entry.refused is None:
-        chosen = _check(entry, "auto")
-        if chosen.engine == "higher":  # The very run that a named `higher` would be.
-            return chosen
-    if engine == "auto" and entry.refused is None and not entry.higher:
-        learner = _learner(entry, seeded(entry.make), "auto")
-        if learner.describe().engine == "functional":  # Inspection decided: the very run of a named `functional`.
-            return _check(entry, "functional")
     return _check(entry, engine)
 
 
-@lru_cache(maxsize=2)
 def _check(entry: Entry, engine: str) -> Outcome:
     model = seeded(entry.make)
     parameters = sum(p.numel() for p in model.parameters() if not is_lazy(p))

@@ -35,7 +35,7 @@ def _cases() -> list[Any]:
     return [
         pytest.param(entry, engine, id=f"{entry.name}-{engine}", marks=[*_marks(entry), *more])
         for entry in ENTRIES
-        for engine in ("functional", "auto", "higher", "differences")
+        for engine in ("functional", "higher", "differences")
         for more in [[pytest.mark.zoo] if engine == "differences" and entry not in small else []]
     ]
 
@@ -70,4 +70,4 @@ def test_meta_gradient_in_threads_equals_the_plain_loop(entry: Entry) -> None:
 @pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name, marks=_marks(entry)) for entry in EVALUATED])
 def test_evaluation_and_adapted_modules_equal_the_plain_loop(entry: Entry) -> None:
-    check_evaluation(entry, "auto")
+    check_evaluation(entry, "functional")
