@@ -72,6 +72,10 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"max_grad_norm": 1.0, "max_grad_value": 1.0}, {}),
     ({"head_init": "shared"}, {}),
     (
+        {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
+        {_READ.format("outer_update/outer_update.py"): "only a fused optimizer leaves a step out on the device"},
+    ),
+    (
         {"head_init": "prototypes"},
         {_READ.format("inner_loop/class_starts.py"): "a class without a prototype is refused"},
     ),
@@ -151,6 +155,13 @@ def test_no_engine_waits_in_convolutions(cuda: CudaRehearsal, engine: str) -> No
     batch = [task.map(lambda t: t[:, :, :4, :4] if t.ndim == 4 else t) for task in batch]
     assert not waits_of_a_steady_step(cuda, learner, batch)
     assert_runs_on_cuda(learner, batch)
+
+
+def test_tasks_of_unequal_sizes_at_once_do_not_wait(cuda: CudaRehearsal) -> None:
+    learner, [first, _] = rehearsed("maml++", engine="batched", norm="support", inner_steps=1)
+    batch = [first, batch_of("maml++", 1, shots=2, seed=1)[0].to(CUDA)]
+    assert not waits_of_a_steady_step(cuda, learner, batch)
+    assert "padded" in str(learner.describe())
 
 
 @pytest.mark.parametrize("place", range(len(OPTIONS)))
