@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.outputs import prediction_in
@@ -230,3 +232,27 @@ _NO_GRADIENT = (
     "output, or run on parameters other than its own (a closure over another module, say). Make forward read its "
     "parameters from the module itself."
 )
+
+
+def counted(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and the multiplications and additions in it; 0 where it does not run as it is counted."""
+    try:
+        with _Multiplications() as count:
+            return run(), count.total
+    except Exception:  # Of tensors that the count does not know, nested ones for example; or the call's own.
+        return run(), 0
+
+
+class _Multiplications(TorchDispatchMode):
+    """Counts the multiplications and additions of what runs inside: convolutions, products of matrices, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        found = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=found)
+        return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from metawrap.checks.first_look import (
     FirstLook,
     Gradients,
+    counted,
     differ,
     refuse_bypassed,
     refuse_carried_graphs,
@@ -66,8 +67,8 @@ class FirstTaskChecks:
 
     engine: the chosen engine; a finding may change the choice. findings: by mode, True for training mode.
     edits: buffers that forward edits. edits_inputs: forward edits its inputs. plain_forms: forward runs an operation
-    that `PlainForms` replaces. batched: several tasks at once are known to have the right gradient.
-    not_padded: why tasks of unequal sizes do not run at once; None where they do.
+    that `PlainForms` replaces. work: multiplications and additions of a support pass. batched: several tasks at once
+    have the right gradient. not_padded: why tasks of unequal sizes do not run at once; None where they do.
     passes_in_order: why the passes of one task must run in their own order, or None.
     """
 
@@ -75,7 +76,7 @@ class FirstTaskChecks:
         self.engine = engine
         self.findings: dict[bool, FirstLook] = {}
         self.edits = BufferEdits(find_buffer_aliases(model))
-        self.plain_forms = self.edits_inputs = self.batched = False
+        self.plain_forms, self.edits_inputs, self.batched, self.work = False, False, False, 0
         self.not_padded: str | None = "no task was tried yet"
         self.passes_in_order: str | None = None
 
@@ -130,7 +131,7 @@ class FirstTaskChecks:
         solver = replace(solver, plain_forms=self.plain_forms, clone_inputs=self.edits_inputs)
         if differentiable:
             refuse_carried_graphs(wrapped.model, self.edits.carried, lambda: support_loss(learned))
-        predicted = prediction()
+        predicted, self.work = counted(prediction)
         refuse_bypassed(predicted, wrapped.adapted_parameters())
         if learner.head is None:
             head, exact, _ = find_head(wrapped.model, prediction)

@@ -17,7 +17,7 @@ from torch import nn
 from metawrap.checks.first_task import carries_channels_last, model_unchanged
 from metawrap.execution.executor import Executor, MetaGradient
 from metawrap.execution.parallel import ParallelExecutor
-from metawrap.execution.tuning import Multiplications, Speed, fastest
+from metawrap.execution.tuning import Speed, fastest
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
@@ -111,16 +111,14 @@ class MeasuredExecutor(ParallelExecutor):
 
 
 def _work(learner: Any, batch: TaskBatch) -> float:
-    """Multiplications and additions in the forward passes of a meta-step; 0 where the model does not run as counted."""
+    """Multiplications and additions in the forward passes of a meta-step."""
     task = usable(batch[0])
-    rows = len(task.support_y) + len(task.target_y)
+    learner._prepare(task)
     try:
-        with model_unchanged(learner), torch.no_grad(), Multiplications() as counted:
-            learner.wrapped.run(task.support_x, "batch")
-    except Exception:  # Of tensors that the count does not know, nested ones for example.
-        return 0.0
-    passes = learner.settings.inner_steps * len(batch) * rows / max(1, len(task.support_y))
-    return float(counted.total * passes)
+        targets = len(task.target_y) / max(1, len(task.support_y))
+    except TypeError:  # Labels of the user's own, without rows.
+        targets = 1.0
+    return float(learner.checks.work * learner.settings.inner_steps * len(batch) * (1 + targets))
 
 
 def executor_for(options: ExecutionOptions, engine: str) -> Executor:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 # What has to be gained before the plain way is left: less would be noise.
 _GAIN = 0.97
@@ -81,18 +79,3 @@ def _seconds(run: Callable[[Speed], Any], speed: Speed, to_beat: float = math.in
         run(speed)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-class Multiplications(TorchDispatchMode):
-    """Counts the multiplications and additions of what runs inside: convolutions, products of matrices, attention."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation."""
-        found = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=found)
-        return found

@@ -198,14 +198,10 @@ def test_short_meta_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_work_of_a_meta_step_is_counted() -> None:
     learner = build(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).double(), inner_steps=5)
-    batch = class_tasks((1, 6, 6), tasks=3)
-    learner.meta_step(batch)
+    x, y = torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 3
     per_example = 2 * (4 * 16 * 9 + 64 * 3)  # A multiplication and an addition for each weight and place.
-    rows = len(batch[1][0]) + len(batch[3][0])
-    with unchanged(learner):
-        assert measured._work(learner, TaskBatch(tuple(Task(*parts) for parts in zip(*batch, strict=True)))) == (
-            per_example * rows * 5 * 3
-        )
+    batch = TaskBatch((Task(x, y, x[:3], y[:3]),) * 4)
+    assert measured._work(learner, batch) == per_example * (6 + 3) * 5 * 4
 
 
 def test_long_meta_steps_are_measured_once_also_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
