@@ -25,7 +25,8 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make bench     compare one meta-step with a plain loop and other libraries, in time and memory (half an hour)"
 	@echo "               BENCH_FLAGS='--cases A --repeats 3' for less; into BENCH_OUT, runs/bench"
-	@echo "make gpu       lay wheels and the first script for a machine with a GPU into .whl and .dev"
+	@echo "make gpu       with CUDA: parity, speed and a 20-way run in ten minutes, logs in runs/gpu; without: lay what"
+	@echo "               a machine with a GPU lacks into .whl and .dev"
 	@echo "make clean     remove $(VENV), caches and build files; runs/ stays"
 
 # A second `make train` shows the result again, or continues what was interrupted: OUT=runs/other starts a new run.
@@ -74,8 +75,15 @@ types: $(VENV)/installed-test
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks compare --out $(BENCH_OUT) $(BENCH_FLAGS)
 
+# A python3 that has torch with CUDA is used as it is, with the wheels in .whl; elsewhere a driver is the sign of a GPU.
 gpu:
-	bash benchmarks/gpu/prepare.sh
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		PYTHON=$(PYTHON) bash benchmarks/gpu/first.sh; \
+	elif command -v nvidia-smi >/dev/null; then \
+		$(MAKE) $(VENV)/installed-test && PYTHON=$(BIN)/python bash benchmarks/gpu/first.sh; \
+	else \
+		bash benchmarks/gpu/prepare.sh; \
+	fi
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

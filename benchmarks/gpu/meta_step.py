@@ -1,15 +1,18 @@
 """Seconds and kernels of a meta-step on a GPU, and how near each setting comes to the ceilings of the device.
 
-    python benchmarks gpu --cases A A15 B C --precision tf32 --out runs/gpu
-    python benchmarks gpu --device cpu --small --out runs/gpu-try
+    python benchmarks gpu --cases A A15 B C --precision tf32 bf16 --out runs/gpu
+    python benchmarks gpu --device cpu --small --precision fp32 bf16 --out runs/gpu-try
 
-First each setting's float64 meta-gradient is compared with the plain loop's. Two ceilings are measured on the device,
-in the precision that is asked for: the rate of a forward convolution of the case's main shape at a large batch, and the
-rate of copying a large tensor.
+First each setting's float64 meta-gradient is compared with the plain loop's. Three ceilings are measured on the device:
+in each precision that is asked for, the rates of a forward convolution of the case's main shape at a large batch and of
+a large matrix product; and the rate of copying a large tensor.
 
-conv %: the floating-point operations of the plain loop, for every setting, per second, of the first ceiling.
-copy %: the bytes that the setting's own operations read and write, per second, of the second. Each operation counts
+conv %, matmul %: the floating-point operations of the plain loop, for every setting, per second, of the first two.
+copy %: the bytes that the setting's own operations read and write, per second, of the third. Each operation counts
 alone, so bytes that stay in a cache count too.
+
+"batched" runs the convolutions of all tasks as one grouped convolution, the only form that the engine has: a loop of
+convolutions, and one compiled function under vmap, are left out. "graphs" are CUDA graphs.
 
 On the CPU, operations are counted in place of kernels.
 """
@@ -41,13 +44,8 @@ from speed.machine import environment, use_threads
 from speed.measure import agreement, interleaved, not_run, seconds_of, synchronize
 from speed.processes import Record
 
-USUAL = (
-    REFERENCE,
-    "metawrap functional",
-    "metawrap flat",
-    "metawrap batched",
-    "metawrap batched flat",
-    "metawrap batched graphs",
+USUAL = tuple(
+    f"{name}{how}" for name in (REFERENCE, "metawrap functional", "metawrap batched") for how in ("", " graphs")
 )
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,6 +88,12 @@ def convolution_ceiling(case: Case, device: str, precision: str, batch: int) -> 
         weight = torch.rand(width, width, 3, 3, device=device, dtype=dtype).to(memory_format=layout)
         rates.append(flops / _seconds(lambda x=x, w=weight: torch.conv2d(x, w, padding=1), device))
     return {"kind": "convolution ceiling", "case": asdict(case), "batch": batch, "flop_per_s": max(rates)}
+
+
+def matmul_ceiling(device: str, precision: str, side: int) -> Record:
+    """FLOP/s of a product of two square matrices."""
+    one = torch.rand(side, side, device=device, dtype=PRECISIONS[precision])
+    return {"kind": "matmul ceiling", "side": side, "flop_per_s": 2 * side**3 / _seconds(lambda: one @ one, device)}
 
 
 def bandwidth_ceiling(device: str, megabytes: int) -> Record:
@@ -148,9 +152,9 @@ def launches_of_step(contender: AtPrecision, device: str) -> int:
 
 
 def measured(
-    case: Case, names: Sequence[str], device: str, precision: str, repeats: int, ceilings: tuple[float, float]
+    case: Case, names: Sequence[str], device: str, precision: str, repeats: int, ceilings: tuple[float, float, float]
 ) -> Iterator[Record]:
-    """A record for each setting: interleaved seconds, launches, and percent of both ceilings."""
+    """A record for each setting: interleaved seconds, launches, and percent of the ceilings."""
     flops = flops_of_step(case, device)
     running: dict[str, AtPrecision] = {}
     extra: dict[str, Record] = {}
@@ -164,7 +168,7 @@ def measured(
             with Traffic() as traffic:
                 running[name].step()
             # The replay of a graph shows no operations.
-            moved = None if setting.options.get("execution", {}).get("cuda_graphs") else traffic.bytes
+            moved = None if name.endswith(" graphs") else traffic.bytes
             extra[name] = {"kernels" if device.startswith("cuda") else "operations": launches, "bytes": moved}
         except Exception as error:
             running.pop(name, None)
@@ -183,23 +187,25 @@ def measured(
             "ratio_to_plain": median / plain if plain else None,
             "flops_of_plain": flops,
             "convolution_percent": 100 * flops / median / ceilings[0],
-            "bandwidth_percent": 100 * moved / median / ceilings[1] if moved is not None else None,
+            "matmul_percent": 100 * flops / median / ceilings[1],
+            "bandwidth_percent": 100 * moved / median / ceilings[2] if moved is not None else None,
             **extra[name],
         }
 
 
-def table_of(case: Case, records: Sequence[Record], launches: str) -> Table:
+def table_of(case: Case, precision: str, records: Sequence[Record], launches: str) -> Table:
     """One row for each setting that ran; the reasons of the others below."""
-    table = Table(title=str(case), title_justify="left", title_style="bold", caption_justify="left")
+    title = f"{case}, {precision}"
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     table.add_column("setting", no_wrap=True)
-    for column in ("median s", "ratio", launches, "conv %", "copy %"):
+    for column in ("median s", "ratio", launches, "conv %", "matmul %", "copy %"):
         table.add_column(column, justify="right")
     for record in records:
         if "median_s" in record:
             ratio, bandwidth = (record[key] for key in ("ratio_to_plain", "bandwidth_percent"))
             row = [f"{record['median_s']:.4f}", "" if ratio is None else f"{ratio:.3f}", f"{record[launches]}"]
-            row += [f"{record['convolution_percent']:.1f}", "" if bandwidth is None else f"{bandwidth:.1f}"]
-            table.add_row(record["setting"], *row)
+            row += [f"{record[key]:.1f}" for key in ("convolution_percent", "matmul_percent")]
+            table.add_row(record["setting"], *row, "" if bandwidth is None else f"{bandwidth:.1f}")
     left_out = [f"{r['kind']}: {r['setting']}: {r['reason']}" for r in records if "reason" in r]
     wrong = [
         f"wrong, not timed: {r['setting']}: {r['relative_error']:.0e}" for r in records if not r.get("agrees", True)
@@ -213,39 +219,41 @@ def main() -> None:
     args = _arguments()
     if args.threads:
         use_threads(args.threads, args.device)
-    set_precision(args.precision)
-    everywhere = environment(args.device, "default")
-    everywhere |= {"precision": args.precision, "cudnn_benchmark": True}
     cuda, console = args.device.startswith("cuda"), Console(width=None if sys.stdout.isatty() else 120)
-    bandwidth = bandwidth_ceiling(args.device, 32 if args.small else 1024 if cuda else 256)
-    console.print(f"copy: {bandwidth['bytes_per_s'] / 1e9:.1f} GB/s")
+    everywhere = environment(args.device, "default") | {"cudnn_benchmark": True}
     with (args.out / "gpu.jsonl").open("w", encoding="utf-8") as file:
-        file.write(json.dumps(bandwidth | everywhere) + "\n")
+
+        def write(records: Sequence[Record], precision: str) -> None:
+            file.writelines(json.dumps(everywhere | {"precision": precision} | r) + "\n" for r in records)
+            file.flush()
+
+        bandwidth = bandwidth_ceiling(args.device, 32 if args.small else 1024 if cuda else 256)
+        console.print(f"copy: {bandwidth['bytes_per_s'] / 1e9:.1f} GB/s")
+        write([bandwidth], "fp32")
         for name in args.cases:
             case = small(CASES[name]) if args.small else CASES[name]
-            ceiling = convolution_ceiling(
-                case, args.device, args.precision, 16 if args.small else 4096 if cuda else 128
-            )
-            console.print(f"{name}: forward convolution: {ceiling['flop_per_s'] / 1e12:.3f} TFLOP/s")
-            records = list(_of_case(case, args, (ceiling["flop_per_s"], bandwidth["bytes_per_s"])))
-            for record in (ceiling, *records):
-                file.write(json.dumps(everywhere | record) + "\n")
-            file.flush()
-            console.print(table_of(case, records, "kernels" if cuda else "operations"))
-
-
-def _of_case(case: Case, args: argparse.Namespace, ceilings: tuple[float, float]) -> Iterator[Record]:
-    right = []
-    for record in agreement(case, args.only, args.device):
-        yield record
-        if record["kind"] == "agreement" and record["agrees"]:
-            right.append(record["setting"])
-    yield from measured(case, right, args.device, args.precision, args.repeats, ceilings)
+            compared = list(agreement(case, args.only, args.device))
+            write(compared, "fp64")
+            right = [record["setting"] for record in compared if record.get("agrees")]
+            for precision in args.precision:
+                set_precision(precision)
+                batch, side = (16, 64) if args.small else (4096, 8192) if cuda else (128, 1024)
+                ceilings = [convolution_ceiling(case, args.device, precision, batch)]
+                ceilings.append(matmul_ceiling(args.device, precision, side))
+                rates = [ceiling["flop_per_s"] for ceiling in ceilings]
+                console.print(f"{name}, {precision}: convolution, matmul: {[f'{r / 1e12:.3f}' for r in rates]} TFLOP/s")
+                write(ceilings, precision)
+                limits = (*rates, bandwidth["bytes_per_s"])
+                found = list(measured(case, right, args.device, precision, args.repeats, limits))
+                write(found, precision)
+                console.print(table_of(case, precision, compared + found, "kernels" if cuda else "operations"))
 
 
 def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__, USUAL)
-    parser.add_argument("--precision", default="fp32", choices=list(PRECISIONS), help="tf32, or bf16 by autocast")
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32"], choices=list(PRECISIONS), help="fp32, tf32, or bf16 by autocast"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
     args = parsed(parser)

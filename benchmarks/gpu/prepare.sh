@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lays out what a machine with a GPU, Python 3.12 and torch, but no package registry, lacks: wheels into .whl, and the script
-# with Omniglot into .dev. Run it in the project's root, copy the root with both folders there, and run: bash .dev/first.sh
+# Lays out what a machine with a GPU, Python 3.12 and torch, but no package registry, lacks: wheels into .whl, and Omniglot
+# into .dev. Run it in the project's root, copy the root with both folders there, and run: bash benchmarks/gpu/first.sh
 #   bash benchmarks/gpu/prepare.sh [OMNIGLOT_ZIP]
 set -euo pipefail
 omniglot=${1:-../shared/data/omniglot-py.zip}
@@ -15,5 +15,4 @@ core=$(unzip -p .whl/pydantic-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: pyd
 wheels "pydantic-core==$core"
 ls .whl/higher-*.whl >/dev/null 2>&1 || python3 -m pip wheel --quiet --no-deps -w .whl higher
 cp "$omniglot" .dev/omniglot-py.zip
-cp benchmarks/gpu/first.sh .dev/
 du -sh .whl .dev

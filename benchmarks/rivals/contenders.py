@@ -37,6 +37,37 @@ class Contender(Protocol):
         ...
 
 
+def recorder_for(like: Tensor) -> Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]:
+    """metawrap's recorder of CUDA graphs; raises Skipped where the tensor's device has none."""
+    from metawrap.execution.cuda_graphs import RECORDERS, with_own_casts  # Older versions of metawrap have none.
+
+    if like.device.type not in RECORDERS:
+        raise Skipped("CUDA graphs are for a GPU")
+    return lambda run: RECORDERS[like.device.type](lambda: with_own_casts(run))
+
+
+class PlainGraphs(PlainLoop):
+    """The plain loop, whose meta-gradient is recorded at the first step, and replayed from then on."""
+
+    def __init__(self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors]) -> None:
+        super().__init__(case, values, tasks)
+        self.record, self.replay = recorder_for(next(iter(values.values()))), None
+
+    def step(self) -> None:
+        """One outer update."""
+        if self.replay is None:
+            self.replay, self.recorded = self.record(self._gradients)
+        self.replay()
+        for value, gradient in zip(self.values.values(), self.recorded, strict=True):
+            value.grad = gradient
+        self.optimizer.step()
+
+    def _gradients(self) -> list[Tensor]:
+        learned = list(self.values.values())
+        found = [torch.autograd.grad(self.task_loss(*task) / len(self.tasks), learned) for task in self.tasks]
+        return [torch.stack(each).sum(0) for each in zip(*found, strict=True)]
+
+
 class Metawrap:
     """metawrap, with these keywords of `MAMLPlusPlus`."""
 
@@ -54,8 +85,8 @@ class Metawrap:
         if unknown := [name for name in options if name not in known]:
             raise Skipped(f"this metawrap has no {', '.join(f'{name}=' for name in unknown)}")
         like = next(iter(values.values()))
-        if options.get("execution", options).get("cuda_graphs") and not like.is_cuda:
-            raise Skipped("CUDA graphs are for a GPU")
+        if options.get("execution", options).get("cuda_graphs"):
+            recorder_for(like)
         model = Conv4(case.channels, case.side, case.ways, case.filters).to(like.device, like.dtype)
         epochs = 1_000 if first_order else 0
         # One epoch more than the first-order phase: a run without a second-order epoch gives a warning.
@@ -151,6 +182,7 @@ SETTINGS = {
         Setting(REFERENCE, "plain", PlainLoop),
         Setting("plain one-backward", "plain", PlainLoop, {"one_backward": True}),
         Setting("plain first-order", "plain", PlainLoop, {"first_order": True}),
+        Setting("plain graphs", "plain", PlainGraphs, settles=4, by_name=True),
         Setting("higher", "peer", Higher, needs=("higher",)),
         Setting("torchopt", "peer", TorchOpt, needs=("torchopt",)),
         Setting("learn2learn", "peer", Learn2Learn, needs=("learn2learn",)),
@@ -161,6 +193,7 @@ SETTINGS = {
         Setting("metawrap default", "metawrap", Metawrap, settles=4),
         _metawrap("higher", engine="higher"),
         _metawrap("functional"),
+        _metawrap("functional graphs", cuda_graphs=True, settles=4, by_name=True),
         _metawrap("flat", memory="flat"),
         _metawrap("workers", workers="auto"),
         _metawrap("workers channels_last", workers="auto", channels_last=True),

@@ -54,7 +54,7 @@ class _Recording:
         record = RECORDERS[tensors_in(batch[0].support_x)[0].device.type]
         _, expected = _copied(run(batch))
         try:
-            self._replay, self._outcome = record(lambda: run(self._batch))
+            self._replay, self._outcome = record(lambda: with_own_casts(run, self._batch))
         except (RuntimeError, torch.AcceleratorError) as error:
             raise UnsupportedModuleError(
                 _cannot(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -133,6 +133,15 @@ def _copy_of(solved: TaskOutcome) -> TaskOutcome:
         moments=[m._replace(mean=m.mean.clone(), variance=m.variance.clone()) for m in solved.moments],
         head={name: value.clone() for name, value in solved.head.items()},
     )
+
+
+def with_own_casts(run: Callable[..., Any], *args: Any) -> Any:
+    """A run whose autocasts are its own: a cast that it took over would be read as it was then by every replay."""
+    torch.clear_autocast_cache()
+    try:
+        return run(*args)
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _on_cuda(run: Callable[[], Outcome]) -> tuple[Callable[[], Any], Outcome]:

@@ -85,10 +85,10 @@ class ClassTable(nn.Module):
                     f"{name}: a task with classes needs the label of each example, (examples,) whole numbers, but got "
                     f"{describe_value(y)}. Leave classes out for other labels."
                 )
-            seen = y[y != ignored]
-            if len(seen) and not 0 <= int(seen.min()) <= int(seen.max()) < len(classes):
+            seen = [label for label in y.tolist() if label != ignored]
+            if seen and not 0 <= min(seen) <= max(seen) < len(classes):
                 raise TaskError(
-                    f"{name} holds labels {int(seen.min())}..{int(seen.max())}, but the task names {len(classes)} "
+                    f"{name} holds labels {min(seen)}..{max(seen)}, but the task names {len(classes)} "
                     "classes. Name the class of each label."
                 )
 

@@ -59,7 +59,7 @@ def class_sums(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
 
 def class_means(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
     """The mean embedding of each class: (examples, ...), (examples,) to (ways, ...)."""
-    counts = torch.bincount(labels, minlength=ways).to(embeddings.dtype)
+    counts = one_hot(labels, ways, embeddings).sum(0)  # bincount would make a GPU wait.
     return class_sums(embeddings, labels, ways) / counts.view(-1, *(1,) * (embeddings.ndim - 1))
 
 
@@ -83,7 +83,8 @@ def ridge_weights(inputs: Tensor, targets: Tensor, strength: Tensor | float) -> 
     dual = examples < numbers
     gram = inputs @ inputs.T if dual else inputs.T @ inputs
     system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solved: Tensor = torch.linalg.solve(system, targets if dual else inputs.T @ targets)
+    # Without the check of `solve`, for which a GPU waits: the system is positive definite, or not finite.
+    solved: Tensor = torch.linalg.solve_ex(system, targets if dual else inputs.T @ targets)[0]
     return inputs.T @ solved if dual else solved
 
 

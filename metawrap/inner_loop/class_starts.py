@@ -104,7 +104,7 @@ class PrototypeHead(OwnStart):
                 f"{asked} needs whole numbers as labels, but support_y is {describe_value(labels)}. Pass class numbers "
                 '(labels.argmax(1) of one-hot rows), or use outputs={"head_init": "learned"}, as for regression.'
             )
-        known = torch.unique(labels[labels != ignored]).tolist()
+        known = sorted({*labels.flatten().tolist()} - {ignored})
         if beyond := [label for label in known if not 0 <= label < ways]:
             raise TaskError(
                 f"{asked}: support_y holds the labels {beyond}, but the head '{self.head}' has {ways} outputs. Relabel "

@@ -140,7 +140,9 @@ class EmbeddingLearner(Learner):
                     f"{part}: {name} needs the class of each example, (examples,) whole numbers, but got "
                     f"{describe_value(y)}."
                 )
-        found, asked = torch.unique(task.support_y).tolist(), torch.unique(task.target_y).tolist()
+        # In one copy, as a GPU waits for each.
+        labels = torch.cat([task.support_y.long(), task.target_y.long()]).tolist()
+        found, asked = (sorted(set(part)) for part in (labels[: len(task.support_y)], labels[len(task.support_y) :]))
         ways = len(found)
         if found != list(range(ways)):
             raise TaskError(

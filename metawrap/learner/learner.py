@@ -94,10 +94,10 @@ class Learner(nn.Module, ABC):
         self.iteration = 0
         for name, part in parts.items():
             setattr(self, name, part)
-        # Skipped meta-steps: total, at present in a row, longest row; on the device, so that counting does not wait.
-        self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long))
         if not list(self.parameters()):
             raise ArgumentError(f"model: {type(self.model).__name__} has no parameters, so there is nothing to learn.")
+        # Skipped meta-steps: total, at present in a row, longest row; on the device, so that counting does not wait.
+        self.register_buffer("skipped_steps", torch.zeros(3, dtype=torch.long, device=device_of(self)))
         self.outer = self.outer_update(
             list(self.parameters()), settings, keywords.get("optimizer"), keywords.get("scheduler")
         )

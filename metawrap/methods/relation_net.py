@@ -30,9 +30,10 @@ def relation_loss(prediction: Tensor, y: Tensor) -> Tensor:
     Args:
         prediction: (targets, ways), the scores before the sigmoid. y: (targets,).
     """
-    shown = y != IGNORED
-    prediction, y = prediction[shown], y[shown]
-    return F.mse_loss(prediction.sigmoid(), one_hot(y, prediction.shape[1], prediction))
+    shown = (y != IGNORED)[:, None]
+    wanted = one_hot(y.clamp(min=0), prediction.shape[1], prediction)
+    errors = F.mse_loss(torch.where(shown, prediction, 0).sigmoid(), wanted, reduction="none")
+    return torch.where(shown, errors, 0).sum() / (shown.sum() * prediction.shape[1])
 
 
 class RelationNet(EmbeddingLearner):

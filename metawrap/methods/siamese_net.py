@@ -54,20 +54,24 @@ class SiameseNet(EmbeddingLearner):
         shown = target_y != ignored_label(self.loss_fn)
         one, other = torch.triu_indices(len(labels), len(labels), 1, device=labels.device).unbind()
         among = self.match((support[one] - support[other]).abs()).squeeze(-1)
-        pairs = torch.cat([matches[shown].flatten(), among])
-        like = torch.cat([(target_y[shown, None] == labels).flatten(), labels[one] == labels[other]])
-        return prediction, pair_loss(pairs, like)
+        pairs = torch.cat([matches.flatten(), among])
+        like = torch.cat([(target_y[:, None] == labels).flatten(), labels[one] == labels[other]])
+        counted = torch.cat([shown[:, None].expand_as(matches).flatten(), torch.ones_like(one, dtype=torch.bool)])
+        return prediction, pair_loss(pairs, like, counted)
 
 
-def pair_loss(pairs: Tensor, like: Tensor) -> Tensor:
+def pair_loss(pairs: Tensor, like: Tensor, counted: Tensor) -> Tensor:
     """Binary cross-entropy of pairs, where the like and the unlike ones count half each; all, where one kind is absent.
 
     Args:
-        pairs: (pairs,), the match before the sigmoid. like: (pairs,), whether both are of one class.
+        pairs: (pairs,), the match before the sigmoid. like: (pairs,), whether both are of one class. counted: (pairs,),
+            False for those that are left out.
     """
+    pairs = torch.where(counted, pairs, 0)
     losses = F.binary_cross_entropy_with_logits(pairs, like.to(pairs.dtype), reduction="none")
-    kinds = [kind.mean() for kind in (losses[like], losses[~like]) if len(kind)]
-    return torch.stack(kinds).mean() if kinds else losses.mean()
+    kinds = torch.stack([like & counted, ~like & counted])
+    counts = kinds.sum(1)
+    return (torch.where(kinds, losses, 0).sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum()
 
 
 class BestMatch(FittedHead):
@@ -91,7 +95,8 @@ class BestMatch(FittedHead):
 
     def best(self, matches: Tensor) -> Tensor:
         """(targets, support examples) to (targets, ways)."""
-        return torch.stack([matches[:, self.labels == way].amax(1) for way in range(self.ways)], 1)
+        is_class = self.labels == torch.arange(self.ways, device=matches.device)[:, None]
+        return torch.where(is_class, matches[:, None], -torch.inf).amax(2)
 
 
 class _Match(nn.LazyLinear):

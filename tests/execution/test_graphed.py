@@ -13,9 +13,11 @@ from face import assert_same_values, build, tensors, unchanged
 from models import Conv4, NormedMlp, class_tasks, seeded
 from stateful import Late
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metawrap import ArgumentError, MAMLPlusPlus, UnsupportedModuleError
+from metawrap import ArgumentError, MAMLPlusPlus, Task, TaskBatch, UnsupportedModuleError
 from metawrap.execution import cuda_graphs as graphed
+from metawrap.results import TaskOutcome
 
 PLAIN: dict[str, dict[str, Any]] = {
     "functional": {"engine": "functional"},
@@ -174,6 +176,26 @@ def test_a_learner_on_the_cpu_is_told_where_to_go() -> None:
         build(seeded(NormedMlp), cuda_graphs=True, memory="flat")
     with pytest.raises(ArgumentError, match="cuda_graphs: expected True or False"):
         MAMLPlusPlus(seeded(NormedMlp), execution={"cuda_graphs": "yes"})
+
+
+def test_a_recorded_run_takes_over_no_autocast_of_an_earlier_run(recorder: Recorder) -> None:
+    weight, casts = nn.Parameter(torch.ones(3, 4)), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            casts[-1] += func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape
+            return func(*args, **(kwargs or {}))
+
+    def run(batch: Any) -> Any:
+        casts.append(0)
+        with Casts():
+            made = nn.functional.linear(batch[0].support_x, weight).detach()
+        return [TaskOutcome(loss=made.sum(), step_losses=made[0], prediction=made, accuracy=y.sum())], [made]
+
+    x, y = torch.ones(2, 4), torch.zeros(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        graphed.Recordings().run(run, TaskBatch((Task(x, y, x, y),)), "form")
+    assert casts[:2] == [1, 1], "the plain run, and the recorded one"
 
 
 @pytest.mark.cuda

@@ -11,9 +11,7 @@ import importlib
 import inspect
 import pickle
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,51 +19,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import NETWORKS, VARIANTS, batch_of, keywords, make, network, quiet
 from face import assert_same_state, fingerprint, snapshot
-from keywords import grouped
-from method_cases import MapNet, numbers
-from models import Conv4, NormedMlp, class_tasks, seeded
+from method_cases import numbers
+from models import NormedMlp, seeded
 from torch import Tensor, nn
 
 import metawrap
-from metawrap import ArgumentError, MetaWrapError, MetaWrapWarning, Task, TaskError, methods
+from metawrap import ArgumentError, MetaWrapError, Task, TaskError, methods
 from metawrap.settings.keywords import keyword_types
 from metawrap.training.run_settings import METHODS
 
 NORMS = ("batch", "running", "support")
-# Smaller, so that the contract is quick; and what a method needs to learn a handful of tasks by heart.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "maml++": {"inner_steps": 2},
-    "maml": {"inner_steps": 2},
-    "fomaml": {"inner_steps": 2},
-    "anil": {"inner_steps": 2},
-    "boil": {"inner_steps": 2},
-    "fine-tune": {"inner_steps": 5, "classes": 9},
-    "multi-task": {"inner_steps": 5, "classes": 9},
-    "reptile": {"inner_steps": 4, "inner_lr": 0.5, "evaluation_steps": 4},
-    "lstm": {"inner_steps": 2, "inner_lr": 0.1, "hidden_size": 5, "max_grad_norm": None},
-    "mann": {"hidden": 16, "slots": 8},
-    "statistician": {"hidden": 32},
-}
-# Other code of the same method: its name, and its options.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "metaoptnet-ridge": ("metaoptnet", {"solver": "ridge"}),
-    "matchingnet-context": ("matchingnet", {"full_context": True, "processing_steps": 2, "learn_scale": True}),
-    "anil-rates": ("anil", {"learn_inner_lr": True}),
-    "fine-tune-full": ("fine-tune", {"tune": "full", "inner_lr": 0.05}),
-    "fine-tune-growing": ("fine-tune", {"classes": None}),
-    "fine-tune-own-labels": ("fine-tune", {"classes": "shared"}),
-    "multi-task-growing": ("multi-task", {"classes": None}),
-    "multi-task-ids": ("multi-task", {}),
-    "relationnet-maps": ("relationnet", {"head": "head"}),
-    "siamese-images": ("siamese", {}),
-    "statistician-images": ("statistician", {}),
-}
-NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "relationnet-maps": (MapNet, (1, 10, 10)),
-    "siamese-images": (Conv4, (1, 16, 16)),
-    "statistician-images": (Conv4, (1, 16, 16)),
-}
 INNER_STEPS = {"maml++", "maml", "fomaml", "meta-sgd", "anil", "boil", "reptile", "lstm", "fine-tune", "multi-task"}
 # Their head is fitted to embeddings, and has one output for each class of the task.
 FITTED = [name for name in METHODS if name not in INNER_STEPS | {"zero-step"}]
@@ -92,49 +57,11 @@ LEARNS_NOTHING = {"zero-step"}
 DRAWS = {"statistician"}
 
 
-IDS = ["a.b", 1, "1"]
-
-
-def batch_of(case: str = "", tasks: int = 3, seed: int = 0, **options: Any) -> list[Task]:
-    shape = NETWORKS[case][1] if case in NETWORKS else (4,)
-    found = []
-    for place, each in enumerate(
-        zip(*class_tasks(shape, tasks=tasks, seed=seed, **{"shots": 2, **options}), strict=True)
-    ):
-        classes = tuple(range(3 * place, 3 * place + int(each[1].max()) + 1))
-        task_id = IDS[place] if case == "multi-task-ids" else None
-        named = not case.endswith(("ids", "own-labels"))
-        found.append(Task(*each, id=task_id, classes=classes if named else None))
-    return found
-
-
 def uneven(case: str, ways: int = 3, shape: tuple[int, ...] = (4,)) -> Task:
     """A task with way + 1 support examples of each way, and two targets."""
     labels, asked = torch.arange(ways).repeat_interleave(torch.arange(ways) + 1), torch.arange(ways).repeat(2)
     x, y = numbers(len(labels), *shape), numbers(len(asked), *shape, seed=1)
     return replace(batch_of(case, 1, ways=ways)[0], support_x=x, support_y=labels, target_x=y, target_y=asked)
-
-
-def keywords(name: str, **flat: Any) -> dict[str, Any]:
-    """Flat keywords by group; `tune` and `inner_optimizer` of joint training are the method's own."""
-    own = {
-        key: flat.pop(key) for key in ("tune", "inner_optimizer") if name in ("fine-tune", "multi-task") and key in flat
-    }
-    return grouped(**flat) | own
-
-
-def make(case: str, model: nn.Module | None = None, **options: Any) -> Any:
-    name, own = VARIANTS.get(case, (case, {}))
-    if model is None:
-        model = network(case)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", MetaWrapWarning)
-        torch.manual_seed(0)
-        return getattr(methods, METHODS[name])(model, **keywords(name, **OPTIONS.get(name, {}) | own | options))
-
-
-def network(case: str, seed: int = 0) -> nn.Module:
-    return seeded(NETWORKS.get(case, (NormedMlp, ()))[0], seed)
 
 
 def predictions(learner: Any, task: Task) -> Tensor:
@@ -153,14 +80,6 @@ def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor | N
         zero = torch.zeros(()) if gradient is None else torch.zeros_like(gradient)
         one, other = (zero if g is None else g for g in (found[name], gradient))
         assert float((one - other).abs().max()) <= tolerance * scale, name
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", MetaWrapWarning)
-        torch.manual_seed(1)
-        yield
 
 
 @pytest.fixture(params=METHODS)

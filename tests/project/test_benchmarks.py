@@ -13,8 +13,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from torch import Tensor
 
 from gpu import meta_step
+from metawrap.execution.cuda_graphs import RECORDERS
 from rivals import cases, contenders
 from rivals.cases import Case
 from rivals.contenders import SETTINGS, Setting
@@ -259,14 +261,36 @@ def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.Mo
 def test_the_gpu_script_runs_on_the_cpu_with_operations_for_kernels(
     run: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    records = run(meta_step, "--device", "cpu", "--cases", "A", "--only", "metawrap functional")
+    flags = ("--device", "cpu", "--cases", "A", "--precision", "tf32", "bf16", "--only", "metawrap functional")
+    records = run(meta_step, *flags, "plain graphs")
     kinds = {record["kind"] for record in records}
-    assert kinds == {"bandwidth ceiling", "convolution ceiling", "agreement", "cpu"}
-    (found,) = (r for r in records if r["kind"] == "cpu" and r["setting"] == "metawrap functional")
-    assert "kernels" not in found
-    assert found["operations"] > 100
-    assert found["convolution_percent"] > 0
-    assert found["bandwidth_percent"] > 0
+    assert kinds == {"bandwidth ceiling", "convolution ceiling", "matmul ceiling", "agreement", "skipped", "cpu"}
+    assert {r["setting"]: r["reason"] for r in records if r["kind"] == "skipped"} == {
+        "plain graphs": "CUDA graphs are for a GPU"
+    }
+    found = [r for r in records if r["kind"] == "cpu" and r["setting"] == "metawrap functional"]
+    assert [record["precision"] for record in found] == ["tf32", "bf16"]
+    for record in found:
+        assert "kernels" not in record
+        assert record["operations"] > 100
+        assert all(record[f"{ceiling}_percent"] > 0 for ceiling in ("convolution", "matmul", "bandwidth"))
+
+
+def test_the_recorded_plain_loop_has_the_gradients_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(run: Callable[[], list[Tensor]]) -> Any:
+        """Runs again at each replay, into the same memory, as a replay of a graph does."""
+        first = run()
+
+        def replay() -> None:
+            for mine, new in zip(first, run(), strict=True):
+                mine.copy_(new)
+
+        return replay, first
+
+    monkeypatch.setitem(RECORDERS, "cpu", record)
+    found = agreement_of("plain graphs")
+    assert found["agrees"], found
+    assert found["steps"] == 4
 
 
 def test_flops_of_a_meta_step_are_those_that_a_count_by_hand_gives() -> None:
