@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.outputs import prediction_in
 from metawrap.results import are_logits, class_loss, ignored_label, loss_option
+from metawrap.snapshot.reachable_state import RANDOM_NUMBERS
 from metawrap.tasks import Task, tensors_in
 
 Gradients = Sequence[Tensor | None]
@@ -234,25 +235,33 @@ _NO_GRADIENT = (
 )
 
 
-def counted(run: Callable[[], Any]) -> tuple[Any, int]:
-    """The result of a call, and the number of multiplications and additions in it; 0 if they cannot be counted."""
+def counted(run: Callable[[], Any]) -> tuple[Any, int, str | None]:
+    """The result of a call, the number of multiplications and additions in it, and in words that it drew in torch.
+
+    (result, 0, None) if the operations cannot be seen.
+    """
     try:
-        with _Multiplications() as count:
-            return run(), count.total
+        with _Operations() as seen:
+            return run(), seen.work, RANDOM_NUMBERS if seen.draws else None
     except Exception:  # The counting mode does not know all tensors, nested ones for example. An error of the call
-        return run(), 0  # itself is raised here again.
+        return run(), 0, None  # itself is raised here again.
 
 
-class _Multiplications(TorchDispatchMode):
-    """Counts the multiplications and additions of what runs inside: convolutions, products of matrices, attention."""
+class _Operations(TorchDispatchMode):
+    """What runs inside.
+
+    work: multiplications and additions of convolutions, products of matrices and attention. draws: whether an operation
+    draws random numbers, from a generator that is put back afterwards too.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.work, self.draws = 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation."""
         found = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=found)
+            self.work += count(*args, **(kwargs or {}), out_val=found)
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         return found

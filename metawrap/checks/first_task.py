@@ -131,7 +131,7 @@ class FirstTaskChecks:
         solver = replace(solver, plain_forms=self.plain_forms, clone_inputs=self.edits_inputs)
         if differentiable:
             refuse_carried_graphs(wrapped.model, self.edits.carried, lambda: support_loss(learned))
-        predicted, self.work = counted(prediction)
+        predicted, self.work, drawn = counted(prediction)
         refuse_bypassed(predicted, wrapped.adapted_parameters())
         if learner.head is None:
             head, exact, _ = find_head(wrapped.model, prediction)
@@ -155,7 +155,7 @@ class FirstTaskChecks:
         if cause:
             warn_no_second_derivative(cause, settings.first_order_epochs)
         several = differentiable and wrapped.model.training and settings.execution.workers != 1
-        left_behind = changed or (learner.executor.worker_differs(learner, solver, task) if several else None)
+        left_behind = changed or drawn or (learner.executor.worker_differs(learner, solver, task) if several else None)
         return FirstLook(unused, differentiable, cause, left_behind)
 
     def _refuse_second_order(self, learner: Any, cause: str | None) -> None:

@@ -39,7 +39,7 @@ from metawrap.settings.groups import ExecutionOptions
 from metawrap.settings.schedules import is_second_order, step_loss_weights
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
-from metawrap.snapshot.reachable_state import difference, state_of
+from metawrap.snapshot.reachable_state import RANDOM_NUMBERS, difference, state_of
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 
@@ -220,10 +220,12 @@ class ParallelExecutor(Executor):
             replicas = [self._replica(learner) for _ in range(count)]
         except Exception as error:  # A lock, for example, that the model was given since the first task.
             raise DisturbedError(f"it cannot be copied any more: {first_line(error)}") from error
-        before = [state_of(_parts(each)) for each in replicas]
+        before, put_back = [state_of(_parts(each)) for each in replicas], Generators.put_back_in_all
         # Settings of the whole process are made before the first worker begins, and undone after the last.
         with _twice(learner):
             yield from in_threads(work, items, replicas)
+        if put_back != Generators.put_back_in_all:
+            raise DisturbedError(RANDOM_NUMBERS)
         for each, state in zip(replicas, before, strict=True):
             if changed := difference(state, state_of(_parts(each))):
                 raise DisturbedError(changed)

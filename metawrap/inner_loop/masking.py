@@ -156,8 +156,7 @@ class Mask:
                 found: Tensor = loss(prediction_for(self.loss_fn, around(prediction)), y)
                 return found
             finally:
-                if generators.moved():
-                    generators.put_back()
+                generators.put_back()
 
         if not bool(value.isfinite()):
             if bool(tried(plain).isfinite()):

@@ -211,8 +211,7 @@ class TaskSolver:
         generators = Generators(self.device)
         with self.wrapped.in_training_mode():
             yield
-        if generators.moved():
-            generators.put_back()
+        generators.put_back()
 
     def initial_weights(self, loop: InnerLoop, starts: Sequence[Start] | None = None) -> FastWeights:
         """Where the inner loop starts.

@@ -25,8 +25,12 @@ class Generators:
         device: a CUDA device's generator is kept too.
         held: values; those that are generators are kept too, under the name of their library.
         shared: whether the global generators are kept.
+
+    `put_back_in_all`: how many generators were put back in this process. Draws of one thread cannot be seen in the
+    state of a generator that another thread has put back.
     """
 
+    put_back_in_all = 0
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, device: torch.device | None = None, held: Iterable[Any] = (), shared: bool = True) -> None:
@@ -58,9 +62,11 @@ class Generators:
         return isinstance(other, Generators) and not self.moved(other)
 
     def put_back(self) -> None:
-        """Sets every generator to the state that was kept."""
-        for _, _, write, state in self._kept:
-            write(state)
+        """Sets every generator that has moved to the state that was kept."""
+        for _, read, write, state in self._kept:
+            if not _same_state(state, read()):
+                Generators.put_back_in_all += 1
+                write(state)
 
 
 def _same_state(one: Any, other: Any) -> bool:

@@ -41,6 +41,7 @@ _FIXED: tuple[type, ...] = (
 )
 _DEPTH = 8
 _RANDOM = "random numbers"
+RANDOM_NUMBERS = "it draws random numbers, which come in the order of the tasks"
 
 
 @dataclass
@@ -69,7 +70,7 @@ def difference(before: ReachableState, after: ReachableState) -> str | None:
     for name in [*after.values, *before.values]:
         if before.values.get(name) != after.values.get(name):
             if name == _RANDOM:
-                return "it draws random numbers, which come in the order of the tasks"
+                return RANDOM_NUMBERS
             return f"forward changes '{name}'"
     return None if after.unread is None else f"nothing can tell whether forward changes '{after.unread}'"
 

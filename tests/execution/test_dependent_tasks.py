@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ways_to_work import FOUR, WORKERS_IN
 
 from metawrap import MetaWrapWarning
+from metawrap.inner_loop.flat_memory import DisturbedError
+from metawrap.snapshot.generators import Generators
 
 
 class Holding(Watched):
@@ -130,6 +132,21 @@ def test_what_begins_after_the_first_step_is_seen(change: str, memory: str, work
     assert fast.model.calls == plain.model.calls
 
 
+def test_draws_are_seen_although_another_thread_puts_the_generator_back() -> None:
+    """As flat memory does; the last thread to do it may leave the state from before all draws."""
+    learner = build(seeded(Watched), workers=2)
+    learner.meta_step(FOUR)
+
+    def solved(_: Any, task: int) -> float:
+        before = Generators()
+        drawn = float(torch.rand(()))
+        before.put_back()
+        return drawn
+
+    with pytest.raises(DisturbedError, match="random numbers"):
+        list(learner.executor._in_threads(learner, solved, range(4), 2))
+
+
 def test_what_cannot_be_copied_any_more_is_solved_in_order() -> None:
     plain, fast = (build(seeded(Watched), engine="functional", workers=n) for n in (1, 2))
     for learner in (plain, fast):
@@ -143,6 +160,7 @@ def test_what_cannot_be_copied_any_more_is_solved_in_order() -> None:
 
 HAZARDS: dict[str, tuple[Any, str]] = {
     "random draws": (partial(Watched, "drops"), "random numbers"),
+    "draws of a generator that is put back": (partial(Watched, "draws_the_same"), "random numbers"),
     "an attribute that changes": (partial(Watched, "counts"), "changes 'calls'"),
     "a list that grows": (partial(Watched, "lists"), "changes 'history'"),
     "an edited buffer": (partial(Watched, "averages"), "buffer 'average'"),

@@ -51,6 +51,10 @@ class Late(nn.Module):
     def drops(self, hidden: Tensor) -> Tensor:
         return F.dropout(hidden, 0.4)
 
+    def draws_the_same(self, hidden: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            return hidden + torch.randn_like(hidden)
+
     def averages(self, hidden: Tensor) -> Tensor:
         self.average.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
         return hidden - self.average
