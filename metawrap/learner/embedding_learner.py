@@ -20,7 +20,7 @@ from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, 
 from metawrap.heads.fitted import FittedHead, PlacedHead
 from metawrap.layers.norm_policies import passes_of
 from metawrap.layers.per_step_norm import Moments
-from metawrap.learner.evaluation import adapting, finished
+from metawrap.learner.evaluation import adapting, finished, policy_of
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
@@ -182,7 +182,13 @@ class EmbeddingLearner(Learner):
 
     @shared
     def adapt(
-        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+        self,
+        support_x: Inputs,
+        support_y: Any,
+        steps: int | None = None,
+        *,
+        classes: Classes | None = None,
+        norm: str | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, with a fitted head in the place of its own.
 
@@ -194,12 +200,12 @@ class EmbeddingLearner(Learner):
             support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1 without `classes`.
             steps: None; there is no inner loop.
             classes: the task's classes in the order of the outputs: labels, or names; see `TaskClasses`.
+            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
         """
         refuse_inner_loop(self, steps)
-        asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
+        asked, norm = TaskClasses(classes, support_x, support_y, self.loss_fn), policy_of(self, norm)
         with adapting(self, asked.task(places=True)) as task:
             labels, ways = self._labels(task)
-            norm = self.settings.norm
             passes = passes_of(norm, training=False)
             embedded = self.embedding.of(task.support_x, passes.context or passes.support)
             fitted = self._fit_head(embedded, labels, ways).plain()

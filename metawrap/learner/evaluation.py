@@ -46,7 +46,10 @@ def evaluated(
     keep_predictions: bool,
 ) -> EvaluationResult:
     """See `Learner.evaluate`."""
-    policy = _policy(learner, norm, steps, mask)
+    policy = policy_of(learner, norm)
+    if mask is not None:
+        check_choice("mask_unused_outputs", mask)
+    check_steps(steps)
     metrics = None if metric is None else Metrics(metric, device_of(learner))
     check_switch("keep_predictions", keep_predictions)
     values: list[dict[str, Tensor]] = []
@@ -134,22 +137,24 @@ def check_steps(steps: int | None) -> None:
     check_value("steps", steps, WholeOrNone)
 
 
-def _policy(learner: Any, norm: str | None, steps: int | None, mask: bool | None) -> str:
+def policy_of(learner: Any, norm: str | None) -> str:
+    """The batch-norm policy that a call asks for, the learner's own if None; it warns where training was under another.
+
+    Raises:
+        ArgumentError: no policy, or one that the learner lacks the learned numbers of.
+    """
     own: str = learner.settings.norm
     policy = own if norm is None else norm
     check_choice("norm", policy)
-    if mask is not None:
-        check_choice("mask_unused_outputs", mask)
-    check_steps(steps)
     if policy != own and policy in BLENDS:
         raise ArgumentError(
             f'norm: "{policy}" blends by shares that are learned with it, but the learner was made with norm="{own}". '
-            f'Make it with norm="{policy}", or evaluate under "batch", "support" or "running".'
+            f'Make it with norm="{policy}", or use "batch", "support" or "running".'
         )
     if policy != own and any(isinstance(module, PerStepNorm) for module in learner.model.modules()):
         unmoved = ' It has stored no shifts of targets either, so this equals norm="support".'
         warnings.warn(
-            f'Evaluating under norm="{policy}" what was trained under norm="{own}": the weights have not been '
+            f'norm="{policy}" for what was trained under norm="{own}": the weights have not been '
             "trained for these statistics, and accuracy is known to suffer."
             + (unmoved if policy == "running" and learner.inner_loop else ""),
             MetaWrapWarning,

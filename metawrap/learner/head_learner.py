@@ -27,7 +27,7 @@ from metawrap.layers.norm_policies import passes_of
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.embedding_learner import EmbeddingKeywords
-from metawrap.learner.evaluation import adapting, check_steps, finished
+from metawrap.learner.evaluation import adapting, check_steps, finished, policy_of
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
 from metawrap.learner.without_inner_loop import (
@@ -147,7 +147,13 @@ class HeadLearner(Learner):
 
     @shared
     def adapt(
-        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+        self,
+        support_x: Inputs,
+        support_y: Any,
+        steps: int | None = None,
+        *,
+        classes: Classes | None = None,
+        norm: str | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; the learner does not change.
 
@@ -158,14 +164,17 @@ class HeadLearner(Learner):
             support_x, support_y: one task's support set, (examples, ...).
             steps: inner steps; `inner_steps` if None; 0 for before adaptation.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
+            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
         """
-        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps)
+        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps, norm)
 
-    def _adapted_to(self, asked: TaskClasses, steps: int | None, task_id: TaskId | None = None) -> nn.Module:
+    def _adapted_to(
+        self, asked: TaskClasses, steps: int | None, norm: str | None, task_id: TaskId | None = None
+    ) -> nn.Module:
         check_steps(steps)
-        steps = self.settings.inner_steps if steps is None else steps
+        steps, policy = self.settings.inner_steps if steps is None else steps, policy_of(self, norm)
         with adapting(self, asked.task(id=task_id)) as task:
-            return asked.cut(finished(self._module(task, self.settings.norm, steps), task))
+            return asked.cut(finished(self._module(task, policy, steps), task))
 
     def describe(self) -> Description:
         """What wrapping found and did."""

@@ -116,9 +116,15 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def adapt(
-        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+        self,
+        support_x: Inputs,
+        support_y: Any,
+        steps: int | None = None,
+        *,
+        classes: Classes | None = None,
+        norm: str | None = None,
     ) -> nn.Module:
-        """A plain module of the user's own class, fitted to one support set; classes: see `TaskClasses`."""
+        """A plain module of the user's own class, fitted to a support set. classes: see `TaskClasses`. norm: see evaluate."""
 
     @shared
     def unwrap(self) -> nn.Module:

@@ -28,7 +28,7 @@ from metawrap.inner_loop.task_solver import InnerUpdate, TaskSolver
 from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
 from metawrap.learner.describing import describe_learner, first_order_warning, norm_warnings, unused_warnings
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import adapting, check_steps, finished
+from metawrap.learner.evaluation import adapting, check_steps, finished, policy_of
 from metawrap.learner.keywords import MAMLKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
@@ -180,6 +180,7 @@ class MAML(Learner):
         mask_unused_outputs: bool | None = None,
         task_id: TaskId | None = None,
         classes: Classes | None = None,
+        norm: str | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, fitted to one support set; changes nothing here.
 
@@ -196,20 +197,21 @@ class MAML(Learner):
                 the outputs of the module that is returned.
             task_id: under head_init="stored", the task whose head is the start; the learned head if None or not stored.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
+            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
         """
         check_steps(steps)
         steps = self.settings.default_steps if steps is None else steps
         if mask_unused_outputs is not None:
             check_choice("mask_unused_outputs", mask_unused_outputs)
         asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
-        own = asked.task(id=task_id)
+        own, norm = asked.task(id=task_id), policy_of(self, norm)
         if task_id is not None and self.settings.outputs.head_init != "stored":
             raise ArgumentError(
                 'task_id: has an effect only with outputs={"head_init": "stored"}, which keeps a head for each task, '
                 f"but got {shown(task_id)}. Leave it out."
             )
         with adapting(self, own) as task:
-            norm, solver = self.settings.norm, self._solver()
+            solver = self._solver()
             loop = solver.loop(task, training=False, norm=norm, mask=mask_unused_outputs)
             start = Point(solver.initial_weights(loop), {})
             point = loop.adapted(start, steps)

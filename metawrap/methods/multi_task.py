@@ -97,6 +97,7 @@ class MultiTask(HeadLearner):
         steps: int | None = None,
         *,
         classes: Classes | None = None,
+        norm: str | None = None,
         task_id: TaskId | None = None,
     ) -> nn.Module:
         """A plain module of the user's own class, in eval mode, with a head fitted to one support set.
@@ -113,7 +114,7 @@ class MultiTask(HeadLearner):
                 f"task_id: no task with an id was trained on, so {shown(task_id)} names no head to start from. "
                 "Leave it out."
             )
-        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps, task_id)
+        return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps, norm, task_id)
 
     def _check_trainable(self, batch: TaskBatch) -> None:
         for task in batch:

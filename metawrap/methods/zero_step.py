@@ -11,7 +11,7 @@ from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.execution.executor import Executor, shared
 from metawrap.layers.norm_policies import passes_of
 from metawrap.layers.per_step_norm import Moments
-from metawrap.learner.evaluation import adapting, finished
+from metawrap.learner.evaluation import adapting, finished, policy_of
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
@@ -64,7 +64,13 @@ class ZeroStep(Learner):
 
     @shared
     def adapt(
-        self, support_x: Inputs, support_y: Any, steps: int | None = None, *, classes: Classes | None = None
+        self,
+        support_x: Inputs,
+        support_y: Any,
+        steps: int | None = None,
+        *,
+        classes: Classes | None = None,
+        norm: str | None = None,
     ) -> nn.Module:
         """The trained network as a plain module of the user's own class, in eval mode; changes nothing here.
 
@@ -73,11 +79,12 @@ class ZeroStep(Learner):
                 images under norm="support".
             steps: None or 0.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
+            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
         """
         self._refuse_steps(steps, None)
-        asked = TaskClasses(classes, support_x, support_y, self.loss_fn)
+        asked, norm = TaskClasses(classes, support_x, support_y, self.loss_fn), policy_of(self, norm)
         with adapting(self, asked.task()) as task:
-            norm, held = self.settings.norm, None
+            held = None
             if (context := passes_of(norm, training=False).context) is not None:
                 self.wrapped.run(task.support_x, context)
                 held = self.wrapped.held(norm)

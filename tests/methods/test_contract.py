@@ -209,6 +209,15 @@ def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
         expected = result.predictions[0]
         assert torch.equal(found.argmax(1), expected.argmax(1))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if norm == "batch":
+        with quiet():
+            expected = learner.evaluate([task], keep_predictions=True, norm="support").predictions[0]
+            torch.manual_seed(1)
+            module = learner.adapt(task.support_x, task.support_y, norm="support")
+        with torch.no_grad():
+            torch.testing.assert_close(module(task.target_x), expected, rtol=1e-9, atol=1e-9)
+            alone = module(task.target_x[:1])
+        torch.testing.assert_close(alone, expected[:1], rtol=1e-9, atol=1e-9)
         assert steps is None or result.steps == steps
 
 

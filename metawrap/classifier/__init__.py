@@ -1,0 +1,15 @@
+"""From a few labelled photos to a classifier that is deployed: photos -> learner.adapt -> program -> predictions.
+
+estimate.py: how well a learner does on photos that it was not shown, from the photos themselves
+photos.py: a folder of photos per class -> pictures and labels, and the near-duplicates among them
+program.py: a network as a program that only needs torch (or onnxruntime); a stranger's is checked before it is loaded
+classifier.py: `Classifier`: predict, save, load
+fitting.py: learner, photos -> `Classifier`
+"""
+
+from metawrap.classifier.classifier import Classifier, Prediction
+from metawrap.classifier.estimate import Estimate
+from metawrap.classifier.fitting import choose_method, fit_classifier
+from metawrap.classifier.photos import Photos
+
+__all__ = ["Classifier", "Estimate", "Photos", "Prediction", "choose_method", "fit_classifier"]

@@ -1,0 +1,253 @@
+"""A classifier of photos: an adapted network with its classes and preprocessing, in memory or in a folder of plain files.
+
+The folder holds classifier.json (classes, preprocessing, how it was made), network.pt2 (a program of torch.export),
+weights.safetensors, predict.py, which runs it without metawrap, and model.onnx if it was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from metawrap.classifier.program import (
+    Deployed,
+    Run,
+    exported,
+    in_batches,
+    load_onnx,
+    load_program,
+    save_onnx,
+    save_program,
+)
+from metawrap.data.preprocessing import Preprocessing
+from metawrap.errors import ArgumentError, DataError, UnsupportedModuleError, shown, writing
+
+FORMATS = ("torch", "onnx")
+ABOUT, PROGRAM, ONNX, WEIGHTS, SCRIPT = (
+    "classifier.json",
+    "network.pt2",
+    "model.onnx",
+    "weights.safetensors",
+    "predict.py",
+)
+_VERSION = 1
+_MAX_ABOUT_BYTES = 16 * 2**20
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one photo shows. ranking: (class, probability) of every class, the most probable first."""
+
+    ranking: tuple[tuple[str, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The most probable class."""
+        return self.ranking[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability, in 0..1."""
+        return self.ranking[0][1]
+
+
+@dataclass
+class Classifier:
+    """Names the classes of photos.
+
+    classes: their names, in the order of the outputs. preprocessing: the way from a photo to the network's input.
+    run: pictures, uint8 (photos, channels, height, width), to probabilities (photos, classes). about: how it was made,
+    plain values. at_once: how many photos `run` takes at once at most. network: the adapted network, where it is known.
+
+    >>> classifier = Classifier.of(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ("day", "night"), Preprocessing((2, 2)))
+    >>> [prediction] = classifier.predict([np.zeros((2, 2, 3), np.uint8)])
+    >>> prediction.name in ("day", "night")
+    True
+    """
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    run: Run
+    about: dict[str, Any] = field(default_factory=dict)
+    at_once: int = 64
+    network: nn.Module | None = None
+
+    files: ClassVar[tuple[str, ...]] = (ABOUT, PROGRAM, WEIGHTS, SCRIPT, ONNX)
+
+    @classmethod
+    def of(
+        cls, network: nn.Module, classes: Sequence[str], preprocessing: Preprocessing, about: Mapping[str, Any] | None = None
+    ) -> Classifier:
+        """The classifier of an adapted network, whose outputs are the logits of the classes."""
+        deployed = Deployed(network, preprocessing).eval()
+        return cls(tuple(classes), preprocessing, deployed, dict(about or {}), network=deployed)
+
+    def probabilities(self, photos: Iterable[Any]) -> NDArray[np.float32]:
+        """The probability of each class, (photos, classes).
+
+        Args:
+            photos: paths, PIL images, arrays or the bytes of files; see `Preprocessing.pixels`.
+        Raises:
+            DataError: one of them is no readable picture.
+        """
+        if isinstance(photos, str | Path | bytes):
+            raise ArgumentError(f"photos: expected a list of photos, but got one: {shown(photos)}. Put it into a list.")
+        pictures = [self.preprocessing.pixels(photo) for photo in photos]
+        return self.of_pictures(np.stack(pictures)) if pictures else np.zeros((0, len(self.classes)), np.float32)
+
+    def of_pictures(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """As `probabilities`, of pictures at the network's size: uint8 of shape (photos, height, width, channels)."""
+        found: NDArray[np.float32] = in_batches(self.run, pictures, self.at_once).numpy()
+        return found
+
+    def predict(self, photos: Iterable[Any]) -> list[Prediction]:
+        """What each photo shows; see `probabilities`."""
+        rows = self.probabilities(photos)
+        return [Prediction(tuple((self.classes[k], float(row[k])) for k in np.argsort(-row, kind="stable"))) for row in rows]
+
+    def save(self, folder: str | Path, formats: Sequence[str] = ("torch",), examples: NDArray[np.uint8] | None = None) -> Path:
+        """Writes the classifier into a new folder, or over a classifier in it; returns the folder.
+
+        Args:
+            formats: of "torch" and "onnx". examples: pictures on which the programs are compared with the network,
+                uint8 of shape (photos, height, width, channels); random ones if None.
+        Raises:
+            ArgumentError: an unknown format, or a classifier that was loaded; copy its folder.
+            CheckpointError: the folder holds something else, or cannot be written.
+            UnsupportedModuleError: the network cannot be exported, or a program does not give the same probabilities.
+        """
+        out = Path(folder)
+        if unknown := [name for name in formats if name not in FORMATS]:
+            raise ArgumentError(f"formats: expected some of {', '.join(FORMATS)}, but got {shown(unknown[0])}.")
+        if self.network is None:
+            raise ArgumentError(f"save: this classifier was loaded from files. Copy its folder to '{out}'.")
+        _check_free(out)
+        if examples is None:
+            shape = (2, *self.preprocessing.size, self.preprocessing.channels)
+            examples = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        examples = examples if len(examples) > 1 else np.repeat(examples, 2, 0)
+        pictures = torch.from_numpy(np.ascontiguousarray(examples[:8].transpose(0, 3, 1, 2)))
+        program, at_once = exported(self.network, pictures[:2])
+        expected = in_batches(self.run, examples[:8], self.at_once)
+        with writing("out", out):
+            out.mkdir(parents=True, exist_ok=True)
+            for name in self.files:
+                (out / name).unlink(missing_ok=True)
+            save_program(program, out / PROGRAM)
+            _save_weights(self.network, out / WEIGHTS)
+            shutil.copyfile(Path(__file__).with_name(SCRIPT), out / SCRIPT)
+        runs = {PROGRAM: load_program(out / PROGRAM)}
+        if "onnx" in formats:
+            save_onnx(program, out / ONNX)
+            runs[ONNX] = load_onnx(out / ONNX)
+        for name, run in runs.items():
+            _check_same(name, in_batches(run, examples[:8], at_once or self.at_once), expected)
+        about = self.about | {
+            "format": _VERSION,
+            "classes": list(self.classes),
+            "preprocessing": self.preprocessing.to_dict(),
+            "photos_at_once": at_once,
+            "sha256": {name: _digest(out / name) for name in (*runs, WEIGHTS)},
+        }
+        with writing("out", out):  # Last: a folder with this file is whole.
+            (out / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return out
+
+    @classmethod
+    def load(cls, folder: str | Path, runtime: str = "torch") -> Classifier:
+        """The classifier in a folder of `save`. No code of the folder runs.
+
+        Args:
+            runtime: "torch", or "onnx" for model.onnx by onnxruntime.
+        Raises:
+            ArgumentError: another runtime.
+            DataError: the folder holds no classifier, or a file of it is missing, changed, or of another form.
+        """
+        if runtime not in FORMATS:
+            raise ArgumentError(f"runtime: expected one of {', '.join(FORMATS)}, but got {shown(runtime)}.")
+        place = Path(folder)
+        about = _read_about(place)
+        file = place / (PROGRAM if runtime == "torch" else ONNX)
+        if not file.is_file():
+            fix = "Write it with: metawrap adapt ... --format onnx" if runtime == "onnx" else "Get a fresh copy of it."
+            raise DataError(f"'{place}' has no {file.name}. {fix}")
+        digests = about.get("sha256")
+        if not isinstance(digests, dict) or digests.get(file.name) != _digest(file):
+            raise DataError(f"'{file}' is not the file that {ABOUT} beside it was written for. Get a fresh copy of both.")
+        run = load_program(file) if runtime == "torch" else load_onnx(file)
+        classes, preprocessing = about.pop("classes"), about.pop("preprocessing")
+        at_once = about.get("photos_at_once") or cls.at_once
+        made = cls(classes, preprocessing, run, about, at_once)
+        height, width = preprocessing.size
+        found = made.of_pictures(np.zeros((1, height, width, preprocessing.channels), np.uint8))
+        if found.shape != (1, len(classes)):
+            raise DataError(
+                f"'{file}' gives {found.shape[-1]} probabilities, but {ABOUT} names {len(classes)} classes. Get a fresh "
+                "copy of both."
+            )
+        return made
+
+
+def _read_about(place: Path) -> dict[str, Any]:
+    """classifier.json, with the classes as a tuple and the preprocessing as such; DataError unless it is whole."""
+    path = place / ABOUT
+    if not path.is_file():
+        raise DataError(f"'{place}' holds no classifier: there is no {ABOUT}. Make one with: metawrap adapt")
+    wrong = f"'{path}' is no description of a classifier"
+    try:
+        if path.stat().st_size > _MAX_ABOUT_BYTES:
+            raise DataError(f"{wrong}: it is too large. Get a fresh copy of it.")
+        about: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{wrong} ({error}). Get a fresh copy of it.") from error
+    if not isinstance(about, dict) or about.get("format") != _VERSION:
+        version = about.get("format") if isinstance(about, dict) else None
+        raise DataError(f"{wrong}: expected format {_VERSION}, but it has {shown(version)}. Use the metawrap that wrote it.")
+    classes, at_once = about.get("classes"), about.get("photos_at_once")
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"{wrong}: expected a list of two or more names as classes, but it has {shown(classes)}.")
+    if at_once not in (None, 1) or isinstance(at_once, bool | float):
+        raise DataError(f"{wrong}: expected photos_at_once null or 1, but it has {shown(at_once)}.")
+    try:
+        preprocessing = Preprocessing.from_dict(about.get("preprocessing", {}))
+    except ArgumentError as error:
+        raise DataError(f"{wrong}: {error}") from error
+    return about | {"classes": tuple(classes), "preprocessing": preprocessing}
+
+
+def _check_free(out: Path) -> None:
+    """Raises ArgumentError if a folder holds files that are none of a classifier's, or is a link to another place."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ArgumentError(f"out: '{out}' is no folder. Name a new one.")
+    if out.exists() and (others := sorted(each.name for each in out.iterdir() if each.name not in Classifier.files)):
+        raise ArgumentError(f"out: '{out}' holds other files, such as {shown(others[0])}. Name a new folder.")
+
+
+def _check_same(name: str, found: Tensor, expected: Tensor) -> None:
+    if not bool(torch.isfinite(found).all()) or (worst := float((found - expected).abs().max())) > _TOLERANCE:
+        raise UnsupportedModuleError(
+            f"{name}: the exported program gives other probabilities than the network (by {worst:.1e}; expected at most "
+            f"{_TOLERANCE:.0e}), so its forward depends on more than its input. Deploy the module of learner.adapt."
+        )
+
+
+def _save_weights(network: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Copies: tied weights share memory, which the format refuses.
+    save_file({name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}, path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

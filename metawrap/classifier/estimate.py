@@ -1,0 +1,99 @@
+"""How well a learner does on photos that it was not shown: each photo is predicted by what the others taught."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metawrap.outputs import prediction_in
+from metawrap.tasks import Task
+
+# More rounds give each of them nearly all photos; their time grows with photos and rounds.
+_ROUNDS = 10
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The result of `left_out`.
+
+    right, photos: of the photos that were left out. rounds: how many times a part of the photos was left out; each
+    photo was left out once, except the only ones of their class. confused: (true class, predicted class, times), the
+    most frequent first.
+    """
+
+    right: int
+    photos: int
+    rounds: int
+    confused: tuple[tuple[str, str, int], ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was predicted right, in 0..1."""
+        return self.right / self.photos
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy (Wilson 1927), which is sensible for few photos and for 100 %, too.
+
+        >>> Estimate(right=10, photos=10, rounds=5, confused=()).interval
+        (0.7224598..., 1.0)
+        """
+        share, count, z = self.accuracy, self.photos, _Z
+        centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        low, high = self.interval
+        found = {"right": self.right, "photos": self.photos, "rounds": self.rounds}
+        return found | {"accuracy": self.accuracy, "interval": [low, high], "confused": [list(c) for c in self.confused]}
+
+    def __str__(self) -> str:
+        low, high = (100 * bound for bound in self.interval)
+        return f"{self.right} of {self.photos} right, {100 * self.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+
+
+def left_out(
+    learner: Any, inputs: Tensor, labels: Tensor, names: Sequence[str], norm: str | None = None
+) -> Estimate | None:
+    """Predicts each photo from the others: in each round, at most a tenth of each class's photos is left out.
+
+    Args:
+        inputs: (photos, ...). labels: (photos,), places among `names`. norm: as in `learner.evaluate`.
+    Returns:
+        None if each class has one photo: nothing can be left out.
+    """
+    found: list[int] = []
+    true: list[int] = []
+    rounds = list(_rounds(labels))
+    for out in rounds:
+        task = Task(inputs[~out], labels[~out], inputs[out], labels[out])
+        result = learner.evaluate([task], norm=norm, keep_predictions=True)
+        logits = prediction_in(result.predictions[0])[:, : len(names)]
+        found += logits.argmax(1).tolist()
+        true += labels[out].tolist()
+    if not true:
+        return None
+    pairs = Counter((names[one], names[two]) for one, two in zip(true, found, strict=True) if one != two)
+    confused = tuple((one, two, times) for (one, two), times in pairs.most_common())
+    return Estimate(sum(map(int.__eq__, true, found)), len(true), len(rounds), confused)
+
+
+def _rounds(labels: Tensor) -> Iterator[Tensor]:
+    """Masks (photos,) of the photos to leave out. A class's photos are dealt to the rounds; one is always kept."""
+    places = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    several = [own for own in places if len(own) > 1]
+    for number in range(min(_ROUNDS, max(map(len, several), default=0))):
+        out = torch.zeros(len(labels), dtype=torch.bool)
+        for own in several:
+            # With fewer photos than rounds, each is left out in a round of its own.
+            out[own[number::_ROUNDS]] = True
+        yield out
