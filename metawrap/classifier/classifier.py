@@ -1,4 +1,4 @@
-"""A classifier of photos: an adapted network with its classes and preprocessing, in memory or in a folder of plain files.
+"""A classifier of photos: an adapted network with its classes and preprocessing, in memory or in a folder of files.
 
 The folder holds classifier.json (classes, preprocessing, how it was made), network.pt2 (a program of torch.export),
 weights.safetensors, predict.py, which runs it without metawrap, and model.onnx if it was asked for.
@@ -70,7 +70,8 @@ class Classifier:
     run: pictures, uint8 (photos, channels, height, width), to probabilities (photos, classes). about: how it was made,
     plain values. at_once: how many photos `run` takes at once at most. network: the adapted network, where it is known.
 
-    >>> classifier = Classifier.of(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ("day", "night"), Preprocessing((2, 2)))
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> classifier = Classifier.of(network, ("day", "night"), Preprocessing((2, 2)))
     >>> [prediction] = classifier.predict([np.zeros((2, 2, 3), np.uint8)])
     >>> prediction.name in ("day", "night")
     True
@@ -87,7 +88,11 @@ class Classifier:
 
     @classmethod
     def of(
-        cls, network: nn.Module, classes: Sequence[str], preprocessing: Preprocessing, about: Mapping[str, Any] | None = None
+        cls,
+        network: nn.Module,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        about: Mapping[str, Any] | None = None,
     ) -> Classifier:
         """The classifier of an adapted network, whose outputs are the logits of the classes."""
         deployed = Deployed(network, preprocessing).eval()
@@ -113,10 +118,22 @@ class Classifier:
 
     def predict(self, photos: Iterable[Any]) -> list[Prediction]:
         """What each photo shows; see `probabilities`."""
-        rows = self.probabilities(photos)
-        return [Prediction(tuple((self.classes[k], float(row[k])) for k in np.argsort(-row, kind="stable"))) for row in rows]
+        return self._ranked(self.probabilities(photos))
 
-    def save(self, folder: str | Path, formats: Sequence[str] = ("torch",), examples: NDArray[np.uint8] | None = None) -> Path:
+    def predict_pixels(self, pictures: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
+        """As `predict`, of what `preprocessing.pixels` gave for each photo."""
+        return self._ranked(self.of_pictures(np.stack(pictures)))
+
+    def _ranked(self, rows: NDArray[np.float32]) -> list[Prediction]:
+        orders = np.argsort(-rows, axis=1, kind="stable")
+        return [
+            Prediction(tuple((self.classes[k], float(row[k])) for k in order))
+            for row, order in zip(rows, orders, strict=True)
+        ]
+
+    def save(
+        self, folder: str | Path, formats: Sequence[str] = ("torch",), examples: NDArray[np.uint8] | None = None
+    ) -> Path:
         """Writes the classifier into a new folder, or over a classifier in it; returns the folder.
 
         Args:
@@ -184,7 +201,9 @@ class Classifier:
             raise DataError(f"'{place}' has no {file.name}. {fix}")
         digests = about.get("sha256")
         if not isinstance(digests, dict) or digests.get(file.name) != _digest(file):
-            raise DataError(f"'{file}' is not the file that {ABOUT} beside it was written for. Get a fresh copy of both.")
+            raise DataError(
+                f"'{file}' is not the file that {ABOUT} beside it was written for. Get a fresh copy of both."
+            )
         run = load_program(file) if runtime == "torch" else load_onnx(file)
         classes, preprocessing = about.pop("classes"), about.pop("preprocessing")
         at_once = about.get("photos_at_once") or cls.at_once
@@ -193,8 +212,8 @@ class Classifier:
         found = made.of_pictures(np.zeros((1, height, width, preprocessing.channels), np.uint8))
         if found.shape != (1, len(classes)):
             raise DataError(
-                f"'{file}' gives {found.shape[-1]} probabilities, but {ABOUT} names {len(classes)} classes. Get a fresh "
-                "copy of both."
+                f"'{file}' gives {found.shape[-1]} probabilities, but {ABOUT} names {len(classes)} classes. Get a "
+                "fresh copy of both."
             )
         return made
 
@@ -213,7 +232,9 @@ def _read_about(place: Path) -> dict[str, Any]:
         raise DataError(f"{wrong} ({error}). Get a fresh copy of it.") from error
     if not isinstance(about, dict) or about.get("format") != _VERSION:
         version = about.get("format") if isinstance(about, dict) else None
-        raise DataError(f"{wrong}: expected format {_VERSION}, but it has {shown(version)}. Use the metawrap that wrote it.")
+        raise DataError(
+            f"{wrong}: expected format {_VERSION}, but it has {shown(version)}. Use the metawrap that wrote it."
+        )
     classes, at_once = about.get("classes"), about.get("photos_at_once")
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
         raise DataError(f"{wrong}: expected a list of two or more names as classes, but it has {shown(classes)}.")
@@ -235,10 +256,11 @@ def _check_free(out: Path) -> None:
 
 
 def _check_same(name: str, found: Tensor, expected: Tensor) -> None:
-    if not bool(torch.isfinite(found).all()) or (worst := float((found - expected).abs().max())) > _TOLERANCE:
+    worst = float((found - expected).abs().max())
+    if not worst <= _TOLERANCE:  # Not a number, too.
         raise UnsupportedModuleError(
-            f"{name}: the exported program gives other probabilities than the network (by {worst:.1e}; expected at most "
-            f"{_TOLERANCE:.0e}), so its forward depends on more than its input. Deploy the module of learner.adapt."
+            f"{name}: the exported program gives other probabilities than the network, by {worst:.1e}; expected "
+            f"at most {_TOLERANCE:.0e}. Its forward depends on more than its input: deploy the module of learner.adapt."
         )
 
 

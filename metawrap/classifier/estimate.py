@@ -54,11 +54,16 @@ class Estimate:
         """Plain values."""
         low, high = self.interval
         found = {"right": self.right, "photos": self.photos, "rounds": self.rounds}
-        return found | {"accuracy": self.accuracy, "interval": [low, high], "confused": [list(c) for c in self.confused]}
+        return found | {
+            "accuracy": self.accuracy,
+            "interval": [low, high],
+            "confused": [list(c) for c in self.confused],
+        }
 
     def __str__(self) -> str:
         low, high = (100 * bound for bound in self.interval)
-        return f"{self.right} of {self.photos} right, {100 * self.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+        share = f"{100 * self.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+        return f"{self.right} of {self.photos} right, {share}"
 
 
 def left_out(

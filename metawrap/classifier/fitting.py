@@ -14,7 +14,7 @@ from metawrap.classifier.classifier import Classifier
 from metawrap.classifier.estimate import Estimate, left_out
 from metawrap.classifier.photos import Photos
 from metawrap.data.preprocessing import Preprocessing
-from metawrap.errors import ArgumentError, MetaWrapError, MetaWrapWarning
+from metawrap.errors import MetaWrapWarning
 from metawrap.surgery.inspect import batch_norms
 from metawrap.tasks import device_of
 
@@ -63,7 +63,9 @@ def choose_method(
     estimates: dict[str, Estimate | None] = {}
     for name, learner in learners.items():
         inputs = _inputs(photos, preprocessing, learner)
-        estimates[name] = left_out(learner, inputs, photos.labels.to(inputs.device), photos.classes, _inductive_norm(learner))
+        estimates[name] = left_out(
+            learner, inputs, photos.labels.to(inputs.device), photos.classes, _inductive_norm(learner)
+        )
     best = max(names, key=lambda name: estimate.right if (estimate := estimates[name]) else 0)
     return learners[best], estimates
 

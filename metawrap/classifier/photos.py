@@ -49,7 +49,9 @@ class Photos:
         """
         path = Path(place).expanduser()
         if not path.exists():
-            raise DataError(f"support: there is no folder at '{place}'. Pass one that holds a folder of photos per class.")
+            raise DataError(
+                f"support: there is no folder at '{place}'. Pass one that holds a folder of photos per class."
+            )
         files = files_at(path, MAX_IMAGE_BYTES)
         classes = class_files(folder_tree(visible(files.names())), path)
         if len(classes) < 2:

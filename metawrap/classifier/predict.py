@@ -6,15 +6,25 @@ classifier.json (classes, preprocessing) and network.pt2 or model.onnx.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
-def pixels(photo, size, resize, crop_fraction, interpolation, channels, **_):
+def pixels(
+    photo: str,
+    size: tuple[int, int],
+    resize: str,
+    crop_fraction: float,
+    interpolation: str,
+    channels: int,
+    **_: Any,
+) -> Any:
     """A photo as the network was shown them: uint8 of shape (channels, height, width)."""
-    image = ImageOps.exif_transpose(Image.open(photo))
+    image: Image.Image = ImageOps.exif_transpose(Image.open(photo))
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray(np.rint(np.asarray(image) / 65535 * 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -33,21 +43,25 @@ def pixels(photo, size, resize, crop_fraction, interpolation, channels, **_):
     return np.asarray(image).reshape(size[0], size[1], channels).transpose(2, 0, 1)
 
 
-def load(folder):
+def load(folder: Path) -> tuple[list[str], Callable[[list[str]], Any]]:
     """The classes, and a function from photos to probabilities (photos, classes)."""
     about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     if (folder / "network.pt2").exists():
         import torch
 
         program = torch.export.load(folder / "network.pt2").module()
-        run = lambda pictures: program(torch.from_numpy(pictures)).detach().numpy()  # noqa: E731
+
+        def run(pictures: Any) -> Any:
+            return program(torch.from_numpy(pictures)).detach().numpy()
     else:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(folder / "model.onnx")
-        run = lambda pictures: session.run(None, {"pictures": pictures})[0]  # noqa: E731
 
-    def probabilities(photos):
+        def run(pictures: Any) -> Any:
+            return session.run(None, {"pictures": pictures})[0]
+
+    def probabilities(photos: list[str]) -> Any:
         shown = [np.ascontiguousarray(pixels(photo, **about["preprocessing"]))[None] for photo in photos]
         return np.concatenate([run(each) for each in shown])
 
@@ -56,6 +70,6 @@ def load(folder):
 
 if __name__ == "__main__":
     classes, probabilities = load(Path(__file__).parent)
-    for photo, row in zip(sys.argv[1:], probabilities(sys.argv[1:])):
+    for photo, row in zip(sys.argv[1:], probabilities(sys.argv[1:]), strict=True):
         best = int(row.argmax())
         print(f"{photo}\t{classes[best]}\t{row[best]:.4f}")

@@ -96,8 +96,8 @@ def exported(network: nn.Module, pictures: Tensor) -> tuple[ExportedProgram, int
                     node.meta.pop(key, None)
         return program, at_once
     raise UnsupportedModuleError(
-        f"torch.export cannot export the network ({first_line(failed[-1])}), so there is no program to deploy. Keep the "
-        "adapted module, of learner.adapt, in Python; or change the line of its forward that torch.export names."
+        f"torch.export cannot export the network ({first_line(failed[-1])}), so there is no program to deploy. Keep "
+        "the adapted module, of learner.adapt, in Python; or change the line of its forward that torch.export names."
     ) from failed[-1]
 
 
@@ -160,7 +160,9 @@ def load_onnx(path: Path) -> Run:
         # From memory: a model may name other files to read its numbers from.
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise DataError(f"'{path}' is no readable ONNX program: {first_line(error)}. Get a fresh copy of it.") from error
+        raise DataError(
+            f"'{path}' is no readable ONNX program: {first_line(error)}. Get a fresh copy of it."
+        ) from error
 
     def run(pictures: Tensor) -> Tensor:
         [found] = session.run(["probabilities"], {"pictures": pictures.numpy()})
@@ -179,7 +181,9 @@ def in_batches(run: Run, pictures: NDArray[np.uint8], at_once: int) -> Tensor:
 def _check(content: bytes, path: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
-        if sum(member.file_size for member in members) > _MAX_BYTES or len({m.filename for m in members}) < len(members):
+        if sum(member.file_size for member in members) > _MAX_BYTES or len({m.filename for m in members}) < len(
+            members
+        ):
             raise _refused(path, "more than it could use")
         for member in members:
             if not _MEMBERS.fullmatch(member.filename):

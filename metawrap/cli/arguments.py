@@ -123,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="metawrap", description="Meta-learning for any PyTorch network.", formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"metawrap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_train, _add_compare, _add_evaluate, _add_inspect, _add_report, _add_data_check, _add_recipes):
+    adders = _add_train, _add_compare, _add_evaluate, _add_adapt, _add_predict, _add_inspect, _add_report
+    for add in (*adders, _add_data_check, _add_recipes):
         add(commands)
     parser.commands = commands.choices
     return parser
@@ -252,6 +253,52 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--new-classes", **_SWITCH, help=about)
     parser.add_argument("--device", **_NAME, help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", **_FILE, help="also write the result as JSON")
+    _add_terminal(parser)
+
+
+def _add_adapt(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "adapt",
+        "make a classifier from a few photos of each class",
+        "adapt RUN|NETWORK --support FOLDER [options]",
+        "Writes classifier.json, network.pt2, weights.safetensors, and predict.py, which needs torch alone.",
+    )
+    about = "a run's folder; or torchvision.models:resnet18, timm:NAME, hf:NAME, MODULE:NAME"
+    parser.add_argument("source", metavar="RUN|NETWORK", help=about)
+    parser.add_argument("--support", metavar="FOLDER", required=True, help="a folder of photos per class; zip, tar too")
+    parser.add_argument("--out", metavar="FOLDER", default="clf", help="the classifier (clf)")
+    parser.add_argument(
+        "--format", dest="formats", action="append", default=[], choices=("torch", "onnx"), help="onnx: model.onnx too"
+    )
+    group = parser.add_argument_group("of a network")
+    about = "auto (default): of R2D2, SimpleShot, ... the best on photos left out"
+    group.add_argument("--method", **_NAME, choices=("auto", *METHODS), help=about)
+    group.add_argument("--weights", metavar="FILE", help="DEFAULT (pretrained), or a file of weights (random)")
+    group.add_argument("--image-size", **_N, help="side in pixels (the pretrained network's)")
+    group.add_argument("--set", **_SET | {"help": "a keyword of the method"})
+    group = parser.add_argument_group("of a run")
+    group.add_argument("--model", **{**_MODEL, "default": None, "help": "the run's own network, named again"})
+    group.add_argument("--checkpoint", default="best", **_NAME, help="best (default), newest, or an epoch")
+    parser.add_argument("--device", default="auto", **_DEVICE)
+    _add_terminal(parser)
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands, "predict", "name what photos show", "predict CLASSIFIER PHOTO [PHOTO ...] [options]",
+        "Exit code 2 if a photo could not be read; the others are named.",
+    )  # fmt: skip
+    parser.add_argument("classifier", metavar="CLASSIFIER", help="a folder that metawrap adapt wrote")
+    parser.add_argument(
+        "photos", nargs="+", metavar="PHOTO", help="files and folders; - reads names from standard input"
+    )
+    parser.add_argument("--top", **_N, default=3, help="classes to name for each photo (3)")
+    parser.add_argument("--json", **_SWITCH, help="one JSON object per line")
+    parser.add_argument("--csv", **_SWITCH, help="rows with commas")
+    parser.add_argument(
+        "--runtime", choices=("torch", "onnx"), default="torch", help="onnx: model.onnx, by onnxruntime"
+    )
     _add_terminal(parser)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from metawrap.cli.arguments import build_parser
+from metawrap.cli.classify import run_adapt, run_predict
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in, starts_a_run
 from metawrap.errors import ArgumentError, MetaWrapError, RankError, writing
@@ -174,6 +175,8 @@ _COMMANDS = {
     "train": _train,
     "compare": _compare,
     "evaluate": _evaluate,
+    "adapt": run_adapt,
+    "predict": run_predict,
     "inspect": _inspect,
     "report": _report,
     "data": run_data_check,

@@ -200,7 +200,7 @@ class EmbeddingLearner(Learner):
             support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1 without `classes`.
             steps: None; there is no inner loop.
             classes: the task's classes in the order of the outputs: labels, or names; see `TaskClasses`.
-            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
+            norm: batch-norm policy; the learner's own if None; after "batch", "support" suits single images.
         """
         refuse_inner_loop(self, steps)
         asked, norm = TaskClasses(classes, support_x, support_y, self.loss_fn), policy_of(self, norm)

@@ -164,7 +164,7 @@ class HeadLearner(Learner):
             support_x, support_y: one task's support set, (examples, ...).
             steps: inner steps; `inner_steps` if None; 0 for before adaptation.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
-            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
+            norm: batch-norm policy; the learner's own if None; after "batch", "support" suits single images.
         """
         return self._adapted_to(TaskClasses(classes, support_x, support_y, self.loss_fn), steps, norm)
 

@@ -124,7 +124,7 @@ class Learner(nn.Module, ABC):
         classes: Classes | None = None,
         norm: str | None = None,
     ) -> nn.Module:
-        """A plain module of the user's own class, fitted to a support set. classes: see `TaskClasses`. norm: see evaluate."""
+        """A plain module of the user's own class, fitted to a support set; classes: see `TaskClasses`."""
 
     @shared
     def unwrap(self) -> nn.Module:

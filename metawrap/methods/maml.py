@@ -197,7 +197,7 @@ class MAML(Learner):
                 the outputs of the module that is returned.
             task_id: under head_init="stored", the task whose head is the start; the learned head if None or not stored.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
-            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
+            norm: batch-norm policy; the learner's own if None; after "batch", "support" suits single images.
         """
         check_steps(steps)
         steps = self.settings.default_steps if steps is None else steps

@@ -79,7 +79,7 @@ class ZeroStep(Learner):
                 images under norm="support".
             steps: None or 0.
             classes: the task's classes, whose outputs alone the module has: labels, or names; see `TaskClasses`.
-            norm: batch-norm policy; the learner's own if None. "support" suits single images after training under "batch".
+            norm: batch-norm policy; the learner's own if None; after "batch", "support" suits single images.
         """
         self._refuse_steps(steps, None)
         asked, norm = TaskClasses(classes, support_x, support_y, self.loss_fn), policy_of(self, norm)

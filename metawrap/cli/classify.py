@@ -1,0 +1,198 @@
+"""`metawrap adapt`: a run or a pretrained network, and a few photos of each class -> a classifier in a folder.
+
+`metawrap predict`: a classifier and photos -> names with probabilities.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metawrap import methods
+from metawrap.classifier import Classifier, Estimate, Photos, Prediction, choose_method, fit_classifier
+from metawrap.classifier.fitting import EMBEDDING_METHODS
+from metawrap.data.class_folders import visible
+from metawrap.data.pictures import IMAGE_SUFFIXES
+from metawrap.data.preprocessing import Preprocessing
+from metawrap.data.problems import listed
+from metawrap.errors import ArgumentError, DataError, printable
+from metawrap.pretrained import load_network
+from metawrap.settings.keywords import nested
+from metawrap.training.experiment import find_device
+from metawrap.training.loaded_run import load
+from metawrap.training.machine import command_line, program
+from metawrap.training.progress import say
+from metawrap.training.run_settings import METHODS
+
+_SHOWN = 5  # confusions, near-duplicates
+_AT_ONCE = 64
+
+
+def run_adapt(arguments: Namespace) -> None:
+    """Prints the estimate and writes the classifier."""
+    is_run = (Path(arguments.source) / "run.json").exists()
+    make = _from_run if is_run else _from_network
+    learner, photos, preprocessing, words = make(arguments)
+    print(f"Photos: {_counts(photos)}, {preprocessing.size[1]} x {preprocessing.size[0]} pixels")
+    print(f"Network: {words}")
+    if isinstance(learner, dict):
+        learner = _chosen(learner, photos, preprocessing)
+    about = {"network": words, "command": command_line()}
+    classifier, estimate = fit_classifier(learner, photos, preprocessing, about)
+    print(f'Method: {classifier.about["method"]}, norm="{classifier.about["norm"]}"')
+    _say_estimate(estimate)
+    _warn_of_duplicates(photos)
+    out = classifier.save(arguments.out, ("torch", *arguments.formats), photos.pictures)
+    files = ", ".join(sorted(each.name for each in out.iterdir()))
+    print(f"Classifier: {out} ({files})\nNext: {program()} predict {shlex.quote(str(out))} PHOTO")
+
+
+def _from_run(arguments: Namespace) -> tuple[Any, Photos, Preprocessing, str]:
+    given = [name for name in ("method", "weights", "image_size", "options") if name in arguments]
+    if given:
+        flag = "set" if given[0] == "options" else given[0].replace("_", "-")
+        raise ArgumentError(
+            f"{flag}: '{arguments.source}' is a run, which has its method, weights and images. Leave --{flag} out."
+        )
+    run = load(arguments.source, arguments.checkpoint, arguments.model, arguments.device)
+    photos = Photos.read(arguments.support, run.preprocessing)
+    settings = run.settings
+    words = f"run '{arguments.source}' (trained on {settings.data}, epoch {run.epoch})"
+    return run.learner, photos, run.preprocessing, words
+
+
+def _from_network(arguments: Namespace) -> tuple[Any, Photos, Preprocessing, str]:
+    """As `_from_run`; under "auto" the learner is a dict of learners by the name of their class."""
+    name, source, device = getattr(arguments, "method", "auto"), arguments.source, find_device(arguments.device)
+    if Path(source).is_dir() and ":" not in source:
+        raise ArgumentError(
+            f"'{source}' is a folder without run.json: no run. Name a run, or a network as module:name."
+        )
+    weights = getattr(arguments, "weights", None)
+    network = load_network(source, weights)
+    preprocessing = network.preprocessing
+    if (size := getattr(arguments, "image_size", None)) is not None:
+        preprocessing = (
+            Preprocessing((size, size)) if preprocessing is None else replace(preprocessing, size=(size, size))
+        )
+    if preprocessing is None:
+        raise ArgumentError(
+            f"image_size: nothing says which images '{source}' takes. Pass --image-size N, or set its attribute "
+            "'preprocessing'."
+        )
+    photos = Photos.read(arguments.support, preprocessing)
+    options = nested(dict(getattr(arguments, "options", [])))
+    classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
+    embeds = set(classes) <= set(EMBEDDING_METHODS)
+    # A method on an embedding keeps the statistics of the pretrained norms; another learns a new head.
+    model = network.model if embeds else load_network(source, weights, ways=len(photos.classes)).model
+    keywords = {"norm": "running", **options} if embeds else options
+    learners = {each: getattr(methods, each)(model, **keywords).to(device).eval() for each in classes}
+    learner: Any = learners if name == "auto" else learners[classes[0]]
+    return learner, photos, preprocessing, network.words
+
+
+def _chosen(learners: dict[str, Any], photos: Photos, preprocessing: Preprocessing) -> Any:
+    learner, estimates = choose_method(lambda name: learners[name], photos, preprocessing, tuple(learners))
+    if any(estimates.values()):
+        words = (
+            f"{name} {'-' if found is None else f'{100 * found.accuracy:.1f} %'}" for name, found in estimates.items()
+        )
+        print(f"Photos left out, by method: {', '.join(words)}")
+    return learner
+
+
+def _counts(photos: Photos) -> str:
+    counts = photos.labels.bincount()
+    low, high = int(counts.min()), int(counts.max())
+    return f"{len(photos.files)} of {len(photos.classes)} classes ({low if low == high else f'{low} to {high}'} each)"
+
+
+def _say_estimate(estimate: Estimate | None) -> None:
+    if estimate is None:
+        print("Estimate: none, because each class has one photo. Two or more of each show how well it works.")
+        return
+    print(f"Photos left out, {estimate.rounds} rounds: {estimate}")
+    for true, found, times in estimate.confused[:_SHOWN]:
+        print(f"  {printable(true)} taken for {printable(found)}: {times}")
+
+
+def _warn_of_duplicates(photos: Photos) -> None:
+    pairs = list(photos.near_duplicates())
+    for one, other, apart in sorted(pairs, key=lambda pair: not pair[2])[:_SHOWN]:
+        where = " lie in two classes" if apart else ""
+        say(f"Warning: {printable(one)} and {printable(other)} look the same{where or '; the estimate is too good'}.")
+    if len(pairs) > _SHOWN:
+        say(f"Warning: {len(pairs) - _SHOWN} more pairs of photos look the same.")
+
+
+def run_predict(arguments: Namespace) -> None:
+    """Prints a line, a JSON object or a CSV row for each photo. Raises DataError at the end if some were unreadable."""
+    classifier = Classifier.load(arguments.classifier, arguments.runtime)
+    if arguments.top < 1:
+        raise ArgumentError(f"top: expected at least 1, but got {arguments.top}.")
+    show = _writer(arguments, classifier)
+    broken, waiting, seen = 0, list[tuple[str, Any]](), 0
+
+    def answer() -> None:
+        found = classifier.predict_pixels([pixels for _, pixels in waiting])
+        for (photo, _), prediction in zip(waiting, found, strict=True):
+            show(photo, prediction)
+        waiting.clear()
+
+    for photo in _photos(arguments.photos):
+        seen += 1
+        try:
+            waiting.append((photo, classifier.preprocessing.pixels(photo)))
+        except DataError as error:
+            broken += 1
+            say(f"Error: {error}", error=True)
+        if len(waiting) == _AT_ONCE:
+            answer()
+    if waiting:
+        answer()
+    if broken:
+        raise DataError(f"{broken} of {seen} photos could not be read; the others are named above.")
+    if not seen:
+        raise ArgumentError(f"photos: {listed(arguments.photos)} hold no photo ({', '.join(IMAGE_SUFFIXES)}).")
+
+
+def _photos(given: list[str]) -> Iterator[str]:
+    """The files that arguments name: photos, folders of photos, and - for names on standard input, one a line."""
+    for each in given:
+        if each == "-":
+            yield from (name for line in sys.stdin if (name := line.rstrip("\n")))
+        elif Path(each).is_dir():
+            inside = sorted(str(path.relative_to(each)) for path in Path(each).rglob("*") if path.is_file())
+            yield from (str(Path(each) / name) for name in visible(inside) if name.lower().endswith(IMAGE_SUFFIXES))
+        else:
+            yield each
+
+
+def _writer(arguments: Namespace, classifier: Classifier) -> Any:
+    top = min(arguments.top, len(classifier.classes))
+    if arguments.json:
+        return lambda photo, found: print(
+            json.dumps({"photo": photo, "classes": [{"name": n, "probability": p} for n, p in found.ranking[:top]]})
+        )
+    if arguments.csv:
+        rows = csv.writer(sys.stdout)
+        rows.writerow(
+            ["photo", *(f"{kind}{place}" for place in range(1, top + 1) for kind in ("class", "probability"))]
+        )
+        return lambda photo, found: rows.writerow(
+            [photo, *(v for n, p in found.ranking[:top] for v in (n, f"{p:.6f}"))]
+        )
+
+    def line(photo: str, found: Prediction) -> None:
+        names = "   ".join(f"{printable(name)} {100 * p:.1f} %" for name, p in found.ranking[:top])
+        print(f"{printable(photo)}   {names}")
+
+    return line
