@@ -71,7 +71,7 @@ class Classifier:
     plain values. at_once: how many photos `run` takes at once at most. network: the adapted network, where it is known.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    >>> classifier = Classifier.of(network, ("day", "night"), Preprocessing((2, 2)))
+    >>> classifier = Classifier.of(network, ("day", "night"), Preprocessing(size=(2, 2)))
     >>> [prediction] = classifier.predict([np.zeros((2, 2, 3), np.uint8)])
     >>> prediction.name in ("day", "night")
     True

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metawrap.data.class_folders import class_files, folder_tree, visible
 from metawrap.data.image_files import files_at
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES
+from metawrap.data.pictures import MAX_IMAGE_BYTES, decode_image
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed
 from metawrap.errors import DataError
@@ -67,7 +67,8 @@ class Photos:
                 f"support: {len(names)} photos of {width} x {height} pixels take {needed / 2**30:.1f} GiB; expected at "
                 f"most {_MAX_SUPPORT_BYTES / 2**30:.0f}. Use fewer photos per class, or a smaller --image-size."
             )
-        pictures = np.stack([preprocessing.pixels(files.read(name), name) for _, name in names])
+        decoded = [decode_image(files.read(name), name, preprocessing.decoding) for _, name in names]
+        pictures = np.ascontiguousarray(np.stack(decoded).transpose(0, 2, 3, 1))
         labels = torch.tensor([label for label, _ in names])
         return cls(tuple(classes), tuple(name for _, name in names), labels, pictures)
 

@@ -44,7 +44,7 @@ _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, \w+=True)*\)|\b[su]\d+\b")
 _SIZE = re.compile(r"(\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|[-+*(), ])*")
 _KIND = re.compile(r"builtins\.(tuple|list|dict)")
 # Names of tensors, parameters and enumerations; and the specification of the arguments, which is JSON.
-_PLAIN = re.compile(r"[\w.\- ]*")
+_PLAIN = re.compile(r"[\w.+\- ]*")
 
 
 class Deployed(nn.Module):

@@ -80,7 +80,7 @@ def _from_network(arguments: Namespace) -> tuple[Any, Photos, Preprocessing, str
     preprocessing = network.preprocessing
     if (size := getattr(arguments, "image_size", None)) is not None:
         preprocessing = (
-            Preprocessing((size, size)) if preprocessing is None else replace(preprocessing, size=(size, size))
+            Preprocessing(size=(size, size)) if preprocessing is None else replace(preprocessing, size=(size, size))
         )
     if preprocessing is None:
         raise ArgumentError(
