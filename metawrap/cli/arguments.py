@@ -76,6 +76,7 @@ _DATA: dict[str, dict[str, Any]] = {
     "--data-root": {"metavar": "PATH", "help": "its folder or archive; omniglot and CIFAR are downloaded if missing"},
     "--split": _NAME | _RARE,
     "--image-size": _N | {"help": "side in pixels (the data set's: 28, 32 or 84)"},
+    "--resize": _RARE | {"choices": ("squeeze", "crop")},
     "--rotations": _ON_OFF | {"help": "turned images as new classes (default: on for omniglot)"},
     "--normalise": _NAME | _RARE,
     "--stream": _ON_OFF | _RARE,
@@ -189,7 +190,7 @@ def _add_train(commands: Any) -> None:
         "meta-train, validate and test a network",
         "train [options]",
         "Rarer: --split NAME, --train-ways N, --keep N, --test-norms all|own (docs/recipes.md);\n"
-        "--normalise imagenet|none, --stream, --no-stream, --loader-workers N (docs/data.md).\n"
+        "--resize crop, --normalise imagenet|none, --stream, --no-stream, --loader-workers N (docs/data.md).\n"
         "In N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
     )
     group = parser.add_argument_group("recipe")

@@ -15,7 +15,9 @@ from metawrap.data.glyphs import load_glyphs
 from metawrap.data.grocery import load_grocery
 from metawrap.data.image_sets import DataSplits
 from metawrap.data.mini_imagenet import load_mini_imagenet
+from metawrap.data.normalisation import IMAGENET
 from metawrap.data.omniglot import load_omniglot
+from metawrap.data.preprocessing import Interpolation, Preprocessing
 from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.errors import ArgumentError, DataError
 
@@ -31,6 +33,7 @@ DATASETS: dict[str, Callable[..., DataSplits]] = {
 }
 # The data sets that download=True fetches.
 DOWNLOADED = frozenset({"cifar-fs", "fc100", "omniglot"})
+_GRAY = frozenset({"glyphs", "omniglot"})
 # The normalisation of published experiments with photographs; other images stay in [0, 1].
 _NORMALISED = {"mini-imagenet": "imagenet", "tieredimagenet": "imagenet", "cub": "imagenet", "grocery": "imagenet"}
 
@@ -73,6 +76,20 @@ def normalisation_of(name: str) -> str | None:
     ('imagenet', None)
     """
     return _NORMALISED.get(name)
+
+
+def preprocessing_of(name: str) -> Preprocessing:
+    """The preprocessing of this data set, or of a folder, in published experiments and by default.
+
+    >>> preprocessing_of("omniglot").size, preprocessing_of("cub").deviation
+    ((28, 28), (0.229, 0.224, 0.225))
+    """
+    side = inspect.signature(DATASETS.get(name, load_image_folder)).parameters["image_size"].default
+    if name in _GRAY:
+        interpolation: Interpolation = "nearest" if name == "omniglot" else "lanczos"
+        return Preprocessing(size=(side, side), channels=1, interpolation=interpolation)
+    mean, deviation = IMAGENET if normalisation_of(name) else ((), ())
+    return Preprocessing(size=(side, side), mean=mean, deviation=deviation)
 
 
 def advice(name: str) -> str:

@@ -26,7 +26,7 @@ from metawrap.data.downloads import locate
 from metawrap.data.image_sets import DataSplits, StreamedImages
 from metawrap.data.pickles import read_pickle
 from metawrap.data.pixel_sources import ArrayPixels
-from metawrap.data.problems import check_int
+from metawrap.data.preprocessing import ImageSize, decoding_of
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.data.tar_members import read_members
 from metawrap.errors import DataError
@@ -75,14 +75,16 @@ class _Cifar100:
     pixels: ArrayPixels
 
 
-def load_cifar_fs(root: str | Path | None = None, *, image_size: int = SIDE, download: bool = False) -> DataSplits:
+def load_cifar_fs(
+    root: str | Path | None = None, *, image_size: ImageSize = SIDE, download: bool = False
+) -> DataSplits:
     """CIFAR-FS: 64 classes to train on, 16 to validate, 20 to test, 600 images each, in memory (180 MB).
 
         >>> train, validation, test = load_cifar_fs("path/to/cifar-100-python.tar.gz")  # doctest: +SKIP
 
     Args:
         root: cifar-100-python.tar.gz, the folder cifar-100-python, or the folder that holds one of them.
-        image_size: other sizes than 32 are squeezed or stretched (Lanczos).
+        image_size: other sizes than 32 are squeezed or stretched (Lanczos); or a `Preprocessing`.
         download: fetch it with torchvision into `root` (default: a cache folder) if it is not there.
     Raises:
         ArgumentError: image_size is no integer of at least 1.
@@ -91,7 +93,7 @@ def load_cifar_fs(root: str | Path | None = None, *, image_size: int = SIDE, dow
     return _splits(_read(root, image_size, download), CIFAR_FS, "CIFAR-100, split of CIFAR-FS")
 
 
-def load_fc100(root: str | Path | None = None, *, image_size: int = SIDE, download: bool = False) -> DataSplits:
+def load_fc100(root: str | Path | None = None, *, image_size: ImageSize = SIDE, download: bool = False) -> DataSplits:
     """FC100: 60 classes to train on, 20 to validate, 20 to test, of different superclasses, in memory (180 MB).
 
         >>> train, validation, test = load_fc100("path/to/cifar-100-python.tar.gz")  # doctest: +SKIP
@@ -122,8 +124,8 @@ def _splits(cifar: _Cifar100, groups: Mapping[str, Sequence[str]], origin: str) 
     return DataSplits(*parts)
 
 
-def _read(root: str | Path | None, image_size: int, download: bool) -> _Cifar100:
-    check_int("image_size", image_size, 1)
+def _read(root: str | Path | None, image_size: ImageSize, download: bool) -> _Cifar100:
+    decoding = decoding_of(image_size)
     contents = _contents(_locate(root, download))
     meta = _dict_of(contents["meta"], "meta", ("fine_label_names", "coarse_label_names"))
     for key, value in meta.items():
@@ -139,7 +141,7 @@ def _read(root: str | Path | None, image_size: int, download: bool) -> _Cifar100
             labels[key].append(whole_numbers(batch[key], len(images[-1]), f"{_FOLDER}/{file}"))
             if (largest := labels[key][-1].max()) >= len(known):
                 raise DataError(f"CIFAR-100's {file}: {key} has {largest}, but meta names {len(known)} classes.")
-    pixels = ArrayPixels(np.concatenate(images), image_size, _FOLDER)
+    pixels = ArrayPixels(np.concatenate(images), decoding, _FOLDER)
     fine, coarse = (np.concatenate(labels[key]) for key in names)
     return _Cifar100(names["fine_labels"], names["coarse_labels"], fine, coarse, pixels)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from metawrap.data.class_split import GivenSplit, split_as_given
 from metawrap.data.image_files import ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, as_splits
-from metawrap.data.pictures import Decoding
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
-from metawrap.data.problems import check_int, check_name
+from metawrap.data.pictures import MAX_IMAGE_BYTES
+from metawrap.data.pixel_sources import file_classes
+from metawrap.data.preprocessing import ImageSize, decoding_of
+from metawrap.data.problems import check_name
 from metawrap.data.text_files import decoded
 from metawrap.errors import DataError
 
@@ -28,7 +29,7 @@ _HOW_TO_GET = (
 
 
 def load_cub(
-    root: str | Path, *, split: GivenSplit = "closer-look", image_size: int = 84, stream: bool | None = None
+    root: str | Path, *, split: GivenSplit = "closer-look", image_size: ImageSize = 84, stream: bool | None = None
 ) -> DataSplits:
     """CUB-200-2011, whole images; bounding boxes and the data set's own split by image are not used.
 
@@ -41,7 +42,7 @@ def load_cub(
     Raises:
         ArgumentError, DataError: as `load_image_folder`; or an unsafe or broken file.
     """
-    check_int("image_size", image_size, 1)
+    decoding = decoding_of(image_size)
     base = Path(root).expanduser()
     base = next((place for place in (base / _FOLDER, base / _ARCHIVE) if place.exists()), base)
     if not base.exists():
@@ -55,7 +56,7 @@ def load_cub(
         raise DataError(f"CUB: {len(names)} classes are too few for the split of Chen et al.; 4 are needed.")
     origin = f"CUB-200-2011, split {'of Chen et al. 2019' if rule else 'by name'}"
     chosen = ({name: classes[name] for name in part} for part in parts)
-    return as_splits([file_classes(files, part, Decoding(image_size), origin) for part in chosen], stream)
+    return as_splits([file_classes(files, part, decoding, origin) for part in chosen], stream)
 
 
 def _classes(files: ImageFiles, prefix: str) -> dict[str, list[str]]:

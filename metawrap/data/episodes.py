@@ -20,7 +20,8 @@ from torch import Tensor
 from metawrap.data.augmentation import Augment, augmented, check_augment
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
 from metawrap.data.loader_workers import made_ahead
-from metawrap.data.normalisation import Normalise, statistics_of
+from metawrap.data.normalisation import Normalise, normalised, statistics_of
+from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import check_int, listed, wrong_argument
 from metawrap.data.random_stream import Ints, RandomStream, seeded_generators
 from metawrap.errors import DataError
@@ -59,7 +60,8 @@ class EpisodeSampler:
         seed: a non-negative integer; the same seed gives the same episodes on every platform.
         rotations: add the three quarter turns of every class as separate classes; needs square images.
         device: the device of the batches; default the CPU.
-        normalise: "imagenet", or (mean, deviation) with a number for each channel: x becomes (x - mean) / deviation.
+        normalise: "imagenet", or (mean, deviation) with a number for each channel: x becomes (x - mean) / deviation; or
+            a `Preprocessing`, of which mean, deviation and order count.
         workers: processes in which `batches` and iteration read streamed images, or augment images, ahead; with 0 the
             calling process does it, as `batch` always does. The episodes do not depend on it.
         augment: a random transform for the sampler of training episodes, such as those of torchvision.transforms.v2.
@@ -84,7 +86,7 @@ class EpisodeSampler:
         seed: int = 0,
         rotations: bool = False,
         device: torch.device | str | None = None,
-        normalise: Normalise = None,
+        normalise: Normalise | Preprocessing = None,
         workers: int = 0,
         augment: Augment | None = None,
     ) -> None:
@@ -112,8 +114,13 @@ class EpisodeSampler:
         self._draw_and_read = _DrawAndRead(self._draws, images, augment)
         home = self.device if self._pixels is None else self._pixels.device
         self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations and augment is None else None
+        self._turned_colours = isinstance(normalise, Preprocessing) and normalise.order == "BGR"
+        if isinstance(normalise, Preprocessing):
+            normalise = normalise.statistics
         statistics = statistics_of(normalise, images.image_shape[0])
-        self._statistics = None if statistics is None else tuple(part.to(self.device) for part in statistics)
+        self._statistics = (
+            None if statistics is None else (statistics[0].to(self.device), statistics[1].to(self.device))
+        )
         self._support_y = torch.arange(ways, device=self.device).repeat_interleave(shots)
         self._target_y = torch.arange(ways, device=self.device).repeat_interleave(targets)
 
@@ -167,13 +174,7 @@ class EpisodeSampler:
         if self._turned is not None:
             source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
             pixels = pixels.flatten(2).gather(2, source).view_as(pixels)
-        # A product: CUDA turns a division by a number into a product, and the CPU's last bit would differ from it.
-        scale = 1 / 255 if pixels.dtype == torch.uint8 else None
-        pixels = pixels.to(self.device).to(torch.float32)
-        pixels = pixels if scale is None else pixels.mul_(scale)
-        if self._statistics is not None:
-            mean, deviation = self._statistics
-            pixels = pixels.sub_(mean).div_(deviation)
+        pixels = normalised(pixels.to(self.device), self._statistics, self._turned_colours)
         image_shape = pixels.shape[1:]
         pixels = pixels.view(self.tasks_per_batch, self.ways, self.shots + self.targets, *image_shape)
         support = pixels[:, :, : self.shots].reshape(self.tasks_per_batch, -1, *image_shape)

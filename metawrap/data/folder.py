@@ -9,16 +9,18 @@ from metawrap.data.class_folders import ClassFiles, class_files, folder_tree, pa
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed, validation_drawn
 from metawrap.data.image_files import ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
-from metawrap.data.pictures import Decoding
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
-from metawrap.data.problems import check_int, check_seed
+from metawrap.data.pictures import GRAY, MAX_IMAGE_BYTES, RGB, Decoding
+from metawrap.data.pixel_sources import file_classes
+from metawrap.data.preprocessing import ImageSize, Preprocessing, decoding_of
+from metawrap.data.problems import check_seed, wrong_argument
 from metawrap.errors import ArgumentError, DataError
 
 
 def load_image_folder(
     root: str | Path,
     *,
-    image_size: int = 84,
+    image_size: ImageSize = 84,
+    resize: str = "squeeze",
     splits: Sequence[float] = SHARES,
     split: GivenSplit | None = None,
     seed: int | str = 0,
@@ -34,7 +36,9 @@ def load_image_folder(
             and are then called "<group>/<class>"; or folders train, val and test of such folders (also Train,
             meta-train, validation, ...); or a webdataset, in which `key.cls` has the label of `key.jpg`. Without a
             val folder, validation classes are drawn by seed from those of train.
-        image_size: images are squeezed or stretched to this many pixels on either side (Lanczos).
+        image_size: the side of the square images, in pixels (Lanczos); or a `Preprocessing`, of which all but the
+            normalisation counts, in place of `resize` and `grayscale`.
+        resize: "squeeze" changes the aspect of other images; "crop" keeps it, and cuts out the centre.
         splits: shares of the classes for train, validation and test; where a val folder is missing, the
             shares of train and validation count; not used where all three folders exist.
         split: the classes of each part by name: {"train": [...], "validation": [...], "test": [...]}, or the path of
@@ -45,17 +49,17 @@ def load_image_folder(
             half of the free memory are streamed. A broken image of a streamed set is an error when it is drawn;
             `metawrap data check` finds it earlier.
     Raises:
-        ArgumentError: image_size, seed, splits or split is out of range.
+        ArgumentError: image_size, resize, seed, splits or split is out of range.
         DataError: no folder, too few classes, a class without an image or in two splits, a folder that can be read in
             two ways, or an unreadable image.
     """
-    check_int("image_size", image_size, 1)
+    decoding = _decoding(image_size, resize, grayscale)
     check_seed(seed)
     shares = check_shares(splits)
     place = Path(root).expanduser()
     if not place.exists():
         raise DataError(f"There is no folder at '{place}'. Pass one that holds a folder of images per class.")
-    files, decoding = files_at(place, MAX_IMAGE_BYTES), Decoding(image_size, grayscale)
+    files = files_at(place, MAX_IMAGE_BYTES)
     names = visible(files.names())
     tree, labelled = folder_tree(names), webdataset_classes(files, names)
     parts = None if labelled else part_classes(tree, place)
@@ -91,6 +95,14 @@ def published_parts(files: ImageFiles, where: Path, decoding: Decoding) -> list[
         raise DataError(f"'{where}' has train and test folders, but val is missing. Get it from the publisher.")
     origin = "train, validation and test folders of class folders"
     return None if parts is None else _sets(files, list(parts.values()), decoding, origin)
+
+
+def _decoding(image_size: ImageSize, resize: str, grayscale: bool) -> Decoding:
+    if resize not in ("squeeze", "crop"):
+        raise wrong_argument("resize", "'squeeze' or 'crop'", resize)
+    if isinstance(image_size, Preprocessing) and (resize != "squeeze" or grayscale):
+        raise ArgumentError("image_size: the preprocessing has resize and channels. Leave resize and grayscale out.")
+    return decoding_of(image_size, GRAY if grayscale else RGB, resize=resize)
 
 
 def _sets(files: ImageFiles, parts: Sequence[ClassFiles], decoding: Decoding, origin: str) -> list[StreamedImages]:

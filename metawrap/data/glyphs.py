@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from metawrap.data.image_sets import DataSplits, LabelledImages, Pixels
-from metawrap.data.problems import check_counts, check_int
+from metawrap.data.pictures import GRAY
+from metawrap.data.preprocessing import ImageSize, decoding_of
+from metawrap.data.problems import check_counts, check_int, wrong_argument
 from metawrap.data.random_stream import Floats, RandomStream
 
 # Strokes begin, turn and end at these points, as in letters: three columns, four rows, in a box of side 2 around 0.
@@ -41,7 +43,7 @@ class _Stroke:
 
 
 def load_glyphs(
-    classes: Sequence[int] = (240, 40, 80), images_per_class: int = 20, image_size: int = 28, seed: int = 0
+    classes: Sequence[int] = (240, 40, 80), images_per_class: int = 20, image_size: ImageSize = 28, seed: int = 0
 ) -> DataSplits:
     """Generated characters in the style of Omniglot: 255 for paper, 0 for ink, one channel.
 
@@ -52,25 +54,28 @@ def load_glyphs(
     Args:
         classes: number of classes in train, validation and test; they are numbered through, so no two sets share one.
         images_per_class: drawings of each class.
-        image_size: side of the square images, in pixels.
+        image_size: side of the square images, in pixels; or a `Preprocessing`, of which size and channels count.
         seed: a non-negative integer; the same seed gives the same bytes on every platform.
     Raises:
         ArgumentError: a count is not an integer of at least 1, image_size of at least 8, or seed of at least 0.
     """
     counts = check_counts("classes", classes, 1)
     check_int("images_per_class", images_per_class, 1)
-    check_int("image_size", image_size, 8)
+    (side, width), channels = decoding_of(image_size, GRAY).size, decoding_of(image_size, GRAY).channels
+    if side != width or side < 8:
+        raise wrong_argument("image_size", "an integer of at least 8, or a square", image_size)
     check_int("seed", seed, 0)
     starts = (0, counts[0], counts[0] + counts[1])
     parts = [
-        _draw_classes(range(start, start + count), images_per_class, image_size, seed)
+        _draw_classes(range(start, start + count), images_per_class, side, channels, seed)
         for start, count in zip(starts, counts, strict=True)
     ]
     return DataSplits(*parts)
 
 
-def _draw_classes(numbers: range, images_per_class: int, image_size: int, seed: int) -> LabelledImages:
+def _draw_classes(numbers: range, images_per_class: int, image_size: int, channels: int, seed: int) -> LabelledImages:
     images = np.concatenate([draw_class(number, images_per_class, image_size, seed) for number in numbers])
+    images = np.repeat(images, channels, axis=1)
     labels = torch.arange(len(numbers)).repeat_interleave(images_per_class)
     names = tuple(f"glyph{number:05d}" for number in numbers)
     known = tuple(f"{name} of seed {seed}, {images_per_class} images" for name in names)

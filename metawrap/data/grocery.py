@@ -15,9 +15,10 @@ from metawrap.data.class_split import GivenSplit, split_as_given
 from metawrap.data.downloads import locate
 from metawrap.data.image_files import files_at
 from metawrap.data.image_sets import DataSplits, as_splits
-from metawrap.data.pictures import IMAGE_SUFFIXES, Decoding
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, file_classes
-from metawrap.data.problems import check_int, listed
+from metawrap.data.pictures import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from metawrap.data.pixel_sources import file_classes
+from metawrap.data.preprocessing import ImageSize, decoding_of
+from metawrap.data.problems import listed
 from metawrap.errors import DataError
 
 # A line holds one kind, or kinds that look alike. No coarse class of the data set is in two parts, and no brand
@@ -72,7 +73,7 @@ def load_grocery(
     root: str | Path | None = None,
     *,
     split: GivenSplit = "families",
-    image_size: int = 84,
+    image_size: ImageSize = 84,
     stream: bool | None = None,
 ) -> DataSplits:
     """Grocery Store: 48 classes to train on, 13 to validate, 20 to test, of 35 images and more, in colour.
@@ -90,7 +91,7 @@ def load_grocery(
     Raises:
         ArgumentError, DataError: as `load_image_folder`; or a class is missing, or the data set is there twice.
     """
-    check_int("image_size", image_size, 1)
+    decoding = decoding_of(image_size)
     complete = lambda folder: any(found.name in _CLASSES for place in _PLACES for found in folder.glob(place))  # noqa: E731
     place = locate(root, "Grocery Store", "grocery-store", "grocery-store-128.zip", complete, None, _HOW_TO_GET)
     files = files_at(place, MAX_IMAGE_BYTES)
@@ -101,7 +102,7 @@ def load_grocery(
     parts = [part.split() for part in FAMILIES.values()] if families else split_as_given(list(classes), split)
     origin = f"Grocery Store, split by {'families' if families else 'name'}"
     chosen = ({name: classes[name] for name in part} for part in parts)
-    return as_splits([file_classes(files, part, Decoding(image_size), origin) for part in chosen], stream)
+    return as_splits([file_classes(files, part, decoding, origin) for part in chosen], stream)
 
 
 def _classes(names: list[str], where: Path) -> ClassFiles:

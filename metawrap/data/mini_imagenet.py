@@ -20,9 +20,10 @@ from metawrap.data.folder import published_parts
 from metawrap.data.image_files import FolderFiles, ImageFiles, files_at
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
-from metawrap.data.pictures import Decoding
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, file_classes
-from metawrap.data.problems import check_int, check_name
+from metawrap.data.pictures import MAX_IMAGE_BYTES, Decoding
+from metawrap.data.pixel_sources import ArrayPixels, file_classes
+from metawrap.data.preprocessing import ImageSize, decoding_of
+from metawrap.data.problems import check_name
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.data.text_files import decoded, read_table
 from metawrap.errors import DataError
@@ -37,7 +38,7 @@ _HOW_TO_GET = (
 )
 
 
-def load_mini_imagenet(root: str | Path, *, image_size: int = 84, stream: bool | None = None) -> DataSplits:
+def load_mini_imagenet(root: str | Path, *, image_size: ImageSize = 84, stream: bool | None = None) -> DataSplits:
     """mini-ImageNet with the split of its files; train, validation and test of other sizes are read as well.
 
         >>> train, validation, test = load_mini_imagenet("path/to/mini")  # doctest: +SKIP
@@ -49,14 +50,13 @@ def load_mini_imagenet(root: str | Path, *, image_size: int = 84, stream: bool |
     Raises:
         ArgumentError, DataError: as `load_image_folder`; or an unknown layout, or an unsafe or broken file.
     """
-    check_int("image_size", image_size, 1)
+    decoding = decoding_of(image_size)
     base = Path(root).expanduser()
     if not base.exists():
         raise DataError(f"mini-ImageNet was not found at '{base}'. {_HOW_TO_GET}")
     for pattern, train in CACHES:
         if names := part_files(lambda name: (base / name).is_file(), pattern, train):
-            return as_splits([_read_cache(base / name, image_size) for name in names], stream)
-    decoding = Decoding(image_size)
+            return as_splits([_read_cache(base / name, decoding) for name in names], stream)
     files = files_at(base, MAX_IMAGE_BYTES)
     prefix = _csv_prefix(files)
     if tables := part_files(lambda name: files.has(prefix + name), *CSV_FILES):
@@ -66,7 +66,7 @@ def load_mini_imagenet(root: str | Path, *, image_size: int = 84, stream: bool |
     raise DataError(f"'{base}' is not mini-ImageNet in a layout that metawrap knows. {_HOW_TO_GET}")
 
 
-def _read_cache(path: Path, image_size: int) -> StreamedImages:
+def _read_cache(path: Path, decoding: Decoding) -> StreamedImages:
     """One part from its pickle cache, of either kind."""
     cache = read_pickle(path)
     content = cache if isinstance(cache, dict) else {}
@@ -76,7 +76,7 @@ def _read_cache(path: Path, image_size: int) -> StreamedImages:
             f"'{path}': expected a dict with the array image_data and class_dict, or data and labels, but got "
             f"{kind_of(cache)}. Get a fresh copy of it."
         )
-    pixels = ArrayPixels(array, image_size, str(path))
+    pixels = ArrayPixels(array, decoding, str(path))
     if "class_dict" in content:
         origin = "pickle cache with image_data and class_dict"
         places, labels, names = _of_class_dict(content["class_dict"], len(pixels), path)

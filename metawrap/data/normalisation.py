@@ -40,6 +40,23 @@ def statistics_of(normalise: Normalise, channels: int) -> tuple[Tensor, Tensor] 
     return mean, deviation
 
 
+def normalised(pixels: Tensor, statistics: tuple[Tensor, Tensor] | None, turned: bool = False) -> Tensor:
+    """Pixels, uint8 or floats in [0, 1], of shape (..., channels, height, width) as a network's float32 input.
+
+    Args:
+        statistics: mean and deviation of `statistics_of`, on the device of the pixels; None leaves [0, 1].
+        turned: whether the channels change from RGB to BGR.
+    """
+    # A product: CUDA turns a division by a number into a product, and the CPU's last bit would differ from it.
+    scale = 1 / 255 if pixels.dtype == torch.uint8 else None
+    pixels = (pixels.flip(-3) if turned else pixels).to(torch.float32, copy=True)
+    pixels = pixels if scale is None else pixels.mul_(scale)
+    if statistics is None:
+        return pixels
+    mean, deviation = statistics
+    return pixels.sub_(mean).div_(deviation)
+
+
 def _numbers(part: Any) -> list[float] | None:
     if isinstance(part, Tensor) or hasattr(part, "tolist"):
         part = part.tolist()

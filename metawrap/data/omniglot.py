@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from PIL import Image
-
 from metawrap.data.class_folders import ClassFiles
 from metawrap.data.downloads import locate
 from metawrap.data.image_files import files_at
 from metawrap.data.image_sets import DataSplits
-from metawrap.data.pictures import Decoding
+from metawrap.data.pictures import GRAY
 from metawrap.data.pixel_sources import file_classes
+from metawrap.data.preprocessing import ImageSize, decoding_of
 from metawrap.data.problems import check_counts, check_int, check_seed, wrong_argument
 from metawrap.data.random_stream import RandomStream
 from metawrap.errors import DataError
@@ -39,7 +38,7 @@ def load_omniglot(
     root: str | Path | None = None,
     *,
     split: str = "paper",
-    image_size: int = 28,
+    image_size: ImageSize = 28,
     seed: int | str = "metawrap-omniglot-v1",
     counts: Sequence[int] = (1150, 50, 423),
     validation_alphabets: int = 5,
@@ -55,7 +54,7 @@ def load_omniglot(
             folder, `<alphabet>/<character>/`, which is enough for the paper split.
         split: "paper" sorts all classes by name, shuffles them once and cuts them by `counts`. "alphabet" tests on
             images_evaluation, validates on some whole alphabets of images_background and trains on the others.
-        image_size: side of the square images, in pixels.
+        image_size: side of the square images, in pixels; or a `Preprocessing`.
         seed: names the shuffle; the same seed gives the same split on every platform.
         counts: classes in train, validation and test; only for the paper split.
         validation_alphabets: the number of alphabets to validate on; only for the alphabet split.
@@ -66,7 +65,7 @@ def load_omniglot(
         ArgumentError: an unknown split, or a size, seed or count that is no integer in range.
         DataError: the files are missing, unsafe, broken or incomplete, or hold fewer classes than asked for.
     """
-    check_int("image_size", image_size, 1)
+    decoding = decoding_of(image_size, GRAY, interpolation="nearest", max_pixels=MAX_IMAGE_PIXELS)
     check_int("validation_alphabets", validation_alphabets, 1)
     if split not in ("paper", "alphabet"):
         raise wrong_argument("split", "'paper' or 'alphabet'", split)
@@ -77,7 +76,6 @@ def load_omniglot(
             parts = _split_by_count(background | evaluation, counts, seed)
         else:
             parts = _split_by_alphabet(background, evaluation, validation_alphabets, seed)
-        decoding = Decoding(image_size, True, Image.Resampling.NEAREST, MAX_IMAGE_PIXELS)
         origin = "Omniglot in torchvision's layout"
         return DataSplits(*(file_classes(files, part, decoding, origin).in_memory() for part in parts))
 

@@ -19,6 +19,7 @@ from metawrap.errors import DataError
 
 GRAY, RGB = 1, 3
 MAX_IMAGE_PIXELS = 2**26
+MAX_IMAGE_BYTES = 64 * 2**20
 # Names of files that are read as pictures. Pillow reads HEIF with a plugin of the user's; without it, such a file is an
 # error, because half of a phone's photographs would be missing.
 IMAGE_SUFFIXES = (
@@ -35,21 +36,23 @@ _FAINT, _DISTINCT = 8, 64  # levels
 
 @dataclass(frozen=True)
 class Decoding:
-    """The way from a file to pixels: size x size, three channels, or one if grayscale."""
+    """The way from a picture to its pixels, see `Preprocessing`; pictures of more than `max_pixels` are refused."""
 
-    size: int
-    grayscale: bool = False
-    resample: Image.Resampling = Image.Resampling.LANCZOS
+    size: tuple[int, int]
+    channels: int = RGB
+    resize: str = "squeeze"
+    crop_fraction: float = 1.0
+    interpolation: str = "lanczos"
     max_pixels: int = MAX_IMAGE_PIXELS
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of a decoded image: (channels, height, width)."""
-        return (GRAY if self.grayscale else RGB), self.size, self.size
+        return self.channels, *self.size
 
 
 def decode_image(content: bytes, name: str, decoding: Decoding, remarks: list[str] | None = None) -> Pixels:
-    """A picture as uint8 of shape (channels, size, size).
+    """A picture as uint8 of shape (channels, height, width).
 
     Args:
         remarks: the list to which the conversions of `plain` are added.
@@ -64,16 +67,10 @@ def decode_image(content: bytes, name: str, decoding: Decoding, remarks: list[st
             # Without a list, Pillow would start Ghostscript for a PostScript file, whatever its name.
             with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
                 # Only the header is read at this point, so a decompression bomb is stopped before its pixels.
-                if image.width * image.height > decoding.max_pixels:
-                    raise DataError(
-                        f"'{name}' claims {image.width} x {image.height} pixels; at most {decoding.max_pixels} in all "
-                        "are accepted. Shrink or remove it."
-                    )
+                check_pixels(image, name, decoding.max_pixels)
                 if remarks is not None and image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                     remarks.append("several frames, of which the first is read")
-                # Converted first, because Pillow resizes palette images by nearest neighbour always.
-                eight_bits = plain(image, name, remarks).convert("L" if decoding.grayscale else "RGB")
-        return channels_first(eight_bits.resize((decoding.size, decoding.size), decoding.resample))
+                return fitted(plain(image, name, remarks), name, decoding)
     except DataError:
         raise
     except UnidentifiedImageError as error:  # Its message names an object in memory.
@@ -114,13 +111,44 @@ def plain(image: Image.Image, name: str, remarks: list[str] | None = None) -> Im
     return image
 
 
-def resized(image: Pixels, size: int) -> Pixels:
-    """(height, width, 1 or 3) as (channels, size, size); another size is squeezed or stretched with Lanczos."""
-    if image.shape[:2] == (size, size):
+def check_pixels(image: Image.Image, name: str, most: int) -> None:
+    """Raises DataError if the header of a picture claims more than `most` pixels."""
+    if image.width * image.height > most:
+        raise DataError(
+            f"'{name}' claims {image.width} x {image.height} pixels; at most {most} in all are accepted. Shrink or "
+            "remove it."
+        )
+
+
+def fitted(picture: Image.Image, name: str, decoding: Decoding) -> Pixels:
+    """A picture of eight bits, resized and cropped, as (channels, height, width).
+
+    Both steps round as torchvision's Resize and CenterCrop do, so that the pixels are those of a network's training.
+    """
+    # Converted first, because Pillow resizes palette images by nearest neighbour always.
+    picture = picture.convert("L" if decoding.channels == GRAY else "RGB")
+    height, width = (round(side / decoding.crop_fraction) for side in decoding.size)
+    if decoding.resize == "crop":
+        if picture.width * height <= picture.height * width:
+            height = width * picture.height // picture.width
+        else:
+            width = height * picture.width // picture.height
+    if width * height > decoding.max_pixels:
+        raise DataError(
+            f"'{name}' has {picture.width} x {picture.height} pixels, and would be resized to {width} x {height}; at "
+            f"most {decoding.max_pixels} in all are accepted. Cut it, or remove it."
+        )
+    resized = picture.resize((width, height), Image.Resampling[decoding.interpolation.upper()])
+    top, left = round((height - decoding.size[0]) / 2), round((width - decoding.size[1]) / 2)
+    return channels_first(resized.crop((left, top, left + decoding.size[1], top + decoding.size[0])))
+
+
+def fitted_array(image: Pixels, name: str, decoding: Decoding) -> Pixels:
+    """As `fitted`, for an array (height, width, 1 or 3)."""
+    if (*image.shape[:2], image.shape[2], decoding.crop_fraction) == (*decoding.size, decoding.channels, 1.0):
         return np.ascontiguousarray(image.transpose(2, 0, 1))
     flat = image[:, :, 0] if image.shape[2] == GRAY else image
-    picture = Image.fromarray(np.ascontiguousarray(flat))
-    return channels_first(picture.resize((size, size), Image.Resampling.LANCZOS))
+    return fitted(Image.fromarray(np.ascontiguousarray(flat)), name, decoding)
 
 
 def channels_first(picture: Image.Image) -> Pixels:

@@ -1,6 +1,6 @@
 """The three places that pixels come from: image files, rows of an array, and encoded pictures inside one file.
 
-Each is a `PixelSource`: place -> checked bytes -> uint8 of shape (channels, size, size).
+Each is a `PixelSource`: place -> checked bytes -> uint8 of shape (channels, height, width).
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 
 from metawrap.data.image_files import ImageFiles
 from metawrap.data.image_sets import Pixels, StreamedImages
-from metawrap.data.pictures import GRAY, RGB, Decoding, decode_image, resized
+from metawrap.data.pictures import GRAY, RGB, Decoding, decode_image, fitted_array
 from metawrap.data.stored_arrays import StoredArray
 from metawrap.errors import DataError
-
-MAX_IMAGE_BYTES = 64 * 2**20
 
 
 class FilePixels:
@@ -71,14 +69,14 @@ class PicturePixels:
 class ArrayPixels:
     """Rows of a uint8 array of shape (images, height, width, 1 or 3), which may stay in its file."""
 
-    def __init__(self, array: NDArray[np.uint8] | StoredArray, size: int, file: str) -> None:
+    def __init__(self, array: NDArray[np.uint8] | StoredArray, decoding: Decoding, file: str) -> None:
         channels = array.shape[-1] if len(array.shape) == 4 else 0
         if array.dtype != np.uint8 or channels not in (GRAY, RGB) or 0 in array.shape:
             raise DataError(
                 f"'{file}': expected images as a uint8 array of shape (images, height, width, 3), but it has type "
                 f"{array.dtype} and shape {tuple(array.shape)}. Get a fresh copy of it, or convert it."
             )
-        self._array, self._size, self._file = array, size, file
+        self._array, self._decoding, self._file = array, decoding, file
         self._rows: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
@@ -87,11 +85,11 @@ class ArrayPixels:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of an image: (channels, height, width)."""
-        return int(self._array.shape[-1]), self._size, self._size
+        return self._decoding.shape
 
     def pixels(self, place: int) -> Pixels:
         """The image."""
-        return resized(self._row(place), self._size)
+        return fitted_array(self._row(place), self.name(place), self._decoding)
 
     def _row(self, place: int) -> Pixels:
         if self._rows is None:

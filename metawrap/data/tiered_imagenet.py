@@ -18,9 +18,9 @@ from metawrap.data.folder import published_parts
 from metawrap.data.image_files import FolderFiles
 from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
 from metawrap.data.pickles import read_pickle
-from metawrap.data.pictures import Decoding
-from metawrap.data.pixel_sources import MAX_IMAGE_BYTES, ArrayPixels, PicturePixels
-from metawrap.data.problems import check_int
+from metawrap.data.pictures import MAX_IMAGE_BYTES, Decoding
+from metawrap.data.pixel_sources import ArrayPixels, PicturePixels
+from metawrap.data.preprocessing import ImageSize, decoding_of
 from metawrap.data.stored_arrays import StoredArray, npz_array
 from metawrap.errors import DataError
 
@@ -33,7 +33,7 @@ _HOW_TO_GET = (
 )
 
 
-def load_tiered_imagenet(root: str | Path, *, image_size: int = 84, stream: bool | None = None) -> DataSplits:
+def load_tiered_imagenet(root: str | Path, *, image_size: ImageSize = 84, stream: bool | None = None) -> DataSplits:
     """tieredImageNet with the split of its files.
 
         >>> train, validation, test = load_tiered_imagenet("path/to/tiered-imagenet", stream=True)  # doctest: +SKIP
@@ -46,10 +46,9 @@ def load_tiered_imagenet(root: str | Path, *, image_size: int = 84, stream: bool
     Raises:
         ArgumentError, DataError: as `load_image_folder`; or an unknown layout, or an unsafe or broken file.
     """
-    check_int("image_size", image_size, 1)
+    decoding = decoding_of(image_size)
     base = Path(root).expanduser()
     base = base / "tiered-imagenet" if (base / "tiered-imagenet").is_dir() else base
-    decoding = Decoding(image_size)
     parts: list[StreamedImages] | None = None
     for suffix in ("_images_png.pkl", "_images.npz"):
         files = [base / f"{part}{suffix}" for part in _PARTS]
@@ -69,7 +68,7 @@ def _read_part(file: Path, part: str, decoding: Decoding) -> StreamedImages:
             raise DataError(f"'{path}' is missing, beside other parts of tieredImageNet. {_HOW_TO_GET}")
     pixels: ArrayPixels | PicturePixels
     if file.suffix == ".npz":
-        pixels, origin = ArrayPixels(npz_array(file, "images"), decoding.size, str(file)), "images.npz with labels.pkl"
+        pixels, origin = ArrayPixels(npz_array(file, "images"), decoding, str(file)), "images.npz with labels.pkl"
     else:
         pixels, origin = _pictures(file, decoding), "PNG pictures in a pickle with labels.pkl"
     labels, names = _labels(labels_file, len(pixels), part)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from metawrap.data.array_pictures import bytes_of
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed
 from metawrap.data.image_sets import DataSplits, Pixels, StreamedImages, as_splits
-from metawrap.data.pictures import GRAY, RGB, plain, resized
+from metawrap.data.pictures import GRAY, RGB, Decoding, fitted_array
 from metawrap.data.problems import check_int, check_seed, wrong_argument
 from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, DataError
@@ -126,7 +125,7 @@ class _ItemPixels:
                     "has the items alone, so their own labels are read."
                 )
             item = item[0] if item else None
-        pixels = _pixels_of(item, self.name(place), self._size, self._channels)
+        pixels = self._sized(bytes_of(item, self.name(place), self._channels), self.name(place))
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             raise DataError(
@@ -135,65 +134,17 @@ class _ItemPixels:
             )
         return pixels
 
+    def _sized(self, pixels: Pixels, name: str) -> Pixels:
+        if self._size is None:
+            return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        size, own = (self._size, self._size), pixels.shape[2]
+        if own not in (GRAY, RGB) and pixels.shape[:2] != size:
+            raise DataError(f"{name}: expected 1 or 3 channels to resize, but got {own}. Leave image_size out.")
+        return fitted_array(pixels, name, Decoding(size, own))
+
     def name(self, place: int) -> str:
         """The place in the data set."""
         return f"image {place}"
-
-
-def _pixels_of(image: Any, name: str, size: int | None, channels: str | None) -> Pixels:
-    """An image of any accepted kind as uint8 of shape (channels, height, width), or an error."""
-    usual = "first" if isinstance(image, Tensor) else "last"
-    if isinstance(image, Image.Image):
-        plain_image = plain(image, name)
-        array = np.asarray(plain_image if plain_image.mode == "L" else plain_image.convert("RGB"))
-    elif isinstance(image, Tensor | np.ndarray):
-        array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-    else:
-        array = np.empty(())
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise DataError(
-            f"{name}: expected a PIL image, a tensor (channels, height, width) or an array (height, width, channels), "
-            f"but got {describe_value(image)}. Let the data set, or its transform, return one."
-        )
-    if channels is not None and (array.ndim == 2 or isinstance(image, Image.Image)):
-        raise wrong_argument("channels", f"None, because {name} has no axis of channels", channels, "Leave it out.")
-    if array.ndim == 3 and not isinstance(image, Image.Image):
-        array = np.moveaxis(array, 0, 2) if (channels or _place_of_channels(array, usual, name)) == "first" else array
-    array = array[:, :, None] if array.ndim == 2 else array
-    pixels = _in_bytes(array, name)
-    if size is None:
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    if pixels.shape[2] not in (GRAY, RGB) and pixels.shape[:2] != (size, size):
-        raise DataError(f"{name}: expected 1 or 3 channels to resize, but got {pixels.shape[2]}. Leave image_size out.")
-    return resized(pixels, size)
-
-
-def _place_of_channels(array: NDArray[Any], usual: str, name: str) -> str:
-    """The usual place of the channels, or ArgumentError where the shape may mean another."""
-    own, other = (array.shape[0], array.shape[2]) if usual == "first" else (array.shape[2], array.shape[0])
-    if own in (GRAY, RGB, 4) and other not in (GRAY, RGB):
-        return usual
-    kind = "A tensor" if usual == "first" else "An array"
-    raise ArgumentError(
-        f"channels: {name} has the shape {array.shape}. {kind} is read with its channels {usual}, which would be "
-        f"{own} channels, but the shape does not tell that for sure. Pass channels='first' or channels='last'."
-    )
-
-
-def _in_bytes(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * np.uint8(255)
-    low, high = (float(array.min()), float(array.max())) if array.dtype.kind in "fiu" else (np.nan, np.nan)
-    if array.dtype.kind != "f" or not (low >= 0 and high <= 1):
-        fix = "Divide them by their white, or convert them to uint8."
-        if low < 0:
-            fix = "Take Normalize out of the transform, and pass normalise= to EpisodeSampler instead."
-        raise DataError(
-            f"{name}: expected uint8, bool or floats in [0, 1], but got {array.dtype} from {low:g} to {high:g}. {fix}"
-        )
-    return np.asarray(np.rint(array * 255), dtype=np.uint8)
 
 
 def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,18 @@ from torch import nn
 
 import metawrap.methods as methods
 from metawrap.backbones import Conv4
-from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, load_data, normalisation_of
+from metawrap.data import (
+    DataSplits,
+    EpisodeSampler,
+    ImageSet,
+    Preprocessing,
+    StreamedImages,
+    load_data,
+    preprocessing_of,
+)
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
+from metawrap.data.normalisation import IMAGENET, statistics_of
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.learner.describing import look_at
 from metawrap.settings.keywords import flattened, nearest, plain_keywords
@@ -101,9 +110,30 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_splits(settings: RunSettings) -> DataSplits:
+def preprocessing_for(settings: RunSettings, own: Preprocessing | None = None) -> Preprocessing:
+    """The preprocessing of a run: the network's `own`, else that of the data set; with the changes of the settings.
+
+    Raises:
+        ArgumentError: `normalise` is for another number of channels.
+    """
+    way = own or preprocessing_of(settings.data)
+    changes: dict[str, Any] = {}
+    if settings.image_size is not None:
+        changes["size"] = settings.image_size, settings.image_size
+    if settings.resize is not None:
+        changes["resize"] = settings.resize
+    if settings.normalise is not None:
+        normalise = None if settings.normalise == "none" else settings.normalise
+        statistics = statistics_of(normalise, way.channels)
+        plain = ([0.0] * way.channels, [1.0] * way.channels)
+        mean, deviation = IMAGENET if statistics else plain
+        changes |= {"mean": mean, "deviation": deviation}
+    return replace(way, **changes)
+
+
+def load_splits(settings: RunSettings, own: Preprocessing | None = None) -> DataSplits:
     """The three splits of the data set, downloaded if they are missing. None in the settings leaves an option out."""
-    options = {"split": settings.split, "image_size": settings.image_size, "stream": settings.stream}
+    options = {"split": settings.split, "stream": settings.stream, "image_size": preprocessing_for(settings, own)}
     given = {name: value for name, value in options.items() if value is not None}
     if settings.data in DOWNLOADED:
         given["download"] = True
@@ -179,7 +209,6 @@ def _sampler(
     settings: RunSettings, images: ImageSet, device: torch.device, ways: int, tasks: int, **how: Any
 ) -> EpisodeSampler:
     """Images are normalised as asked for, or as publications do it for the data set; workers read streamed images."""
-    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
     workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
     return EpisodeSampler(
         images,
@@ -188,7 +217,7 @@ def _sampler(
         settings.targets,
         tasks,
         device=device,
-        normalise=None if normalise == "none" else normalise,
+        normalise=preprocessing_for(settings),
         workers=workers if isinstance(images, StreamedImages) else 0,
         **how,
     )

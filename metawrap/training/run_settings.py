@@ -58,9 +58,9 @@ Method = Annotated[
 class RunSettings(Options):
     """The settings of `metawrap train`. None means: the default of the data set, method or preset.
 
-    data: the name of a data set, or a folder of class folders. split: see the loader of the data set. normalise:
-    "imagenet" or "none". stream: read images when they are drawn, in `loader_workers` processes (0: in this process);
-    neither changes the drawn tasks. targets: target images per class and task.
+    data: the name of a data set, or a folder of class folders. split: see the loader of the data set. resize: see
+    `Preprocessing`. normalise: "imagenet" or "none". stream: read images when they are drawn, in `loader_workers`
+    processes (0: in this process); neither changes the drawn tasks. targets: target images per class and task.
     model: "package.module:factory" of the user's own network; replaces backbone and filters.
     train_ways: classes of a training task, for methods that do not use the network's own outputs; None means ways.
     keep: number of the best checkpoints to keep, and of the newest. ensemble: number of the best checkpoints to average
@@ -79,6 +79,7 @@ class RunSettings(Options):
     data_root: Text | None = None
     split: Text | None = None
     image_size: Count | None = None
+    resize: Literal["squeeze", "crop"] | None = None
     rotations: Switch | None = None
     normalise: Literal["none", "imagenet"] | None = None
     stream: Switch | None = None

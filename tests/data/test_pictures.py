@@ -139,7 +139,7 @@ def test_pictures_stand_as_their_exif_says(tmp_path, orientation) -> None:
 def test_a_picture_with_a_broken_exif_is_read_with_a_remark_and_an_unknown_orientation_without(exif, broken) -> None:
     remarks: list[str] = []
     content = encoded(Image.fromarray(COLOUR), "PNG", exif=b"Exif\0\0" + exif)
-    pixels = decode_image(content, "a", Decoding(SIDE), remarks)
+    pixels = decode_image(content, "a", Decoding((SIDE, SIDE)), remarks)
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), COLOUR)
     assert remarks == ["an unreadable EXIF, so not turned"] * broken
 

@@ -343,7 +343,7 @@ def test_every_setting_of_a_run_has_a_flag():
     numbers += "validation-tasks validation-alone test-tasks seed keep ensemble loader-workers"
     given = [f"--{flag}=x" for flag in words.split()] + [f"--{flag}=2" for flag in numbers.split()]
     given += ["--method=maml", "--norm=batch", "--backbone=conv4", "--test-norms=own", "--set=a=1"]
-    given += ["--no-rotations", "--stream"]
+    given += ["--no-rotations", "--stream", "--resize=crop"]
     assert set(RunSettings().to_dict()) <= set(vars(build_parser().parse_args(["train", *given])))
 
 
