@@ -24,6 +24,7 @@ from metawrap.methods import (
     MANN,
     R2D2,
     FineTune,
+    LogisticRegression,
     LSTMMetaLearner,
     MAMLPlusPlus,
     MatchingNet,
@@ -37,6 +38,7 @@ from metawrap.methods import (
     RelationNet,
     Reptile,
     SiameseNet,
+    SimpleShot,
     ZeroStep,
 )
 from metawrap.results import MetaOutput, StepMetrics, Trouble
@@ -65,6 +67,7 @@ __all__ = [
     "FineTune",
     "InnerOptions",
     "LSTMMetaLearner",
+    "LogisticRegression",
     "MAMLPlusPlus",
     "MatchingNet",
     "MemoryModule",
@@ -85,6 +88,7 @@ __all__ = [
     "RelationNet",
     "Reptile",
     "SiameseNet",
+    "SimpleShot",
     "StepMetrics",
     "Task",
     "TaskBatch",

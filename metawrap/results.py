@@ -102,7 +102,7 @@ class TaskOutcome:
     """The result of solving one task. Only `loss` carries a graph.
 
     loss: scalar. step_losses: (inner steps,), NaN where not computed. moments: statistics that the norms saw, pass by
-    pass. head: the adapted head, if it is to be stored for the task.
+    pass. head: the adapted head, if it is to be stored for the task, or what a fitted head keeps of the task.
     """
 
     loss: Tensor

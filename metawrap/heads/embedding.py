@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ Run = Callable[..., Any]
 # Of the head: the number of its arguments; its output, or the prediction in it if the head is kept; a copy of that.
 _Call = tuple[int, Any, Any]
 _HIDDEN = "is called through something other than its place in the network (a list, a closure)"
+
+
+class Entering(NamedTuple):
+    """A call of the head: its argument; the name of this argument, None by position; for an embedding that is read from
+    the network's output, whether input and output of the network are bare tensors."""
+
+    value: Any
+    keyword: str | None
+    bare: bool = False
 
 
 @dataclass
@@ -63,25 +72,32 @@ class Embedding:
 
     def of(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
         """The embeddings of inputs: (examples, numbers) if `flat`, else (examples, ...) as the head gets them."""
+        found = self.entering(inputs, statistics, moments).value
+        return found.flatten(1) if self.flat else found
+
+    def entering(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Entering:
+        """What enters the head, (examples, ...), and how."""
+        calls: list[Entering] = []
         if self.source != "head_input":
-            entered = [embedding_in(self.run(inputs, statistics, moments), self.source)]
+            output = self.run(inputs, statistics, moments)
+            bare = self.source == "output" and isinstance(inputs, Tensor) and isinstance(output, Tensor)
+            calls.append(Entering(embedding_in(output, self.source), None, bare))
         else:
-            entered = []
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                entered.append(next(iter((*args, *kwargs.values())), None))
+                calls.append(Entering(next(iter((*args, *kwargs.values())), None), next(iter(kwargs), None)))
 
             with self.module.register_forward_pre_hook(note, with_kwargs=True):
                 self.run(inputs, statistics, moments)
-        self._check_calls(len(entered))
-        found = entered[0]
+        self._check_calls(len(calls))
+        found = calls[0].value
         if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
             where = "the model's output" if self.source != "head_input" else f"the input of the head '{self.head}'"
             raise UnsupportedModuleError(
                 f"Expected {where} to be a floating-point tensor of shape (examples, ...), but it is "
                 f"{describe_value(found)}. Name the module that an embedding enters with head={self._or_output('')}."
             )
-        return found.flatten(1) if self.flat else found
+        return calls[0]
 
     def of_task(
         self, task: Task, training: bool, norm: str, moments: list[Moments] | None, run: Run | None = None

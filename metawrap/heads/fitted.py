@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ class FittedHead(nn.Module):
 
     In training its tensors carry the graph back to the support set. `adapt` puts it in the place of the user's
     own head. Its tensors are buffers, by the names that the constructor gets.
+
+    traceable: whether torch.fx can follow `forward`, so that a pickle of the head does not need metawrap.
     """
+
+    traceable: ClassVar[bool] = True
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
@@ -28,23 +33,6 @@ class FittedHead(nn.Module):
     def plain(self) -> nn.Module:
         """A copy that shares nothing with the learner, in eval mode; gradients must be off."""
         return copy.deepcopy(self).eval()
-
-
-class PlacedHead(nn.Module):
-    """A fitted head in the place of the user's own: takes one argument, under any name.
-
-    flat: whether an embedding of any shape is taken as a vector.
-    """
-
-    def __init__(self, head: nn.Module, flat: bool) -> None:
-        super().__init__()
-        self.head, self.flat = head, flat
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """(targets, ...) to (targets, ways)."""
-        [embeddings] = (*args, *kwargs.values())
-        logits: Tensor = self.head(embeddings.flatten(1) if self.flat else embeddings)
-        return logits
 
 
 def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:
@@ -63,9 +51,19 @@ def class_means(embeddings: Tensor, labels: Tensor, ways: int) -> Tensor:
     return class_sums(embeddings, labels, ways) / counts.view(-1, *(1,) * (embeddings.ndim - 1))
 
 
-def squared_distances(one: Tensor, other: Tensor) -> Tensor:
-    """Squared Euclidean distances of (n, d) to (m, d), shape (n, m); by differences: near points keep theirs."""
-    return (one[:, None] - other[None]).square().sum(-1)
+def nearest_mean(means: Tensor) -> tuple[Tensor, Tensor]:
+    """The linear layer whose logits are minus the squared distance to each mean, but for a constant of the row.
+
+    |x - m|^2 - |x - c|^2 = 2 (c - m) x - (c - m)(c + m), with c a class's mean and m the mean of these means: without m
+    large embeddings would lose their small differences.
+
+    Args:
+        means: (ways, numbers).
+    Returns: weight (ways, numbers) and bias (ways,).
+    """
+    middle = means.mean(0)
+    centred = means - middle
+    return 2 * centred, -(centred * (means + middle)).sum(1)
 
 
 def cosine_similarities(one: Tensor, other: Tensor) -> Tensor:
@@ -105,3 +103,17 @@ class LinearHead(FittedHead):
         layer.weight.copy_(self.weight)
         layer.bias.copy_(self.bias)
         return layer.eval()
+
+
+class NormalisedLinear(LinearHead):
+    """Logits are linear in the embedding after `centre`, (numbers,), is subtracted and its length made 1."""
+
+    centre: Tensor
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(targets, numbers) to (targets, ways)."""
+        return super().forward(nn.functional.normalize(embeddings - self.centre, dim=1))
+
+    def plain(self) -> nn.Module:
+        """A copy: torch has no layer of this kind."""
+        return FittedHead.plain(self)

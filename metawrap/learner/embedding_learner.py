@@ -17,7 +17,8 @@ from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, shown
 from metawrap.execution.executor import Executor, shared
 from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, put_in_place
-from metawrap.heads.fitted import FittedHead, PlacedHead
+from metawrap.heads.fitted import FittedHead
+from metawrap.heads.placed_head import placed
 from metawrap.layers.norm_policies import passes_of
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.evaluation import adapting, finished, policy_of
@@ -108,6 +109,10 @@ class EmbeddingLearner(Learner):
         prediction = self._fit_head(support, labels, ways)(target)
         return prediction, self._loss(prediction, task.target_y, "target")
 
+    def _kept(self, support: Tensor) -> dict[str, Tensor]:
+        """What the learner keeps of a training task's embeddings after the meta-step."""
+        return {}
+
     def _loss(self, prediction: Tensor, y: Any, part: str) -> Tensor:
         """The user's loss of a prediction."""
         return self.embedding.loss(self.loss_fn, prediction, y, part)
@@ -121,7 +126,8 @@ class EmbeddingLearner(Learner):
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
         prediction = self.embedding.in_form(prediction)
-        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments, known=True)
+        kept = self._kept(support) if training else None
+        return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments, head=kept, known=True)
 
     def _prepare(self, task: Task) -> None:
         inspect_once(self, task, self._inspect)
@@ -193,8 +199,10 @@ class EmbeddingLearner(Learner):
         """A plain module of the user's own class, in eval mode, with a fitted head in the place of its own.
 
         Its norms are ordinary ones: under norm="running" with the stored statistics, under "batch" without any (they
-        use each batch's own), under "support" with the support set's. With another `embedding` than "head_input" it is
-        the user's network with the fitted head behind it. The learner does not change.
+        use each batch's own), under "support" with the support set's. A head that is linear is an `nn.Linear`. With
+        another `embedding` than "head_input" the user's network has the fitted head behind it, in an `nn.Sequential`,
+        or in a `BehindNetwork` where a function reads the embedding or the network takes or returns more than one
+        tensor. Where metawrap is missing: see `PlacedHead`. The learner does not change.
 
         Args:
             support_x, support_y: one task's support set, (examples, ...), labels 0..ways - 1 without `classes`.
@@ -207,15 +215,17 @@ class EmbeddingLearner(Learner):
         with adapting(self, asked.task(places=True)) as task:
             labels, ways = self._labels(task)
             passes = passes_of(norm, training=False)
-            embedded = self.embedding.of(task.support_x, passes.context or passes.support)
-            fitted = self._fit_head(embedded, labels, ways).plain()
+            entering = self.embedding.entering(task.support_x, passes.context or passes.support)
+            embedded = entering.value.flatten(1) if self.flat else entering.value
+            fitted = placed(self._fit_head(embedded, labels, ways).plain(), entering, self.flat)
             held = self.wrapped.held(norm) if passes.context is not None else None
             module = plain_copy(self.model, {}, 0, held, keep_statistics=norm != "batch").eval()
-        placed = PlacedHead(fitted, self.flat).eval()
         if self.embedding.head is not None:
-            put_in_place(module, self.embedding.head, placed)
+            put_in_place(module, self.embedding.head, fitted)
+        elif entering.bare:
+            module = nn.Sequential(module, fitted).eval()
         else:
-            module = BehindNetwork(module, self.embedding.source, placed).eval()
+            module = BehindNetwork(module, self.embedding.source, fitted).eval()
         return finished(module, task)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -346,3 +346,5 @@ def _keep_outcomes(learner: Learner, outcomes: list[TaskOutcome], applied: Tenso
     head_start: Any = getattr(learner, "head_start", None)
     if head_start is not None and head_start.kind != "learned":
         head_start.keep(outcomes, applied)
+    if (centre := getattr(learner, "centre", None)) is not None:
+        centre.keep(outcomes, applied)

@@ -4,6 +4,7 @@ from metawrap.learner.learner import Learner
 from metawrap.methods.anil import ANIL
 from metawrap.methods.boil import BOIL
 from metawrap.methods.fine_tune import FineTune
+from metawrap.methods.logistic_regression import LogisticRegression
 from metawrap.methods.lstm_meta_learner import LSTMMetaLearner
 from metawrap.methods.maml import FOMAML, MAML, MAMLPlusPlus
 from metawrap.methods.mann import MANN
@@ -19,6 +20,7 @@ from metawrap.methods.r2d2 import R2D2
 from metawrap.methods.relation_net import RelationNet
 from metawrap.methods.reptile import Reptile
 from metawrap.methods.siamese_net import SiameseNet
+from metawrap.methods.simple_shot import SimpleShot
 from metawrap.methods.zero_step import ZeroStep
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "FineTune",
     "LSTMMetaLearner",
     "Learner",
+    "LogisticRegression",
     "MAMLPlusPlus",
     "MatchingNet",
     "MemoryModule",
@@ -43,5 +46,6 @@ __all__ = [
     "RelationNet",
     "Reptile",
     "SiameseNet",
+    "SimpleShot",
     "ZeroStep",
 ]

@@ -130,8 +130,8 @@ class KeyMemory(FittedHead):
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""
         near = self._cosines(embeddings).topk(min(self.neighbours, len(self.values)), dim=1)
-        classes = torch.arange(self.ways, device=near.indices.device)
-        is_class = self.values[near.indices][:, None] == classes[:, None]
+        classes = torch.arange(self.ways, device=self.values.device)
+        is_class = self.values.take(near.indices)[:, None] == classes[:, None]
         return self.inverse_temperature * torch.where(is_class, near.values[:, None], -1.0).amax(2)
 
     def loss(self, embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metawrap.heads.fitted import FittedHead, class_means, cosine_similarities, squared_distances
+from metawrap.heads.fitted import FittedHead, LinearHead, NormalisedLinear, class_means, nearest_mean
 from metawrap.learner.embedding_learner import EmbeddingKeywords, EmbeddingLearner
 from metawrap.settings.keywords import checked
 
@@ -17,15 +17,21 @@ Distance = Literal["euclidean", "cosine"]
 class ProtoNet(EmbeddingLearner):
     """Prototypical networks: a target belongs to the class whose mean support embedding is nearest.
 
+    Minus the squared distance is linear in the embedding but for a constant of the row (section 2.4 of the paper), so
+    that logits are those of a linear layer, an `nn.Linear` in the adapted module. Probabilities, the order of classes
+    and the cross-entropy are those of the distances; a logit is no distance. The rounding error of a logit grows with
+    the length of the embedding times the distance between prototypes.
+
     Args:
-        distance: "euclidean" (squared, as in the paper) or "cosine" (one minus the cosine).
+        distance: "euclidean" (squared, as in the paper) or "cosine" (one minus the cosine, which a logit is minus).
         keywords: see `EmbeddingKeywords` and `OuterKeywords`.
 
     >>> import torch
-    >>> learner = ProtoNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), distance="cosine")
-    >>> adapted = learner.adapt(torch.randn(6, 4), torch.arange(6) % 3)
+    >>> learner = ProtoNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    >>> learner.adapt(torch.randn(8, 4), torch.arange(8) % 4)[2]
+    Linear(in_features=8, out_features=4, bias=True)
 
-    Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1 and 2.
+    Source: Snell, Swersky, Zemel 2017, arXiv:1703.05175, Eq. 1, 2 and 8.
     """
 
     @checked
@@ -36,20 +42,9 @@ class ProtoNet(EmbeddingLearner):
         self.distance: Distance = distance
 
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
-        return Prototypes(class_means(support, labels, ways), self.distance)
-
-
-class Prototypes(FittedHead):
-    """Logits are minus the distance to each prototype. prototypes: (ways, numbers)."""
-
-    prototypes: Tensor
-
-    def __init__(self, prototypes: Tensor, distance: Distance) -> None:
-        super().__init__(prototypes=prototypes)
-        self.distance = distance
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(targets, numbers) to (targets, ways)."""
+        prototypes = class_means(support, labels, ways)
         if self.distance == "cosine":
-            return cosine_similarities(embeddings, self.prototypes) - 1
-        return -squared_distances(embeddings, self.prototypes)
+            weight = nn.functional.normalize(prototypes, dim=1)
+            return NormalisedLinear(weight=weight, bias=-support.new_ones(ways), centre=support.new_zeros(()))
+        weight, bias = nearest_mean(prototypes)
+        return LinearHead(weight=weight, bias=bias)

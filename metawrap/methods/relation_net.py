@@ -95,6 +95,7 @@ class RelationNet(EmbeddingLearner):
 class Relations(FittedHead):
     """Logits are the scores before their sigmoid. sums: (ways, channels, ...), the support embeddings of each class."""
 
+    traceable = False  # The relation module goes by the shape of its input.
     sums: Tensor
 
     def __init__(self, sums: Tensor, relation: nn.Module) -> None:

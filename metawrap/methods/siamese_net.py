@@ -95,7 +95,7 @@ class BestMatch(FittedHead):
 
     def best(self, matches: Tensor) -> Tensor:
         """(targets, support examples) to (targets, ways)."""
-        is_class = self.labels == torch.arange(self.ways, device=matches.device)[:, None]
+        is_class = self.labels == torch.arange(self.ways, device=self.labels.device)[:, None]
         return torch.where(is_class, matches[:, None], -torch.inf).amax(2)
 
 

@@ -36,7 +36,9 @@ _WAYS = {
 _EMBEDDING = [
     "r2d2",
     "metaoptnet",
+    "logistic",
     "protonet",
+    "simpleshot",
     "matchingnet",
     "relationnet",
     "siamese",
@@ -46,6 +48,7 @@ _EMBEDDING = [
     "statistician",
 ]
 _SVM = "the quadratic program is solved on the CPU"
+_NEWTON = "the regression is solved in double precision on the CPU"
 _UNLABELLED = "targets without a label are left out, so that the number of rows is that of the labels"
 _MEMORY = "the slot that an example is written to is that of the nearest key"
 _ROWS = "the numbers of a task's classes, a tuple, go to the device"
@@ -53,9 +56,13 @@ _LABELS = {_READ.format("heads/class_table.py"): "a label that names no class is
 _SPREAD = "index_put at execution/executor.py"  # The gradient of an index.
 # By method: where a steady meta_step waits for the device, and why it must.
 WAITS: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("r2d2", "protonet", "matchingnet", "relationnet", "siamese", "mann", "metanet"), _WAYS),
+    **dict.fromkeys(
+        ("r2d2", "protonet", "simpleshot", "matchingnet", "relationnet", "siamese", "mann", "metanet"), _WAYS
+    ),
     "metaoptnet": _WAYS | {"_to_copy at heads/multiclass_svm.py": _SVM, "_to_copy at execution/executor.py": _SVM},
     "metaoptnet-ridge": _WAYS,
+    "logistic": _WAYS
+    | {"_to_copy at heads/softmax_regression.py": _NEWTON, "_to_copy at execution/executor.py": _NEWTON},
     "memorymodule": _WAYS
     | {_READ.format("methods/memory_module.py"): _MEMORY, "index at methods/memory_module.py": _UNLABELLED}
     | {_SPREAD: _UNLABELLED},

@@ -35,10 +35,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "MemoryModule": {},
     "MetaNet": {},
     "MetaOptNet": {},
+    "LogisticRegression": {},
     "ProtoNet": {},
     "R2D2": {},
     "RelationNet": {},
     "SiameseNet": {},
+    "SimpleShot": {},
     "ZeroStep": {},
 }
 

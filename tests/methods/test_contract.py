@@ -509,6 +509,8 @@ def test_calls_without_effect_are_refused(name: str) -> None:
         ("r2d2", {"regularizer": "much"}, r"regularizer: expected a positive number, but got 'much'"),
         ("r2d2", {"scale": -1}, r"scale: expected a positive number, but got -1"),
         ("r2d2", {"scale": float("nan")}, r"scale: expected a positive number"),
+        ("simpleshot", {"scale": 0}, r"scale: expected a positive number, but got 0"),
+        ("logistic", {"regularizer": -1.0}, r"regularizer: expected a positive number, but got -1\.0"),
         ("metaoptnet", {"solver": "lasso"}, r"solver: expected 'svm' or 'ridge', but got 'lasso'"),
         ("metaoptnet", {"regularizer": 0}, r"regularizer: expected a positive number, but got 0"),
         ("metaoptnet", {"scale": None}, r"scale: expected a positive number, but got None"),
@@ -573,7 +575,9 @@ def test_a_wrong_argument_is_named_and_the_model_is_untouched(name: str, options
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("module", ["heads.class_rows", "heads.class_table", *(f"methods.{n}" for n in EXAMPLES)])
+@pytest.mark.parametrize(
+    "module", ["heads.class_rows", "heads.class_table", "heads.centre", *(f"methods.{n}" for n in EXAMPLES)]
+)
 def test_its_example_runs(module: str) -> None:
     with quiet():
         found = doctest.testmod(importlib.import_module(f"metawrap.{module}"))

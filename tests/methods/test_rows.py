@@ -95,7 +95,18 @@ MIXED: dict[str, tuple[Any, tuple[Any, Any]]] = {
     "scaled by the largest": (lambda net, hidden, w: hidden * (w / w.amax())[:, None], (FALLING, FALLING)),
 }
 NAMES = {"multi-task": {"id": "blue"}, "fine-tune by classes": {"classes": (0, 1, 2)}}
-EMBEDDING = ["protonet", "r2d2", "metaoptnet", "matchingnet", "relationnet", "siamese", "mann", "metanet"]
+EMBEDDING = [
+    "protonet",
+    "simpleshot",
+    "r2d2",
+    "logistic",
+    "metaoptnet",
+    "matchingnet",
+    "relationnet",
+    "siamese",
+    "mann",
+    "metanet",
+]
 EMBEDDING += ["memorymodule", "anil", "fine-tune", "multi-task"]
 
 

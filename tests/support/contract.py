@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Other code of the same method: its name, and its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "protonet-cosine": ("protonet", {"distance": "cosine"}),
     "metaoptnet-ridge": ("metaoptnet", {"solver": "ridge"}),
     "matchingnet-context": ("matchingnet", {"full_context": True, "processing_steps": 2, "learn_scale": True}),
     "anil-rates": ("anil", {"learn_inner_lr": True}),
