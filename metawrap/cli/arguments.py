@@ -96,16 +96,18 @@ _LEARNER: dict[str, dict[str, Any]] = {
     "--inner-lr": _X | {"help": "first inner learning rate (0.1)"},
     "--meta-lr": _X | {"help": "outer learning rate (the method's: 0.001)"},
 }
-_MODEL = {"metavar": "MODULE:NAME", "help": "your own network: NAME() or NAME(ways=...) makes it"}
+_MODEL = {"metavar": "MODULE:NAME", "help": "your network: NAME() or NAME(ways=...); or timm:NAME, hf:FOLDER"}
+_WEIGHTS = {"metavar": "FILE", "help": "its weights: a file, or DEFAULT for the published ones (random)"}
 _NETWORK: dict[str, dict[str, Any]] = {
     "--backbone": _NAME | {"choices": BACKBONES, "help": "conv4 (default) or conv4-strided"},
     "--filters": _N | {"help": "channels of the backbone (64)"},
     "--model": _MODEL,
+    "--weights": _WEIGHTS,
 }
 _TASKS: dict[str, dict[str, Any]] = {
     "--batch": _N | {"dest": "tasks_per_batch", "help": "tasks per meta-step (8)"},
     "--validation-tasks": _N | {"help": "fixed tasks to validate on (200)"},
-    "--validation-alone": _N | {"help": "of these, with each target alone too (0)"},
+    "--validation-alone": _N | _RARE,
     "--test-tasks": _N | {"help": "fixed tasks of unseen classes to test on (600)"},
 }
 _SEED = _N | {"help": "of the initial weights and the order of tasks (0)"}
@@ -189,7 +191,7 @@ def _add_train(commands: Any) -> None:
         "train",
         "meta-train, validate and test a network",
         "train [options]",
-        "Rarer: --split NAME, --train-ways N, --keep N, --test-norms all|own (docs/recipes.md);\n"
+        "Rarer: --split NAME, --train-ways N, --validation-alone N, --keep N, --test-norms all|own,\n"
         "--resize crop, --normalise imagenet|none, --stream, --no-stream, --loader-workers N (docs/data.md).\n"
         "In N processes: torchrun --nproc-per-node=N -m metawrap train [options]",
     )
@@ -308,6 +310,7 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", "show what wrapping a network finds and does", "inspect --model MODULE:NAME [options]"
     )
     parser.add_argument("--model", required=True, **_MODEL)
+    parser.add_argument("--weights", **_WEIGHTS)
     _add(parser, _LEARNER | {"--set": _SET})
     parser.add_argument("--ways", **_N, help="classes of the network and of the task (5)")
     about = "of one example: a random task then shows head and engine"

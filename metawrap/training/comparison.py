@@ -33,7 +33,7 @@ from metawrap.training.tables import comparison_table, method_title
 # One value for all methods: these settings define the task, the network and the test.
 _COMMON = {
     "data", "data_root", "split", "image_size", "resize", "ways", "shots", "targets", "test_tasks", "test_norms",
-    "seed", "device", "backbone", "filters", "model",
+    "seed", "device", "backbone", "filters", "model", "weights",
 }  # fmt: skip
 _RUN_FIELDS = {each.name for each in fields(RunSettings)} - {"method", "options"}
 

@@ -1,4 +1,5 @@
-"""The data of a run: the classes of its three parts, each with a fingerprint, in data.json; and what has changed since.
+"""The data of a run in data.json: the classes of its three parts, each with a fingerprint, and the preprocessing of its
+pictures; and what has changed since.
 
 The split of a data set into parts depends on all of its classes, so one class more can move any other from training to
 test. A test on classes that were trained on would give an accuracy that looks like few-shot learning and is none.
@@ -14,10 +15,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from metawrap.data import DataSplits, LabelledImages, StreamedImages
+from metawrap.data import DataSplits, LabelledImages, Preprocessing, StreamedImages
 from metawrap.data.class_split import PARTS
 from metawrap.data.problems import listed
-from metawrap.errors import CheckpointError, DataError
+from metawrap.errors import ArgumentError, CheckpointError, DataError
 
 FILE = "data.json"
 # Part -> class -> fingerprint, classes in the order of their numbers.
@@ -36,17 +37,36 @@ def read_record(run: Path) -> DataRecord | None:
     """The record of the run in this folder; None if it has none, as runs of metawrap 0.1. Raises CheckpointError if the
     file is damaged.
     """
+    content = _content(run)
+    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
+    marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
+    if content is None:
+        return None
+    if not all(isinstance(mark, str) for mark in marks):
+        raise _damaged(run)
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def read_preprocessing(run: Path) -> Preprocessing | None:
+    """The preprocessing of the run's pictures; None if it is not on record, as for runs of metawrap 0.1. Raises
+    CheckpointError if the file is damaged.
+    """
+    content = _content(run)
+    if not isinstance(content, dict) or "preprocessing" not in content:
+        return None
     try:
-        content = json.loads((run / FILE).read_text(encoding="utf-8"))
+        return Preprocessing.from_dict(content["preprocessing"])
+    except ArgumentError as error:
+        raise _damaged(run) from error
+
+
+def _content(run: Path) -> Any:
+    try:
+        return json.loads((run / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(run) from error
-    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
-    marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
-    if not all(isinstance(mark, str) for mark in marks):
-        raise _damaged(run)
-    return dict(zip(PARTS, parts, strict=True))
 
 
 def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:

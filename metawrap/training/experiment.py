@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +24,10 @@ from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
 from metawrap.data.normalisation import IMAGENET, statistics_of
 from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.factory import in_one_line
 from metawrap.learner.describing import look_at
+from metawrap.learner.embedding_learner import EmbeddingLearner
+from metawrap.pretrained import PUBLISHED, PretrainedNetwork, load_network
 from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
 from metawrap.training.data_record import DataRecord, record_of
@@ -49,17 +49,27 @@ _RUN_KEYWORDS = ("preset", "norm", "engine", "inner_steps", "inner_lr", "meta_lr
 
 @dataclass(frozen=True)
 class Experiment:
-    """The live objects of a run. Train, validation and test tasks share no class."""
+    """The live objects of a run. Train, validation and test tasks share no class.
+
+    preprocessing: that of every picture of the run; words: about the network's weights, for people.
+    """
 
     learner: Any
     train: EpisodeSampler
     validation: EpisodeSampler
     test: EpisodeSampler
     device: torch.device
+    preprocessing: Preprocessing | None = None
+    words: str = ""
 
     def data(self) -> DataRecord:
         """The classes of the three parts, with fingerprints."""
         return record_of(DataSplits(self.train.images, self.validation.images, self.test.images))
+
+    def record(self) -> dict[str, Any]:
+        """The content of data.json: `data`, and the preprocessing as plain values."""
+        way = self.preprocessing
+        return dict(self.data()) | ({} if way is None else {"preprocessing": way.to_dict()})
 
 
 def build_experiment(settings: RunSettings) -> Experiment:
@@ -74,24 +84,29 @@ def build_experiment(settings: RunSettings) -> Experiment:
             "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = device_of_rank(find_device(settings.device))
-    splits = load_splits(settings)
+    torch.manual_seed(settings.seed)
+    network = network_of(settings)
+    own = None if network is None else network.preprocessing
+    splits = load_splits(settings, own)
     keyword = "train_ways" if settings.train_ways else "ways"
     demands = [
         Demand(splits.train, _train_ways(settings), _rotates(settings), "train", keyword),
         *(Demand(getattr(splits, part), settings.ways, part=part) for part in ("validation", "test")),
     ]
     check_enough(demands, settings.shots, settings.targets)
-    torch.manual_seed(settings.seed)
-    train = _train_sampler(settings, splits.train, device)
-    learner = build_learner(settings, build_model(settings, splits.train), train.num_classes).to(device)
+    train = _train_sampler(settings, splits.train, device, own)
+    model = build_model(settings, splits.train) if network is None else network.model
+    learner = build_learner(settings, model, train.num_classes).to(device)
     ways = "--ways sets how many classes a task has, --train-ways in training."
     show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.", ways)
     return Experiment(
         learner=learner,
         train=train,
-        validation=fixed_tasks(settings, splits.validation, settings.validation_tasks, VALIDATION_SEED, device),
-        test=fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device),
+        validation=fixed_tasks(settings, splits.validation, settings.validation_tasks, VALIDATION_SEED, device, own),
+        test=fixed_tasks(settings, splits.test, settings.test_tasks, TEST_SEED, device, own),
         device=device,
+        preprocessing=preprocessing_for(settings, own),
+        words=_in_words(settings, network),
     )
 
 
@@ -120,15 +135,29 @@ def preprocessing_for(settings: RunSettings, own: Preprocessing | None = None) -
     changes: dict[str, Any] = {}
     if settings.image_size is not None:
         changes["size"] = settings.image_size, settings.image_size
-    if settings.resize is not None:
-        changes["resize"] = settings.resize
+    if settings.resize not in (None, way.resize):
+        changes |= {"resize": settings.resize, "crop_fraction": 1.0}
     if settings.normalise is not None:
         normalise = None if settings.normalise == "none" else settings.normalise
-        statistics = statistics_of(normalise, way.channels)
-        plain = ([0.0] * way.channels, [1.0] * way.channels)
-        mean, deviation = IMAGENET if statistics else plain
+        mean, deviation = IMAGENET if statistics_of(normalise, way.channels) else ((), ())
         changes |= {"mean": mean, "deviation": deviation}
     return replace(way, **changes)
+
+
+def _in_words(settings: RunSettings, network: PretrainedNetwork | None) -> str:
+    """The network's weights, and where the settings win over their preprocessing."""
+    if network is None:
+        return ""
+    if (own := network.preprocessing) is None:
+        return network.words
+    way = preprocessing_for(settings, own)
+    pixels = f"{'x'.join(map(str, way.size))} pixels"
+    parts = {"image_size": way.size != own.size, "resize": way.resize != own.resize}
+    parts["normalise"] = (way.mean, way.deviation) != (own.mean, own.deviation)
+    won = [f"--{name.replace('_', '-')}" for name, differs in parts.items() if differs]
+    return f"{network.words}; pictures of {pixels}, as its weights want them" + (
+        f", but for {', '.join(won)}: these win" if won else ""
+    )
 
 
 def load_splits(settings: RunSettings, own: Preprocessing | None = None) -> DataSplits:
@@ -170,10 +199,22 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     return method(model, **(given | settings.options))
 
 
+def network_of(settings: RunSettings) -> PretrainedNetwork | None:
+    """The user's network with its weights; None if `model` is not set.
+
+    A published network gets a head of `ways` classes, unless the method is one on embeddings, which uses none.
+    """
+    if settings.model is None:
+        return None
+    embeds = issubclass(getattr(methods, METHODS[settings.method]), EmbeddingLearner)
+    published = settings.model.startswith(PUBLISHED)
+    return load_network(settings.model, settings.weights, None if embeds and published else settings.ways)
+
+
 def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
     """The user's network if `model` is set, else the backbone for images of this size."""
-    if settings.model is not None:
-        return call_factory(settings.model, settings.ways)
+    if (network := network_of(settings)) is not None:
+        return network.model
     channels, height, width = images.image_shape
     if height != width:
         raise ArgumentError(
@@ -183,17 +224,26 @@ def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
     return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
 
 
-def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, device: torch.device) -> EpisodeSampler:
+def fixed_tasks(
+    settings: RunSettings,
+    images: ImageSet,
+    count: int,
+    seed: int,
+    device: torch.device,
+    own: Preprocessing | None = None,
+) -> EpisodeSampler:
     """A sampler of evaluation tasks without rotated classes; its first `count / tasks_per_batch` batches are the tasks.
 
     Every run with the same data, ways, shots, targets and count gets the same tasks.
     """
-    return _sampler(settings, images, device, settings.ways, math.gcd(count, 20), seed=seed)
+    return _sampler(settings, images, device, settings.ways, math.gcd(count, 20), own, seed=seed)
 
 
-def _train_sampler(settings: RunSettings, images: ImageSet, device: torch.device) -> EpisodeSampler:
+def _train_sampler(
+    settings: RunSettings, images: ImageSet, device: torch.device, own: Preprocessing | None
+) -> EpisodeSampler:
     how: dict[str, Any] = {"seed": settings.seed, "rotations": _rotates(settings)}
-    return _sampler(settings, images, device, _train_ways(settings), settings.tasks_per_batch, **how)
+    return _sampler(settings, images, device, _train_ways(settings), settings.tasks_per_batch, own, **how)
 
 
 def _train_ways(settings: RunSettings) -> int:
@@ -206,9 +256,15 @@ def _rotates(settings: RunSettings) -> bool:
 
 
 def _sampler(
-    settings: RunSettings, images: ImageSet, device: torch.device, ways: int, tasks: int, **how: Any
+    settings: RunSettings,
+    images: ImageSet,
+    device: torch.device,
+    ways: int,
+    tasks: int,
+    own: Preprocessing | None,
+    **how: Any,
 ) -> EpisodeSampler:
-    """Images are normalised as asked for, or as publications do it for the data set; workers read streamed images."""
+    """Workers read streamed images. own: the preprocessing of the network's weights."""
     workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
     return EpisodeSampler(
         images,
@@ -217,7 +273,7 @@ def _sampler(
         settings.targets,
         tasks,
         device=device,
-        normalise=preprocessing_for(settings),
+        normalise=preprocessing_for(settings, own),
         workers=workers if isinstance(images, StreamedImages) else 0,
         **how,
     )
@@ -242,65 +298,5 @@ def show_task(learner: Any, task: Task, argument: str, fix: str, ways_fix: str) 
     except Exception as error:  # The user's own forward may raise anything.
         shape = ", ".join(map(str, task.support_x.shape))  # type: ignore[union-attr]
         raise ArgumentError(
-            f"{argument}: the network fails on inputs of shape ({shape}): {_in_one_line(error)}. {fix}"
+            f"{argument}: the network fails on inputs of shape ({shape}): {in_one_line(error)}. {fix}"
         ) from error
-
-
-def call_factory(name: str, ways: int) -> nn.Module:
-    """Calls "package.module:factory", with `ways` if the factory takes it, and returns the network.
-
-    >>> call_factory("torch.nn:Identity", ways=5)
-    Identity()
-
-    Raises:
-        ArgumentError: there is no such function, it fails or needs other arguments, or it returns no module.
-    """
-    factory = _find_factory(name)
-    given: dict[str, int] = {}
-    try:
-        signature = inspect.signature(factory)
-        given = {"ways": ways} if "ways" in signature.parameters else {}
-        signature.bind(**given)
-    except TypeError as error:
-        raise ArgumentError(
-            f"model: '{name}' cannot be called {'with ways alone' if given else 'without arguments'} ({error}). Write "
-            f"a function that fills in the rest, such as def build(): return {name.partition(':')[2]}(...)."
-        ) from error
-    except ValueError:  # A built-in without a signature; the call shows whether it needs arguments.
-        pass
-    try:
-        model = factory(**given)
-    except (Exception, SystemExit) as error:
-        raise ArgumentError(
-            f"model: '{name}' fails when it is called: {_in_one_line(error)}. Correct it there; -v shows the line."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model: '{name}' returned {type(model).__name__}, expected a torch.nn.Module. "
-            "Name a function or class that returns the network."
-        )
-    return model
-
-
-def _find_factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ArgumentError(f"model: expected 'package.module:factory', but got '{name}'.")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # The import runs the user's file; a script may even exit.
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        fix = "Correct it there; -v shows the line."
-        if missing:
-            fix = f"Install '{missing}', or correct the import."
-            if f"{module_name}.".startswith(f"{missing}."):
-                fix = "Run from the folder that holds it, or install it."
-        raise ArgumentError(f"model: cannot import '{module_name}' ({_in_one_line(error)}). {fix}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise ArgumentError(f"model: '{module_name}' has no function or class named '{attribute}'.")
-    return factory  # type: ignore[no-any-return]
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")

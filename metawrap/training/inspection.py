@@ -9,7 +9,8 @@ import torch
 from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.learner.description import Description
 from metawrap.tasks import Task
-from metawrap.training.experiment import build_learner, call_factory, show_task
+from metawrap.training.experiment import build_learner, network_of, show_task
+from metawrap.training.progress import say
 from metawrap.training.run_settings import RunSettings
 
 
@@ -23,10 +24,12 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
         ArgumentError: there is no such network, or it fails on inputs of that shape.
         UnsupportedModuleError: no engine can adapt the network correctly.
     """
-    if settings.model is None:
-        raise ArgumentError("model: expected 'package.module:factory', but got none.")
     torch.manual_seed(settings.seed)
-    learner = build_learner(settings, call_factory(settings.model, settings.ways))
+    if (network := network_of(settings)) is None:
+        raise ArgumentError("model: expected 'package.module:factory', but got none.")
+    if network.words:
+        say(network.words)
+    learner = build_learner(settings, network.model)
     if input_shape is not None:
         dtype = next(learner.model.parameters()).dtype
         x, y = torch.randn(settings.ways, *input_shape, dtype=dtype), torch.arange(settings.ways)

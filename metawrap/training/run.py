@@ -87,12 +87,14 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
         say(f"The run in '{out}' is finished; this is its result. Another --out starts a new one.")
         return done
     experiment = build_experiment(settings)
+    if experiment.words:
+        say(experiment.words)
     history = list(start.history) if start else []
     if start is not None:
-        on_rank_zero(lambda: folder.check_data(experiment.data()))
+        on_rank_zero(lambda: folder.check_data(experiment.data(), experiment.preprocessing))
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    on_rank_zero(lambda: folder.begin(history, experiment.data))
+    on_rank_zero(lambda: folder.begin(history, experiment.record))
     board = TensorBoard(out, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
     processes = f" in {world_size()} processes" if world_size() > 1 else ""
     say(

@@ -17,7 +17,15 @@ from metawrap.data.loader_workers import naming_dead_workers
 from metawrap.data.problems import listed
 from metawrap.errors import CheckpointError, DataError
 from metawrap.layers.norm_policies import policies_of
-from metawrap.training.data_record import changed, differences, joined, read_record, record_of, unseen
+from metawrap.training.data_record import (
+    changed,
+    differences,
+    joined,
+    read_preprocessing,
+    read_record,
+    record_of,
+    unseen,
+)
 from metawrap.training.experiment import (
     TEST_SEED,
     Experiment,
@@ -72,17 +80,18 @@ def evaluate_run(
             f"'{out}' has no finished epoch yet. Continue it with: metawrap train --out {shlex.quote(str(out))} "
             "--resume"
         )
-    if changes.get("data", stored.data) != stored.data:
+    own = read_preprocessing(path)
+    if own is None and changes.get("data", stored.data) != stored.data:
         # Another data set's images are normalised as the network's training images were.
         changes = {"normalise": stored.normalise or normalisation_of(stored.data) or "none", **changes}
     settings = replace(stored, **changes)
     device = find_device(settings.device)
-    splits = load_splits(settings)
+    splits = load_splits(settings, own)
     images, words = _images_to_test(path, stored, settings, splits, new_classes)
     part = "the set of new classes" if new_classes else f"the test part of '{settings.data}'"
     check_enough([Demand(images, settings.ways, part=part)], settings.shots, settings.targets, fixed=True)
     learner = build_learner(stored, build_model(stored, splits.train)).to(device)
-    tasks = fixed_tasks(settings, images, settings.test_tasks, TEST_SEED, device)
+    tasks = fixed_tasks(settings, images, settings.test_tasks, TEST_SEED, device, own)
     experiment = Experiment(learner=learner, train=tasks, validation=tasks, test=tasks, device=device)
     result = tested(experiment, RunFolder(path, settings), newest.history, norms)
     return result | ({"tested": words} if words else {})

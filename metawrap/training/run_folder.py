@@ -1,4 +1,5 @@
-"""The files of a run: run.json (settings, command), data.json (classes and fingerprints of its data), log.jsonl and
+"""The files of a run: run.json (settings, command), data.json (classes and fingerprints of its data, the
+preprocessing), log.jsonl and
 insight.jsonl (a line per epoch: the log, and the learner's inner values), checkpoints/, final_insight.json and
 result.json (the final test).
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metawrap.errors import CheckpointError
+from metawrap.data import Preprocessing
+from metawrap.errors import CheckpointError, DataError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
-from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_record
+from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_preprocessing, read_record
 from metawrap.training.machine import command_line
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
@@ -65,8 +67,14 @@ class RunFolder:
             self.settings.check_resumes(checkpoint.settings, may_move)
         return checkpoint
 
-    def check_data(self, present: DataRecord) -> None:
-        """Raises DataError if a run that goes on was begun with other data than the present ones."""
+    def check_data(self, present: DataRecord, way: Preprocessing | None = None) -> None:
+        """Raises DataError if a run that goes on was begun with other data, or prepared its pictures in another way."""
+        before = None if way is None else read_preprocessing(self.path)
+        if before is not None and before != way:
+            raise DataError(
+                f"The run in '{self.path}' was begun with pictures prepared by {before}, but its network now wants "
+                f"{way}. Put its weights back as they were, or train a new run with another --out."
+            )
         if (record := read_record(self.path)) is None:
             say(f"{NO_RECORD.format(self.path)} They may have changed since.")
         elif found := differences(record, present):
@@ -76,7 +84,7 @@ class RunFolder:
         """The newest readable checkpoint; prints the error of each that is skipped. Raises as `CheckpointFolder`."""
         return self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
 
-    def begin(self, history: list[dict[str, Any]], data: Callable[[], DataRecord]) -> None:
+    def begin(self, history: list[dict[str, Any]], data: Callable[[], Mapping[str, Any]]) -> None:
         """Writes the settings, the data of a run that is new, and log and insight of the epochs in `history`. Raises
         CheckpointError if another process has started a run here since `find_start`, or the folder cannot be written.
         """
@@ -90,7 +98,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
         write_run(self.path, self.settings, None)
         if not history:  # The data of earlier epochs, where they are not on record, may have been others.
-            write_json(self.path / FILE, data())
+            write_json(self.path / FILE, dict(data()))
         write_text(self.path / LOG, "".join(map(_line, history)))
         insight = self.insight(len(history))
         if insight or (self.path / INSIGHT).exists():

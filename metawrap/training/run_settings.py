@@ -63,7 +63,7 @@ class RunSettings(Options):
     data: the name of a data set, or a folder of class folders. split: see the loader of the data set. resize: see
     `Preprocessing`. normalise: "imagenet" or "none". stream: read images when they are drawn, in `loader_workers`
     processes (0: in this process); neither changes the drawn tasks. targets: target images per class and task.
-    model: "package.module:factory" of the user's own network; replaces backbone and filters.
+    model, weights: the user's own network, see `load_network`; it replaces backbone and filters.
     train_ways: classes of a training task, for methods that do not use the network's own outputs; None means ways.
     keep: number of the best checkpoints to keep, and of the newest. ensemble: number of the best checkpoints to average
     in the final test (0: none). validation_alone: number of the validation tasks whose targets are also predicted one
@@ -97,6 +97,7 @@ class RunSettings(Options):
     backbone: Backbone = "conv4"
     filters: Count = 64
     model: Text | None = None
+    weights: Text | None = None
     inner_steps: Count | None = None
     inner_lr: Number | None = None
     meta_lr: Number | None = None
@@ -115,7 +116,9 @@ class RunSettings(Options):
     recipe: Text | None = None
 
     def check_together(self) -> None:
-        """Raises ArgumentError where more targets are to be predicted alone than there are validation tasks."""
+        """Raises ArgumentError for weights without a model, or more targets alone than there are validation tasks."""
+        if self.weights is not None and self.model is None:
+            raise ArgumentError("weights: expected a model that they belong to. Name it with --model.")
         if self.validation_alone > self.validation_tasks:
             raise ArgumentError(
                 f"validation_alone: expected at most validation_tasks={self.validation_tasks}, but got "

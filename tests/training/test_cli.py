@@ -338,7 +338,7 @@ def test_flags_that_are_not_given_leave_no_setting_behind():
 
 
 def test_every_setting_of_a_run_has_a_flag():
-    words = "data data-root split normalise preset engine model device recipe"
+    words = "data data-root split normalise preset engine model weights device recipe"
     numbers = "ways train-ways shots targets filters image-size inner-steps inner-lr meta-lr epochs iterations batch "
     numbers += "validation-tasks validation-alone test-tasks seed keep ensemble loader-workers"
     given = [f"--{flag}=x" for flag in words.split()] + [f"--{flag}=2" for flag in numbers.split()]
