@@ -1,6 +1,7 @@
 """metawrap: turn any `torch.nn.Module` into a meta-learner in two lines."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from metawrap.errors import (
     ArgumentError,
@@ -43,6 +44,9 @@ from metawrap.results import MetaOutput, StepMetrics, Trouble
 from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.tasks import Task, TaskBatch
 
+if TYPE_CHECKING:
+    from metawrap.training.loaded_run import LoadedRun, load
+
 try:
     __version__ = version("metawrap")
 except PackageNotFoundError:  # Run from a checkout that is not installed.
@@ -65,6 +69,7 @@ __all__ = [
     "FineTune",
     "InnerOptions",
     "LSTMMetaLearner",
+    "LoadedRun",
     "MAMLPlusPlus",
     "MatchingNet",
     "MemoryModule",
@@ -94,4 +99,14 @@ __all__ = [
     "WrappingOptions",
     "ZeroStep",
     "__version__",
+    "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Runs need the room `training`, which takes longer to import than the methods."""
+    if name not in ("LoadedRun", "load"):
+        raise AttributeError(f"module 'metawrap' has no attribute '{name}'")
+    from metawrap.training import loaded_run
+
+    return getattr(loaded_run, name)

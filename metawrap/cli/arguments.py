@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from metawrap import __version__
 from metawrap.data import DATASETS
+from metawrap.data.class_split import PARTS
 from metawrap.engines import ENGINES
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
@@ -248,8 +249,15 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--ensemble", **_N, help="also average the logits of the N best checkpoints")
     parser.add_argument("--data", **_NAME, help="test on another data set, with images of the same size")
     parser.add_argument("--data-root", metavar="PATH", help="its folder or archive")
+    for name in ("--ways", "--shots", "--targets"):
+        parser.add_argument(
+            name, **_DATA[name] | {"help": str(_DATA[name]["help"]).partition(" (")[0] + " (the run's)"}
+        )
+    about = "classes to test on: test (default), train, validation; all: no split, each must be new"
+    parser.add_argument("--part", choices=("all", *PARTS), default="test", metavar="PART", help=about)
     about = "test on all classes that were in neither training nor validation, also later ones"
     parser.add_argument("--new-classes", **_SWITCH, help=about)
+    parser.add_argument("--model", **_MODEL | {"help": "the run's own network, which no file is trusted to name"})
     parser.add_argument("--device", **_NAME, help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", **_FILE, help="also write the result as JSON")
     _add_terminal(parser)

@@ -30,6 +30,7 @@ from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
+from metawrap.training.experiment import model_flag
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
 from metawrap.training.progress import quiet, say, saying_logs
@@ -55,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     arguments = build_parser().parse_args(argv)
-    if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
-        sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]
     with _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
+            if is_given(arguments, "model") and os.getcwd() not in sys.path:
+                # --model finds a file in the current folder; nothing else is imported from there.
+                sys.path.insert(0, os.getcwd())
             with process_group():
                 command(arguments)
             sys.stdout.flush()
@@ -138,7 +140,8 @@ def _compare(arguments: Namespace) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    result = evaluate_run(arguments.run, arguments.norms, arguments.new_classes, **flags_in(arguments))
+    chosen = {"part": arguments.part, **flags_in(arguments)}
+    result = evaluate_run(arguments.run, arguments.norms, arguments.new_classes, **chosen)
     print(f"\n{result_text(result)}")
     if arguments.out is not None:
         write_json(Path(arguments.out), result)
@@ -194,7 +197,8 @@ def _stopped(arguments: Namespace) -> str:
     settings, seeds = read_run(out)
     finished = max(CheckpointFolder(out / "checkpoints", 1, 1).epochs(), default=0)
     saved = "Finished epochs are saved" if seeds else f"{finished} of {settings.epochs} epochs are saved"
-    return f"Stopped. {saved}; continue with: {program()} train --out {shlex.quote(str(out))} --resume"
+    command = f"{program()} train --out {shlex.quote(str(out))} --resume{model_flag(settings)}"
+    return f"Stopped. {saved}; continue with: {command}"
 
 
 @contextmanager

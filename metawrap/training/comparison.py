@@ -124,7 +124,7 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
         write_run(path / name, settings, None)
     threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        errors = list(pool.map(lambda name: _train(name, path / name, threads, jobs == 1), runs))
+        errors = list(pool.map(lambda name: _train(name, path / name, runs[name].model, threads, jobs == 1), runs))
     if all(errors):
         raise MetaWrapError(f"No method could be trained. {next(iter(runs))}: {errors[0]}")
     return [
@@ -132,9 +132,10 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
     ]
 
 
-def _train(name: str, folder: Path, threads: int, shown: bool) -> str | None:
+def _train(name: str, folder: Path, model: str | None, threads: int, shown: bool) -> str | None:
     """Runs `metawrap train` with the settings in the folder; returns the text of its error, None if it succeeds."""
     command = [sys.executable, "-m", "metawrap", "train", "--out", str(folder), "--resume"]
+    command += [] if model is None else ["--model", model]  # It would not be imported because run.json names it.
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     lines: list[str] = []
     with subprocess.Popen(

@@ -1,4 +1,5 @@
-"""The data of a run: the classes of its three parts, each with a fingerprint, in data.json; and what has changed since.
+"""The data of a run, in data.json: the classes of its three parts, each with a fingerprint, and the shape of its
+images; and what has changed since.
 
 The split of a data set into parts depends on all of its classes, so one class more can move any other from training to
 test. A test on classes that were trained on would give an accuracy that looks like few-shot learning and is none.
@@ -6,47 +7,61 @@ test. A test on classes that were trained on would give an accuracy that looks l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
+from pydantic import BaseModel
 
-from metawrap.data import DataSplits, LabelledImages, StreamedImages
+from metawrap.data import DataSplits, ImageSet, LabelledImages, StreamedImages
 from metawrap.data.class_split import PARTS
 from metawrap.data.problems import listed
 from metawrap.errors import CheckpointError, DataError
+from metawrap.settings.validated import Count
 
 FILE = "data.json"
 # Part -> class -> fingerprint, classes in the order of their numbers.
 DataRecord: TypeAlias = dict[str, dict[str, str]]
 
 
-def record_of(splits: DataSplits) -> DataRecord:
-    """The classes of the three parts, and their fingerprints."""
-    return {
-        part: dict(zip(images.class_names, images.fingerprints(), strict=True))
-        for part, images in zip(PARTS, splits, strict=True)
-    }
+class _DataFile(BaseModel):
+    """The content of data.json. image_shape: (channels, height, width); of older runs unknown."""
+
+    train: dict[str, str]
+    validation: dict[str, str]
+    test: dict[str, str]
+    image_shape: tuple[Count, Count, Count] | None = None
+
+
+def record_of(splits: DataSplits | Mapping[str, ImageSet]) -> DataRecord:
+    """The classes of the three parts, or of sets by name, and their fingerprints."""
+    sets = splits if isinstance(splits, Mapping) else dict(zip(PARTS, splits, strict=True))
+    return {part: dict(zip(each.class_names, each.fingerprints(), strict=True)) for part, each in sets.items()}
 
 
 def read_record(run: Path) -> DataRecord | None:
     """The record of the run in this folder; None if it has none, as runs of metawrap 0.1. Raises CheckpointError if the
     file is damaged.
     """
+    found = _read(run)
+    return None if found is None else {part: getattr(found, part) for part in PARTS}
+
+
+def image_shape_of(run: Path) -> tuple[int, int, int] | None:
+    """The (channels, height, width) of the run's images; None where it is not on record. Raises as `read_record`."""
+    found = _read(run)
+    return None if found is None else found.image_shape
+
+
+def _read(run: Path) -> _DataFile | None:
     try:
-        content = json.loads((run / FILE).read_text(encoding="utf-8"))
+        return _DataFile.model_validate_json((run / FILE).read_bytes(), strict=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(run) from error
-    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
-    marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
-    if not all(isinstance(mark, str) for mark in marks):
-        raise _damaged(run)
-    return dict(zip(PARTS, parts, strict=True))
 
 
 def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:
@@ -70,9 +85,9 @@ def unseen(record: DataRecord, present: DataRecord, by_name: bool) -> dict[str, 
     }
 
 
-def joined(splits: DataSplits, names: Mapping[str, Sequence[str]]) -> LabelledImages:
+def joined(splits: Sequence[ImageSet], names: Mapping[str, Sequence[str]]) -> LabelledImages:
     """The images of these classes of each part, in memory, as one set. At least one class."""
-    fix, found = "Leave --new-classes out, or test where more memory is free.", list[LabelledImages]()
+    fix, found = "Test one --part, or test where more memory is free.", list[LabelledImages]()
     for images, chosen in zip(splits, names.values(), strict=True):
         if chosen:
             part = images.subset([images.class_names.index(name) for name in chosen])

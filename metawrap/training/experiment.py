@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from metawrap.backbones import Conv4
 from metawrap.data import DataSplits, EpisodeSampler, ImageSet, StreamedImages, load_data, normalisation_of
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import ArgumentError, MetaWrapError, printable, shown
 from metawrap.learner.describing import look_at
 from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
@@ -52,6 +53,10 @@ class Experiment:
         """The classes of the three parts, with fingerprints."""
         return record_of(DataSplits(self.train.images, self.validation.images, self.test.images))
 
+    def data_file(self) -> dict[str, Any]:
+        """The content of data.json."""
+        return {**self.data(), "image_shape": self.train.images.image_shape}
+
 
 def build_experiment(settings: RunSettings) -> Experiment:
     """Builds data, network and learner; the learner has seen its first task.
@@ -74,7 +79,8 @@ def build_experiment(settings: RunSettings) -> Experiment:
     check_enough(demands, settings.shots, settings.targets)
     torch.manual_seed(settings.seed)
     train = _train_sampler(settings, splits.train, device)
-    learner = build_learner(settings, build_model(settings, splits.train), train.num_classes).to(device)
+    model = build_model(settings, splits.train.image_shape)
+    learner = build_learner(settings, model, train.num_classes).to(device)
     ways = "--ways sets how many classes a task has, --train-ways in training."
     show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.", ways)
     return Experiment(
@@ -101,11 +107,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_splits(settings: RunSettings) -> DataSplits:
-    """The three splits of the data set, downloaded if they are missing. None in the settings leaves an option out."""
+def load_splits(settings: RunSettings, download: bool = True) -> DataSplits:
+    """The three splits of the data set. None in the settings leaves an option out.
+
+    Args:
+        download: whether a data set that is missing is downloaded, where that is known how.
+    """
     options = {"split": settings.split, "image_size": settings.image_size, "stream": settings.stream}
     given = {name: value for name, value in options.items() if value is not None}
-    if settings.data in DOWNLOADED:
+    if settings.data in DOWNLOADED and download:
         given["download"] = True
         return local_rank_zero_first(lambda: load_data(settings.data, root=settings.data_root, **given))
     return load_data(settings.data, root=settings.data_root, **given)
@@ -140,17 +150,48 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     return method(model, **(given | settings.options))
 
 
-def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
-    """The user's network if `model` is set, else the backbone for images of this size."""
+def build_model(settings: RunSettings, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The user's network if `model` is set, else the backbone for images of this (channels, height, width)."""
     if settings.model is not None:
         return call_factory(settings.model, settings.ways)
-    channels, height, width = images.image_shape
+    channels, height, width = image_shape
     if height != width:
         raise ArgumentError(
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "
             "Pass --model for a network of your own."
         )
     return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
+
+
+def check_model_is_named(stored: str | None, given: str | None, where: str) -> None:
+    """Raises ArgumentError unless the user gives the name of the network that a file stores: a file may be a
+    stranger's, and importing a module runs its code.
+
+    Args:
+        stored: `model` in the settings of a run or recipe. given: the same name, from the user. where: the file, in
+            words.
+    """
+    if stored == given:
+        return
+    if stored is None:
+        raise ArgumentError(f"model: {where} has one of metawrap's own networks, but got {shown(given)}. Leave it out.")
+    if given is not None:
+        raise ArgumentError(f"model: {where} has the network {shown(stored)}, but got {shown(given)}. Name that one.")
+    raise ArgumentError(
+        f"model: {where} has the network {shown(stored)}, and nothing is imported because a file names it. If that "
+        f"code is yours, name it again: --model {shlex.quote(printable(str(stored)))}, or model= in Python."
+    )
+
+
+def model_flag(settings: RunSettings) -> str:
+    """The flag that names the network of a run again, for the end of a command; empty for metawrap's own."""
+    return "" if settings.model is None else f" --model {shlex.quote(printable(settings.model))}"
+
+
+def normalise_of(settings: RunSettings) -> str | None:
+    """The normalisation of the images, for `EpisodeSampler`: the settings' own, or that of publications on the data."""
+    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
+    return None if normalise == "none" else normalise
 
 
 def fixed_tasks(settings: RunSettings, images: ImageSet, count: int, seed: int, device: torch.device) -> EpisodeSampler:
@@ -179,7 +220,6 @@ def _sampler(
     settings: RunSettings, images: ImageSet, device: torch.device, ways: int, tasks: int, **how: Any
 ) -> EpisodeSampler:
     """Images are normalised as asked for, or as publications do it for the data set; workers read streamed images."""
-    normalise = normalisation_of(settings.data) if settings.normalise is None else settings.normalise
     workers = LOADER_WORKERS if settings.loader_workers is None else settings.loader_workers
     return EpisodeSampler(
         images,
@@ -188,7 +228,7 @@ def _sampler(
         settings.targets,
         tasks,
         device=device,
-        normalise=None if normalise == "none" else normalise,
+        normalise=normalise_of(settings),
         workers=workers if isinstance(images, StreamedImages) else 0,
         **how,
     )

@@ -13,9 +13,12 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from metawrap.errors import CheckpointError
+from metawrap.settings.validated import Seed, in_words
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
 from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_record
 from metawrap.training.machine import command_line
@@ -27,6 +30,13 @@ LOG = "log.jsonl"
 INSIGHT = "insight.jsonl"
 FINAL_INSIGHT = "final_insight.json"
 NO_RECORD = "The run in '{}' has no record of its data (data.json), which metawrap 0.1 did not write."
+
+
+class _RunFile(BaseModel):
+    """The content of run.json. seeds: of a run over several."""
+
+    settings: dict[str, Any]
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=10_000)] | None
 
 
 class RunFolder:
@@ -76,7 +86,7 @@ class RunFolder:
         """The newest readable checkpoint; prints the error of each that is skipped. Raises as `CheckpointFolder`."""
         return self.checkpoints.newest(skipped=lambda error: say(f"Skipped: {error}"))
 
-    def begin(self, history: list[dict[str, Any]], data: Callable[[], DataRecord]) -> None:
+    def begin(self, history: list[dict[str, Any]], data: Callable[[], dict[str, Any]]) -> None:
         """Writes the settings, the data of a run that is new, and log and insight of the epochs in `history`. Raises
         CheckpointError if another process has started a run here since `find_start`, or the folder cannot be written.
         """
@@ -144,8 +154,8 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
     or its run.json is damaged.
     """
     try:
-        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        settings, seeds = content["settings"], content["seeds"]
+        content = _RunFile.model_validate_json((path / "run.json").read_bytes(), strict=True)
+        return RunSettings.from_dict(content.settings), content.seeds
     except OSError as error:
         if any((path / "checkpoints").glob("epoch-*.pt")):
             raise CheckpointError(
@@ -155,9 +165,10 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
         raise CheckpointError(
             f"There is no run in '{path}' (no run.json). Start one with: metawrap train --out {shlex.quote(str(path))}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{path / 'run.json'}' is damaged ({error}). Start again with another --out.") from error
-    return RunSettings.from_dict(settings), seeds
+    except ValidationError as error:
+        raise CheckpointError(
+            f"'{path / 'run.json'}' is damaged ({in_words(error)}). Start again with another --out."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
