@@ -69,7 +69,7 @@ def load(run: str | Path, checkpoint: str | int = "best", model: Model = None, d
     >>> result = train(settings, folder := f"{tempfile.mkdtemp()}/run")
     >>> loaded = load(folder)
     >>> loaded.epoch, len(loaded.classes["test"]), loaded.learner.training
-    (1, 20, False)
+    (1, 80, False)
 
     Args:
         run: the run's folder; of a run over several seeds, the folder of one.
@@ -87,7 +87,8 @@ def load(run: str | Path, checkpoint: str | int = "best", model: Model = None, d
         chosen = newest
     else:
         epoch = epochs_to_test(folder.checkpoints, newest.history)[0] if checkpoint == "best" else checkpoint
-        if isinstance(epoch, bool) or epoch not in (kept := folder.checkpoints.epochs()):
+        kept = folder.checkpoints.epochs()
+        if isinstance(epoch, bool) or epoch not in kept:
             choices = ", ".join(map(str, kept))
             raise CheckpointError(
                 f"checkpoint: expected 'best', 'newest' or an epoch that '{path}' has kept ({choices}), but got "

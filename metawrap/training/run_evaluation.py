@@ -132,13 +132,9 @@ def _sets(
 ) -> Mapping[str, ImageSet]:
     """The parts of the data by name; or with "all" alone, where that needs no split: a folder."""
     if part == "all" and settings.data not in DATASETS:
-        options = {
-            "image_size": settings.image_size,
-            "stream": settings.stream,
-            "grayscale": shape and shape[0] == GRAY,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        return {"all": load_whole_folder(settings.data, **given)}
+        size = {} if settings.image_size is None else {"image_size": settings.image_size}
+        gray = shape is not None and shape[0] == GRAY
+        return {"all": load_whole_folder(settings.data, grayscale=gray, stream=settings.stream, **size)}
     return dict(zip(PARTS, load_splits(settings, download), strict=True))
 
 

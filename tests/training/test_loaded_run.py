@@ -60,8 +60,8 @@ def test_a_loaded_learner_has_the_accuracy_of_the_final_test(place: Path) -> Non
         assert (loaded.epoch, loaded.settings.ways, loaded.learner.training) == (best["epoch"], shown, False)
         images = load_splits(loaded.settings).test
         tasks = EpisodeSampler(images, shown, 1, 1, 2, seed=TEST_SEED).batch(0)
-        score = loaded.learner.evaluate(tasks, norm="batch")
-        assert score.accuracy == best["norms"]["batch"]["after"]["accuracy"]
+        score = loaded.learner.evaluate(tasks)
+        assert score.accuracy == best["norms"][loaded.result["trained_norm"]]["after"]["accuracy"]
 
 
 def test_loading_needs_no_images_and_leaves_files_and_generators_alone(place: Path) -> None:
@@ -203,6 +203,7 @@ def test_fewer_ways_leave_outputs_without_a_class_out_and_more_are_refused(
             hits.append((adapted(task.target_x)[:, :2].argmax(1) == task.target_y).double().mean())
     after = json.loads(Path("two.json").read_text())["test"]["norms"]["batch"]["after"]
     assert after["accuracy"] == pytest.approx(float(torch.stack(hits).mean()))
+    capsys.readouterr()
     said = refusal(capsys, ["evaluate", "maml", "--ways", "4"])
     assert said.startswith("ways: ")
     assert "use --ways 3 or fewer" in said
@@ -242,6 +243,7 @@ def test_nothing_is_imported_because_a_file_of_a_run_names_it(
         with pytest.raises(ArgumentError, match="nothing is imported because a file names it"):
             metawrap.load(out)
         assert main(["report", out, "--out", str(place / "report.html")]) == 0
+        capsys.readouterr()
         assert str(folder) not in sys.path
     assert not marker.exists()
 
@@ -249,7 +251,8 @@ def test_nothing_is_imported_because_a_file_of_a_run_names_it(
 def test_a_network_of_the_users_is_named_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = "bird_networks:build"
     Path("bird_networks.py").write_text(
-        "from torch import nn\ndef build(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 4))\n"
+        "from torch import nn\n"
+        "def build(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 2))\n"
     )
     assert main(["train", *FLAGS, "--model", model, "--out", "own"]) == 0
     first = capsys.readouterr().out
@@ -258,7 +261,7 @@ def test_a_network_of_the_users_is_named_again(place: Path, capsys: pytest.Captu
     assert "has the network 'bird_networks:build', but got 'torch.nn:Flatten'" in refusal(
         capsys, ["evaluate", "own", "--model", "torch.nn:Flatten"]
     )
-    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 2))
     for given in (model, network):
         learner = metawrap.load("own", model=given).learner
         saved = torch.load(f"own/checkpoints/epoch-000{metawrap.load('own', model=given).epoch}.pt")["learner"]
