@@ -26,7 +26,7 @@ from metawrap.training.experiment import load_splits
 from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_comparison
 from metawrap.training.progress import say
-from metawrap.training.run_folder import LOG, RunFolder, read_lines, read_run, write_run
+from metawrap.training.run_folder import RunFolder, read_log, read_run, refuse_links, write_run
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.tables import comparison_table, method_title
 
@@ -114,6 +114,7 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
     if jobs < 1:
         raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
     for name, settings in runs.items():
+        refuse_links(path / name)
         # A run that failed before its first checkpoint may start with other settings.
         if any((path / name / "checkpoints").glob("epoch-*.pt")):
             stored = read_run(path / name)[0]
@@ -168,7 +169,7 @@ def _row(name: str, settings: RunSettings, folder: Path, error: str | None) -> d
     return row | {
         **result["test"]["norms"][norm]["after"],
         "norm": norm,
-        "validation": [(record["seconds"], record["validation_accuracy"]) for record in read_lines(folder / LOG)],
+        "validation": [(record.get("seconds"), record["validation_accuracy"]) for record in read_log(folder)],
         **{name: result[name] for name in copied},
         "meta_steps": settings.epochs * settings.iterations_per_epoch,
         "settings": settings.to_dict(),

@@ -13,26 +13,16 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from pydantic import BaseModel
 
 from metawrap.data import DataSplits, ImageSet, LabelledImages, StreamedImages
 from metawrap.data.class_split import PARTS
 from metawrap.data.problems import listed
 from metawrap.errors import CheckpointError, DataError
-from metawrap.settings.validated import Count
+from metawrap.training.stored_files import DataFile, read_typed
 
 FILE = "data.json"
 # Part -> class -> fingerprint, classes in the order of their numbers.
 DataRecord: TypeAlias = dict[str, dict[str, str]]
-
-
-class _DataFile(BaseModel):
-    """The content of data.json. image_shape: (channels, height, width); of older runs unknown."""
-
-    train: dict[str, str]
-    validation: dict[str, str]
-    test: dict[str, str]
-    image_shape: tuple[Count, Count, Count] | None = None
 
 
 def record_of(splits: DataSplits | Mapping[str, ImageSet]) -> DataRecord:
@@ -52,16 +42,20 @@ def read_record(run: Path) -> DataRecord | None:
 def image_shape_of(run: Path) -> tuple[int, int, int] | None:
     """The (channels, height, width) of the run's images; None where it is not on record. Raises as `read_record`."""
     found = _read(run)
-    return None if found is None else found.image_shape
+    return None if found is None or found.image_shape is None else tuple(found.image_shape)  # type: ignore[return-value]
 
 
-def _read(run: Path) -> _DataFile | None:
+def _read(run: Path) -> DataFile | None:
+    remedy = (
+        "The classes that the run was trained on are so unknown. Put back a copy of the file, or delete it to go on "
+        "without this check."
+    )
     try:
-        return _DataFile.model_validate_json((run / FILE).read_bytes(), strict=True)
+        return read_typed(run / FILE, DataFile, remedy)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _damaged(run) from error
+    except OSError as error:
+        raise CheckpointError(f"'{run / FILE}' is damaged ({error.strerror}). {remedy}") from error
 
 
 def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:
@@ -123,10 +117,3 @@ def differences(record: DataRecord, present: DataRecord) -> list[str]:
 
 def _by_class(record: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, str]]:
     return {name: (part, mark) for part, classes in record.items() for name, mark in classes.items()}
-
-
-def _damaged(run: Path) -> CheckpointError:
-    return CheckpointError(
-        f"'{run / FILE}' is damaged, so the classes that the run was trained on are unknown. Put back a copy of it, or "
-        "delete it to go on without this check."
-    )

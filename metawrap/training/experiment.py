@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +72,11 @@ def build_experiment(settings: RunSettings) -> Experiment:
             "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = device_of_rank(find_device(settings.device))
+    with sizes_fit_memory(settings):
+        return _built(settings, device)
+
+
+def _built(settings: RunSettings, device: torch.device) -> Experiment:
     splits = load_splits(settings)
     keyword = "train_ways" if settings.train_ways else "ways"
     demands = [
@@ -104,7 +111,29 @@ def find_device(name: str) -> torch.device:
         raise ArgumentError(f"device: expected auto, cpu, cuda or cuda:1, but got '{name}'.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: '{name}' was asked for, but torch finds no CUDA device here. Use cpu or auto.")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # torch has an error of its own for each kind of device; "meta" holds no numbers.
+        raise ArgumentError(
+            f"device: '{name}' was asked for, but torch cannot use it here ({_in_one_line(error)[:200]}). Use cpu."
+        ) from error
     return device
+
+
+@contextmanager
+def sizes_fit_memory(settings: RunSettings) -> Iterator[None]:
+    """Raises ArgumentError in place of torch's or numpy's error for numbers that no memory holds."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"allocat|overflow|out of memory", str(error)):
+            raise
+        names = ("image_size", "filters", "ways", "train_ways", "shots", "targets", "tasks_per_batch")
+        sizes = ", ".join(f"{name}={value}" for name in names if (value := getattr(settings, name)) is not None)
+        raise ArgumentError(
+            f"A batch, or the network, does not fit into memory with {sizes} ({_in_one_line(error)[:120]}). Use "
+            "smaller numbers."
+        ) from error
 
 
 def load_splits(settings: RunSettings, download: bool = True) -> DataSplits:

@@ -30,7 +30,7 @@ from metawrap.training.insight import epoch_insight, final_insight
 from metawrap.training.machine import peak_memory
 from metawrap.training.progress import Progress, say
 from metawrap.training.run_evaluation import UNSEEN, tested
-from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, write_run
+from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, refuse_links, write_run
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
@@ -135,6 +135,7 @@ def train_seeds(
     path = Path(out)
     if tensorboard:
         check_tensorboard()
+    on_rank_zero(lambda: refuse_links(path))
     if stored := on_rank_zero(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
         settings.check_resumes(stored.to_dict())
     else:

@@ -227,7 +227,7 @@ def tested(
         "test": test,
         "trained_norm": learner.settings.norm,
         "best_validation": {"epoch": test["epoch"], "accuracy": history[test["epoch"] - 1]["validation_accuracy"]},
-        "skipped_steps": sum(record["skipped_steps"] for record in history),
+        "skipped_steps": sum(record.get("skipped_steps", 0) for record in history),
         "parameters": _learned_numbers(learner),
         "step_seconds": statistics.median(step_seconds) if step_seconds else None,
         "peak_mib": max((record.get("peak_mib") or 0.0 for record in history), default=0.0) or None,
