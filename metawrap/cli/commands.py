@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            silence(1)
+            silence(sys.stdout)
             return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments), error=True)
@@ -91,7 +91,7 @@ def _say_error(error: Exception) -> None:
         try:
             sys.stdout.flush()
         except OSError:
-            silence(1)
+            silence(sys.stdout)
     elif not isinstance(error, MetaWrapError):
         text = f"unexpected {type(error).__name__}: {' '.join(text.split())}".rstrip(": .")
         text += ". This is a bug in metawrap or in a library: run again with -v for the traceback, and report it."

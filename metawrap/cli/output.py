@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from metawrap.errors import printable
 from metawrap.training.progress import say
@@ -26,7 +27,7 @@ def work_is_done(where: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        silence(1)
+        silence(sys.stdout)
         say(f"The output could not be printed ({error.strerror}). The work is done: {where}", error=True)
 
 
@@ -34,25 +35,27 @@ def work_is_done(where: Path) -> Iterator[None]:
 def usable_streams() -> Iterator[None]:
     """Inside the block, a stdout or stderr that is closed keeps nothing, and one in ASCII prints escapes."""
     with ExitStack() as stack:
-        for number, name in ((1, "stdout"), (2, "stderr")):
+        for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is None:
                 stack.callback(setattr, sys, name, None)
                 setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
             elif hasattr(stream, "reconfigure"):
-                stack.callback(_put_back, stream, stream.errors, number)
-                stream.reconfigure(errors="backslashreplace")
+                stack.callback(_set_errors, stream, stream.errors)
+                _set_errors(stream, "backslashreplace")
         yield
 
 
-def silence(number: int) -> None:
+def silence(stream: Any) -> None:
     """Leads a stream that fails nowhere: Python's own last flush would fail again, and so the whole command."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _put_back(stream: object, errors: str, number: int) -> None:
+def _set_errors(stream: Any, errors: str) -> None:
     try:
-        stream.reconfigure(errors=errors)  # type: ignore[attr-defined]
+        stream.reconfigure(errors=errors)
     except OSError:  # It flushes what could not be written.
-        silence(number)
+        silence(stream)
+        with suppress(OSError):
+            stream.reconfigure(errors=errors)
