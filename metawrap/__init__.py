@@ -1,6 +1,7 @@
 """metawrap: turn any `torch.nn.Module` into a meta-learner in two lines."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from metawrap.errors import (
     ArgumentError,
@@ -45,6 +46,9 @@ from metawrap.results import MetaOutput, StepMetrics, Trouble
 from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.tasks import Task, TaskBatch
 
+if TYPE_CHECKING:
+    from metawrap.training.loaded_run import LoadedRun, load
+
 try:
     __version__ = version("metawrap")
 except PackageNotFoundError:  # Run from a checkout that is not installed.
@@ -67,6 +71,7 @@ __all__ = [
     "FineTune",
     "InnerOptions",
     "LSTMMetaLearner",
+    "LoadedRun",
     "LogisticRegression",
     "MAMLPlusPlus",
     "MatchingNet",
@@ -98,4 +103,14 @@ __all__ = [
     "WrappingOptions",
     "ZeroStep",
     "__version__",
+    "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Runs need the room `training`, which takes longer to import than the methods."""
+    if name not in ("LoadedRun", "load"):
+        raise AttributeError(f"module 'metawrap' has no attribute '{name}'")
+    from metawrap.training import loaded_run
+
+    return getattr(loaded_run, name)

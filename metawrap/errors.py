@@ -59,6 +59,16 @@ def writing(argument: str, path: Path, fix: str = "Name a file in a folder of yo
         raise ArgumentError(f"{argument}: cannot write '{path}' ({error.strerror}). {fix}") from error
 
 
+def printable(text: str) -> str:
+    r"""A text for a terminal: its control and format characters, which could move the cursor, as escapes; but for the
+    ends of lines.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(value: Any, most: int = 120) -> str:
     """A value as errors show it, in one line: its repr, cut where it is long; the dtype and shape of an array."""
     if is_array(value):

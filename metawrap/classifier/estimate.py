@@ -82,8 +82,8 @@ def left_out(
     for out in rounds:
         task = Task(inputs[~out], labels[~out], inputs[out], labels[out])
         result = learner.evaluate([task], norm=norm, keep_predictions=True)
-        logits = prediction_in(result.predictions[0])[:, : len(names)]
-        found += logits.argmax(1).tolist()
+        logits: Any = prediction_in(result.predictions[0])
+        found += logits[:, : len(names)].argmax(1).tolist()
         true += labels[out].tolist()
     if not true:
         return None
@@ -94,7 +94,7 @@ def left_out(
 
 def _rounds(labels: Tensor) -> Iterator[Tensor]:
     """Masks (photos,) of the photos to leave out. A class's photos are dealt to the rounds; one is always kept."""
-    places = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    places = [torch.nonzero(labels == label).flatten() for label in sorted(set(labels.tolist()))]
     several = [own for own in places if len(own) > 1]
     for number in range(min(_ROUNDS, max(map(len, several), default=0))):
         out = torch.zeros(len(labels), dtype=torch.bool)

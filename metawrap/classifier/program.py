@@ -66,7 +66,7 @@ class Deployed(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """The probabilities."""
         inputs = normalised(pictures, (self.mean, self.deviation), self.turned)
-        logits: Tensor = prediction_in(self.network(inputs))
+        logits: Any = prediction_in(self.network(inputs))
         return torch.softmax(logits, 1)
 
 

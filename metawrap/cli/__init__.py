@@ -1,4 +1,4 @@
-"""The command line. From top to bottom: commands -> data_check, arguments, flags_to_settings."""
+"""The command line. From top to bottom: commands -> data_check, output, arguments, flags_to_settings."""
 
 from metawrap.cli.commands import main
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from metawrap import __version__
 from metawrap.data import DATASETS
+from metawrap.data.class_split import PARTS
 from metawrap.engines import ENGINES
 from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
 
@@ -56,15 +57,23 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as msl_epochs=15, but got '{text}'")
     try:
         return name, json.loads(value)
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"expected a plain value, but that of {name} is nested too deeply") from None
     except ValueError:
         return name, value
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, but got ''")
+    return text
 
 
 _N: dict[str, Any] = {"type": int, "metavar": "N"}
 _X: dict[str, Any] = {"type": float, "metavar": "X"}
 _NAME: dict[str, Any] = {"metavar": "NAME"}
-_PATH: dict[str, Any] = {"metavar": "PATH", "default": None}
-_FILE: dict[str, Any] = {"metavar": "FILE", "default": None}
+_PATH: dict[str, Any] = {"type": _path, "metavar": "PATH", "default": None}
+_FILE: dict[str, Any] = {"type": _path, "metavar": "FILE", "default": None}
 _SWITCH: dict[str, Any] = {"action": "store_true", "default": False}
 _ON_OFF: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 # Help fits on a screen, so its epilog alone names these flags.
@@ -73,7 +82,11 @@ _RARE = {"help": argparse.SUPPRESS}
 # Flags that several commands share.
 _DATA: dict[str, dict[str, Any]] = {
     "--data": _NAME | {"help": "glyphs (default), omniglot, ..., or a folder of class folders"},
-    "--data-root": {"metavar": "PATH", "help": "its folder or archive; omniglot and CIFAR are downloaded if missing"},
+    "--data-root": {
+        "type": _path,
+        "metavar": "PATH",
+        "help": "its folder or archive; omniglot and CIFAR are downloaded if missing",
+    },
     "--split": _NAME | _RARE,
     "--image-size": _N | {"help": "side in pixels (the data set's: 28, 32 or 84)"},
     "--resize": _RARE | {"choices": ("squeeze", "crop")},
@@ -238,22 +251,31 @@ def _add_compare(commands: Any) -> None:
     group.add_argument("--epochs", **_N, help="validations, in equal parts of the budget (10)")
     _add(group, _TASKS | {"--seed": _SEED, "--device": _DEVICE})
     group.add_argument("--jobs", **_N, default=1, help="runs at a time, which share the cores (1)")
-    group.add_argument("--out", metavar="PATH", default="runs/compare", help="a folder per method (runs/compare)")
+    group.add_argument(
+        "--out", type=_path, metavar="PATH", default="runs/compare", help="a folder per method (runs/compare)"
+    )
     _add_terminal(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", "test the best checkpoint of a run", "evaluate RUN [options]")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument("--tasks", dest="test_tasks", **_N, help="tasks of unseen classes (the run's)")
     parser.add_argument(
         "--norm", dest="norms", nargs="+", default=None, **_NORM, help="batch-norm policies (all that apply)"
     )
     parser.add_argument("--ensemble", **_N, help="also average the logits of the N best checkpoints")
     parser.add_argument("--data", **_NAME, help="test on another data set, with images of the same size")
-    parser.add_argument("--data-root", metavar="PATH", help="its folder or archive")
+    parser.add_argument("--data-root", type=_path, metavar="PATH", help="its folder or archive")
+    for name in ("--ways", "--shots", "--targets"):
+        parser.add_argument(
+            name, **_DATA[name] | {"help": str(_DATA[name]["help"]).partition(" (")[0] + " (the run's)"}
+        )
+    about = "classes to test on: test (default), train, validation; all: no split, each must be new"
+    parser.add_argument("--part", choices=("all", *PARTS), default="test", metavar="PART", help=about)
     about = "test on all classes that were in neither training nor validation, also later ones"
     parser.add_argument("--new-classes", **_SWITCH, help=about)
+    parser.add_argument("--model", **_MODEL | {"help": "the run's own network, which no file is trusted to name"})
     parser.add_argument("--device", **_NAME, help="auto, cpu, cuda, cuda:1 (the run's)")
     parser.add_argument("--out", **_FILE, help="also write the result as JSON")
     _add_terminal(parser)
@@ -329,9 +351,11 @@ def _add_report(commands: Any) -> None:
         "Runs that differ in their seed alone are drawn as one; a run that still trains, as far as it is.",
     )
     about = "a run's folder, or a folder of such (seeds, a comparison)"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=about)
+    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help=about)
     parser.add_argument("--out", **_FILE, help="the page (report.html in the first run's folder)")
-    parser.add_argument("--png", metavar="DIR", default=None, help="also draw the main figures, as report-*.png there")
+    parser.add_argument(
+        "--png", type=_path, metavar="DIR", default=None, help="also draw the main figures, as report-*.png there"
+    )
     _add_terminal(parser)
 
 
@@ -344,7 +368,7 @@ def _add_data_check(commands: Any) -> None:
         "data check PATH [options]",
         "Reads every image once. Exit code 2 if training would refuse something.",
     )
-    parser.add_argument("path", metavar="PATH", help=f"a folder, a file, or a name: {', '.join(DATASETS)}")
+    parser.add_argument("path", type=_path, metavar="PATH", help=f"a folder, a file, or a name: {', '.join(DATASETS)}")
     parser.add_argument("--data-root", **_PATH, help="where the files of a named data set lie")
     parser.add_argument("--split", **_NAME, help="as for train")
     parser.add_argument("--image-size", **_N, help="side in pixels (the data set's own)")
@@ -352,7 +376,9 @@ def _add_data_check(commands: Any) -> None:
     parser.add_argument("--shots", **_N, default=1, help="support images per class (1)")
     parser.add_argument("--targets", **_N, default=3, help="target images per class (3)")
     parser.add_argument("--seed", **_N, default=0, help="which episode (0)")
-    parser.add_argument("--out", metavar="FILE", default="contact-sheet.png", help="the picture (contact-sheet.png)")
+    parser.add_argument(
+        "--out", type=_path, metavar="FILE", default="contact-sheet.png", help="the picture (contact-sheet.png)"
+    )
     parser.add_argument("--json", **_SWITCH, help="print JSON in place of a table")
     _add_terminal(parser)
 

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from metawrap.cli.arguments import build_parser
 from metawrap.cli.classify import run_adapt, run_predict
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in, starts_a_run
-from metawrap.errors import ArgumentError, MetaWrapError, RankError, writing
+from metawrap.cli.output import show, silence, usable_streams, work_is_done
+from metawrap.errors import ArgumentError, MetaWrapError, RankError, printable, writing
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
+from metawrap.training.experiment import model_flag
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
 from metawrap.training.progress import quiet, say, saying_logs
@@ -56,34 +58,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     arguments = build_parser().parse_args(argv)
-    if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
-        sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]
-    with _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
+    with usable_streams(), _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
+            if is_given(arguments, "model") and os.getcwd() not in sys.path:
+                # --model finds a file in the current folder; nothing else is imported from there.
+                sys.path.insert(0, os.getcwd())
             with process_group():
                 command(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The last flush of Python would print an error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout)
             return UNREAD
         except KeyboardInterrupt:
             say(_stopped(arguments), error=True)
             return INTERRUPTED
         except Exception as error:
             if arguments.verbose:
-                traceback.print_exc()
+                with suppress(OSError):
+                    print(printable(traceback.format_exc()), file=sys.stderr)
             _say_error(error)
-            return FAILED if isinstance(error, MetaWrapError) else UNEXPECTED
+            return FAILED if isinstance(error, MetaWrapError | OSError) else UNEXPECTED
     return 0
 
 
 def _say_error(error: Exception) -> None:
     text = str(error)
-    if not isinstance(error, MetaWrapError):
+    if isinstance(error, OSError) and not isinstance(error, MetaWrapError):
+        place = "the output" if error.filename is None else f"'{error.filename}'"
+        text = f"{place} cannot be used ({error.strerror or error}). Name another, or make room there."
+        try:
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
+    elif not isinstance(error, MetaWrapError):
         text = f"unexpected {type(error).__name__}: {' '.join(text.split())}".rstrip(": .")
         text += ". This is a bug in metawrap or in a library: run again with -v for the traceback, and report it."
     if rank() == 0:
@@ -110,7 +120,8 @@ def _train(arguments: Namespace) -> None:
     else:
         result = train_seeds(settings, seeds, out, arguments.resume, arguments.tensorboard)
     if rank() == 0:
-        print(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
+        with work_is_done(out / "result.json"):
+            show(f"\n{result_text(result)}\n\nSettings, machine and result: {out / 'result.json'}")
 
 
 def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
@@ -122,11 +133,12 @@ def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
     seeds = arguments.seeds or (None if is_given(arguments, "seed") else recipe.seeds)
     seeds = seeds or [each.seed for each in experiments.values()][:1]
     study = run_study(recipe.name, experiments, seeds, out, arguments.resume)
-    print(f"\n{study_table(study['runs'])}\n\nTable, figures and plot: {out / 'study.md'}")
+    with work_is_done(out / "study.md"):
+        show(f"\n{study_table(study['runs'])}\n\nTable, figures and plot: {out / 'study.md'}")
 
 
 def _recipes(arguments: Namespace) -> None:
-    print(recipe_table() if arguments.name is None else recipe_text(load_recipe(arguments.name)))
+    show(recipe_table() if arguments.name is None else recipe_text(load_recipe(arguments.name)))
 
 
 def _compare(arguments: Namespace) -> None:
@@ -135,14 +147,20 @@ def _compare(arguments: Namespace) -> None:
         overrides.setdefault(method, {})[name] = value
     runs = settings_by_method(arguments.methods, settings_in(arguments), arguments.budget, overrides)
     result = compare(runs, arguments.out, arguments.jobs)
-    print(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {Path(arguments.out) / 'comparison.md'}")
+    table = Path(arguments.out) / "comparison.md"
+    with work_is_done(table):
+        show(f"\n{comparison_table(result['rows'])}\n\nTable, figures and plot: {table}")
 
 
 def _evaluate(arguments: Namespace) -> None:
-    result = evaluate_run(arguments.run, arguments.norms, arguments.new_classes, **flags_in(arguments))
-    print(f"\n{result_text(result)}")
-    if arguments.out is not None:
-        write_json(Path(arguments.out), result)
+    chosen = {"part": arguments.part, **flags_in(arguments)}
+    result = evaluate_run(arguments.run, arguments.norms, arguments.new_classes, **chosen)
+    if arguments.out is None:
+        show(f"\n{result_text(result)}")
+        return
+    write_json(Path(arguments.out), result)
+    with work_is_done(Path(arguments.out)):
+        show(f"\n{result_text(result)}")
 
 
 def _inspect(arguments: Namespace) -> None:
@@ -166,9 +184,9 @@ def _report(arguments: Namespace) -> None:
     groups = gather([Path(run) for run in arguments.runs])
     page = Path(arguments.out) if arguments.out is not None else Path(arguments.runs[0]) / "report.html"
     write_report_page(groups, page)
-    print(f"Report: {page}")
-    for path in draw_report_pictures(groups, Path(arguments.png)) if arguments.png is not None else ():
-        print(f"Picture: {path}")
+    pictures = draw_report_pictures(groups, Path(arguments.png)) if arguments.png is not None else []
+    with work_is_done(page):
+        show("\n".join([f"Report: {page}", *(f"Picture: {path}" for path in pictures)]))
 
 
 _COMMANDS = {
@@ -197,7 +215,8 @@ def _stopped(arguments: Namespace) -> str:
     settings, seeds = read_run(out)
     finished = max(CheckpointFolder(out / "checkpoints", 1, 1).epochs(), default=0)
     saved = "Finished epochs are saved" if seeds else f"{finished} of {settings.epochs} epochs are saved"
-    return f"Stopped. {saved}; continue with: {program()} train --out {shlex.quote(str(out))} --resume"
+    command = f"{program()} train --out {shlex.quote(str(out))} --resume{model_flag(settings)}"
+    return f"Stopped. {saved}; continue with: {command}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
 from metawrap.data.episodes import Demand, check_enough
-from metawrap.errors import ArgumentError, DataError, writing
+from metawrap.errors import ArgumentError, DataError, printable, writing
 from metawrap.training.machine import program
 from metawrap.training.progress import say
 
@@ -44,7 +44,7 @@ def run_data_check(arguments: Namespace) -> None:
     else:
         _show(report)
         if drawn:
-            print(f"Contact sheet: {out}\nTrain on it: {_command(report)}")
+            print(printable(f"Contact sheet: {out}\nTrain on it: {_command(report)}"))
     if report.broken:
         raise DataError(f"{len(report.broken)} images are broken. Replace or remove them, then check again.")
     if problem is not None:
@@ -67,7 +67,7 @@ def _draw(splits: DataSplits, arguments: Namespace, out: Path) -> str | None:
 def _show(report: DataReport) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     shape = " x ".join(map(str, report.image_shape))
-    console.print(f"{report.data}: {report.layout}; images become {shape}")
+    console.print(printable(f"{report.data}: {report.layout}; images become {shape}"))
     table = Table(box=None, padding=(0, 2), header_style="bold", show_edge=False)
     for name in ("part", "classes", "images", "per class: min", "median", "max", "broken"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -76,7 +76,7 @@ def _show(report: DataReport) -> None:
         table.add_row(part.part, *map(str, numbers), style="red" if part.broken else None)
     console.print(table)
     for note in report.notes:
-        console.print(f"Note: {note}")
+        console.print(printable(f"Note: {note}"))
     for error in report.broken[:_LISTED]:
         say(f"Broken: {error}")
     if len(report.broken) > _LISTED:

@@ -13,6 +13,7 @@ from metawrap.recipes.fields import RUN_FIELDS, by_field, typed
 from metawrap.recipes.recipe import SUFFIXES
 from metawrap.recipes.yaml_file import Given
 from metawrap.settings.keywords import flattened, nested
+from metawrap.training.experiment import check_model_is_named
 from metawrap.training.run_settings import FREE_ON_RESUME, METHODS, RunSettings
 
 _NAMED_OTHERWISE = {"tasks_per_batch": "--batch", "iterations_per_epoch": "--iterations"}
@@ -30,8 +31,16 @@ def settings_in(arguments: Namespace, start: RunSettings | None = None, recipe: 
         start: settings for all that is not given: the defaults, or those of the resumed run.
         recipe: a recipe that overrides `start`; flags and `--set` override the recipe.
     Raises:
-        ArgumentError: an unknown name, a wrong type or range, or a setting that is given twice.
+        ArgumentError: an unknown name, a wrong type or range, a setting that is given twice, or a network of the user's
+            that `start` or `recipe` names, and no flag.
     """
+    settings = _settings_in(arguments, start, recipe)
+    if not is_given(arguments, "model"):
+        check_model_is_named(settings.model, None, f"the {'run' if recipe is None else 'recipe'}")
+    return settings
+
+
+def _settings_in(arguments: Namespace, start: RunSettings | None, recipe: Recipe | None) -> RunSettings:
     flags = flags_in(arguments)
     sets = by_field({name: Given(value, f"--set {name}={value}") for name, value in _sets(arguments)})
     if twice := sorted(flags.keys() & sets.keys()):
@@ -71,7 +80,8 @@ def is_given(arguments: Namespace, name: str) -> bool:
 
 def starts_a_run(arguments: Namespace) -> bool:
     """Whether the command has a setting that a new run could be meant by, in place of the stored settings of a run."""
-    given = {*flags_in(arguments), *dict(_sets(arguments))} - FREE_ON_RESUME
+    # A run that is resumed needs its network named again.
+    given = {*flags_in(arguments), *dict(_sets(arguments))} - FREE_ON_RESUME - {"model"}
     return bool(given) or "recipe" in arguments or arguments.seeds is not None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from metawrap.data.class_folders import ClassFiles, class_files, folder_tree, part_classes, visible, webdataset_classes
 from metawrap.data.class_split import SHARES, GivenSplit, check_shares, split_as_given, split_by_seed, validation_drawn
 from metawrap.data.image_files import ImageFiles, files_at
-from metawrap.data.image_sets import DataSplits, StreamedImages, as_splits
+from metawrap.data.image_sets import DataSplits, ImageSet, StreamedImages, as_splits, read_unless_streamed
 from metawrap.data.pictures import GRAY, MAX_IMAGE_BYTES, RGB, Decoding
 from metawrap.data.pixel_sources import file_classes
 from metawrap.data.preprocessing import ImageSize, Preprocessing, decoding_of
@@ -56,23 +56,16 @@ def load_image_folder(
     decoding = _decoding(image_size, resize, grayscale)
     check_seed(seed)
     shares = check_shares(splits)
-    place = Path(root).expanduser()
-    if not place.exists():
-        raise DataError(f"There is no folder at '{place}'. Pass one that holds a folder of images per class.")
-    files = files_at(place, MAX_IMAGE_BYTES)
-    names = visible(files.names())
-    tree, labelled = folder_tree(names), webdataset_classes(files, names)
-    parts = None if labelled else part_classes(tree, place)
-    if parts is None:
-        classes = labelled or class_files(tree, place)
+    place, files, kind, parts = _found(root)
+    if len(parts) == 1:
+        [classes] = parts.values()
         named = split_by_seed(list(classes), shares, seed) if split is None else split_as_given(list(classes), split)
-        kind = "webdataset" if labelled else "class folders"
         origin = f"{kind}, split by {'seed' if split is None else 'name'}"
         chosen = [{name: classes[name] for name in part} for part in named]
         return as_splits(_sets(files, chosen, decoding, origin), stream)
     if split is not None:
         raise ArgumentError(f"split: '{place}' has train and test folders already. Leave split out.")
-    origin = f"{', '.join(parts)} folders of class folders"
+    origin = kind
     if "validation" not in parts:
         train, validation = validation_drawn(list(parts["train"]), shares, seed)
         origin += f"; {len(validation)} of {len(parts['train'])} train classes, drawn by seed, are the validation part"
@@ -82,6 +75,42 @@ def load_image_folder(
             "test": parts["test"],
         }
     return as_splits(_sets(files, list(parts.values()), decoding, origin), stream)
+
+
+def load_whole_folder(
+    root: str | Path,
+    *,
+    image_size: ImageSize = 84,
+    resize: str = "squeeze",
+    grayscale: bool = False,
+    stream: bool | None = None,
+) -> ImageSet:
+    """All classes of a folder, of any of its parts, as one set, for a test on classes that are all new.
+
+    >>> birds = load_whole_folder("path/to/birds", image_size=28)  # doctest: +SKIP
+
+    Args and errors are those of `load_image_folder`, but for the split: one class is enough.
+    """
+    decoding = _decoding(image_size, resize, grayscale)
+    _, files, kind, parts = _found(root)
+    classes = {name: own for part in parts.values() for name, own in part.items()}
+    [images] = read_unless_streamed(_sets(files, [classes], decoding, f"{kind}, not split"), stream)
+    return images
+
+
+def _found(root: str | Path) -> tuple[Path, ImageFiles, str, dict[str, ClassFiles]]:
+    """The place, its files, their layout, and the classes by part; one part "" where the folder has no parts."""
+    place = Path(root).expanduser()
+    if not place.exists():
+        raise DataError(f"There is no folder at '{place}'. Pass one that holds a folder of images per class.")
+    files = files_at(place, MAX_IMAGE_BYTES)
+    names = visible(files.names())
+    tree = folder_tree(names)
+    if labelled := webdataset_classes(files, names):
+        return place, files, "webdataset", {"": labelled}
+    if parts := part_classes(tree, place):
+        return place, files, f"{', '.join(parts)} folders of class folders", parts
+    return place, files, "class folders", {"": class_files(tree, place)}
 
 
 def published_parts(files: ImageFiles, where: Path, decoding: Decoding) -> list[StreamedImages] | None:

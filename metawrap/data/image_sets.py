@@ -260,7 +260,12 @@ class DataSplits(NamedTuple):
 
 
 def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplits:
-    """The three parts, read into memory unless `stream`; None streams sets that would fill half of the free memory."""
+    """The three parts, as `read_unless_streamed` gives them."""
+    return DataSplits(*read_unless_streamed(parts, stream))
+
+
+def read_unless_streamed(parts: Sequence[StreamedImages], stream: bool | None) -> Sequence[ImageSet]:
+    """The parts, read into memory unless `stream`; None streams sets that would fill half of the free memory."""
     sequential = any(_positions(part) is not None for part in parts)
     if stream and sequential:
         raise DataError(
@@ -271,7 +276,7 @@ def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplit
         size = sum(len(part) * int(np.prod(part.image_shape)) for part in parts)
         stream = not sequential and size > free_memory() // 2
     fix = "Leave stream=False (--no-stream) out, or pass a smaller image_size (--image-size)."
-    return DataSplits(*(parts if stream else [part.in_memory(fix) for part in parts]))
+    return parts if stream else [part.in_memory(fix) for part in parts]
 
 
 def _positions(part: StreamedImages) -> NDArray[np.int64] | None:

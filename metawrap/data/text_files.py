@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,26 @@ from metawrap.errors import DataError
 MAX_TEXT_BYTES = 2**26  # mini-ImageNet's train.csv has 1.2 MB
 
 
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The content of a file of at most so many bytes.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no plain file. A pipe would block for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no file but a folder, a pipe or a device", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return content
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8, or DataError."""
-    with reading(f"'{path}' cannot be read", OSError, fix="Name an existing file."), open(path, "rb") as file:
-        return decoded(file.read(MAX_TEXT_BYTES + 1), str(path))
+    with reading(f"'{path}' cannot be read", OSError, fix="Name an existing file."):
+        return decoded(read_regular(path, MAX_TEXT_BYTES), str(path))
     raise AssertionError
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from metawrap.data.text_files import read_regular
 from metawrap.errors import ArgumentError
 
 MAX_BYTES = 2**16  # The longest packaged recipe has 3 kB.
@@ -35,9 +36,7 @@ def read_mapping(path: Path) -> dict[str, Given]:
             line.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ArgumentError(f"{path}: expected a recipe of at most {MAX_BYTES // 1024} kB.")
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = _Loader(read_regular(path, MAX_BYTES).decode())
     except OSError as error:
         raise ArgumentError(
             f"{path}: cannot be read ({error.strerror}). Name a YAML file, or a packaged recipe."

@@ -24,10 +24,12 @@ from metawrap.report.charts import (
 from metawrap.report.gather import Group
 from metawrap.report.layer_charts import learned_rates, norm_statistics, shortened
 from metawrap.report.records import Example, Number
+from metawrap.training.plots import save_figure
 
 # What plotly calls them, and what matplotlib calls them.
 _MARKERS = dict(zip(SYMBOLS, "osD^X*Pv", strict=True))
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_MOST_ROWS, _MOST_COLUMNS = 20, 40  # classes and images of an episode
 _RIGHT, _WRONG = "#1f8a5b", "#c8452f"
 
 
@@ -65,7 +67,7 @@ def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
             elif is_drawn := (panel := panels[name](groups)) is not None:
                 _draw_panel(figure, panel)
             if is_drawn:
-                figure.savefig(path := folder / f"report-{name}.png", dpi=130, facecolor="white")
+                save_figure(figure, path := folder / f"report-{name}.png", dpi=130)
                 written.append(path)
     return written
 
@@ -165,14 +167,14 @@ def _draw_episode(figure: Any, groups: Sequence[Group]) -> bool:
     label, episode = found[0]
     examples = [
         [each for each in (*episode.support, *episode.target) if each.label == row and each.png]
-        for row in range(len(episode.classes))
+        for row in range(min(len(episode.classes), _MOST_ROWS))
     ]
-    rows, columns = len(examples), max(map(len, examples), default=0)
+    rows, columns = len(examples), min(_MOST_COLUMNS, max(map(len, examples), default=0))
     if not columns:
         return False
     figure.set_size_inches(min(12, 2.6 + 0.95 * columns), min(14, 0.7 + 0.95 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
-    for row, name in enumerate(episode.classes):
+    for row, name in enumerate(episode.classes[:rows]):
         for axes, example in zip(grid[row], examples[row], strict=False):
             _draw_example(axes, example)
         text = f"{row}  {_literal(shortened(name, 24))}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from metawrap.training.run_folder import FINAL_INSIGHT, INSIGHT, LOG, read_json,
 Number = float | None
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_IMAGE = 1_000_000
+_LARGEST_NUMBER = 1e30  # Charts multiply by 100 and square.
 _MOST = 2**31
 _CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "validation_interval")
 
@@ -228,11 +228,11 @@ def _numbers(value: Any) -> list[Number]:
 
 
 def _number(value: Any) -> Number:
-    """A finite number, else None: JSON of an older version may hold NaN, and JSON of a stranger anything."""
+    """A number of a plausible size, else None: JSON of an older version may hold NaN, of a stranger anything."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if abs(value) < _LARGEST_NUMBER else None  # False for NaN.
     except OverflowError:
         return None
 

@@ -16,6 +16,8 @@ from metawrap.training.progress import duration
 
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 _OVER_TASKS = "± 95 % interval over tasks"
+# A page stays readable, and of a size like that of the files: the table of confusions is quadratic.
+_MOST_CLASSES, _MOST_CONFUSIONS = 100, 50
 Values = dict[str, Any]
 
 
@@ -98,7 +100,13 @@ def episodes(groups: Sequence[Group]) -> list[Values]:
                 counts = Counter((each.label, each.prediction) for each in episode.target)
                 right = sum(count for (label, prediction), count in counts.items() if label == prediction)
                 most = max(counts.values())
-                shown.append({"episode": episode, "right": right, "counts": counts, "most": most})
+                classes = episode.classes[:_MOST_CLASSES]
+                matrix = classes if len(episode.classes) <= _MOST_CONFUSIONS else []
+                more = len(episode.classes) - len(classes)
+                shown.append(
+                    {"episode": episode, "right": right, "counts": counts, "most": most}
+                    | {"classes": classes, "matrix": matrix, "more": more}
+                )
             parts.append({"group": group, "label": group.run_label(run), "episodes": shown})
     return parts
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAda
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform, get_type_hints
 
-from metawrap.errors import ArgumentError, shown
+from metawrap.errors import ArgumentError, printable, shown
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -42,19 +42,24 @@ def _whole_or_infinite(value: Any) -> Any:
     return value
 
 
+MOST = 2**31 - 1  # of what is counted
+LARGEST = 3.4e38  # of single precision
+LARGEST_SEED = 2**63 - 1  # of torch, with a sign
+
 Switch = Annotated[bool, Expected("True or False")]
-Count = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
-CountOrNone = Annotated[Annotated[int, Field(ge=1)] | None, Expected("a whole number of at least 1, or None")]
-Several = Annotated[int, Field(ge=2), Expected("a whole number of at least 2")]
-Whole = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
-WholeOrNone = Annotated[Annotated[int, Field(ge=0)] | None, Expected("a whole number of at least 0, or None")]
+Count = Annotated[int, Field(ge=1, le=MOST), Expected("a whole number of at least 1")]
+CountOrNone = Annotated[Annotated[int, Field(ge=1, le=MOST)] | None, Expected("a whole number of at least 1, or None")]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), Expected("a whole number of at least 0")]
+Several = Annotated[int, Field(ge=2, le=MOST), Expected("a whole number of at least 2")]
+Whole = Annotated[int, Field(ge=0, le=MOST), Expected("a whole number of at least 0")]
+WholeOrNone = Annotated[Annotated[int, Field(ge=0, le=MOST)] | None, Expected("a whole number of at least 0, or None")]
 WholeOrInfinite = Annotated[
     float, PlainValidator(_whole_or_infinite), Expected("a whole number of at least 0, or math.inf")
 ]
-Number = Annotated[float, Expected("a finite number")]
-Positive = Annotated[float, Field(gt=0), Expected("a positive number")]
-PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, Expected("a positive number or None")]
-NotNegative = Annotated[float, Field(ge=0), Expected("a number of at least 0")]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST), Expected("a finite number")]
+Positive = Annotated[float, Field(gt=0, le=LARGEST), Expected("a positive number")]
+PositiveOrNone = Annotated[Annotated[float, Field(gt=0, le=LARGEST)] | None, Expected("a positive number or None")]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST), Expected("a number of at least 0")]
 Share = Annotated[float, Field(ge=0, le=1), Expected("a number of at least 0 and at most 1")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Expected("a number from 0 up to, not including, 1")]
 Betas = Annotated[
@@ -62,7 +67,9 @@ Betas = Annotated[
     BeforeValidator(_list_as_tuple),
     Expected("two numbers from 0 up to, not including, 1"),
 ]
-Workers = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Expected('a whole number of at least 1, or "auto"')]
+Workers = Annotated[
+    Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"], Expected('a whole number of at least 1, or "auto"')
+]
 
 
 class Options:
@@ -142,9 +149,19 @@ def explained(error: ValidationError, cls: type[Options], values: Mapping[str, A
     return ArgumentError(f"{place}: {refusal(field_types(cls)[name], values[name], dict(first))}")
 
 
+def in_words(error: ValidationError) -> str:
+    """The first of pydantic's complaints about a file, with its place there."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return printable(f"{f'{place}: ' if place else ''}{first['msg'][:200]}")
+
+
 def refusal(hint: Any, value: Any, error: Mapping[str, Any] | None = None) -> str:
     """ "expected a positive number, but got 0"."""
     words = expected(hint) or str((error or {}).get("msg", "another value")).removeprefix("Input should be ")
+    bounds = (error or {}).get("ctx", {})
+    if (most := bounds.get("le")) in (MOST, LARGEST, LARGEST_SEED) or bounds.get("ge") == -LARGEST:
+        words = f"a number of at most {most:,}" if most else f"a number of at least {-LARGEST}"
     return f"expected {words}, but got {shown(value, 200)}."
 
 

@@ -1,9 +1,9 @@
 """Runs: epochs, validation, checkpoints, resume, logs, the final test. Read `train` in `run.py` first.
 
 From top to bottom; a module imports those below it alone:
-study -> comparison -> run -> run_evaluation -> final_evaluation, insight, tensorboard, inspection -> experiment ->
-run_folder -> data_record, run_lock, checkpoints -> checkpoint_archive -> plots -> progress -> machine, tables ->
-torchrun -> run_settings.
+study -> comparison -> plots -> run -> run_evaluation -> loaded_run -> final_evaluation, insight, tensorboard,
+inspection -> experiment -> run_folder -> data_record, run_lock, checkpoints -> checkpoint_archive -> progress ->
+machine, tables -> torchrun -> stored_files, run_settings.
 """
 
 from metawrap.training.run import train, train_seeds

@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from metawrap.errors import CheckpointError
+from metawrap.settings.validated import in_words
 from metawrap.training.checkpoint_archive import REMEDY, check_archive, check_tensors, reading
+from metawrap.training.stored_files import CheckpointForm
 
 FORMAT = "metawrap-checkpoint"
 VERSION = 1
@@ -129,7 +132,7 @@ def best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
 
     def rank(epoch: int) -> float:
         found = history[epoch - 1]
-        value = found["validation_accuracy"] if known else found["validation_loss"]
+        value = found["validation_accuracy"] if known else found.get("validation_loss")
         return math.inf if value is None else -value if known else value
 
     return sorted(range(1, len(history) + 1), key=rank)[:count]
@@ -180,7 +183,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path), _signals_deferred():
         try:
-            with open(temporary, "wb") as handle:
+            temporary.unlink(missing_ok=True)  # Of a killed process of this number, or a stranger's link.
+            with open(temporary, "xb") as handle:
                 write(handle)
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -207,6 +211,11 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise CheckpointError(
+                f"'{path}' could not be written ({error.strerror}): its folder was moved or deleted, or a link stands "
+                "there. Put the folder back and go on with --resume, or choose another --out."
+            ) from error
         raise CheckpointError(
             f"'{path}' could not be written ({error.strerror or error}). What was saved before is whole: "
             f"{_remedy(error)}, and go on with --resume, or choose another --out."
@@ -308,4 +317,8 @@ def _as_checkpoint(path: Path, content: Any) -> Checkpoint:
     fields = Checkpoint.__dataclass_fields__
     if missing := sorted(set(fields) - set(content)):
         raise CheckpointError(f"'{path}' lacks {', '.join(missing)}. {REMEDY}")
+    try:
+        CheckpointForm.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"'{path}' is damaged ({in_words(error)}). {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in fields})

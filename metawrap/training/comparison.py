@@ -26,7 +26,7 @@ from metawrap.training.experiment import load_splits
 from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_comparison
 from metawrap.training.progress import say
-from metawrap.training.run_folder import LOG, RunFolder, read_lines, read_run, write_run
+from metawrap.training.run_folder import RunFolder, read_log, read_run, refuse_links, write_run
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.tables import comparison_table, method_title
 
@@ -114,6 +114,7 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
     if jobs < 1:
         raise ArgumentError(f"jobs: expected at least 1, but got {jobs}.")
     for name, settings in runs.items():
+        refuse_links(path / name)
         # A run that failed before its first checkpoint may start with other settings.
         if any((path / name / "checkpoints").glob("epoch-*.pt")):
             stored = read_run(path / name)[0]
@@ -124,7 +125,7 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
         write_run(path / name, settings, None)
     threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        errors = list(pool.map(lambda name: _train(name, path / name, threads, jobs == 1), runs))
+        errors = list(pool.map(lambda name: _train(name, path / name, runs[name].model, threads, jobs == 1), runs))
     if all(errors):
         raise MetaWrapError(f"No method could be trained. {next(iter(runs))}: {errors[0]}")
     return [
@@ -132,9 +133,10 @@ def run_in_processes(runs: Mapping[str, RunSettings], path: Path, jobs: int = 1)
     ]
 
 
-def _train(name: str, folder: Path, threads: int, shown: bool) -> str | None:
+def _train(name: str, folder: Path, model: str | None, threads: int, shown: bool) -> str | None:
     """Runs `metawrap train` with the settings in the folder; returns the text of its error, None if it succeeds."""
     command = [sys.executable, "-m", "metawrap", "train", "--out", str(folder), "--resume"]
+    command += [] if model is None else ["--model", model]  # It would not be imported because run.json names it.
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     lines: list[str] = []
     with subprocess.Popen(
@@ -167,7 +169,7 @@ def _row(name: str, settings: RunSettings, folder: Path, error: str | None) -> d
     return row | {
         **result["test"]["norms"][norm]["after"],
         "norm": norm,
-        "validation": [(record["seconds"], record["validation_accuracy"]) for record in read_lines(folder / LOG)],
+        "validation": [(record.get("seconds"), record["validation_accuracy"]) for record in read_log(folder)],
         **{name: result[name] for name in copied},
         "meta_steps": settings.epochs * settings.iterations_per_epoch,
         "settings": settings.to_dict(),

@@ -7,66 +7,58 @@ test. A test on classes that were trained on would give an accuracy that looks l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
-from metawrap.data import DataSplits, LabelledImages, Preprocessing, StreamedImages
+from metawrap.data import DataSplits, ImageSet, LabelledImages, Preprocessing, StreamedImages
 from metawrap.data.class_split import PARTS
 from metawrap.data.problems import listed
 from metawrap.errors import ArgumentError, CheckpointError, DataError
+from metawrap.training.stored_files import DataFile, read_typed
 
 FILE = "data.json"
 # Part -> class -> fingerprint, classes in the order of their numbers.
 DataRecord: TypeAlias = dict[str, dict[str, str]]
+_REMEDY = (
+    "The classes that the run was trained on are so unknown. Put back a copy of the file, or delete it to go on "
+    "without this check."
+)
 
 
-def record_of(splits: DataSplits) -> DataRecord:
-    """The classes of the three parts, and their fingerprints."""
-    return {
-        part: dict(zip(images.class_names, images.fingerprints(), strict=True))
-        for part, images in zip(PARTS, splits, strict=True)
-    }
+def record_of(splits: DataSplits | Mapping[str, ImageSet]) -> DataRecord:
+    """The classes of the three parts, or of sets by name, and their fingerprints."""
+    sets = splits if isinstance(splits, Mapping) else dict(zip(PARTS, splits, strict=True))
+    return {part: dict(zip(each.class_names, each.fingerprints(), strict=True)) for part, each in sets.items()}
 
 
 def read_record(run: Path) -> DataRecord | None:
     """The record of the run in this folder; None if it has none, as runs of metawrap 0.1. Raises CheckpointError if the
     file is damaged.
     """
-    content = _content(run)
-    parts: list[Any] = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
-    marks = [mark for part in parts for mark in (part.values() if isinstance(part, dict) else [None])]
-    if content is None:
-        return None
-    if not all(isinstance(mark, str) for mark in marks):
-        raise _damaged(run)
-    return dict(zip(PARTS, parts, strict=True))
+    found = _read(run)
+    return None if found is None else {part: getattr(found, part) for part in PARTS}
 
 
 def read_preprocessing(run: Path) -> Preprocessing | None:
-    """The preprocessing of the run's pictures; None if it is not on record, as for runs of metawrap 0.1. Raises
-    CheckpointError if the file is damaged.
-    """
-    content = _content(run)
-    if not isinstance(content, dict) or "preprocessing" not in content:
-        return None
+    """The preprocessing of the run's pictures; None where it is not on record. Raises as `read_record`."""
+    found = _read(run)
     try:
-        return Preprocessing.from_dict(content["preprocessing"])
+        return Preprocessing.from_dict(found.preprocessing) if found and found.preprocessing else None
     except ArgumentError as error:
-        raise _damaged(run) from error
+        raise CheckpointError(f"'{run / FILE}' is damaged ({error}). {_REMEDY}") from error
 
 
-def _content(run: Path) -> Any:
+def _read(run: Path) -> DataFile | None:
     try:
-        return json.loads((run / FILE).read_text(encoding="utf-8"))
+        return read_typed(run / FILE, DataFile, _REMEDY)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(run) from error
+    except OSError as error:
+        raise CheckpointError(f"'{run / FILE}' is damaged ({error.strerror}). {_REMEDY}") from error
 
 
 def changed(run: Path, found: Sequence[str], fix: str = "") -> DataError:
@@ -90,9 +82,9 @@ def unseen(record: DataRecord, present: DataRecord, by_name: bool) -> dict[str, 
     }
 
 
-def joined(splits: DataSplits, names: Mapping[str, Sequence[str]]) -> LabelledImages:
+def joined(splits: Sequence[ImageSet], names: Mapping[str, Sequence[str]]) -> LabelledImages:
     """The images of these classes of each part, in memory, as one set. At least one class."""
-    fix, found = "Leave --new-classes out, or test where more memory is free.", list[LabelledImages]()
+    fix, found = "Test one --part, or test where more memory is free.", list[LabelledImages]()
     for images, chosen in zip(splits, names.values(), strict=True):
         if chosen:
             part = images.subset([images.class_names.index(name) for name in chosen])
@@ -128,10 +120,3 @@ def differences(record: DataRecord, present: DataRecord) -> list[str]:
 
 def _by_class(record: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, str]]:
     return {name: (part, mark) for part, classes in record.items() for name, mark in classes.items()}
-
-
-def _damaged(run: Path) -> CheckpointError:
-    return CheckpointError(
-        f"'{run / FILE}' is damaged, so the classes that the run was trained on are unknown. Put back a copy of it, or "
-        "delete it to go on without this check."
-    )

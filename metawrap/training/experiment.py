@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +27,7 @@ from metawrap.data import (
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
 from metawrap.data.normalisation import IMAGENET, statistics_of
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import ArgumentError, MetaWrapError, printable, shown
 from metawrap.factory import in_one_line
 from metawrap.learner.describing import look_at
 from metawrap.learner.embedding_learner import EmbeddingLearner
@@ -66,7 +70,7 @@ class Experiment:
         """The classes of the three parts, with fingerprints."""
         return record_of(DataSplits(self.train.images, self.validation.images, self.test.images))
 
-    def record(self) -> dict[str, Any]:
+    def data_file(self) -> dict[str, Any]:
         """The content of data.json: `data`, and the preprocessing as plain values."""
         way = self.preprocessing
         return dict(self.data()) | ({} if way is None else {"preprocessing": way.to_dict()})
@@ -84,6 +88,11 @@ def build_experiment(settings: RunSettings) -> Experiment:
             "tasks of a run are drawn anew and have none. Use learned, zeros or random."
         )
     device = device_of_rank(find_device(settings.device))
+    with sizes_fit_memory(settings):
+        return _built(settings, device)
+
+
+def _built(settings: RunSettings, device: torch.device) -> Experiment:
     torch.manual_seed(settings.seed)
     network = network_of(settings)
     own = None if network is None else network.preprocessing
@@ -95,7 +104,7 @@ def build_experiment(settings: RunSettings) -> Experiment:
     ]
     check_enough(demands, settings.shots, settings.targets)
     train = _train_sampler(settings, splits.train, device, own)
-    model = build_model(settings, splits.train) if network is None else network.model
+    model = backbone_of(settings, splits.train.image_shape) if network is None else network.model
     learner = build_learner(settings, model, train.num_classes).to(device)
     ways = "--ways sets how many classes a task has, --train-ways in training."
     show_task(learner.train(), train.batch(0)[0], "model", "--image-size sets the side of the images.", ways)
@@ -122,6 +131,12 @@ def find_device(name: str) -> torch.device:
         raise ArgumentError(f"device: expected auto, cpu, cuda or cuda:1, but got '{name}'.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: '{name}' was asked for, but torch finds no CUDA device here. Use cpu or auto.")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # torch has an error of its own for each kind of device; "meta" holds no numbers.
+        raise ArgumentError(
+            f"device: '{name}' was asked for, but torch cannot use it here ({in_one_line(error)[:200]}). Use cpu."
+        ) from error
     return device
 
 
@@ -160,11 +175,32 @@ def _in_words(settings: RunSettings, network: PretrainedNetwork | None) -> str:
     )
 
 
-def load_splits(settings: RunSettings, own: Preprocessing | None = None) -> DataSplits:
-    """The three splits of the data set, downloaded if they are missing. None in the settings leaves an option out."""
+@contextmanager
+def sizes_fit_memory(settings: RunSettings) -> Iterator[None]:
+    """Raises ArgumentError in place of torch's or numpy's error for numbers that no memory holds."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"allocat|overflow|out of memory", str(error)):
+            raise
+        names = ("image_size", "filters", "ways", "train_ways", "shots", "targets", "tasks_per_batch")
+        sizes = ", ".join(f"{name}={value}" for name in names if (value := getattr(settings, name)) is not None)
+        raise ArgumentError(
+            f"A batch, or the network, does not fit into memory with {sizes} ({in_one_line(error)[:120]}). Use "
+            "smaller numbers."
+        ) from error
+
+
+def load_splits(settings: RunSettings, own: Preprocessing | None = None, download: bool = True) -> DataSplits:
+    """The three splits of the data set. None in the settings leaves an option out.
+
+    Args:
+        own: the preprocessing of the network's weights. download: whether a data set that is missing is downloaded,
+            where that is known how.
+    """
     options = {"split": settings.split, "stream": settings.stream, "image_size": preprocessing_for(settings, own)}
     given = {name: value for name, value in options.items() if value is not None}
-    if settings.data in DOWNLOADED:
+    if settings.data in DOWNLOADED and download:
         given["download"] = True
         return local_rank_zero_first(lambda: load_data(settings.data, root=settings.data_root, **given))
     return load_data(settings.data, root=settings.data_root, **given)
@@ -211,17 +247,40 @@ def network_of(settings: RunSettings) -> PretrainedNetwork | None:
     return load_network(settings.model, settings.weights, None if embeds and published else settings.ways)
 
 
-def build_model(settings: RunSettings, images: ImageSet) -> nn.Module:
-    """The user's network if `model` is set, else the backbone for images of this size."""
-    if (network := network_of(settings)) is not None:
-        return network.model
-    channels, height, width = images.image_shape
+def backbone_of(settings: RunSettings, image_shape: tuple[int, int, int]) -> nn.Module:
+    """metawrap's own network for images of this (channels, height, width)."""
+    channels, height, width = image_shape
     if height != width:
         raise ArgumentError(
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "
             "Pass --model for a network of your own."
         )
     return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
+
+
+def check_model_is_named(stored: str | None, given: str | None, where: str) -> None:
+    """Raises ArgumentError unless the user gives the name of the network that a file stores: a file may be a
+    stranger's, and importing a module runs its code.
+
+    Args:
+        stored: `model` in the settings of a run or recipe. given: the same name, from the user. where: the file, in
+            words.
+    """
+    if stored == given:
+        return
+    if stored is None:
+        raise ArgumentError(f"model: {where} has one of metawrap's own networks, but got {shown(given)}. Leave it out.")
+    if given is not None:
+        raise ArgumentError(f"model: {where} has the network {shown(stored)}, but got {shown(given)}. Name that one.")
+    raise ArgumentError(
+        f"model: {where} has the network {shown(stored)}, and nothing is imported because a file names it. If that "
+        f"code is yours, name it again: --model {shlex.quote(printable(str(stored)))}, or model= in Python."
+    )
+
+
+def model_flag(settings: RunSettings) -> str:
+    """The flag that names the network of a run again, for the end of a command; empty for metawrap's own."""
+    return "" if settings.model is None else f" --model {shlex.quote(printable(settings.model))}"
 
 
 def fixed_tasks(

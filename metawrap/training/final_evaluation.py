@@ -45,7 +45,7 @@ def final_test(
     Raises:
         CheckpointError: the best checkpoint is missing or cannot be read.
     """
-    epochs = on_rank_zero(lambda: _epochs_to_test(checkpoints, history, ensemble))
+    epochs = on_rank_zero(lambda: epochs_to_test(checkpoints, history, ensemble))
     norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
     scores: dict[str, dict[str, Any]] = {norm: {} for norm in norms}
     logits: dict[str, list[Any]] = {}
@@ -90,8 +90,10 @@ def score_of(logits: list[Tensor], labels: list[Tensor]) -> dict[str, float]:
     return {"accuracy": float(per_task.mean()), "interval": 1.96 * float(per_task.std()) / math.sqrt(len(per_task))}
 
 
-def _epochs_to_test(checkpoints: CheckpointFolder, history: list[dict[str, Any]], ensemble: int) -> list[int]:
-    """The epochs to average, best first; fewer than `ensemble` if the run has fewer epochs or kept fewer."""
+def epochs_to_test(checkpoints: CheckpointFolder, history: list[dict[str, Any]], ensemble: int = 0) -> list[int]:
+    """The epochs to average, best first; fewer than `ensemble` if the run has fewer epochs or kept fewer. Raises
+    CheckpointError if the best checkpoint is missing.
+    """
     kept = set(checkpoints.epochs())
     ranked = best_epochs(history, len(history))
     if not ranked or ranked[0] not in kept:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from metawrap.training.checkpoints import write_atomically
 from metawrap.training.progress import say
 from metawrap.training.tables import task_name
 
@@ -114,5 +116,12 @@ def _draw(
     figure.legend(
         *row[0].get_legend_handles_labels(), title=legend, loc="outside right upper", frameon=False, fontsize=9
     )
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(figure, path, dpi=150)
     return True
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a PNG with `write_atomically`."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, facecolor="white", format="png")
+    write_atomically(path, lambda handle: handle.write(content.getvalue()))

@@ -8,11 +8,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
 
+from metawrap.errors import printable
 from metawrap.results import StepMetrics
 from metawrap.training.torchrun import rank
 
@@ -36,14 +37,16 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 
 def say(text: str, error: bool = False) -> None:
-    """Prints one line on stderr, above the bar if there is one, on rank 0 alone. Results go to stdout instead.
+    """Prints one line on stderr, above the bar if there is one, on rank 0 alone. Results go to stdout instead. A stderr
+    that is closed or full stops nothing.
 
     Args:
         error: also print inside `quiet`.
     """
-    if rank() == 0 and (error or not _quiet):
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+    if rank() == 0 and (error or not _quiet) and sys.stderr is not None:
+        with suppress(OSError, ValueError):  # The latter: a closed file.
+            tqdm.write(printable(text), file=sys.stderr)
+            sys.stderr.flush()
 
 
 @contextmanager
@@ -82,7 +85,7 @@ class Progress:
             desc=f"epoch {min(done + 1, epochs)}/{epochs}",
             total=epochs * iterations_per_epoch,
             initial=done * iterations_per_epoch,
-            disable=not (self._shown and sys.stderr.isatty()),
+            disable=not (self._shown and sys.stderr is not None and sys.stderr.isatty()),
             mininterval=REFRESH_SECONDS,
             ncols=_columns(),
             bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining} left{postfix}",
@@ -121,11 +124,9 @@ class Progress:
             return
         self._seen += 1
         left = (time.monotonic() - self._start) / self._seen * (self.epochs - record["epoch"])
-        print(
+        say(
             f"epoch {record['epoch']}/{self.epochs}: loss {_number(record['train_loss'])}{trained}, "
-            f"{self._last_epoch}{interval}, {duration(left)} left",
-            file=sys.stderr,
-            flush=True,
+            f"{self._last_epoch}{interval}, {duration(left)} left"
         )
 
 

@@ -29,8 +29,8 @@ from metawrap.training.experiment import Experiment, build_experiment, load_spli
 from metawrap.training.insight import epoch_insight, final_insight
 from metawrap.training.machine import peak_memory
 from metawrap.training.progress import Progress, say
-from metawrap.training.run_evaluation import tested
-from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, write_run
+from metawrap.training.run_evaluation import UNSEEN, tested
+from metawrap.training.run_folder import RunFolder, read_run, refuse_existing_run, refuse_links, write_run
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import headline, summarise_seeds
 from metawrap.training.tensorboard import TensorBoard, check_tensorboard, logs_to_tensorboard
@@ -94,7 +94,7 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
         on_rank_zero(lambda: folder.check_data(experiment.data(), experiment.preprocessing))
         _restore(experiment, start)
         say(f"Resuming '{out}' after epoch {start.epoch} of {settings.epochs}.")
-    on_rank_zero(lambda: folder.begin(history, experiment.record))
+    on_rank_zero(lambda: folder.begin(history, experiment.data_file))
     board = TensorBoard(out, history, folder.insight(len(history))) if tensorboard and rank() == 0 else None
     processes = f" in {world_size()} processes" if world_size() > 1 else ""
     say(
@@ -104,7 +104,7 @@ def _train(folder: RunFolder, resume: bool, tensorboard: bool) -> dict[str, Any]
     with board or nullcontext():
         seconds = _train_epochs(experiment, folder, history, start.seconds if start else 0.0, board)
     norms = None if settings.test_norms == "all" else (experiment.learner.settings.norm,)
-    result = tested(experiment, folder, history, norms) | {"seconds": round(seconds, 3)}
+    result = tested(experiment, folder, history, norms, UNSEEN) | {"seconds": round(seconds, 3)}
     insight = final_insight(experiment.learner, experiment.test, settings.test_tasks)
     on_rank_zero(lambda: folder.write_result(result, insight))
     return result
@@ -137,6 +137,7 @@ def train_seeds(
     path = Path(out)
     if tensorboard:
         check_tensorboard()
+    on_rank_zero(lambda: refuse_links(path))
     if stored := on_rank_zero(lambda: read_run(path)[0] if resume and (path / "run.json").exists() else None):
         settings.check_resumes(stored.to_dict())
     else:

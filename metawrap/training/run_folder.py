@@ -11,12 +11,14 @@ run cuts it to the finished epochs instead; each of its lines is written before 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from metawrap.data import Preprocessing
+from metawrap.data.text_files import read_regular
 from metawrap.errors import CheckpointError, DataError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
 from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_preprocessing, read_record
@@ -24,6 +26,15 @@ from metawrap.training.machine import command_line
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
 from metawrap.training.run_settings import RunSettings
+from metawrap.training.stored_files import (
+    MAX_BYTES,
+    InsightLine,
+    LogLine,
+    ResultFile,
+    RunFile,
+    has_form,
+    read_typed,
+)
 
 LOG = "log.jsonl"
 INSIGHT = "insight.jsonl"
@@ -54,6 +65,7 @@ class RunFolder:
         no readable checkpoint, or another process uses the folder.
         """
         self._was_new = not self.path.is_dir()
+        refuse_links(self.path)
         # A folder of images may have moved: `check_data` compares its content.
         may_move = resume and read_record(self.path) is not None
         if not resume:
@@ -105,31 +117,54 @@ class RunFolder:
             write_text(self.path / INSIGHT, "".join(map(_line, insight)))
 
     def append(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
-        """Adds a line to the insight and one to the log."""
+        """Adds a line to the insight and one to the log. Raises CheckpointError if the folder is gone or empty."""
+        self._check_is_there()
         for name, content in ((INSIGHT, insight), (LOG, record)):
-            with explained(self.path / name), open(self.path / name, "a", encoding="utf-8") as handle:
+            path = self.path / name
+            with explained(path), open(path, "a", encoding="utf-8", opener=_not_through_a_link) as handle:
                 handle.write(_line(content))
+
+    def _check_is_there(self) -> None:
+        if not (self.path / "run.json").is_file():
+            state = "was emptied" if self.path.is_dir() else "is gone"
+            raise CheckpointError(
+                f"'{self.path}' {state} while the run trained: it was moved or deleted from outside, and nothing more "
+                "was written. Put it back as it was and go on with --resume, or start again."
+            )
 
     def insight(self, epochs: int) -> list[dict[str, Any]]:
         """The readable lines of the insight on the first `epochs`, in order."""
         lines = read_lines(self.path / INSIGHT)
-        found = {record["epoch"]: record for record in lines if isinstance(record.get("epoch"), int)}
+        found = {record["epoch"]: record for record in lines if has_form(record, InsightLine)}
         return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
 
     def result(self) -> dict[str, Any] | None:
         """The content of result.json if it belongs to exactly these settings, else None."""
         content = read_json(self.path / "result.json")
+        if not has_form(content, ResultFile):
+            return None
         try:
             # Settings that an older metawrap lacked get their defaults in RunSettings.
             same = RunSettings.from_dict(content["settings"]) == self.settings
-        except (ValueError, TypeError, KeyError, CheckpointError):
+        except CheckpointError:
             return None
         return content if same else None
 
     def write_result(self, result: dict[str, Any], insight: dict[str, Any]) -> None:
         """Writes final_insight.json, then result.json, which marks the run as finished."""
+        self._check_is_there()
         write_json(self.path / FINAL_INSIGHT, insight)
         write_json(self.path / "result.json", result)
+
+
+def refuse_links(path: Path) -> None:
+    """Raises CheckpointError if a folder that a run would write into is a symbolic link, maybe a stranger's."""
+    for each in (path / "checkpoints", path / "tensorboard", *path.glob("seed-*")):
+        if each.is_symlink():
+            raise CheckpointError(
+                f"'{each}' is a symbolic link, which no run writes through. Put the folder itself there, or link to "
+                "the whole run."
+            )
 
 
 def refuse_existing_run(path: Path) -> None:
@@ -152,8 +187,8 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
     or its run.json is damaged.
     """
     try:
-        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        settings, seeds = content["settings"], content["seeds"]
+        content = read_typed(path / "run.json", RunFile, "Start again with another --out.")
+        return RunSettings.from_dict(content.settings), content.seeds
     except OSError as error:
         if any((path / "checkpoints").glob("epoch-*.pt")):
             raise CheckpointError(
@@ -163,15 +198,12 @@ def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
         raise CheckpointError(
             f"There is no run in '{path}' (no run.json). Start one with: metawrap train --out {shlex.quote(str(path))}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{path / 'run.json'}' is damaged ({error}). Start again with another --out.") from error
-    return RunSettings.from_dict(settings), seeds
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty for a file that is missing or damaged or holds no object."""
     try:
-        return _object(path.read_text(encoding="utf-8"))
+        return _object(read_regular(path, MAX_BYTES).decode())
     except (OSError, UnicodeDecodeError):
         return {}
 
@@ -179,10 +211,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file with one JSON object per line; unreadable lines are left out, a missing file has none."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular(path, MAX_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
     return [record for line in lines if (record := _object(line))]
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of the run's log.jsonl that have the form of one."""
+    return [record for record in read_lines(run / LOG) if has_form(record, LogLine)]
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -191,6 +228,10 @@ def _object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 from metawrap.data import DATASETS
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.settings.settings import NormPolicy
-from metawrap.settings.validated import Count, Expected, Number, Options, Several, Switch, Whole, validated
+from metawrap.settings.validated import Count, Expected, Number, Options, Seed, Several, Switch, Whole, validated
 
 # The name on the command line, and the class in metawrap.methods.
 METHODS = {
@@ -109,7 +109,7 @@ class RunSettings(Options):
     validation_alone: Whole = 0
     test_tasks: Several = 600
     test_norms: Literal["all", "own"] = "all"
-    seed: Whole = 0
+    seed: Seed = 0
     device: Text = "auto"
     keep: Count = 5
     ensemble: Whole = 0
@@ -131,15 +131,20 @@ class RunSettings(Options):
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> RunSettings:
-        """The settings from the values of `to_dict`. Raises CheckpointError if a name is unknown; another version of
-        metawrap may have written it.
+        """The settings from the values of `to_dict`. Raises CheckpointError if a name is unknown, as another version of
+        metawrap may have written it, or a value is of the wrong type or range.
         """
         if unknown := sorted(set(stored) - {each.name for each in fields(cls)}):
             raise CheckpointError(
                 f"The stored settings have '{unknown[0]}', which this metawrap does not know. "
                 "Use the metawrap version that wrote them."
             )
-        return cls(**stored)
+        try:
+            return cls(**stored)
+        except ArgumentError as error:
+            raise CheckpointError(
+                f"The stored settings are damaged ({error}) Start again with another --out."
+            ) from error
 
     def check_resumes(self, stored: Mapping[str, Any], may_move: bool = True) -> None:
         """Checks that a run with the `stored` settings may continue with these. Raises CheckpointError if a setting

@@ -20,7 +20,7 @@ from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_study
 from metawrap.training.progress import quiet
 from metawrap.training.run import train_seeds
-from metawrap.training.run_folder import LOG, read_lines, read_run, write_run
+from metawrap.training.run_folder import read_log, read_run, write_run
 from metawrap.training.run_settings import RunSettings
 from metawrap.training.tables import markdown_table, method_title, percent_pair, score_text
 
@@ -137,15 +137,15 @@ def _check(path: Path, experiments: Mapping[str, RunSettings], seeds: Sequence[i
 
 
 def _result(experiment: str, title: str, settings: RunSettings, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    logged = read_lines(folder / LOG)
+    logged = read_log(folder)
     return {
         "experiment": experiment,
         "method": title,
         "seed": settings.seed,
         "error": row["error"],
         "validation": [record["validation_accuracy"] for record in logged],
-        "alone": [record["validation_alone_accuracy"] for record in logged if settings.validation_alone],
-        "meta_steps": [record["iteration"] for record in logged],
+        "alone": [record.get("validation_alone_accuracy") for record in logged if settings.validation_alone],
+        "meta_steps": [record.get("iteration") for record in logged],
         "planned": settings.epochs * settings.iterations_per_epoch,
         "test": None if row["error"] else {name: row[name] for name in ("accuracy", "interval", "loss") if name in row},
         "norm": row.get("norm"),

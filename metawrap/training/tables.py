@@ -21,7 +21,8 @@ def result_text(result: dict[str, Any]) -> str:
         title = f"mean over seeds {', '.join(map(str, tested['seeds']))}"
     else:
         tested, keys, spread = result["test"], ("accuracy", "interval"), "95 % interval over tasks"
-        title = f"{tested['tasks']} tasks of unseen classes, best epoch {tested['epoch']} of {settings.epochs}"
+        kind = result.get("classes", "unseen classes")
+        title = f"{tested['tasks']} tasks of {kind}, best epoch {tested['epoch']} of {settings.epochs}"
     columns = [name for name in _COLUMNS if all(name in scores for scores in tested["norms"].values())]
     header = [_COLUMNS[name] for name in columns]
     if averaged := tested.get("ensemble_epochs"):

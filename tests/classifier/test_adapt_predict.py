@@ -74,7 +74,7 @@ def test_predict_writes_json_and_csv_and_reads_names(
     assert main(["predict", "clf", "photos/red/0.png", "--json"]) == 0
     found = json.loads(_said(capsys)[0])
     assert found["photo"] == "photos/red/0.png"
-    assert [each["name"] for each in found["classes"]][0] == "red"
+    assert found["classes"][0]["name"] == "red"
     assert sum(each["probability"] for each in found["classes"]) == pytest.approx(1, abs=1e-5)
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/green/1.png\nphotos/red/2.png\n"))
     assert main(["predict", "clf", "-", "--csv", "--top", "2"]) == 0

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from photos import network
 from torch import Tensor
 
 from metawrap import MAML, R2D2
 from metawrap.classifier.estimate import Estimate, left_out
-from photos import network
 
 
 class Nearest:
@@ -58,7 +58,12 @@ def test_one_photo_of_each_class_gives_no_estimate() -> None:
 
 @pytest.mark.parametrize(
     ("right", "photos", "interval"),  # R: binom::binom.wilson
-    [(10, 10, (0.7224672, 1.0)), (0, 10, (0.0, 0.2775328)), (81, 263, (0.2552958, 0.3662173)), (33, 35, (0.8139, 0.9842))],
+    [
+        (10, 10, (0.7224672, 1.0)),
+        (0, 10, (0.0, 0.2775328)),
+        (81, 263, (0.2552958, 0.3662173)),
+        (33, 35, (0.8139, 0.9842)),
+    ],
 )
 def test_interval(right: int, photos: int, interval: tuple[float, float]) -> None:
     assert Estimate(right, photos, 5, ()).interval == pytest.approx(interval, abs=1e-4)

@@ -19,7 +19,7 @@ from contract import NETWORKS, VARIANTS, batch_of, make, quiet
 from models import Conv4, NormedMlp, seeded
 from torch import Tensor, nn
 
-from metawrap import R2D2, MAMLPlusPlus, ProtoNet, SimpleShot, Task
+from metawrap import ProtoNet, Task
 from metawrap.training.run_settings import METHODS
 
 SUPPORT = Path(__file__).parents[1] / "support"

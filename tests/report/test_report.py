@@ -227,6 +227,32 @@ def test_what_a_run_says_is_text_and_never_markup(tmp_path):
             assert len(image.convert("RGB").getcolors(10**7)) > 10
 
 
+def everywhere(value, text, numbers):
+    """The same lists and tables, with this text for each text (and number), and beside each name."""
+    if isinstance(value, dict):
+        named = {name: everywhere(each, text, numbers) for name, each in value.items()}
+        return named | {text: [text, {text: text}]}
+    if isinstance(value, list):
+        return [everywhere(each, text, numbers) for each in value]
+    return text if numbers or isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["texts", "texts and numbers"])
+def test_a_text_in_any_field_of_any_file_adds_no_tag(tmp_path, numbers):
+    found = {}
+    for text in ("word", HOSTILE):
+        run = made.spoilt_run(tmp_path / text[:4].strip("</"), text)
+        for file in run.iterdir():
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            kept = [{name: line[name] for name in ("epoch", "seeds") if name in line} for line in lines]
+            lines = [everywhere(line, text, numbers) | own for line, own in zip(lines, kept, strict=True)]
+            made.write_lines(file, lines)
+        found[text] = page_of(run)
+        assert text in "".join(found[text].texts)
+    assert found[HOSTILE].names == found["word"].names
+    assert not found[HOSTILE].attributes("onerror")
+
+
 def test_a_run_of_an_older_version_shows_what_it_has(tmp_path):
     page = page_of(made.make_run(tmp_path / "old", insight=False))
     assert set(page.charts) == {"curves-accuracy", "curves-loss"}

@@ -30,8 +30,9 @@ class Workplace:
         (path / "killable_network.py").write_text(NETWORK)
         load_glyphs(image_size=8)  # Forks inherit the drawings.
         self.path = path
+        self.model = ["--model", "killable_network:build"]
         self.flags = [
-            *("--model", "killable_network:build", "--image-size", "8", "--inner-steps", "2", "--targets", "2"),
+            *(*self.model, "--image-size", "8", "--inner-steps", "2", "--targets", "2"),
             *("--epochs", str(EPOCHS), "--iterations", str(iterations), "--batch", "2", "--validation-tasks", "4"),
             *("--test-tasks", "2", "--keep", "2", "--device", "cpu", "--seed", "4", "--engine", engine),
         ]
@@ -131,6 +132,6 @@ def test_a_stopped_run_says_in_one_line_how_to_continue_and_that_line_works(work
     assert hint.startswith("Stopped. ")
     assert f"of {EPOCHS} epochs are saved" in hint
     command = shlex.split(hint.partition("continue with: ")[2])
-    assert command[1:] == ["-m", "metawrap", "train", "--out", out, "--resume"]
-    assert "after adaptation" in workplace.finish(out, "--resume")
+    assert command[1:] == ["-m", "metawrap", "train", "--out", out, "--resume", *workplace.model]
+    assert "after adaptation" in workplace.finish(out, "--resume", *workplace.model)
     workplace.assert_ended_alike(out)

@@ -22,6 +22,7 @@ FLAGS = [
     *("--model", "small_network:build", "--image-size", "8", "--inner-steps", "1", "--device", "cpu"),
     *("--epochs", "1", "--iterations", "1", "--batch", "1", "--validation-tasks", "2", "--test-tasks", "2"),
 ]
+MODEL = FLAGS[:2]
 SMALL = ["inspect", "--model", "small_network:build"]
 
 
@@ -52,7 +53,7 @@ def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(caps
     first = capsys.readouterr().out
     columns = ("before adaptation", "after adaptation", "batch (transductive) *", "support (inductive)")
     assert not [words for words in (*columns, "run/result.json") if words not in first]
-    assert main(["evaluate", "run", "--out", "again.json"]) == 0
+    assert main(["evaluate", "run", *MODEL, "--out", "again.json"]) == 0
     second = capsys.readouterr().out
     assert second.strip().splitlines()[:6] == first.strip().splitlines()[:6]
     assert json.loads(Path("again.json").read_text())["test"] == json.loads(Path("run/result.json").read_text())["test"]
@@ -60,12 +61,14 @@ def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(caps
 
 def test_resume_takes_the_stored_settings_and_refuses_other_ones(capsys):
     assert main(["train", *FLAGS, "--out", "run"]) == 0
-    assert main(["train", "--out", "run", "--resume"]) == 0
-    assert main(["train", "--out", "run", "--resume", "--ways", "4"]) == 2
+    assert main(["train", "--out", "run", "--resume", *MODEL]) == 0
+    assert main(["train", "--out", "run", "--resume", *MODEL, "--ways", "4"]) == 2
     assert complaint(capsys).startswith("Error: ways: the run was started with 5, but is resumed with 4.")
 
 
-@pytest.mark.parametrize("flags", [[], ["--device", "cpu"], ["--keep", "2", "--test-tasks", "4"], ["--tensorboard"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--device", "cpu"], ["--keep", "2", "--test-tasks", "4"], ["--tensorboard"], MODEL]
+)
 def test_resume_of_a_run_that_is_not_there_stops_unless_settings_are_given(capsys, flags):
     said = refusal(capsys, ["train", "--resume", "--out", "typo", *flags])
     assert said == "There is no run in 'typo' (no run.json). Start one with: metawrap train --out typo"
@@ -79,7 +82,7 @@ def test_seeds_train_a_run_each_and_resume_without_repeating_them(capsys):
     assert main(["train", *FLAGS, "--out", "runs", "--seeds", "0,2"]) == 0
     assert "mean over seeds 0, 2" in capsys.readouterr().out
     assert read_run(Path("runs"))[1] == [0, 2]
-    assert main(["train", "--out", "runs", "--resume"]) == 0
+    assert main(["train", "--out", "runs", "--resume", *MODEL]) == 0
     assert "mean over seeds 0, 2" in capsys.readouterr().out
     assert sorted(path.name for path in Path("runs").iterdir()) == ["result.json", "run.json", "seed-0", "seed-2"]
 
@@ -231,7 +234,7 @@ def test_training_that_diverges_ends_with_an_explained_error(capsys):
 def test_a_checkpoint_with_code_inside_is_refused_by_evaluate(capsys):
     assert main(["train", *FLAGS, "--out", "run"]) == 0
     torch.save({"format": "metawrap-checkpoint", "version": 1, "learner": Path("x")}, "run/checkpoints/epoch-0001.pt")
-    assert main(["evaluate", "run"]) == 2
+    assert main(["evaluate", "run", *MODEL]) == 2
     assert complaint(capsys).startswith("Error: None of the 1 checkpoints")
 
 
@@ -251,8 +254,8 @@ def test_an_interrupt_in_the_middle_names_the_saved_epochs_and_the_command(capsy
         assert main(["train", *flags]) == 130
     hint = complaint(capsys)
     assert hint.startswith("Stopped. 1 of 3 epochs are saved; continue with: ")
-    assert hint.endswith("train --out run --resume")
-    assert main(["train", "--out", "run", "--resume"]) == 0
+    assert hint.endswith("train --out run --resume --model small_network:build")
+    assert main(["train", "--out", "run", "--resume", *MODEL]) == 0
     assert CheckpointFolder(Path("run/checkpoints"), 1, 1).epochs() == [1, 2, 3]
 
 

@@ -96,7 +96,7 @@ def test_quiet_ends_with_its_block(capsys):
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for(monkeypatch, capsys):
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise KeyError("first\nsecond")
 
     monkeypatch.setattr("metawrap.cli.commands.evaluate_run", fails)

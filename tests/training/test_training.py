@@ -207,9 +207,9 @@ def not_a_module():
 
 
 def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
-    images = build_experiment(TINY).train.images
-    assert build_model(replace(TINY, ways=7, model=f"{__name__}:with_ways"), images)[1].out_features == 7
-    assert build_model(replace(TINY, ways=7, model=f"{__name__}:without_ways"), images)[1].out_features == 5
+    shape = build_experiment(TINY).train.images.image_shape
+    assert build_model(replace(TINY, ways=7, model=f"{__name__}:with_ways"), shape)[1].out_features == 7
+    assert build_model(replace(TINY, ways=7, model=f"{__name__}:without_ways"), shape)[1].out_features == 5
 
 
 @pytest.mark.parametrize(
