@@ -9,6 +9,7 @@ import csv
 import json
 import shlex
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from metawrap.data.class_folders import visible
 from metawrap.data.pictures import IMAGE_SUFFIXES
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed
-from metawrap.errors import ArgumentError, DataError, printable
+from metawrap.errors import ArgumentError, DataError, MetaWrapWarning, printable
 from metawrap.pretrained import load_network
 from metawrap.settings.keywords import nested
 from metawrap.training.experiment import find_device
@@ -45,8 +46,12 @@ def run_adapt(arguments: Namespace) -> None:
     if isinstance(learner, dict):
         learner = _chosen(learner, photos, preprocessing)
     about = {"network": words, "command": command_line()}
-    classifier, estimate = fit_classifier(learner, photos, preprocessing, about)
-    print(f'Method: {classifier.about["method"]}, norm="{classifier.about["norm"]}"')
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "norm=", MetaWrapWarning)  # The line below says it.
+        classifier, estimate = fit_classifier(learner, photos, preprocessing, about)
+    trained, norm = learner.settings.norm, classifier.about["norm"]
+    moved = f', because "{trained}", of its training, needs a batch of photos' if norm != trained else ""
+    print(f'Method: {classifier.about["method"]}, norm="{norm}"{moved}')
     _say_estimate(estimate)
     _warn_of_duplicates(photos)
     out = classifier.save(arguments.out, ("torch", *arguments.formats), photos.pictures)

@@ -91,7 +91,7 @@ def load(run: str | Path, checkpoint: str | int = "best", model: Model = None, d
     way = preprocessing_of_run(path, settings)
     before = Generators(place)
     try:
-        learner = build_learner(settings, network_of_run(settings, model, way)).to(place)
+        learner = build_learner(settings, network_of_run(settings, model, (way.channels, *way.size))).to(place)
         load_into(learner, chosen)
     finally:
         before.put_back()
@@ -128,12 +128,12 @@ def open_run(path: Path, model: Model) -> tuple[RunSettings, RunFolder, Checkpoi
 
 def preprocessing_of_run(path: Path, settings: RunSettings) -> Preprocessing:
     """The preprocessing of a run's pictures: on record, or for a run of metawrap 0.1 by its settings."""
-    return read_preprocessing(path) or preprocessing_for(settings)
+    return preprocessing_for(settings, read_preprocessing(path))
 
 
-def network_of_run(settings: RunSettings, model: Model, way: Preprocessing) -> nn.Module:
+def network_of_run(settings: RunSettings, model: Model, image_shape: tuple[int, int, int]) -> nn.Module:
     """The network of a run, without its weights. The name that is imported is the user's, never that of the files."""
     if isinstance(model, nn.Module):
         return model
     network = network_of(replace(settings, model=model, weights=None))
-    return backbone_of(settings, (way.channels, *way.size)) if network is None else network.model
+    return backbone_of(settings, image_shape) if network is None else network.model

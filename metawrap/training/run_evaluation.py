@@ -105,7 +105,8 @@ def evaluate_run(
     named = {"all": "the whole of '{}'", "test": "the test part of '{}'"}.get(part, f"the {part} part of '{{}}'")
     which = "the set of new classes" if new_classes else named.format(settings.data)
     check_enough([Demand(images, settings.ways, part=which)], settings.shots, settings.targets)
-    learner = build_learner(_masking(stored, settings.ways), network_of_run(stored, model, way)).to(device)
+    shape = next(iter(sets.values())).image_shape
+    learner = build_learner(_masking(stored, settings.ways), network_of_run(stored, model, shape)).to(device)
     tasks = fixed_tasks(settings, images, settings.test_tasks, TEST_SEED, device, way)
     if settings.ways != stored.ways:
         fix = f"The run was trained with {stored.ways} outputs: use --ways {stored.ways} or fewer, or train with more."

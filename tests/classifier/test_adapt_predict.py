@@ -114,7 +114,7 @@ def test_a_run_becomes_a_classifier(
 ) -> None:
     settings = RunSettings(
         method=method, filters=4, image_size=28, ways=3, epochs=1, iterations_per_epoch=1, tasks_per_batch=1,
-        validation_tasks=2, test_tasks=2, options={"inner_steps": 1} if method == "maml" else {},
+        validation_tasks=2, test_tasks=2, inner_steps=1 if method == "maml" else None,
     )  # fmt: skip
     train(settings, tmp_path / "run")
     capsys.readouterr()

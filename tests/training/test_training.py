@@ -18,7 +18,7 @@ from metawrap.evaluation_result import EvaluationResult
 from metawrap.report import gather, write_report_page
 from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
-from metawrap.training.experiment import build_experiment, build_learner, build_model
+from metawrap.training.experiment import build_experiment, build_learner, network_of
 from metawrap.training.final_evaluation import final_test, score_of
 from metawrap.training.run import _validate
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
@@ -208,8 +208,8 @@ def not_a_module():
 
 def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
     shape = build_experiment(TINY).train.images.image_shape
-    assert build_model(replace(TINY, ways=7, model=f"{__name__}:with_ways"), shape)[1].out_features == 7
-    assert build_model(replace(TINY, ways=7, model=f"{__name__}:without_ways"), shape)[1].out_features == 5
+    assert network_of(replace(TINY, ways=7, model=f"{__name__}:with_ways")).model[1].out_features == 7
+    assert network_of(replace(TINY, ways=7, model=f"{__name__}:without_ways")).model[1].out_features == 5
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
 )
 def test_a_wrong_factory_is_explained(name, words):
     with pytest.raises(ArgumentError, match=words):
-        build_model(replace(TINY, model=name), None)
+        network_of(replace(TINY, model=name))
 
 
 class RememberedLogits:
