@@ -207,7 +207,6 @@ def not_a_module():
 
 
 def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
-    shape = build_experiment(TINY).train.images.image_shape
     assert network_of(replace(TINY, ways=7, model=f"{__name__}:with_ways")).model[1].out_features == 7
     assert network_of(replace(TINY, ways=7, model=f"{__name__}:without_ways")).model[1].out_features == 5
 
