@@ -20,11 +20,11 @@ from torchvision.transforms._presets import ImageClassification
 from metawrap.data import Preprocessing
 from metawrap.errors import ArgumentError
 from metawrap.factory import call_factory, in_one_line
-from metawrap.weight_files import head_of, load_file, mismatch, package, put, with_outputs
+from metawrap.weight_files import head_of, load_file, mismatch, package, put, read_file, with_outputs
 
 DEFAULT = "DEFAULT"
 _TORCHVISION, _TIMM, _HF = PUBLISHED = "torchvision.models:", "timm:", "hf:"
-_OWN = "Write a factory of your own that returns the network with an attribute `preprocessing` (docs/data.md)."
+_OWN = "Write a factory of your own that returns the network with an attribute `preprocessing` (docs/pretrained.md)."
 # Switches of Hugging Face's image processors that `Preprocessing` has a place for, or that change no pixel.
 _SWITCHES = {
     "do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_flip_channel_order", "do_convert_rgb",
@@ -175,15 +175,17 @@ def _hugging_face(name: str, weights: str | None) -> PretrainedNetwork:
     config = _fetched(name, None, lambda: transformers.AutoConfig.from_pretrained(place, trust_remote_code=False))
     pictures = type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     kind = transformers.AutoModelForImageClassification if pictures else transformers.AutoModel
+    loading: dict[str, Any] = {"output_loading_info": True}
     if weights == DEFAULT:
-        options = {"trust_remote_code": False, "output_loading_info": True}
-        model, info = _fetched(name, weights, lambda: kind.from_pretrained(place, **options))
-        words = f"{name} with its weights{_of_loading(name, model, info)}"
+        model, info = _fetched(name, weights, lambda: kind.from_pretrained(place, trust_remote_code=False, **loading))
+        words = f"{name} with its weights{_of_loading(name, weights, model, info)}"
     else:
-        model = _built(name, kind.from_config, config, trust_remote_code=False)
-        words = _random(name)
-        if weights is not None:
-            words = f"{name} with the weights of '{weights}'{load_file(model, weights, name)}"
+        model, words = _built(name, kind.from_config, config, trust_remote_code=False), _random(name)
+    if weights not in (None, DEFAULT):
+        # transformers knows the names that weights had in its earlier versions.
+        loading |= {"config": config, "state_dict": read_file(Path(weights))}
+        model, info = _fetched(name, weights, lambda: type(model).from_pretrained(None, **loading))
+        words = f"{name} with the weights of '{weights}'{_of_loading(name, weights, model, info)}"
     way = None
     if pictures and weights is not None:
         try:
@@ -195,13 +197,13 @@ def _hugging_face(name: str, weights: str | None) -> PretrainedNetwork:
     return PretrainedNetwork(model.train(), way, words)
 
 
-def _of_loading(name: str, model: nn.Module, info: Mapping[str, Any]) -> str:
+def _of_loading(name: str, weights: str, model: nn.Module, info: Mapping[str, Any]) -> str:
     """The parts that a folder has no weights for, in words; ArgumentError if they are more than head and pooler."""
     missing = sorted(info["missing_keys"])
     wrong = [key for key in missing if not any(part in key for part in ("classifier", "head", "pooler"))]
     if wrong or len(missing) == len(model.state_dict()):
         unexpected = sorted(info["unexpected_keys"])[:1]
-        raise mismatch("DEFAULT", name, (wrong or missing)[:1], unexpected)
+        raise mismatch(weights, name, (wrong or missing)[:1], unexpected)
     return f"; '{missing[0]}'{f' and {len(missing) - 1} more' * (len(missing) > 1)} random" if missing else ""
 
 

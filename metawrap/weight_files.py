@@ -24,7 +24,7 @@ def load_file(model: nn.Module, file: str, name: str) -> str:
     Raises:
         ArgumentError: the file cannot be read, or has other names or shapes; nothing is loaded then.
     """
-    state, own = _read(Path(file)), model.state_dict()
+    state, own = read_file(Path(file)), model.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
@@ -55,7 +55,7 @@ def mismatch(file: str, name: str, missing: list[str], unexpected: list[str]) ->
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, on the CPU. No code of the file is run."""
     fix = "Name a .safetensors file, or what torch.save(model.state_dict(), path) wrote."
     if not path.is_file():
