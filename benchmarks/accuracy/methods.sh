@@ -6,7 +6,7 @@
 set -euo pipefail
 data=${1:?usage: methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]}
 out=${2:-runs/methods}
-methods=${3:-maml++,maml,fomaml,meta-sgd,anil,reptile,lstm,r2d2,metaoptnet,protonet,matchingnet,relationnet,siamese,mann,metanet,memorymodule,statistician,fine-tune,multi-task,zero-step}
+methods=${3:-maml++,maml,fomaml,meta-sgd,anil,reptile,lstm,r2d2,metaoptnet,logistic,protonet,simpleshot,matchingnet,relationnet,siamese,mann,metanet,memorymodule,statistician,fine-tune,multi-task,zero-step}
 jobs=${4:-2}
 
 settings=(

@@ -50,6 +50,6 @@ class Centre(LazyModuleMixin, nn.Module):
     def keep(self, outcomes: Iterable[TaskOutcome], applied: Tensor) -> None:
         """Adds `head["centre"]` of each outcome, a training task's mean embedding, if the meta-step was applied."""
         for outcome in outcomes:
-            self.seen += applied
+            self.seen.add_(applied)
             moved = torch.lerp(self.mean, outcome.head["centre"].to(self.mean), 1 / self.seen.clamp(1, _TASKS))
             self.mean.copy_(torch.where(applied, moved, self.mean))

@@ -72,7 +72,7 @@ class Embedding:
 
     def of(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Tensor:
         """The embeddings of inputs: (examples, numbers) if `flat`, else (examples, ...) as the head gets them."""
-        found = self.entering(inputs, statistics, moments).value
+        found: Tensor = self.entering(inputs, statistics, moments).value
         return found.flatten(1) if self.flat else found
 
     def entering(self, inputs: Inputs, statistics: Statistics, moments: list[Moments] | None = None) -> Entering:

@@ -49,7 +49,7 @@ class PlacedHead(nn.Module):
         # A tracer of torch's own class: the pickle names the class, and uses it again.
         tracer = fx.Tracer()
         tracer.traced_func_name = "_logits"
-        tracer.is_leaf_module = _is_leaf  # type: ignore[method-assign]
+        tracer.is_leaf_module = _is_leaf  # type: ignore[method-assign, assignment]
         graph = tracer.trace(self)
         next(node for node in graph.nodes if node.op == "placeholder").target = self.keyword
         return fx.GraphModule(self, graph, "FittedHead").__reduce_ex__(protocol)

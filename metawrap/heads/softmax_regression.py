@@ -39,7 +39,7 @@ def softmax_regression(inputs: Tensor, targets: Tensor, strength: float) -> Tens
     if not bool(torch.isfinite(x).all()):
         return (targets.T @ torch.cat([inputs, inputs[:, :1]], 1)) * torch.nan
     solution, curvature = _newton(x.detach(), y, strength)
-    found: Tensor = _AtOptimum.apply(_gradient(solution, x, y, strength), solution, curvature)  # type: ignore[no-untyped-call]
+    found: Tensor = _AtOptimum.apply(_gradient(solution, x, y, strength), solution, curvature)
     return found.to(inputs)
 
 
@@ -52,7 +52,7 @@ class _AtOptimum(torch.autograd.Function):
         return solution.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, None, None]:
         return -_conjugate_gradients(ctx.curvature, wanted, 1e-12), None, None
 

@@ -80,17 +80,16 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def adapted_modules(networks: Any) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every method and variant under every policy, and other places of a fitted head: name, module, inputs."""
+    """Every method and variant, every policy, and other places of a fitted head: name, module, inputs."""
     for case in [*METHODS, *VARIANTS]:
         if VARIANTS.get(case, (case,))[0] in NEEDS_METAWRAP:
             continue
         shape = NETWORKS[case][1] if case in NETWORKS else (4,)
         torch.manual_seed(0)
         network = (networks.Maps if len(shape) == 3 else networks.Net)().double()
-        for norm in NORMS if case != "reptile" else ("batch", "support"):
-            learner, batch = make(case, copy.deepcopy(network), norm=norm), batch_of(case, 2)
-            learner.meta_step(batch)
-            yield f"{case}-{norm}", learner.adapt(batch[0].support_x, batch[0].support_y), batch[0].target_x
+        for norm in NORMS if case in ("maml++", "protonet") else ("support",):
+            learner, [task] = make(case, copy.deepcopy(network), norm=norm), batch_of(case, 1)
+            yield f"{case}-{norm}", learner.adapt(task.support_x, task.support_y), task.target_x
     x, y = torch.randn(6, 4).double(), torch.arange(6) % 3
     named = networks.Named().double()
     named.head = networks.Head(6, 5).double()
@@ -131,9 +130,13 @@ def test_what_needs_metawrap_is_what_the_documents_list(name: str, norm: str, ne
     torch.save(module, tmp_path / "module.pt")
     needs = b"metawrap" in (tmp_path / "module.pt").read_bytes()
     assert needs == (name in NEEDS_METAWRAP or norm == "task")
-    assert {METHODS[each] for each in NEEDS_METAWRAP} == set(
-        re.findall(r"^\| `(\w+)` \|.*\| needs metawrap", DOCS, re.M)
-    )
+
+
+def test_the_documents_name_every_method_and_its_adapted_module() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", DOCS, re.M)
+    assert {name for name, _ in rows} == set(METHODS.values())
+    assert {name for name, kind in rows if kind == "needs metawrap"} == {METHODS[name] for name in NEEDS_METAWRAP}
+    assert {name for name, kind in rows if kind == "`nn.Linear`"} == {METHODS[name] for name in LINEAR & METHODS.keys()}
 
 
 @pytest.mark.parametrize("case", sorted(LINEAR))

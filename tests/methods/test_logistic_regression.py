@@ -52,16 +52,16 @@ def test_logits_and_the_adapted_module_are_those_of_scikit_learn_on_lengths_of_o
 
 def test_its_derivative_is_that_of_differences() -> None:
     torch.manual_seed(0)
-    x, y = torch.randn(7, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2, 2, 1])
-    weighted = torch.randn(3, 5, dtype=torch.float64)  # Also asks for what all rows share, which is always 0.
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0, 0, 1, 2])
+    weighted = torch.randn(3, 3, dtype=torch.float64)  # Also asks for what all rows share, which is always 0.
     function = lambda inputs: (softmax_regression(inputs, one_hot(y, 3, x), 0.3) * weighted).sum()
     assert torch.autograd.gradcheck(function, x.requires_grad_(), eps=1e-5, atol=1e-7)
 
 
 def test_it_learns_through_the_solution() -> None:
     learner, task = LogisticRegression(mlp(), meta_lr=0.05), task_with()
-    losses = [learner.meta_step([task]).loss for _ in range(30)]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = [learner.meta_step([task]).loss for _ in range(10)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_repeated_separable_and_half_precision_examples_are_solved() -> None:
