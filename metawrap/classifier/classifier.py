@@ -265,10 +265,10 @@ def _check_same(name: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _save_weights(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # Copies: tied weights share memory, which the format refuses.
-    save_file({name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}, path)
+    path.write_bytes(save({name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}))
 
 
 def _digest(path: Path) -> str:
