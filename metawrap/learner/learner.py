@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +28,8 @@ from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.execution.allocator import keep_memory
-from metawrap.execution.executor import Calls, Executor, OneProcess, alone, shared, stateful_modules
+from metawrap.execution.calls import Calls, alone, at_rest, shared, sharing
+from metawrap.execution.executor import Executor, OneProcess, stateful_modules
 from metawrap.execution.ranks import Ranks
 from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.describing import describe_learner
@@ -199,8 +200,8 @@ class Learner(nn.Module, ABC):
         the tasks, at least one; shares may differ. The gradients that DDP then averages are those of the mean over all
         tasks, zeros where a parameter plays no part; running statistics are folded for all tasks in order of rank.
         """
-        if not self.training:
-            with self.calls.shared(self) as learner, untouched_buffers(learner.model):
+        if not self._trains():
+            with self.calls.shared(), self.calls.modules(self) as learner, untouched_buffers(learner.model):
                 return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
         with self.calls.alone():
@@ -213,7 +214,7 @@ class Learner(nn.Module, ABC):
             _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
         return ranks.averaged(output, len(outcomes), everyone)
 
-    @shared
+    @sharing
     def evaluate(
         self,
         tasks: Any,
@@ -259,6 +260,10 @@ class Learner(nn.Module, ABC):
         """
         return find_trouble(self, checked_batch(task_batch, self.loss_fn, device_of(self)))
 
+    @at_rest
+    def _trains(self) -> bool:
+        return self.training
+
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of the learner's own parameters, with the usual state_dict; assign your own to replace it."""
@@ -288,12 +293,14 @@ class Learner(nn.Module, ABC):
         self.iteration = value * self.settings.iterations_per_epoch
         self.outer.start(self.epoch)
 
+    @at_rest
     def train(self, mode: bool = True) -> Learner:
         """As in torch; norms named by `wrapping.keep_norm` stay on their stored statistics."""
         super().train(mode)
         self.wrapped.hold_kept_norms()
         return self
 
+    @alone
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.optimizer.state:
@@ -301,6 +308,12 @@ class Learner(nn.Module, ABC):
             self.optimizer.load_state_dict(self.optimizer.state_dict())
         return self
 
+    # Fast weights that a call of another thread lends to the modules are not the learner's.
+    state_dict = at_rest(nn.Module.state_dict)
+    named_parameters = at_rest(nn.Module.named_parameters)
+    named_buffers = at_rest(nn.Module.named_buffers)
+
+    @at_rest
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         spare_cached_results(self, memo)
         memo[id(self)] = copied = type(self).__new__(type(self))

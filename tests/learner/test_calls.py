@@ -150,7 +150,7 @@ def test_a_metric_may_adapt_and_tasks_may_be_drawn_by_a_meta_step() -> None:
         return float(predictions(learner, batch[0]).sum())
 
     assert learner.evaluate(batch, metric=metric).tasks == len(batch)
-    with learner.calls.shared(learner) as used:
+    with learner.calls.shared(), learner.calls.modules(learner) as used:
         assert used is learner  # One thread alone uses the learner's own modules.
 
 
@@ -186,7 +186,7 @@ def test_a_call_that_learns_inside_of_one_that_shares_is_refused_while_threads_m
         learner.meta_step(batch)
         return 0.0
 
-    learner.calls._held.replica = learner  # As where threads have met.
+    learner.calls._sharing = 1  # As where another thread is in a call.
     with pytest.raises(MetaWrapError, match="both would wait for ever"):
         learner.evaluate(batch, metric=learns)
 
