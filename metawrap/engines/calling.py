@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from metawrap.errors import UnsupportedModuleError
 from metawrap.snapshot.module_state import BufferEdits, same_value
+from metawrap.surgery.copying import compiled_part
 from metawrap.tasks import call_model, describe_value
 
 
@@ -123,7 +124,16 @@ def differentiable_twice(model: nn.Module, plain: bool) -> Iterator[None]:
     """Makes fused attention, recurrent networks, and, if `plain`, hard gates and weight norms differentiable twice.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, the rest as in `PlainForms`.
+
+    Raises:
+        UnsupportedModuleError: torch.compile runs a module.
     """
+    if compiled := compiled_part(model):
+        raise UnsupportedModuleError(
+            f"{compiled} runs through torch.compile, which differentiates fast weights wrongly or not twice. For "
+            "second-order gradients, undo it (after module.compile(): module._compiled_call_impl = None) and compile "
+            "the module that adapt or unwrap returns. First order works: FOMAML, first_order_epochs=math.inf."
+        )
     with ExitStack() as stack:
         stack.enter_context(PLAIN_ATTENTION.made())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):

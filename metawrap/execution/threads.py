@@ -37,7 +37,8 @@ def replica(learner: Learner, shared: Iterable[Any] = (), buffers: bool = True) 
         UnsupportedModuleError: a module has a `__deepcopy__` of its own that copies its parameters.
     """
     kept: list[Any] = [*learner.parameters(), *(learner.buffers() if buffers else ())]
-    made = copy.deepcopy(learner, {id(value): value for value in [*kept, *shared, *free_hooks(learner)]})
+    with torch.inference_mode(False):  # A buffer that was copied in that mode could not be edited outside.
+        made = copy.deepcopy(learner, {id(value): value for value in [*kept, *shared, *free_hooks(learner)]})
     if list(map(id, [*made.parameters(), *(made.buffers() if buffers else ())])) != list(map(id, kept)):
         raise UnsupportedModuleError("a copy of the model does not share its parameters, so it needs one worker")
     return made

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,20 +31,20 @@ from metawrap.execution.allocator import keep_memory
 from metawrap.execution.calls import Calls, alone, at_rest, shared, sharing
 from metawrap.execution.executor import Executor, OneProcess, stateful_modules
 from metawrap.execution.ranks import Ranks
-from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import evaluated, meta_loss
+from metawrap.learner.evaluation import evaluated, keep_outcomes, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.metrics import Metric
 from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update import users_scheduler
 from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
-from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
+from metawrap.results import MetaOutput, OneByOne, StepMetrics, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.settings.validated import Whole, check_value
 from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
+from metawrap.snapshot.signals import signals_deferred
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
@@ -166,7 +166,7 @@ class Learner(nn.Module, ABC):
             if self.settings.execution.allocator and not self.executor.keeps_memory and device_of(self).type == "cpu":
                 keep_memory(one_arena=self.settings.execution.in_threads)
                 self.executor.keeps_memory = True
-        with autograd(), restored_buffers(*stateful_modules(self)) as restore:
+        with signals_deferred() as defer, autograd(), restored_buffers(*stateful_modules(self)) as restore:
             with ranks.together(), explained(batch, self.model):
                 meta_lr = self.outer.start(self.epoch)
                 anomalies = self.settings.outer_update.detect_anomaly
@@ -174,6 +174,7 @@ class Learner(nn.Module, ABC):
                     outcomes, gradients = self.executor.meta_gradient(self, batch, parameters)
             outcomes, gradients = ranks.shared(outcomes, parameters, gradients)
             ends = self.outer.ends_epoch(self.iteration + 1)
+            defer()  # An interrupt would leave the optimizer a step ahead of the counters.
             with put_back_on_error(self, self.optimizer, self.scheduler) if ends else nullcontext():
                 norm, applied = self.outer.apply(parameters, gradients)
                 skipped = row_of_skipped(self.skipped_steps, applied)
@@ -184,8 +185,8 @@ class Learner(nn.Module, ABC):
             if diverged:
                 raise_diverged(self, batch)
             restore(~applied)
-        _keep_outcomes(self, outcomes, applied)
-        self.skipped_steps.copy_(skipped)
+            keep_outcomes(self, outcomes, applied)
+            self.skipped_steps.copy_(skipped)
         output = meta_output(outcomes, mean_loss(outcomes))
         return StepMetrics(output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, *place)
 
@@ -211,7 +212,7 @@ class Learner(nn.Module, ABC):
                     self._check_trainable(batch)
                 output, outcomes = meta_loss(self, batch)
             everyone, _ = ranks.shared(outcomes)
-            _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
+            keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
         return ranks.averaged(output, len(outcomes), everyone)
 
     @sharing
@@ -272,6 +273,7 @@ class Learner(nn.Module, ABC):
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
         self.outer.take_over(optimizer, self.parameters())
+        self.executor.same_everywhere = False
 
     @property
     def scheduler(self) -> LRScheduler | None:
@@ -345,11 +347,3 @@ class Learner(nn.Module, ABC):
 
 def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _keep_outcomes(learner: Learner, outcomes: list[TaskOutcome], applied: Tensor) -> None:
-    """Keeps the statistics and heads that the tasks left, if the meta-step was applied."""
-    fold_moments(learner.model, outcomes, applied)
-    head_start: Any = getattr(learner, "head_start", None)
-    if head_start is not None and head_start.kind != "learned":
-        head_start.keep(outcomes, applied)
