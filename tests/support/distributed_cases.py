@@ -166,7 +166,7 @@ def case_not_the_same(rank: int, _: Path) -> Any:
     for learner in (later, faster):
         learner.meta_step(good)
     if rank == 1:
-        later.optimizer = torch.optim.Adam(later.parameters(), **later.optimizer.defaults)
+        later.optimizer = type(later.optimizer)(later.parameters(), **later.optimizer.defaults)
         faster.optimizer.param_groups[0]["weight_decay"] = 0.1
     frozen = fresh()
     frozen.meta_step(good)
