@@ -248,15 +248,8 @@ class Learner(nn.Module, ABC):
         Raises:
             TaskError: a task has the wrong form, shapes, labels or device, or holds NaN that reaches its loss.
         """
-        return evaluated(
-            self,
-            tasks,
-            norm=norm,
-            steps=steps,
-            mask=mask_unused_outputs,
-            metric=metric,
-            keep_predictions=keep_predictions,
-        )
+        how: dict[str, Any] = {"norm": norm, "steps": steps, "mask": mask_unused_outputs, "metric": metric}
+        return evaluated(self, tasks, keep_predictions=keep_predictions, **how)
 
     @shared
     def find_trouble(self, task_batch: Any) -> list[Trouble]:
