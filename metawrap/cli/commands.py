@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["train", "--ways", "1"])
     2
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return FAILED
+    arguments = parser.parse_args(argv)
     if os.getcwd() not in sys.path:  # --model then finds a file in the current folder, as with `python -m`.
         sys.path.insert(0, os.getcwd())
     command = _COMMANDS[arguments.command]

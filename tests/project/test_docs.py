@@ -5,8 +5,8 @@ begins with the name of its file is written there. The first ```python block is 
 Python. What later blocks need besides is shown in a folded block, `<details markdown>`; nothing that runs is hidden. A
 `metawrap` line of a ```sh block runs at a small size (`SMALL`), and on other data where its own would have to be
 downloaded (`stand_in`). Lines of other programs do not run: their files, extras, commands and make targets must exist,
-and `ELSEWHERE` says which test runs the script, or why none does. Blocks of other languages are not tested: ```py is the
-code of another library.
+and `ELSEWHERE` says which test runs the script, or why none does. Blocks of other languages are not tested; ```py is
+the code of another library.
 """
 
 from __future__ import annotations
