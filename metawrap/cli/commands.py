@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["train", "--ways", "1"])
     2
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return FAILED
+    arguments = parser.parse_args(argv)
     command = _COMMANDS[arguments.command]
     with usable_streams(), _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:

@@ -52,7 +52,7 @@ from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of
 
 
 class Learner(nn.Module, ABC):
-    """Base of all methods; the README shows the public face.
+    """Base of all methods; docs/index.md lists the public calls.
 
     model: the wrapped copy of the user's module. head: name of the module whose output is the prediction; None before
     the first task. distributed: whether the processes of torch's default group share this learner's meta-steps.
