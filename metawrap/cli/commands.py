@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
-            if is_given(arguments, "model") and os.getcwd() not in sys.path:
-                # --model finds a file in the current folder; nothing else is imported from there.
+            if (is_given(arguments, "model") or "source" in arguments) and os.getcwd() not in sys.path:
+                # The name of a network finds a file in the current folder; nothing else is imported from there.
                 sys.path.insert(0, os.getcwd())
             with process_group():
                 command(arguments)

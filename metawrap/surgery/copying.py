@@ -145,7 +145,7 @@ def compiled_part(model: nn.Module) -> str | None:
 
 
 @functools.cache
-def _has_compiled_methods(cls: type) -> bool:
+def _has_compiled_methods(cls: Any) -> bool:
     return any(_before_compile(value) is not None for base in cls.__mro__ for value in vars(base).values())
 
 
