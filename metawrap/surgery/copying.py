@@ -139,7 +139,7 @@ def compiled_part(model: nn.Module) -> str | None:
     """In words, the first module that torch.compile runs by a method of its own, or None."""
     for name, module in model.named_modules():
         own = [value for value in module.__dict__.values() if isinstance(_before_compile(value), types.MethodType)]
-        if module._compiled_call_impl is not None or own or _has_compiled_methods(type(module)):
+        if module._compiled_call_impl is not None or own or _has_compiled_methods(type(module)):  # type: ignore[arg-type]
             return _place(name)
     return None
 
