@@ -102,7 +102,7 @@ _DATA: dict[str, dict[str, Any]] = {
 _NORM = {"choices": NORMS} | _NAME
 _LEARNER: dict[str, dict[str, Any]] = {
     "--method": _NAME | {"choices": tuple(METHODS), "help": "maml++ (default); metawrap compare --help lists all"},
-    "--preset": _NAME | {"help": "authors_code (default) or paper"},
+    "--preset": _NAME | {"help": "inductive (default), authors_code or paper, for maml++"},
     "--norm": _NORM | {"help": "batch norm: batch, running, support, task, task_layer (the method's)"},
     "--engine": _NAME | {"help": f"auto (default: chooses one), {', '.join(ENGINES)}"},
     "--inner-steps": _N | {"help": "inner updates per task (the method's: 5)"},
