@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from metawrap.errors import CheckpointError
-from metawrap.snapshot.signals import signals_deferred
+from metawrap.snapshot.module_state import signals_deferred
 from metawrap.training.checkpoint_archive import REMEDY, check_archive, check_tensors, reading
 
 FORMAT = "metawrap-checkpoint"
