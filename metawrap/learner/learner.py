@@ -33,18 +33,17 @@ from metawrap.execution.executor import Executor, OneProcess, stateful_modules
 from metawrap.execution.ranks import Ranks
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import evaluated, keep_outcomes, meta_loss
+from metawrap.learner.evaluation import evaluated, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.metrics import Metric
 from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update import users_scheduler
-from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
+from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, keep_outcomes, raise_diverged, row_of_skipped
 from metawrap.results import MetaOutput, OneByOne, StepMetrics, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.settings.validated import Whole, check_value
-from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
-from metawrap.snapshot.signals import signals_deferred
+from metawrap.snapshot.module_state import restored_buffers, signals_deferred, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
