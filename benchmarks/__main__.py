@@ -5,6 +5,7 @@ charts     draws the records of `compare` again
 gpu        kernels of a meta-step, and percent of the GPU's ceilings
 long-run   memory, file handles and speed over thousands of meta-steps
 omniglot   accuracy at the paper's Omniglot settings
+photos     accuracy of a pretrained network with each simple head, without meta-training
 measure    one measurement in a process of its own; `compare` starts it
 """
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "gpu": "gpu.meta_step",
     "long-run": "speed.long_run",
     "omniglot": "accuracy.omniglot",
+    "photos": "accuracy.photos",
     "measure": "speed.measure",
 }
 

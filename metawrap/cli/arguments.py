@@ -13,7 +13,7 @@ from metawrap import __version__
 from metawrap.data import DATASETS
 from metawrap.data.class_split import PARTS
 from metawrap.engines import ENGINES
-from metawrap.training.run_settings import BACKBONES, METHODS, NORMS
+from metawrap.training.run_settings import BACKBONES, METHODS, NORMS, nearest_method
 
 
 def _names(text: str) -> list[str]:
@@ -174,9 +174,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if given := re.fullmatch(r"(?:argument )?(.*): invalid choice: '([^']*)' \(choose from (.*)\)", message):
-            close = get_close_matches(given[2], re.findall(r"[\w+-]+", given[3]), 1)
+            alike = get_close_matches(given[2], re.findall(r"[\w+-]+", given[3]), 1)
+            close = nearest_method(given[2]) if given[1] == "--method" else alike[0] if alike else None
             if close:
-                self.exit(2, f"Error: {given[1]}: invalid choice '{given[2]}'. Did you mean {close[0]}?\n")
+                self.exit(2, f"Error: {given[1]}: invalid choice '{given[2]}'. Did you mean {close}?\n")
         self.exit(2, f"Error: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 

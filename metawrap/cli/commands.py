@@ -58,14 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["train", "--ways", "1"])
     2
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return FAILED
+    arguments = parser.parse_args(argv)
     command = _COMMANDS[arguments.command]
     with usable_streams(), _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
-            if is_given(arguments, "model") and os.getcwd() not in sys.path:
-                # --model finds a file in the current folder; nothing else is imported from there.
+            if (is_given(arguments, "model") or "source" in arguments) and os.getcwd() not in sys.path:
+                # The name of a network finds a file in the current folder; nothing else is imported from there.
                 sys.path.insert(0, os.getcwd())
             with process_group():
                 command(arguments)

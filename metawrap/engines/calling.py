@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from metawrap.errors import UnsupportedModuleError
 from metawrap.snapshot.module_state import BufferEdits, same_value
+from metawrap.surgery.copying import compiled_part
 from metawrap.tasks import call_model, describe_value
 
 
@@ -88,16 +90,54 @@ def run_model(model: nn.Module, inputs: Any, head: nn.Module | None) -> Any:
     return entered[0]
 
 
+class _OfTheProcess:
+    """A setting of the whole process: the first thread that needs it makes it, and the last one undoes it.
+
+    A thread that left earlier would undo it under the others, and one that left later would leave it behind.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._lock, self._inside, self._undo = make, threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Inside, the setting is made."""
+        with self._lock:
+            if not self._inside:
+                self._undo.enter_context(self._make())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._undo.close()
+
+
+PLAIN_ATTENTION = _OfTheProcess(lambda: sdpa_kernel(SDPBackend.MATH))
+WITHOUT_CUDNN = _OfTheProcess(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
 @contextmanager
 def differentiable_twice(model: nn.Module, plain: bool) -> Iterator[None]:
     """Makes fused attention, recurrent networks, and, if `plain`, hard gates and weight norms differentiable twice.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, the rest as in `PlainForms`.
+
+    Raises:
+        UnsupportedModuleError: torch.compile runs a module.
     """
+    if compiled := compiled_part(model):
+        raise UnsupportedModuleError(
+            f"{compiled} runs through torch.compile, which differentiates fast weights wrongly or not twice. For "
+            "second-order gradients, undo it (after module.compile(): module._compiled_call_impl = None) and compile "
+            "the module that adapt or unwrap returns. First order works: FOMAML, first_order_epochs=math.inf."
+        )
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(PLAIN_ATTENTION.made())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(WITHOUT_CUDNN.made())
         if plain:
             stack.enter_context(PlainForms())
         yield

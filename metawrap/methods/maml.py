@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning, shown
-from metawrap.execution.executor import shared, stateful_modules
+from metawrap.execution.calls import shared
+from metawrap.execution.executor import stateful_modules
 from metawrap.execution.measured import executor_for
 from metawrap.inner_loop.class_starts import HEAD_STARTS
 from metawrap.inner_loop.head_starts import HeadStart

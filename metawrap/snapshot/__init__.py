@@ -3,4 +3,5 @@
 module_state.py: parameters, buffers, attributes and containers of modules
 reachable_state.py: all state that a call of a model or a loss can reach, by value
 generators.py: random states
+signals.py: interrupts, held back while state is half changed
 """

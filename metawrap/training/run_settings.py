@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -40,6 +41,24 @@ METHODS = {
     "multi-task": "MultiTask",
     "zero-step": "ZeroStep",
 }
+
+
+def nearest_method(name: str) -> str | None:
+    """The method that is most like a name, which may be that of a class, or as recipes' names spell it.
+
+    >>> nearest_method("MAMLPlusPlus"), nearest_method("proto-net"), nearest_method("mamlpp")
+    ('maml++', 'protonet', 'maml++')
+    """
+    spelled = {"mamlpp": "maml++"} | {_plain(kind): each for each, kind in METHODS.items()}
+    spelled |= {_plain(each): each for each in METHODS}
+    alike = get_close_matches(_plain(name), spelled, 1)
+    return spelled[alike[0]] if alike else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
 Backbone = Literal["conv4", "conv4-strided"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 NORMS: tuple[str, ...] = get_args(NormPolicy)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import metawrap
 from metawrap.cli import main
 from metawrap.cli.arguments import build_parser
 from metawrap.engines import ENGINES
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.training.checkpoints import CheckpointFolder
 from metawrap.training.progress import Progress, duration, percent
 from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.tables import render_table, result_text, summarise_seeds
+from metawrap.training.tables import render_table, result_text, score_text, summarise_seeds
 
 FLAGS = [
     *("--model", "small_network:build", "--image-size", "8", "--inner-steps", "1", "--device", "cpu"),
@@ -265,6 +267,35 @@ def test_help_names_every_engine_and_who_chooses(capsys, command):
         main([command, "--help"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if "--engine" in line]
     assert {"auto", "chooses", *ENGINES} <= set(line.replace("(", " ").replace(",", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("proto-net", "protonet"), ("MAMLPlusPlus", "maml++"), ("mamlpp", "maml++"), ("Fine_Tune", "fine-tune")],
+)
+def test_a_method_is_found_by_the_name_of_its_class_or_of_a_recipe(capsys, name, meant):
+    for flags in (["train", "--method", name], ["compare", "--methods", name, "--budget", "1"]):
+        try:
+            code = main(flags)
+        except SystemExit as error:
+            code = error.code
+        assert code == 2
+        assert re.search(rf"Did you mean '?{re.escape(meant)}'?\?\n$", capsys.readouterr().err)
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert shown == capsys.readouterr().out
+
+
+def test_one_task_has_no_interval():
+    score = {"accuracy": 0.5, "interval": float("nan")}
+    assert score_text(score, "accuracy", "interval") == "50.00 %"
+    found = EvaluationResult.of({"accuracy": torch.tensor([0.5])}, torch.tensor([1.0]), norm="batch", steps=1)
+    assert str(found) == 'accuracy 50.00 % (1 task, 1 inner steps, norm="batch", transductive)'
 
 
 def test_help_lists_every_command(capsys):
