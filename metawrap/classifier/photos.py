@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metawrap.data.class_folders import class_files, folder_tree, visible
 from metawrap.data.image_files import files_at
-from metawrap.data.pictures import MAX_IMAGE_BYTES, decode_image
+from metawrap.data.pictures import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, decode_image
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed
 from metawrap.errors import DataError
@@ -59,7 +59,6 @@ class Photos:
                 f"support: '{place}' holds one class, '{next(iter(classes))}'. Expected a folder of photos for each of "
                 "two or more classes; a folder such as 'other' may hold what is none of them."
             )
-        _check_names(list(classes), place)
         names = [(label, name) for label, own in enumerate(classes.values()) for name in own]
         height, width = preprocessing.size
         if (needed := 4 * len(names) * preprocessing.channels * height * width) > _MAX_SUPPORT_BYTES:
@@ -67,10 +66,34 @@ class Photos:
                 f"support: {len(names)} photos of {width} x {height} pixels take {needed / 2**30:.1f} GiB; expected at "
                 f"most {_MAX_SUPPORT_BYTES / 2**30:.0f}. Use fewer photos per class, or a smaller --image-size."
             )
-        decoded = [decode_image(files.read(name), name, preprocessing.decoding) for _, name in names]
-        pictures = np.ascontiguousarray(np.stack(decoded).transpose(0, 2, 3, 1))
-        labels = torch.tensor([label for label, _ in names])
-        return cls(tuple(classes), tuple(name for _, name in names), labels, pictures)
+        return cls.of(list(classes), ((label, name, files.read(name)) for label, name in names), preprocessing)
+
+    @classmethod
+    def of(
+        cls,
+        classes: Sequence[str],
+        contents: Iterable[tuple[int, str, bytes]],
+        preprocessing: Preprocessing,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> Photos:
+        """Photos in memory.
+
+        Args:
+            contents: of each photo, the place of its class among `classes`, the name of its file, and the file. They
+                are read one by one. max_pixels: photos of more pixels are refused.
+        Raises:
+            DataError: as `read` does.
+        """
+        if len(classes) < 2:
+            raise DataError(f"Expected photos of two or more classes, but got {len(classes)}. Add a class.")
+        _check_names(classes)
+        decoding = replace(preprocessing.decoding, max_pixels=max_pixels)
+        read = [(label, name, decode_image(content, name, decoding)) for label, name, content in contents]
+        labels = torch.tensor([label for label, _, _ in read], dtype=torch.long)
+        if empty := [name for label, name in enumerate(classes) if label not in labels]:
+            raise DataError(f"There is no photo of {listed(empty)}. Add one to each, or remove the class.")
+        pictures = np.ascontiguousarray(np.stack([pixels for _, _, pixels in read]).transpose(0, 2, 3, 1))
+        return cls(tuple(classes), tuple(name for _, name, _ in read), labels, pictures)
 
     def near_duplicates(self) -> Iterator[tuple[str, str, bool]]:
         """Pairs of photos that look the same, and whether their classes differ.
@@ -92,13 +115,13 @@ def _signs(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
 
 
-def _check_names(names: list[str], place: object) -> None:
+def _check_names(names: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         looks = unicodedata.normalize("NFKC", name).casefold().strip()
         if looks in seen:
             raise DataError(
-                f"support: the classes {listed([seen[looks], name])} of '{place}' have names that look the same. Put "
-                "their photos into one folder, or rename one."
+                f"The classes {listed([seen[looks], name])} have names that look the same. Put their photos "
+                "into one class, or rename one."
             )
         seen[looks] = name

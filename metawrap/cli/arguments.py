@@ -69,6 +69,10 @@ def _path(text: str) -> str:
     return text
 
 
+def _checkpoint(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
 _N: dict[str, Any] = {"type": int, "metavar": "N"}
 _X: dict[str, Any] = {"type": float, "metavar": "X"}
 _NAME: dict[str, Any] = {"metavar": "NAME"}
@@ -78,6 +82,8 @@ _SWITCH: dict[str, Any] = {"action": "store_true", "default": False}
 _ON_OFF: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 # Help fits on a screen, so its epilog alone names these flags.
 _RARE = {"help": argparse.SUPPRESS}
+
+_NETWORKS = "torchvision.models:resnet18, timm:NAME, hf:NAME, MODULE:NAME"
 
 # Flags that several commands share.
 _DATA: dict[str, dict[str, Any]] = {
@@ -139,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="metawrap", description="Meta-learning for any PyTorch network.", formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"metawrap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    adders = _add_train, _add_compare, _add_evaluate, _add_adapt, _add_predict, _add_inspect, _add_report
+    adders = _add_train, _add_compare, _add_evaluate, _add_adapt, _add_predict, _add_serve, _add_inspect, _add_report
     for add in (*adders, _add_data_check, _add_recipes):
         add(commands)
     parser.commands = commands.choices
@@ -290,13 +296,17 @@ def _add_adapt(commands: Any) -> None:
         "adapt RUN|NETWORK --support FOLDER [options]",
         "Writes classifier.json, network.pt2, weights.safetensors, and predict.py, which needs torch alone.",
     )
-    about = "a run's folder; or torchvision.models:resnet18, timm:NAME, hf:NAME, MODULE:NAME"
-    parser.add_argument("source", metavar="RUN|NETWORK", help=about)
+    parser.add_argument("source", metavar="RUN|NETWORK", help=f"a run's folder; or {_NETWORKS}")
     parser.add_argument("--support", metavar="FOLDER", required=True, help="a folder of photos per class; zip, tar too")
     parser.add_argument("--out", metavar="FOLDER", default="clf", help="the classifier (clf)")
     parser.add_argument(
         "--format", dest="formats", action="append", default=[], choices=("torch", "onnx"), help="onnx: model.onnx too"
     )
+    _add_source(parser)
+    _add_terminal(parser)
+
+
+def _add_source(parser: Any) -> None:
     group = parser.add_argument_group("of a network")
     about = "auto (default): of R2D2, SimpleShot, ... the best on photos left out"
     group.add_argument("--method", **_NAME, choices=("auto", *METHODS), help=about)
@@ -305,8 +315,20 @@ def _add_adapt(commands: Any) -> None:
     group.add_argument("--set", **_SET | {"help": "a keyword of the method"})
     group = parser.add_argument_group("of a run")
     group.add_argument("--model", **{**_MODEL, "default": None, "help": "the run's own network, named again"})
-    group.add_argument("--checkpoint", default="best", **_NAME, help="best (default), newest, or an epoch")
+    group.add_argument("--checkpoint", type=_checkpoint, **_NAME, help="best (default), newest, or an epoch")
     parser.add_argument("--device", default="auto", **_DEVICE)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands, "serve", "a web page that names what photos show, and learns classes", "serve SOURCE [options]",
+        "A classifier predicts alone. On a run or a network, the page learns classes from photos.",
+    )  # fmt: skip
+    about = f"a folder that metawrap adapt wrote; a run's folder; or {_NETWORKS}"
+    parser.add_argument("source", metavar="SOURCE", help=about)
+    parser.add_argument("--host", default="127.0.0.1", **_NAME, help="address (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", default=8000, **_N, help="port (8000); 0: any free one")
+    _add_source(parser)
     _add_terminal(parser)
 
 

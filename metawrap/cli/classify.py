@@ -9,28 +9,19 @@ import csv
 import json
 import shlex
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metawrap import methods
-from metawrap.classifier import Classifier, Estimate, Photos, Prediction, choose_method, fit_classifier
-from metawrap.classifier.fitting import EMBEDDING_METHODS
+from metawrap.classifier import Classifier, Estimate, Photos, Prediction
+from metawrap.cli.sources import source_of
 from metawrap.data.class_folders import visible
 from metawrap.data.pictures import IMAGE_SUFFIXES
-from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed
-from metawrap.errors import ArgumentError, DataError, MetaWrapWarning, printable
-from metawrap.pretrained import load_network
-from metawrap.settings.keywords import nested
-from metawrap.training.experiment import find_device
-from metawrap.training.loaded_run import load
-from metawrap.training.machine import command_line, program
+from metawrap.errors import ArgumentError, DataError, printable
+from metawrap.training.machine import program
 from metawrap.training.progress import say
-from metawrap.training.run_settings import METHODS
 
 _SHOWN = 5  # confusions, near-duplicates
 _AT_ONCE = 64
@@ -38,17 +29,18 @@ _AT_ONCE = 64
 
 def run_adapt(arguments: Namespace) -> None:
     """Prints the estimate and writes the classifier."""
-    is_run = (Path(arguments.source) / "run.json").exists()
-    make = _from_run if is_run else _from_network
-    learner, photos, preprocessing, words = make(arguments)
+    source = source_of(arguments)
+    preprocessing = source.preprocessing
+    photos = Photos.read(arguments.support, preprocessing)
     print(f"Photos: {_counts(photos)}, {preprocessing.size[1]} x {preprocessing.size[0]} pixels")
-    print(f"Network: {words}")
-    if isinstance(learner, dict):
-        learner = _chosen(learner, photos, preprocessing)
-    about = {"network": words, "command": command_line()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "norm=", MetaWrapWarning)  # The line below says it.
-        classifier, estimate = fit_classifier(learner, photos, preprocessing, about)
+    print(f"Network: {source.words}")
+    learner, estimates = source.choose(photos)
+    if any(estimates.values()):
+        words = (
+            f"{name} {'-' if found is None else f'{100 * found.accuracy:.1f} %'}" for name, found in estimates.items()
+        )
+        print(f"Photos left out, by method: {', '.join(words)}")
+    classifier, estimate = source.fit(learner, photos)
     trained, norm = learner.settings.norm, classifier.about["norm"]
     moved = f', because "{trained}", of its training, needs a batch of photos' if norm != trained else ""
     print(f'Method: {classifier.about["method"]}, norm="{norm}"{moved}')
@@ -57,61 +49,6 @@ def run_adapt(arguments: Namespace) -> None:
     out = classifier.save(arguments.out, ("torch", *arguments.formats), photos.pictures)
     files = ", ".join(sorted(each.name for each in out.iterdir()))
     print(f"Classifier: {out} ({files})\nNext: {program()} predict {shlex.quote(str(out))} PHOTO")
-
-
-def _from_run(arguments: Namespace) -> tuple[Any, Photos, Preprocessing, str]:
-    given = [name for name in ("method", "weights", "image_size", "options") if name in arguments]
-    if given:
-        flag = "set" if given[0] == "options" else given[0].replace("_", "-")
-        raise ArgumentError(
-            f"{flag}: '{arguments.source}' is a run, which has its method, weights and images. Leave --{flag} out."
-        )
-    run = load(arguments.source, arguments.checkpoint, arguments.model, arguments.device)
-    photos = Photos.read(arguments.support, run.preprocessing)
-    settings = run.settings
-    words = f"run '{arguments.source}' (trained on {settings.data}, epoch {run.epoch})"
-    return run.learner, photos, run.preprocessing, words
-
-
-def _from_network(arguments: Namespace) -> tuple[Any, Photos, Preprocessing, str]:
-    """As `_from_run`; under "auto" the learner is a dict of learners by the name of their class."""
-    name, source, device = getattr(arguments, "method", "auto"), arguments.source, find_device(arguments.device)
-    if Path(source).is_dir() and ":" not in source:
-        raise ArgumentError(
-            f"'{source}' is a folder without run.json: no run. Name a run, or a network as module:name."
-        )
-    weights = getattr(arguments, "weights", None)
-    network = load_network(source, weights)
-    preprocessing = network.preprocessing
-    if (size := getattr(arguments, "image_size", None)) is not None:
-        preprocessing = (
-            Preprocessing(size=(size, size)) if preprocessing is None else replace(preprocessing, size=(size, size))
-        )
-    if preprocessing is None:
-        raise ArgumentError(
-            f"image_size: nothing says which images '{source}' takes. Pass --image-size N, or set its attribute "
-            "'preprocessing'."
-        )
-    photos = Photos.read(arguments.support, preprocessing)
-    options = nested(dict(getattr(arguments, "options", [])))
-    classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
-    embeds = set(classes) <= set(EMBEDDING_METHODS)
-    # A method on an embedding keeps the statistics of the pretrained norms; another learns a new head.
-    model = network.model if embeds else load_network(source, weights, ways=len(photos.classes)).model
-    keywords = {"norm": "running", **options} if embeds else options
-    learners = {each: getattr(methods, each)(model, **keywords).to(device).eval() for each in classes}
-    learner: Any = learners if name == "auto" else learners[classes[0]]
-    return learner, photos, preprocessing, network.words
-
-
-def _chosen(learners: dict[str, Any], photos: Photos, preprocessing: Preprocessing) -> Any:
-    learner, estimates = choose_method(lambda name: learners[name], photos, preprocessing, tuple(learners))
-    if any(estimates.values()):
-        words = (
-            f"{name} {'-' if found is None else f'{100 * found.accuracy:.1f} %'}" for name, found in estimates.items()
-        )
-        print(f"Photos left out, by method: {', '.join(words)}")
-    return learner
 
 
 def _counts(photos: Photos) -> str:

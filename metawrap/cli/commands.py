@@ -26,6 +26,7 @@ from metawrap.cli.classify import run_adapt, run_predict
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in, starts_a_run
 from metawrap.cli.output import show, silence, usable_streams, work_is_done
+from metawrap.cli.serve import run_serve
 from metawrap.errors import ArgumentError, MetaWrapError, RankError, printable, writing
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
@@ -199,6 +200,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "adapt": run_adapt,
     "predict": run_predict,
+    "serve": run_serve,
     "inspect": _inspect,
     "report": _report,
     "data": run_data_check,

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "templates",
     "tasks", "outputs", "results", "evaluation_result", "layers", "surgery", "snapshot", "engines", "settings",
     "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
-    "factory", "weight_files", "pretrained", "classifier", "training", "sklearn", "recipes", "report", "cli",
+    "factory", "weight_files", "pretrained", "classifier", "service", "training", "sklearn", "recipes", "report", "cli",
     "__main__",
 ]  # fmt: skip
 
