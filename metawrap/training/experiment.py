@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -216,8 +216,19 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     """
     method = getattr(methods, METHODS[settings.method])
     taken = plain_keywords(method)
-    allowed = [name for name in taken if name not in {*_RUN_KEYWORDS, *PYTHON_ONLY}]
-    for name in flattened(settings.options):
+    check_options(method, settings.options, [name for name in taken if name not in _RUN_KEYWORDS])
+    given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
+    if extra := [name for name in given if name not in taken]:
+        raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
+    if "classes" in taken and classes is not None:
+        given = {"classes": classes, **given}
+    return method(model, **(given | settings.options))
+
+
+def check_options(method: Any, options: Mapping[str, Any], taken: Iterable[str]) -> None:
+    """Raises ArgumentError where a name in `options` is not among the keywords, or takes no plain value."""
+    allowed = [name for name in taken if name not in PYTHON_ONLY]
+    for name in flattened(options):
         if name in PYTHON_ONLY:
             raise ArgumentError(
                 f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
@@ -227,12 +238,6 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
             close = nearest(name, allowed)
             fix = f". Did you mean '{close}'?" if close else f"; it has {', '.join(allowed)}."
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
-    given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
-    if extra := [name for name in given if name not in taken]:
-        raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
-    if "classes" in taken and classes is not None:
-        given = {"classes": classes, **given}
-    return method(model, **(given | settings.options))
 
 
 def network_of(settings: RunSettings) -> PretrainedNetwork | None:
