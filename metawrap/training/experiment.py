@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from metawrap.data import (
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
 from metawrap.data.normalisation import IMAGENET, statistics_of
-from metawrap.errors import ArgumentError, MetaWrapError, printable, shown
+from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.factory import in_one_line
 from metawrap.learner.describing import look_at
 from metawrap.learner.embedding_learner import EmbeddingLearner
@@ -261,31 +260,6 @@ def backbone_of(settings: RunSettings, image_shape: tuple[int, int, int]) -> nn.
             "Pass --model for a network of your own."
         )
     return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
-
-
-def check_model_is_named(stored: str | None, given: str | None, where: str) -> None:
-    """Raises ArgumentError unless the user gives the name of the network that a file stores: a file may be a
-    stranger's, and importing a module runs its code.
-
-    Args:
-        stored: `model` in the settings of a run or recipe. given: the same name, from the user. where: the file, in
-            words.
-    """
-    if stored == given:
-        return
-    if stored is None:
-        raise ArgumentError(f"model: {where} has one of metawrap's own networks, but got {shown(given)}. Leave it out.")
-    if given is not None:
-        raise ArgumentError(f"model: {where} has the network {shown(stored)}, but got {shown(given)}. Name that one.")
-    raise ArgumentError(
-        f"model: {where} has the network {shown(stored)}, and nothing is imported because a file names it. If that "
-        f"code is yours, name it again: --model {shlex.quote(printable(str(stored)))}, or model= in Python."
-    )
-
-
-def model_flag(settings: RunSettings) -> str:
-    """The flag that names the network of a run again, for the end of a command; empty for metawrap's own."""
-    return "" if settings.model is None else f" --model {shlex.quote(printable(settings.model))}"
 
 
 def fixed_tasks(

@@ -158,8 +158,8 @@ def test_no_constructor_has_more_than_28_keywords() -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "functional"])
-def test_a_steady_meta_step_passes_at_most_16_files(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steady_meta_step_passes_at_most_18_files(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LARGE", "LARGE_AT_BEST", "LARGE_POOLING"):  # conftest.py has small convolutions run as large ones do.
         monkeypatch.setattr(f"metawrap.layers.quick_forms.{name}", 1e30)
     files = sorted(house.steady_meta_step(engine=engine).files)
-    assert len(files) <= 16, f"{len(files)} files: {', '.join(files)}"
+    assert len(files) <= 18, f"{len(files)} files: {', '.join(files)}"
