@@ -200,7 +200,7 @@ class Learner(nn.Module, ABC):
         the tasks, at least one; shares may differ. The gradients that DDP then averages are those of the mean over all
         tasks, zeros where a parameter plays no part; running statistics are folded for all tasks in order of rank.
         """
-        if not self._trains():
+        if not _in_training(self):
             with self.calls.shared(), self.calls.modules(self) as learner, untouched_buffers(learner.model):
                 return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
@@ -259,10 +259,6 @@ class Learner(nn.Module, ABC):
         numbers may succeed the second time.
         """
         return find_trouble(self, checked_batch(task_batch, self.loss_fn, device_of(self)))
-
-    @at_rest
-    def _trains(self) -> bool:
-        return self.training
 
     @property
     def optimizer(self) -> Optimizer:
@@ -346,3 +342,8 @@ class Learner(nn.Module, ABC):
 
 def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+@at_rest
+def _in_training(learner: Learner) -> bool:
+    return learner.training
