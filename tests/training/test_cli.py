@@ -311,7 +311,7 @@ def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
     assert printed.err == ""
     assert "\x1b" not in printed.out
     lines = printed.out.splitlines()
-    assert lines[0] == 'MAMLPlusPlus(preset="authors_code") around Sequential'
+    assert lines[0] == 'MAMLPlusPlus(preset="inductive") around Sequential'
     assert lines[4].split() == ["1", "Linear", "3x64,", "3", "195", "4", "adapted"]
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("head ")] == ["known after the first task"]
 
