@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import socket
@@ -67,10 +68,8 @@ def opened(browser: Any, address: str, width: int, scheme: str, refusals: bool =
     page.set_default_timeout(60_000)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-    page.on(
-        "request",
-        lambda sent: None if sent.url.startswith((address, "blob:", "data:")) else complaints.append(sent.url),
-    )
+    own = (address, "blob:", "data:")
+    page.on("request", lambda sent: None if sent.url.startswith(own) else complaints.append(sent.url))
     page.goto(address)
     yield page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -83,9 +82,8 @@ def opened(browser: Any, address: str, width: int, scheme: str, refusals: bool =
 def learning() -> Iterator[str]:
     learner = ProtoNet(made.network(), norm="running").eval()
     limits = Limits(photo_bytes=50_000, photos=20, classes=4)
-    with serving(
-        Adapter(lambda photos: fit_classifier(learner, photos, made.WAY), made.WAY, MARKUP), limits
-    ) as address:
+    adapter = Adapter(lambda photos: fit_classifier(learner, photos, made.WAY), made.WAY, MARKUP)
+    with serving(adapter, limits) as address:
         yield address
 
 
@@ -109,10 +107,8 @@ def test_drop_photos_learn_and_name(chromium: Any, learning: str, tmp_path: Path
             page.locator("#drop").evaluate(DROP, ["new.png", list((folder / colour / "2.png").read_bytes())])
             first = page.locator("#found .card:first-child .name:first-child span:first-child", has_text=name)
             first.wait_for()
-        shares = [
-            float(text.removesuffix(" %"))
-            for text in page.locator("#found .card:first-child .name span:last-child").all_inner_texts()
-        ]
+        texts = page.locator("#found .card:first-child .name span:last-child").all_inner_texts()
+        shares = [float(text.removesuffix(" %")) for text in texts]
         assert sum(shares) == pytest.approx(100, abs=0.2)
         bars = page.locator("#found .card:first-child .bar").all()
         drawn = [100 * bar.locator("i").bounding_box()["width"] / bar.bounding_box()["width"] for bar in bars]
@@ -168,7 +164,8 @@ def test_what_is_missing_or_refused_is_said(chromium: Any, learning: str) -> Non
 
 
 def test_a_classifier_is_served(chromium: Any) -> None:
-    classifier = Classifier.of(made.network(40), tuple(f"class {number}" for number in range(39)) + (MARKUP,), made.WAY)
+    names = [f"class {number}" for number in range(39)]
+    classifier = Classifier.of(made.network(40), [*names, MARKUP], made.WAY)
     with serving(classifier) as address, opened(chromium, address, 400, "dark") as page:
         page.locator("#ask").wait_for()
         assert page.inner_text("#about").startswith("40 classes: class 0, class 1")
@@ -178,7 +175,5 @@ def test_a_classifier_is_served(chromium: Any) -> None:
 
 
 def _png() -> bytes:
-    import io
-
     made.photo("red", 1).save(content := io.BytesIO(), "PNG")
     return content.getvalue()
