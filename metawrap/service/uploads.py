@@ -59,7 +59,7 @@ class Uploads:
 
     @asynccontextmanager
     async def labelled(self, request: Request) -> AsyncIterator[tuple[list[str], Iterator[tuple[int, str, bytes]]]]:
-        """The names of classes, and (place among them, file name, content) of each photo, of multipart/form-data.
+        """The names of classes, and (place among them, class/file, content) of each photo, of multipart/form-data.
 
         The field "classes" is a list of names in JSON; a file's field is the place of its class in the list.
         """
@@ -81,7 +81,7 @@ class Uploads:
                 fields = form.multi_items()
                 names = _names([value for key, value in fields if key == "classes"], limits)
                 files = [_file(key, value, len(names), limits) for key, value in fields if key != "classes"]
-                yield names, ((label, name, file.read()) for label, name, file in files)
+                yield names, ((label, f"{names[label]}/{name}", file.read()) for label, name, file in files)
             finally:
                 await form.close()
 
