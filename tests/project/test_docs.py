@@ -339,6 +339,19 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert not names - shown
 
 
+def test_the_reference_has_a_row_for_each_keyword() -> None:
+    griffe = pytest.importorskip("griffe")
+    rows = runpy.run_path(str(DOCS / "reference_rows.py"))
+    read = griffe.load("metawrap", search_paths=[str(ROOT)], extensions=griffe.load_extensions(rows["ReferenceRows"]))
+    shown = read["methods.maml.MAMLPlusPlus"]
+    assert (shown.parameters["inner_steps"].default, shown.parameters["preset"].default) == ("5", "'authors_code'")
+    assert {"multi_step_loss: ", "msl_epochs: "} <= set(
+        re.findall(r"^    (\w+: )", shown.docstring.value, re.MULTILINE)
+    )
+    assert read["methods.maml.FOMAML"].parameters["first_order_epochs"].default == "inf"
+    assert str(read["settings.groups.ExecutionOptions"].parameters["workers"].annotation) == "int | Literal['auto']"
+
+
 def test_every_page_and_picture_is_reached() -> None:
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = [str(page.relative_to(DOCS)) for page in [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb")]]
