@@ -56,15 +56,13 @@ SMALL_RECIPE = ["ways=3", "targets=1", "tasks_per_batch=1", "inner_steps=1", "ba
 # For one that runs as published.
 FULL_RECIPE = ["--epochs", "1", "--iterations", "1", "--validation-tasks", "2", "--test-tasks", "2", "--device", "cpu"]
 # Lines that do not run here: the test that runs the script, or why none does.
-COMING = ("adapt", "predict")
 ELSEWHERE = {
     "examples/wrap_your_cnn.py": "tests/project/test_examples.py",
     "examples/accelerate_loop.py": "tests/project/test_neighbours.py",
     "benchmarks compare": "tests/project/test_benchmarks.py",
     "benchmarks gpu": "tests/project/test_benchmarks.py",
-    # With the branch of metawrap adapt, name the test that runs it here, and take `COMING` out.
-    "adapt": "needs pretrained weights",
-    "predict": "needs pretrained weights",
+    "adapt": "tests/classifier/test_adapt_predict.py",
+    "predict": "tests/classifier/test_adapt_predict.py",
     "pip": "installs packages",
     "make": "runs the tests",
     "tensorboard": "serves until it is stopped; tests/training/test_insight.py reads the files that it shows",
@@ -239,8 +237,6 @@ def metawrap_words(words: list[str]) -> list[str] | None:
 def problem_with(words: list[str]) -> str | None:
     """The error of a line, or None."""
     if (rest := metawrap_words(words)) is not None:
-        if rest[0] in COMING and rest[0] not in build_parser().commands:
-            return None
         try:
             build_parser().parse_args(rest)
         except (SystemExit, argparse.ArgumentError) as error:
