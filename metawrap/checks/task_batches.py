@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines.calling import leaves_behind
+from metawrap.engines.calling import leaves_behind, refuse_wrappers
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.results import class_loss, ignored_label
-from metawrap.surgery.copying import refuse_wrappers
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, tensors_in
 
 PARTS = ("support_x", "support_y", "target_x", "target_y")

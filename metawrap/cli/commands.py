@@ -33,9 +33,9 @@ from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
-from metawrap.training.experiment import model_flag
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
+from metawrap.training.named_model import model_flag
 from metawrap.training.progress import quiet, say, saying_logs
 from metawrap.training.run import train, train_seeds
 from metawrap.training.run_evaluation import evaluate_run

@@ -16,8 +16,8 @@ from metawrap.classifier.fitting import EMBEDDING_METHODS
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.errors import ArgumentError, MetaWrapWarning
 from metawrap.pretrained import load_network
-from metawrap.settings.keywords import nested
-from metawrap.training.experiment import find_device
+from metawrap.settings.keywords import nested, plain_keywords
+from metawrap.training.experiment import check_options, find_device
 from metawrap.training.loaded_run import load
 from metawrap.training.machine import command_line
 from metawrap.training.run_settings import METHODS
@@ -89,6 +89,8 @@ def _network(arguments: Namespace, name: str) -> Source:
         )
     options = nested(dict(getattr(arguments, "options", [])))
     classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
+    for each in classes:
+        check_options(method := getattr(methods, each), options, plain_keywords(method))
     # A method on an embedding keeps the statistics of the pretrained norms; another learns a new head.
     if set(classes) <= set(EMBEDDING_METHODS):
         keywords = {"norm": "running", **options}

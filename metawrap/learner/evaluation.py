@@ -26,7 +26,7 @@ from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapWarning, TaskError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.layers.norm_policies import BLENDS
-from metawrap.layers.per_step_norm import PerStepNorm, fold_moments
+from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.metrics import Metric, Metrics
 from metawrap.results import MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
@@ -111,16 +111,6 @@ def meta_loss(learner: Any, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutc
         solve_all = learner._solver().solve_all
         loss, outcomes = solve_all(batch.tasks, training=learner.training, norm=learner.settings.norm)
         return meta_output(outcomes, loss / len(batch)), outcomes
-
-
-def keep_outcomes(learner: Any, outcomes: list[TaskOutcome], applied: Tensor) -> None:
-    """Keeps the statistics and heads that the tasks left, if the meta-step was applied."""
-    fold_moments(learner.model, outcomes, applied)
-    head_start: Any = getattr(learner, "head_start", None)
-    if head_start is not None and head_start.kind != "learned":
-        head_start.keep(outcomes, applied)
-    if (centre := getattr(learner, "centre", None)) is not None:
-        centre.keep(outcomes, applied)
 
 
 @contextmanager

@@ -33,18 +33,17 @@ from metawrap.execution.executor import Executor, OneProcess, stateful_modules
 from metawrap.execution.ranks import Ranks
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
-from metawrap.learner.evaluation import evaluated, keep_outcomes, meta_loss
+from metawrap.learner.evaluation import evaluated, meta_loss
 from metawrap.learner.loading import put_back_on_error, wholly_or_not_at_all
 from metawrap.learner.metrics import Metric
 from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update import users_scheduler
-from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
+from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, keep_outcomes, raise_diverged, row_of_skipped
 from metawrap.results import MetaOutput, OneByOne, StepMetrics, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.settings.validated import Whole, check_value
-from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
-from metawrap.snapshot.signals import signals_deferred
+from metawrap.snapshot.module_state import restored_buffers, signals_deferred, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
@@ -207,7 +206,7 @@ class Learner(nn.Module, ABC):
         the tasks, at least one; shares may differ. The gradients that DDP then averages are those of the mean over all
         tasks, zeros where a parameter plays no part; running statistics are folded for all tasks in order of rank.
         """
-        if not self._trains():
+        if not _in_training(self):
             with self.calls.shared(), self.calls.modules(self) as learner, untouched_buffers(learner.model):
                 return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
@@ -259,10 +258,6 @@ class Learner(nn.Module, ABC):
         numbers may succeed the second time.
         """
         return find_trouble(self, checked_batch(task_batch, self.loss_fn, device_of(self)))
-
-    @at_rest
-    def _trains(self) -> bool:
-        return self.training
 
     @property
     def optimizer(self) -> Optimizer:
@@ -346,3 +341,8 @@ class Learner(nn.Module, ABC):
 
 def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+@at_rest
+def _in_training(learner: Learner) -> bool:
+    return learner.training

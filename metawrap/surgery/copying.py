@@ -135,34 +135,6 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return copied, notes
 
 
-def compiled_part(model: nn.Module) -> str | None:
-    """In words, the first module that torch.compile runs by a method of its own, or None."""
-    for name, module in model.named_modules():
-        own = [value for value in module.__dict__.values() if isinstance(_before_compile(value), types.MethodType)]
-        if module._compiled_call_impl is not None or own or _has_compiled_methods(type(module)):  # type: ignore[arg-type]
-            return _place(name)
-    return None
-
-
-@functools.cache
-def _has_compiled_methods(cls: Any) -> bool:
-    return any(_before_compile(value) is not None for base in cls.__mro__ for value in vars(base).values())
-
-
-def _before_compile(value: Any) -> Any:
-    return getattr(value, "_torchdynamo_orig_callable", None) if type(value) is types.FunctionType else None
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Raises UnsupportedModuleError where torch.compile was put around a module since the model was wrapped."""
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
-            raise UnsupportedModuleError(
-                f"{_place(name)} of learner.model was replaced by torch.compile(...), which renames its parameters. "
-                "Put its _orig_mod back, and compile the module that adapt or unwrap returns."
-            )
-
-
 def _place(name: str) -> str:
     return f"'{name}'" if name else "the model"
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from metawrap.errors import CheckpointError
 from metawrap.settings.validated import in_words
-from metawrap.snapshot.signals import signals_deferred
+from metawrap.snapshot.module_state import signals_deferred
 from metawrap.training.checkpoint_archive import REMEDY, check_archive, check_tensors, reading
 from metawrap.training.stored_files import CheckpointForm
 

@@ -68,6 +68,9 @@ FREE_ON_RESUME = frozenset(
     {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
 )
 
+# Methods that were under norm="batch" by default in metawrap 0.1.
+_ONCE_BATCH = ("maml++", "maml", "fomaml", "meta-sgd", "anil", "boil", "reptile", "lstm")
+
 Text = Annotated[str, Expected("text")]
 Keywords = Annotated[dict[str, Any], Expected("a dict of keyword arguments by name")]
 Method = Annotated[
@@ -159,7 +162,7 @@ class RunSettings(Options):
                 "Use the metawrap version that wrote them."
             )
         try:
-            return cls(**stored)
+            return cls(**_with_former_norm(stored))
         except ArgumentError as error:
             raise CheckpointError(
                 f"The stored settings are damaged ({error}) Start again with another --out."
@@ -172,6 +175,7 @@ class RunSettings(Options):
         Args:
             may_move: whether a folder of images may have another path.
         """
+        stored = _with_former_norm(stored)
         moved = may_move and not {self.data, stored.get("data")} & set(DATASETS)
         free = FREE_ON_RESUME | ({"data"} if moved else set())
         for name, value in self.to_dict().items():
@@ -180,3 +184,12 @@ class RunSettings(Options):
                     f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
                     "Leave it out to continue the run as it was, or start a new one with another --out."
                 )
+
+
+def _with_former_norm(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stored settings that mean now what they meant when they were written."""
+    # Records without "weights" are older than the default norm="support" of methods with an inner loop.
+    if "weights" in stored or stored.get("norm") is not None or stored.get("preset") == "paper":
+        return stored
+    # "maml++" is the default in records that lack the method.
+    return {**stored, "norm": "batch"} if stored.get("method", "maml++") in _ONCE_BATCH else stored

@@ -53,7 +53,7 @@ def complaint(capsys):
 def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(capsys):
     assert main(["train", *FLAGS, "--out", "run"]) == 0
     first = capsys.readouterr().out
-    columns = ("before adaptation", "after adaptation", "batch (transductive) *", "support (inductive)")
+    columns = ("before adaptation", "after adaptation", "support (inductive) *", "batch (transductive)")
     assert not [words for words in (*columns, "run/result.json") if words not in first]
     assert main(["evaluate", "run", *MODEL, "--out", "again.json"]) == 0
     second = capsys.readouterr().out
@@ -302,7 +302,8 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["train", "compare", "evaluate", "inspect", "report", "data", "recipes"]
+    classifiers = ["adapt", "predict", "serve"]
+    assert listed == ["train", "compare", "evaluate", *classifiers, "inspect", "report", "data", "recipes"]
 
 
 def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
@@ -311,7 +312,7 @@ def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
     assert printed.err == ""
     assert "\x1b" not in printed.out
     lines = printed.out.splitlines()
-    assert lines[0] == 'MAMLPlusPlus(preset="authors_code") around Sequential'
+    assert lines[0] == 'MAMLPlusPlus(preset="inductive") around Sequential'
     assert lines[4].split() == ["1", "Linear", "3x64,", "3", "195", "4", "adapted"]
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("head ")] == ["known after the first task"]
 

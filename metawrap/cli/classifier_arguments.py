@@ -1,0 +1,72 @@
+"""The flags of `metawrap adapt`, `serve` and `predict`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metawrap.cli.flags import DEVICE, MODEL, NAME, NETWORKS, SET, SWITCH, N, add_terminal, checkpoint, new_command
+from metawrap.training.run_settings import METHODS
+
+
+def add_adapt(commands: Any) -> None:
+    """Adds the parser of `metawrap adapt`."""
+    parser = new_command(
+        commands,
+        "adapt",
+        "make a classifier from a few photos of each class",
+        "adapt RUN|NETWORK --support FOLDER [options]",
+        "Writes classifier.json, network.pt2, weights.safetensors, and predict.py, which needs torch alone.",
+    )
+    parser.add_argument("source", metavar="RUN|NETWORK", help=f"a run's folder; or {NETWORKS}")
+    parser.add_argument("--support", metavar="FOLDER", required=True, help="a folder of photos per class; zip, tar too")
+    parser.add_argument("--out", metavar="FOLDER", default="clf", help="the classifier (clf)")
+    parser.add_argument(
+        "--format", dest="formats", action="append", default=[], choices=("torch", "onnx"), help="onnx: model.onnx too"
+    )
+    _add_source(parser, "auto (default): of R2D2, SimpleShot, ... the best on photos left out")
+    add_terminal(parser)
+
+
+def _add_source(parser: Any, about_method: str) -> None:
+    group = parser.add_argument_group("of a network")
+    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about_method)
+    group.add_argument("--weights", metavar="FILE", help="DEFAULT (pretrained), or a file of weights (random)")
+    group.add_argument("--image-size", **N, help="side in pixels (the pretrained network's)")
+    group.add_argument("--set", **SET | {"help": "a keyword of the method"})
+    group = parser.add_argument_group("of a run")
+    group.add_argument("--model", **{**MODEL, "default": None, "help": "the run's own network, named again"})
+    group.add_argument("--checkpoint", type=checkpoint, **NAME, help="best (default), newest, or an epoch")
+    parser.add_argument("--device", default="auto", **DEVICE)
+
+
+def add_serve(commands: Any) -> None:
+    """Adds the parser of `metawrap serve`."""
+    parser = new_command(
+        commands, "serve", "a web page that names what photos show, and learns classes", "serve SOURCE [options]",
+        "A classifier predicts alone. On a run or a network, the page learns classes from photos.",
+    )  # fmt: skip
+    about = f"a folder that metawrap adapt wrote; a run's folder; or {NETWORKS}"
+    parser.add_argument("source", metavar="SOURCE", help=about)
+    parser.add_argument("--host", default="127.0.0.1", **NAME, help="address (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", default=8000, **N, help="port (8000); 0: any free one")
+    _add_source(parser, "r2d2 (default), ...; auto: the best on photos left out, in more time")
+    add_terminal(parser)
+
+
+def add_predict(commands: Any) -> None:
+    """Adds the parser of `metawrap predict`."""
+    parser = new_command(
+        commands, "predict", "name what photos show", "predict CLASSIFIER PHOTO [PHOTO ...] [options]",
+        "Exit code 2 if a photo could not be read; the others are named.",
+    )  # fmt: skip
+    parser.add_argument("classifier", metavar="CLASSIFIER", help="a folder that metawrap adapt wrote")
+    parser.add_argument(
+        "photos", nargs="+", metavar="PHOTO", help="files and folders; - reads names from standard input"
+    )
+    parser.add_argument("--top", **N, default=3, help="classes to name for each photo (3)")
+    parser.add_argument("--json", **SWITCH, help="one JSON object per line")
+    parser.add_argument("--csv", **SWITCH, help="rows with commas")
+    parser.add_argument(
+        "--runtime", choices=("torch", "onnx"), default="torch", help="onnx: model.onnx, by onnxruntime"
+    )
+    add_terminal(parser)
