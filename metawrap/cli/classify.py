@@ -29,7 +29,7 @@ _AT_ONCE = 64
 
 def run_adapt(arguments: Namespace) -> None:
     """Prints the estimate and writes the classifier."""
-    source = source_of(arguments)
+    source = source_of(arguments, "auto")
     preprocessing = source.preprocessing
     photos = Photos.read(arguments.support, preprocessing)
     print(f"Photos: {_counts(photos)}, {preprocessing.size[1]} x {preprocessing.size[0]} pixels")

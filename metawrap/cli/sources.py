@@ -48,9 +48,10 @@ class Source:
             return fit_classifier(learner, photos, self.preprocessing, about)
 
 
-def source_of(arguments: Namespace) -> Source:
-    """The run or network that the arguments name, loaded."""
-    return _run(arguments) if (Path(arguments.source) / "run.json").exists() else _network(arguments)
+def source_of(arguments: Namespace, method: str) -> Source:
+    """The run or network that the arguments name, loaded. method: of a network, where none was given."""
+    is_run = (Path(arguments.source) / "run.json").exists()
+    return _run(arguments) if is_run else _network(arguments, getattr(arguments, "method", method))
 
 
 def check_none_given(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
@@ -68,8 +69,8 @@ def _run(arguments: Namespace) -> Source:
     return Source(lambda ways: {type(run.learner).__name__: run.learner}, run.preprocessing, words)
 
 
-def _network(arguments: Namespace) -> Source:
-    name, source, device = getattr(arguments, "method", "auto"), arguments.source, find_device(arguments.device)
+def _network(arguments: Namespace, name: str) -> Source:
+    source, device = arguments.source, find_device(arguments.device)
     if Path(source).is_dir() and ":" not in source:
         raise ArgumentError(
             f"'{source}' is a folder without run.json: no run. Name a run, or a network as module:name."
