@@ -34,7 +34,8 @@ def fit_classifier(
         learner: any method. preprocessing: how its network gets pictures. about: more for classifier.json.
     Raises:
         ArgumentError, TaskError: the photos do not fit the network: more classes than outputs, or another size.
-        UnsupportedModuleError: what a photo is taken for depends on the photos beside it.
+
+    Warns where what a photo is taken for depends on the photos beside it.
     """
     inputs, norm = _inputs(photos, preprocessing, learner), _inductive_norm(learner)
     labels = photos.labels.to(inputs.device)
