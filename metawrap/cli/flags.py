@@ -120,8 +120,8 @@ LEARNER: dict[str, dict[str, Any]] = {
 MODEL = {"metavar": "MODULE:NAME", "help": "your network: NAME() or NAME(ways=...); or timm:NAME, hf:FOLDER"}
 WEIGHTS = {"metavar": "FILE", "help": "its weights: a file, or DEFAULT for the published ones (random)"}
 NETWORK: dict[str, dict[str, Any]] = {
-    "--backbone": NAME | {"choices": BACKBONES, "help": "conv4 (default) or conv4-strided"},
-    "--filters": N | {"help": "channels of the backbone (64)"},
+    "--backbone": NAME | {"choices": BACKBONES, "help": f"conv4 (default), {', '.join(BACKBONES[1:])}"},
+    "--filters": N | {"help": "channels of its first block (64)"},
     "--model": MODEL,
     "--weights": WEIGHTS,
 }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import metawrap.methods as methods
-from metawrap.backbones import Conv4
+from metawrap.backbones import Conv4, ResNet12, WideResNet
 from metawrap.data import (
     DataSplits,
     EpisodeSampler,
@@ -254,6 +254,10 @@ def network_of(settings: RunSettings) -> PretrainedNetwork | None:
 def backbone_of(settings: RunSettings, image_shape: tuple[int, int, int]) -> nn.Module:
     """metawrap's own network for images of this (channels, height, width)."""
     channels, height, width = image_shape
+    if settings.backbone == "resnet12":
+        return ResNet12(channels, settings.ways, settings.filters)
+    if settings.backbone == "wrn28-10":
+        return WideResNet(channels, settings.ways)
     if height != width:
         raise ArgumentError(
             f"backbone: '{settings.backbone}' needs square images, but they are {height}x{width}. "

@@ -59,7 +59,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-Backbone = Literal["conv4", "conv4-strided"]
+Backbone = Literal["conv4", "conv4-strided", "resnet12", "wrn28-10"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 NORMS: tuple[str, ...] = get_args(NormPolicy)
 
@@ -86,6 +86,7 @@ class RunSettings(Options):
     `Preprocessing`. normalise: "imagenet" or "none". stream: read images when they are drawn, in `loader_workers`
     processes (0: in this process); neither changes the drawn tasks. targets: target images per class and task.
     model, weights: the user's own network, see `load_network`; it replaces backbone and filters.
+    filters: channels of the first block; those of wrn28-10 are fixed.
     train_ways: classes of a training task, for methods that do not use the network's own outputs; None means ways.
     keep: number of the best checkpoints to keep, and of the newest. ensemble: number of the best checkpoints to average
     in the final test (0: none). validation_alone: number of the validation tasks whose targets are also predicted one
@@ -138,9 +139,14 @@ class RunSettings(Options):
     recipe: Text | None = None
 
     def check_together(self) -> None:
-        """Raises ArgumentError for weights without a model, or more targets alone than there are validation tasks."""
+        """Raises ArgumentError for weights without a model, filters without effect, or too many targets alone."""
         if self.weights is not None and self.model is None:
             raise ArgumentError("weights: expected a model that they belong to. Name it with --model.")
+        if self.backbone == "wrn28-10" and self.filters != 64:
+            raise ArgumentError(
+                f"filters: wrn28-10 has 160, 320 and 640 channels, but got {self.filters}. Leave --filters out, or take "
+                "--backbone resnet12 or conv4."
+            )
         if self.validation_alone > self.validation_tasks:
             raise ArgumentError(
                 f"validation_alone: expected at most validation_tasks={self.validation_tasks}, but got "
