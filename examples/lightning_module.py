@@ -13,30 +13,16 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from metawrap import MAMLPlusPlus, TaskBatch
 from metawrap.backbones import Conv4
 from metawrap.data import EpisodeSampler, load_data
-
-
-class Episodes(IterableDataset[TaskBatch]):
-    """`count` task batches of a sampler, from batch `start` on."""
-
-    def __init__(self, sampler: EpisodeSampler, count: int, start: int = 0) -> None:
-        self.sampler, self.count, self.start = sampler, count, start
-
-    def __iter__(self) -> Iterator[TaskBatch]:
-        return self.sampler.batches(self.count, self.start)
-
-    def __len__(self) -> int:
-        return self.count
 
 
 class MetaLearning(lightning.LightningModule):
@@ -81,7 +67,7 @@ class MetaLearning(lightning.LightningModule):
         return [] if self.samplers[1] is None else self._loader(self.samplers[1], 1, 0)
 
     def _loader(self, sampler: EpisodeSampler, count: int, start: int) -> DataLoader[TaskBatch]:
-        return DataLoader(Episodes(sampler, count, start), batch_size=None)
+        return DataLoader(sampler[start : start + count], batch_size=None)
 
 
 def trainer(epochs: int, **options: Any) -> lightning.Trainer:

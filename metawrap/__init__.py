@@ -47,6 +47,7 @@ from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOption
 from metawrap.tasks import Task, TaskBatch
 
 if TYPE_CHECKING:
+    from metawrap.data.episode_splits import benchmark
     from metawrap.training.loaded_run import LoadedRun, load
 
 try:
@@ -103,12 +104,17 @@ __all__ = [
     "WrappingOptions",
     "ZeroStep",
     "__version__",
+    "benchmark",
     "load",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Runs need the room `training`, which takes longer to import than the methods."""
+    """Runs and data need the rooms `training` and `data`, which take longer to import than the methods."""
+    if name == "benchmark":
+        from metawrap.data import benchmark
+
+        return benchmark
     if name not in ("LoadedRun", "load"):
         raise AttributeError(f"module 'metawrap' has no attribute '{name}'")
     from metawrap.training import loaded_run

@@ -90,10 +90,10 @@ class ResNet12(nn.Module):
         >>> ResNet12(ways=5, filters=8)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 5])
 
-    Input (batch, in_channels, h, w), h and w at least 16; output (batch, ways) logits. With 64 filters the blocks have 64,
-    160, 320 and 640 channels, and the network without its head has 12.4 million weights.
-    Source: Lee et al. 2019, MetaOptNet, arXiv:1904.03758, and their code, which makes TADAM's ResNet-12 (Oreshkin et al.
-    2018, arXiv:1805.10123) wider. Their code raises the drop rate over 40,000 steps; here it is constant.
+    Input (batch, in_channels, h, w), h and w at least 16; output (batch, ways) logits. With 64 filters the blocks have
+    64, 160, 320 and 640 channels, and the network without its head has 12.4 million weights.
+    Source: Lee et al. 2019, MetaOptNet, arXiv:1904.03758, and their code, which widens the ResNet-12 of TADAM (Oreshkin
+    et al. 2018, arXiv:1805.10123). Their code raises the drop rate over 40,000 steps; here it is constant.
 
     Args:
         in_channels: image channels.
@@ -176,8 +176,8 @@ class WideResNet(nn.Module):
         >>> WideResNet(ways=5, depth=10, width=1)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 5])
 
-    Input (batch, in_channels, h, w); output (batch, ways) logits. The groups have 16, 32 and 64 times `width` channels, and
-    work on the whole, half and quarter of h and w. WRN-28-10 has 36.5 million weights.
+    Input (batch, in_channels, h, w); output (batch, ways) logits. The groups have 16, 32 and 64 times `width` channels,
+    and work on the whole, half and quarter of h and w. WRN-28-10 has 36.5 million weights.
     Sources: Zagoruyko and Komodakis 2016, arXiv:1605.07146; for few-shot learning Mangla et al. 2020, S2M2,
     arXiv:1907.12087, on 80 pixels.
 

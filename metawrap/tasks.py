@@ -8,9 +8,7 @@ any sizes. Inputs (`x`) are a tensor, or a tuple or dict of tensors that reach t
 from __future__ import annotations
 
 import copy
-import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -26,7 +24,7 @@ TaskId: TypeAlias = str | int
 Stacked: TypeAlias = tuple[Inputs, Tensor, Inputs, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """One episode: inputs are (examples, ...), labels are (examples, ...); support and target sizes may differ.
 
@@ -52,6 +50,12 @@ class Task:
         for part in ("support", "target"):
             _check_same_length(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))
 
+    def __repr__(self) -> str:
+        known = [f"{name}={value!r}" for name in ("id", "classes") if (value := getattr(self, name)) is not None]
+        names = [(f"{part}_x", f"{part}_y") for part in ("support", "target")]
+        lines = [", ".join(f"{name}: {shown(getattr(self, name))}" for name in pair) for pair in names]
+        return "\n".join([f"Task({', '.join(known)})", *lines])
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Task:
         """The same task with `change` applied to every tensor."""
         names = ("support_x", "support_y", "target_x", "target_y")
@@ -74,7 +78,7 @@ class Task:
         return self.support_x, self.support_y, self.target_x, self.target_y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskBatch:
     """Tasks that one meta-step averages over. Iterate over it, index it, or take its `len`."""
 
@@ -89,6 +93,10 @@ class TaskBatch:
         if not self.tasks:
             raise TaskError("The task batch holds 0 tasks, expected at least 1.")
         object.__setattr__(self, "tasks", tuple(self.tasks))
+
+    def __repr__(self) -> str:
+        first = "tasks, the first with" if len(self) > 1 else "task with"
+        return "\n".join([f"TaskBatch of {len(self)} {first}", *repr(self[0]).split("\n")[1:]])
 
     @classmethod
     def stacked(
@@ -172,41 +180,6 @@ def as_task_batch(batch: Any) -> TaskBatch:
     )
 
 
-def iterate_task_batches(tasks: Any) -> Iterator[Any]:
-    """Task batches, each in an accepted form, from one or from any iterable of them (a sampler, a data loader).
-
-    A plain list of four-tuples could mean single tasks or stacked batches. It is read as whichever the shapes
-    prove, and refused when they prove neither. So is an iterable that is known to be endless; a generator may be.
-    """
-    if _is_endless(tasks):
-        some = "tasks.batches(100)" if hasattr(tasks, "batches") else "itertools.islice(tasks, 100)"
-        raise TaskError(f"tasks: {type(tasks).__name__} never ends. Pass as many batches as you mean: {some}.")
-    listed = isinstance(tasks, Sequence) and tasks and all(isinstance(item, Task) for item in tasks)
-    if listed or isinstance(tasks, TaskBatch | Task) or is_stacked(tasks):
-        yield tasks
-        return
-    if not isinstance(tasks, Iterable):
-        raise TaskError(
-            f"tasks: expected a task batch or an iterable of task batches, but got {describe_value(tasks)}."
-        )
-    for item in tasks:
-        bare = isinstance(tasks, list) and isinstance(item, tuple) and len(item) == 4
-        yield [item] if bare and _is_single_task(item) else item
-
-
-def endless(iterate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """Marks an `__iter__` whose iterator never ends, so that a call which takes all of it refuses."""
-    iterate.endless = True  # type: ignore[attr-defined]
-    return iterate
-
-
-def _is_endless(tasks: Any) -> bool:
-    if isinstance(tasks, itertools.repeat):
-        return operator.length_hint(tasks, -1) < 0
-    endless_iter = getattr(getattr(type(tasks), "__iter__", None), "endless", False)
-    return endless_iter or isinstance(tasks, itertools.count | itertools.cycle)
-
-
 def map_tensors(value: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
     """Applies `change` to tensors in tuples, lists, dicts, dataclasses, objects with `logits`; `other` to all else."""
     again = partial(map_tensors, change=change, other=other)
@@ -266,23 +239,6 @@ def is_stacked(batch: Any) -> bool:
 
 def _is_task(item: Any) -> bool:
     return isinstance(item, Task) or (isinstance(item, tuple) and len(item) == 4)
-
-
-def _is_single_task(item: Stacked) -> bool:
-    support, target = item[1], item[3]
-    if not (isinstance(support, Tensor) and isinstance(target, Tensor)):
-        raise TaskError(_AMBIGUOUS)
-    if support.ndim < 2 or len(support) != len(target):
-        return True
-    if support.is_floating_point():
-        raise TaskError(_AMBIGUOUS)
-    return False
-
-
-_AMBIGUOUS = (
-    "tasks: a list of bare four-tuples can mean single tasks or stacked batches, and these shapes prove neither. "
-    "Write Task(*parts) for a single task or TaskBatch.stacked(*parts) for a batch."
-)
 
 
 def _class_numbers(classes: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from metawrap.data import DataSplits, EpisodeSampler
 from metawrap.data.check_data import FOLDER, DataReport, check_data
 from metawrap.data.class_split import PARTS
 from metawrap.data.contact_sheet import contact_sheet
-from metawrap.data.episodes import Demand, check_enough
+from metawrap.data.episode_draws import Demand, check_enough
 from metawrap.errors import ArgumentError, DataError, printable, writing
 from metawrap.training.machine import program
 from metawrap.training.progress import say

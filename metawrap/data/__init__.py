@@ -2,13 +2,14 @@
 
 The floors of this room, top to bottom; a module imports only modules of lower floors:
 
-    contact_sheet, check_data
-    episodes, catalog
+    contact_sheet, check_data, episode_splits
+    episodes, batch_sampler, catalog
     omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, grocery, user_data
     folder
     class_folders, augmentation, pixel_sources, preprocessing
     array_pictures
     class_split, cached_labels, downloads, pictures
+    episode_draws
     image_sets, pickles, text_files, loader_workers, normalisation, image_files
     stored_arrays, tar_members
     random_stream, problems
@@ -16,9 +17,11 @@ The floors of this room, top to bottom; a module imports only modules of lower f
 
 from __future__ import annotations
 
+from metawrap.data.batch_sampler import EpisodeBatchSampler
 from metawrap.data.catalog import DATASETS, load_data, normalisation_of, preprocessing_of
 from metawrap.data.cifar import load_cifar_fs, load_fc100
 from metawrap.data.cub import load_cub
+from metawrap.data.episode_splits import EpisodeSplits, benchmark
 from metawrap.data.episodes import EpisodeSampler
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
@@ -31,7 +34,8 @@ from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.data.user_data import splits_from
 
 __all__ = [
-    "DATASETS", "DataSplits", "EpisodeSampler", "ImageSet", "LabelledImages", "Preprocessing", "StreamedImages",
+    "DATASETS", "DataSplits", "EpisodeBatchSampler", "EpisodeSampler", "EpisodeSplits", "ImageSet", "LabelledImages",
+    "Preprocessing", "StreamedImages", "benchmark",
     "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_grocery",
     "load_image_folder", "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of",
     "preprocessing_of", "splits_from",

@@ -7,32 +7,31 @@ generator is read or moved.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from metawrap.data.augmentation import Augment, augmented, check_augment
+from metawrap.data.episode_draws import ROTATIONS, Drawn, EpisodeDraws
 from metawrap.data.image_sets import ImageSet, LabelledImages, Pixels, StreamedImages
-from metawrap.data.loader_workers import made_ahead
+from metawrap.data.loader_workers import BatchSlice, made_ahead, of_this_worker
 from metawrap.data.normalisation import Normalise, normalised, statistics_of
 from metawrap.data.preprocessing import Preprocessing
-from metawrap.data.problems import check_int, listed, wrong_argument
-from metawrap.data.random_stream import Ints, RandomStream, seeded_generators
-from metawrap.errors import DataError
-from metawrap.settings.settings import check_switch
-from metawrap.tasks import TaskBatch, endless
+from metawrap.data.problems import check_int, wrong_argument
+from metawrap.data.random_stream import seeded_generators
+from metawrap.task_iteration import endless
+from metawrap.tasks import TaskBatch
 
-ROTATIONS = 4
 _Read: TypeAlias = Pixels | NDArray[np.float32]
 
 
-class EpisodeSampler:
+class EpisodeSampler(IterableDataset[TaskBatch]):
     """Draws balanced few-shot tasks of `ways` classes, with `shots` support and `targets` target images of each.
 
         >>> from metawrap.data import load_glyphs
@@ -41,10 +40,15 @@ class EpisodeSampler:
         torch.Size([5, 1, 28, 28])
         >>> len(list(sampler.batches(10)))
         10
+        >>> len(torch.utils.data.DataLoader(sampler[:100], batch_size=None, num_workers=2))
+        100
 
     No class and no image is repeated inside a task, and the label of each class is random. `rotations=True` turns each
     class into four, one per quarter turn; two turns of one character may meet in a task (the protocol of Antoniou et
     al. 2018, arXiv:1810.09502, after Santoro et al. 2016, arXiv:1605.06065).
+
+    It is an `IterableDataset` without an end, and slices of it have a length. A DataLoader with `batch_size=None` gives
+    its batches in order, each once, whatever the number of workers; it begins at the same batch each time.
 
     Each task: support_x float32, in [0, 1] unless normalised, of shape (ways * shots, channels, height, width);
     support_y int64 of shape (ways * shots,), grouped by label; target_x and target_y likewise with `targets`; classes:
@@ -93,16 +97,11 @@ class EpisodeSampler:
         if not isinstance(images, LabelledImages | StreamedImages):
             fix = "splits_from makes both from arrays and data sets."
             raise wrong_argument("images", "LabelledImages or StreamedImages", images, fix)
-        counts = {"ways": ways, "shots": shots, "targets": targets, "tasks_per_batch": tasks_per_batch}
-        for name, value in counts.items():
-            check_int(name, value, 1)
-        check_int("seed", seed, 0)
-        check_switch("rotations", rotations)
         check_int("workers", workers, 0)
         if workers and isinstance(images, LabelledImages) and augment is None:
             raise wrong_argument("workers", "0 for images in memory", workers, "Leave it out, or stream the images.")
         self.device = _device(device)
-        check_enough([Demand(images, ways, rotations)], shots, targets)
+        self._draws = EpisodeDraws(images, ways, shots, targets, tasks_per_batch, seed, rotations)
         self.images, self.ways, self.shots, self.targets = images, ways, shots, targets
         self.tasks_per_batch, self.seed, self.rotations = tasks_per_batch, seed, rotations
         self.workers = workers
@@ -110,7 +109,6 @@ class EpisodeSampler:
             check_augment(augment, images)
         held = isinstance(images, LabelledImages) and augment is None
         self._pixels = _store(images.images, self.device) if held else None  # type: ignore[union-attr]
-        self._draws = _EpisodeDraws(images, ways, shots + targets, tasks_per_batch, seed, rotations)
         self._draw_and_read = _DrawAndRead(self._draws, images, augment)
         home = self.device if self._pixels is None else self._pixels.device
         self._turned = _turned_pixels(images.image_shape[-1]).to(home) if rotations and augment is None else None
@@ -154,22 +152,35 @@ class EpisodeSampler:
         check_int("start", start, 0)
         return self._each(range(start, start + count))
 
+    def __getitem__(self, place: slice) -> BatchSlice[TaskBatch]:  # type: ignore[override]
+        """`sampler[start:stop]`: these batches, as a data set with a length."""
+        return BatchSlice(self, self._each, place)
+
     @endless
     def __iter__(self) -> Iterator[TaskBatch]:
         """Endless, from batch 0."""
-        return self._each(itertools.count())
+        return self._each(of_this_worker(self, itertools.count()))
+
+    def __repr__(self) -> str:
+        turned = f", {self.num_classes} classes with rotations" if self.rotations else ""
+        return f"EpisodeSampler({self._draws!r})\n{self.images.in_short()}{turned}"
 
     def _each(self, indices: Iterable[int]) -> Iterator[TaskBatch]:
-        if not self.workers:
+        """The batches of these numbers, read by `workers` processes; ArgumentError in a loader's worker without CPU."""
+        inside = get_worker_info() is not None
+        if inside and self.device.type != "cpu":
+            fix = "Make the sampler without device=, and move each batch: batch.to(device)."
+            raise wrong_argument("device", "'cpu' in the workers of a DataLoader", str(self.device), fix)
+        if not self.workers or inside:  # A worker starts no workers.
             return (self.batch(index) for index in indices)
         ahead = made_ahead(self._draw_and_read, indices, self.workers)
         return (self._read(drawn, pixels) for drawn, pixels in ahead)
 
-    def _read(self, drawn: _Drawn, pixels: _Read) -> TaskBatch:
+    def _read(self, drawn: Drawn, pixels: _Read) -> TaskBatch:
         turns = torch.from_numpy(drawn.quarter_turns.flatten()).to(self.device)
         return self._assemble(drawn, torch.from_numpy(pixels).to(self.device), turns)
 
-    def _assemble(self, drawn: _Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
+    def _assemble(self, drawn: Drawn, pixels: Tensor, quarter_turns: Tensor) -> TaskBatch:
         """The batch of these pixels, (tasks * ways * (shots + targets), channels, height, width)."""
         if self._turned is not None:
             source = self._turned[quarter_turns].unsqueeze(1).expand(-1, pixels.shape[1], -1)
@@ -184,51 +195,14 @@ class EpisodeSampler:
         return TaskBatch.stacked(support, labels[0], target, labels[1], classes=drawn.classes.tolist())
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """The images of a batch of tasks.
-
-    classes: (tasks, ways), each quarter turn of a class with its own number. examples, quarter_turns: places of images
-    and the number of turns of each, both (tasks, ways, shots + targets).
-    """
-
-    classes: Ints
-    examples: Ints
-    quarter_turns: Ints
-
-
-class _EpisodeDraws:
-    """The draws of a sampler, numbers only: the same for images in memory and streamed images of the same labels."""
-
-    def __init__(self, images: ImageSet, ways: int, examples: int, tasks: int, seed: int, rotations: bool) -> None:
-        self._ways, self._examples, self._tasks, self.seed = ways, examples, tasks, seed
-        self._distinct = images.num_classes
-        self.num_classes = images.num_classes * (ROTATIONS if rotations else 1)
-        labels = images.labels.cpu().numpy()
-        self._by_class: Ints = np.argsort(labels, kind="stable").astype(np.int64)
-        self._counts: Ints = np.bincount(labels, minlength=images.num_classes).astype(np.int64)
-        self._starts: Ints = np.cumsum(self._counts) - self._counts
-
-    def draw(self, index: int) -> _Drawn:
-        """The draws of the batch with this number."""
-        random = RandomStream(self.seed, index)
-        drawn = random.distinct(np.full(self._tasks, self.num_classes, dtype=np.int64), self._ways).reshape(-1)
-        classes, quarter_turns = drawn % self._distinct, drawn // self._distinct
-        within = random.distinct(self._counts[classes], self._examples)
-        chosen = self._by_class[self._starts[classes, None] + within]
-        shape = (self._tasks, self._ways, self._examples)
-        turns = np.broadcast_to(quarter_turns[:, None], within.shape).reshape(shape)
-        return _Drawn(drawn.reshape(self._tasks, self._ways), chosen.reshape(shape), turns)
-
-
 class _DrawAndRead:
     """The work of a worker for one batch: draws it, reads and augments its images. Holds nothing of a device."""
 
-    def __init__(self, draws: _EpisodeDraws, images: ImageSet, augment: Augment | None) -> None:
+    def __init__(self, draws: EpisodeDraws, images: ImageSet, augment: Augment | None) -> None:
         self._draws, self._images, self._augment = draws, images, augment
         self._seeded = augment is not None or getattr(getattr(images, "source", None), "draws_numbers", False)
 
-    def __call__(self, index: int) -> tuple[_Drawn, _Read]:
+    def __call__(self, index: int) -> tuple[Drawn, _Read]:
         drawn = self._draws.draw(index)
         # The user's code draws from the global generators, in a worker as here.
         with seeded_generators(self._draws.seed, "augment", index) if self._seeded else nullcontext():
@@ -238,77 +212,6 @@ class _DrawAndRead:
             turns = drawn.quarter_turns.reshape(-1)
             turned = np.stack([np.rot90(image, int(turn), (1, 2)) for image, turn in zip(pixels, turns, strict=True)])
             return drawn, augmented(turned, self._augment)
-
-
-class Demand(NamedTuple):
-    """The tasks to draw from a set. part: its name for people. keyword: the argument that sets `ways`."""
-
-    images: ImageSet
-    ways: int
-    rotations: bool = False
-    part: str = "the set"
-    keyword: str = "ways"
-
-    @property
-    def classes(self) -> int:
-        """The number of classes to draw from."""
-        return self.images.num_classes * (ROTATIONS if self.rotations else 1)
-
-
-def check_enough(demands: Sequence[Demand], shots: int, targets: int, fixed: bool = False) -> None:
-    """Raises DataError, with all short parts and classes and numbers that fit them all, if tasks cannot be drawn.
-
-    Args:
-        fixed: whether the user cannot change ways, shots and targets, as in the test of a trained network.
-    """
-    for images, _, rotations, part, _ in demands:
-        height, width = images.image_shape[1:]
-        if rotations and height != width:
-            raise DataError(
-                f"rotations: expected square images, but those of {part} are {height}x{width}. Pass rotations=False "
-                "(--no-rotations)."
-            )
-    if short := [each for each in demands if each.ways > each.classes]:
-        raise DataError(f"{'; '.join(map(_few_classes, short))}. {_classes_that_fit(demands, short, fixed)}")
-    needed, found, least = shots + targets, [], shots + targets
-    for each in demands:
-        counts = zip(each.images.class_names, each.images.images_per_class, strict=True)
-        small = {name: count for name, count in counts if count < needed}
-        least = min([least, *small.values()])
-        if small:
-            shown = ", ".join(f"{name!r} ({count})" for name, count in sorted(small.items())[:10])
-            more = f" and {len(small) - 10} more" if len(small) > 10 else ""
-            found.append(f"{each.part} has {len(small)} with fewer: {shown}{more}")
-    if found:
-        fit = min(shots, least - 1), least - min(shots, least - 1)
-        use = (
-            f"Use shots={fit[0]}, targets={fit[1]} (--shots {fit[0]} --targets {fit[1]}), or leave"
-            if fit[0]
-            else "Leave"
-        )
-        raise DataError(
-            f"shots + targets = {shots} + {targets} = {needed} images of a class are needed, but {'; '.join(found)}. "
-            f"{'Leave' if fixed else use} these classes out, or add images to them."
-        )
-
-
-def _few_classes(demand: Demand) -> str:
-    turned = f", {demand.classes} with rotations" if demand.rotations else ""
-    own = demand.images.class_names
-    many = "1 class" if len(own) == 1 else f"{len(own)} classes"
-    return f"{demand.keyword}={demand.ways}, but {demand.part} has only {many} ({listed(own, 5)}{turned})"
-
-
-def _classes_that_fit(demands: Sequence[Demand], short: Sequence[Demand], fixed: bool) -> str:
-    """The remedy: the largest numbers of ways that all parts can give, if it can be changed, or more classes."""
-    parts = " and ".join(each.part for each in short)
-    by_seed = any(each.images.origin.endswith("split by seed") for each in short)
-    more = f"more classes to {parts}{', such as with split= (--split FILE)' if by_seed and not fixed else ''}."
-    fits = {each.keyword: min(d.classes for d in demands if d.keyword == each.keyword) for each in short}
-    if fixed or min(fits.values()) < 2:  # Tasks of a run have two classes at least.
-        return f"Add {more}"
-    numbers = ", ".join(f"{name}={count} (--{name.replace('_', '-')} {count})" for name, count in fits.items())
-    return f"Use {numbers} or fewer, or add {more}"
 
 
 def _device(device: Any) -> torch.device:

@@ -48,7 +48,7 @@ class FilePixelSource(PixelSource, Protocol):
         """Bytes that stay the same wherever the files lie: all of the image's own if `whole`, else a cheap part."""
 
 
-class _LabelledSet:
+class LabelledSet:
     """The part of an image set that needs no pixels: `labels`, int64, (images,), and `class_names`."""
 
     labels: Tensor
@@ -113,12 +113,22 @@ class _LabelledSet:
         """The fields with one entry per image or class, for these images and classes only."""
         raise NotImplementedError
 
+    def in_short(self) -> str:
+        """The numbers of classes and images, and the shape of an image, for people."""
+        shape = " x ".join(map(str, getattr(self, "image_shape", ())))
+        return f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {len(self)} images of {shape}"
+
+    def __repr__(self) -> str:
+        counts = sorted({*self.images_per_class})
+        each = " to ".join(map(str, counts if len(counts) < 3 else (counts[0], counts[-1])))
+        return f"{type(self).__name__}: {self.in_short()}\n{each} images in a class; {listed(self.class_names, 3)}"
+
     def __len__(self) -> int:
         return len(self.labels)
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledImages(_LabelledSet):
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelledImages(LabelledSet):
     """Images in memory, and the class of each.
 
         >>> pixels = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
@@ -172,8 +182,8 @@ class LabelledImages(_LabelledSet):
         return {"images": self.images[order], "known": tuple(self.known[index] for index in chosen if self.known)}
 
 
-@dataclass(frozen=True, eq=False)
-class StreamedImages(_LabelledSet):
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedImages(LabelledSet):
     """Images that are read when they are drawn, and the class of each: for sets larger than memory.
 
         >>> from metawrap.data import splits_from
@@ -257,6 +267,9 @@ class DataSplits(NamedTuple):
     train: ImageSet
     validation: ImageSet
     test: ImageSet
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{f'{name}:':12}{part.in_short()}" for name, part in self._asdict().items())
 
 
 def as_splits(parts: Sequence[StreamedImages], stream: bool | None) -> DataSplits:

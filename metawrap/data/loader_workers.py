@@ -1,4 +1,4 @@
-"""Worker processes that make batches ahead: indices -> torch's DataLoader -> `make(index)`, in order."""
+"""torch's DataLoader: worker processes that make batches ahead, in order; and samplers as data sets of a loader."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from metawrap.data.problems import check_int, wrong_argument
 from metawrap.errors import DataError, MetaWrapError
 
 Made = TypeVar("Made")
@@ -67,6 +69,40 @@ def naming_dead_workers() -> Iterator[None]:
             "fewer of them (--loader-workers 1, or 0 to load in the main process) or fewer tasks per batch; a run goes "
             "on with --resume."
         ) from error
+
+
+class BatchSlice(IterableDataset[Made]):
+    """`sampler[start:stop]`: these batches, in order, each time that they are asked for.
+
+    A data set for `DataLoader(..., batch_size=None)`, or, of an `EpisodeBatchSampler`, its `batch_sampler`.
+    """
+
+    def __init__(self, sampler: Any, each: Callable[[Iterable[int]], Iterator[Made]], place: slice) -> None:
+        if not isinstance(place, slice) or place.stop is None or place.step is not None:
+            raise wrong_argument("place", "a slice such as [:100] or [100:200]", place, "One batch is .batch(3).")
+        check_int("start", start := 0 if place.start is None else place.start, 0)
+        check_int("stop", place.stop, start)
+        self._sampler, self._each, self._indices = sampler, each, range(start, place.stop)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Made]:
+        return self._each(of_this_worker(self, self._indices))
+
+    def __repr__(self) -> str:
+        return f"Batches {self._indices.start} to {self._indices.stop - 1} of {self._sampler!r}"
+
+
+def of_this_worker(loaded: IterableDataset[Any], indices: Iterable[int]) -> Iterable[int]:
+    """In worker i of n of a DataLoader over `loaded`, every n-th index from the i-th on; else all of them.
+
+    The loader takes a batch of each worker in turn, so it gives the batches in the order of `indices`.
+    """
+    worker = get_worker_info()
+    if worker is None or worker.dataset is not loaded:
+        return indices
+    return islice(indices, worker.id, None, worker.num_workers)
 
 
 class _ByIndex(Dataset[Made], Generic[Made]):

@@ -120,7 +120,7 @@ class _ItemPixels:
         if isinstance(item, tuple | list):
             if len(item) > 1 and not _same_label(item[1], self._labels[place]):
                 raise DataError(
-                    f"{self.name(place)} has the label {_plain(item[1])!r:.40}, but the data set says "
+                    f"{self.name(place)} has the label {plain_label(item[1])!r:.40}, but the data set says "
                     f"{self._labels[place]!r:.40} elsewhere. Pass torch.utils.data.Subset(data, range(len(data))): it "
                     "has the items alone, so their own labels are read."
                 )
@@ -158,7 +158,7 @@ def _labelled(data: Any, labels: Any) -> tuple[Any, list[Any], list[str] | None]
         if labels is None or len(labels) != len(data):
             got = None if labels is None else len(labels)
             raise wrong_argument("labels", f"one for each of {len(data)} images", got)
-        return data, _as_list(labels), None
+        return data, label_list(labels), None
     sized = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | str)
     if not sized or isinstance(data, dict) or len(data) == 0:
         kinds = "a tensor or array of images, or a data set with __len__ and __getitem__, not empty"
@@ -184,7 +184,7 @@ def _stated_labels(data: Dataset[Any]) -> list[Any] | None:
         own = getattr(data, attribute, None)
         plain_targets = getattr(data, "target_transform", None) is None
         if own is not None and plain_targets and hasattr(own, "__len__") and len(own) == len(data):  # type: ignore[arg-type]
-            return _as_list(own)
+            return label_list(own)
     return None
 
 
@@ -199,7 +199,7 @@ def _labels_of_items(data: Dataset[Any]) -> list[Any]:
                 "Wrap the data set so that it returns both, and nothing else."
             )
         labels.append(item[1])
-    return _as_list(labels)
+    return label_list(labels)
 
 
 def _refuse_random(source: _ItemPixels) -> None:
@@ -220,18 +220,19 @@ def _spots(count: int) -> list[int]:
 
 
 def _same_label(one: Any, other: Any) -> bool:
-    one, other = _plain(one), _plain(other)
+    one, other = plain_label(one), plain_label(other)
     return isinstance(one, str | int | float) and isinstance(other, str | int | float) and one == other
 
 
-def _plain(label: Any) -> Any:
+def plain_label(label: Any) -> Any:
     """A label as a number or text, where it is an array or tensor of one."""
     single = isinstance(label, np.generic) or (isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1)
     return label.item() if single else label
 
 
-def _as_list(labels: Any) -> list[Any]:
-    return [_plain(label) for label in (labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels)]
+def label_list(labels: Any) -> list[Any]:
+    """Labels as plain values."""
+    return [plain_label(label) for label in (labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels)]
 
 
 def _text_of(label: Any, place: int, names: list[str] | None) -> str:

@@ -32,7 +32,8 @@ from metawrap.results import MetaOutput, TaskOutcome, meta_output
 from metawrap.settings.settings import check_choice, check_switch
 from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers
-from metawrap.tasks import Task, TaskBatch, device_of, iterate_task_batches, usable
+from metawrap.task_iteration import iterate_task_batches
+from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 # Tasks that an evaluation solves before it lets other threads use the modules.
 _IN_A_PART = 16

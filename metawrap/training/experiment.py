@@ -24,7 +24,8 @@ from metawrap.data import (
     preprocessing_of,
 )
 from metawrap.data.catalog import DOWNLOADED
-from metawrap.data.episodes import Demand, check_enough
+from metawrap.data.episode_draws import Demand, check_enough
+from metawrap.data.episode_splits import EVALUATION_TASKS, TEST_SEED, VALIDATION_SEED
 from metawrap.data.normalisation import IMAGENET, statistics_of
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.factory import in_one_line
@@ -36,10 +37,6 @@ from metawrap.tasks import Task
 from metawrap.training.data_record import DataRecord, record_of
 from metawrap.training.run_settings import METHODS, RunSettings
 from metawrap.training.torchrun import device_of_rank, local_rank_zero_first
-
-# Every run has the same validation and test tasks, whatever its seed: results of runs can be compared.
-VALIDATION_SEED = 1_000_001
-TEST_SEED = 1_000_002
 
 # Processes that read streamed images ahead, unless the settings say otherwise.
 LOADER_WORKERS = 2
@@ -278,7 +275,7 @@ def fixed_tasks(
 
     Every run with the same data, ways, shots, targets and count gets the same tasks.
     """
-    return _sampler(settings, images, device, settings.ways, math.gcd(count, 20), own, seed=seed)
+    return _sampler(settings, images, device, settings.ways, math.gcd(count, EVALUATION_TASKS), own, seed=seed)
 
 
 def _train_sampler(

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import metawrap.methods as methods
 from metawrap.data import DATASETS, ImageSet, Preprocessing
 from metawrap.data.class_split import PARTS
-from metawrap.data.episodes import Demand, check_enough
+from metawrap.data.episode_draws import Demand, check_enough
+from metawrap.data.episode_splits import TEST_SEED
 from metawrap.data.folder import load_whole_folder
 from metawrap.data.loader_workers import naming_dead_workers
 from metawrap.data.problems import listed
@@ -31,7 +32,6 @@ from metawrap.training.data_record import (
     unseen,
 )
 from metawrap.training.experiment import (
-    TEST_SEED,
     Experiment,
     build_learner,
     find_device,

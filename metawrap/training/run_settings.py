@@ -144,8 +144,8 @@ class RunSettings(Options):
             raise ArgumentError("weights: expected a model that they belong to. Name it with --model.")
         if self.backbone == "wrn28-10" and self.filters != 64:
             raise ArgumentError(
-                f"filters: wrn28-10 has 160, 320 and 640 channels, but got {self.filters}. Leave --filters out, or take "
-                "--backbone resnet12 or conv4."
+                f"filters: wrn28-10 has 160, 320 and 640 channels, but got {self.filters}. Leave --filters out, "
+                "or take --backbone resnet12 or conv4."
             )
         if self.validation_alone > self.validation_tasks:
             raise ArgumentError(

@@ -17,8 +17,8 @@ ROOT = Path(metawrap.__file__).parent
 # From the bottom up: a room may import the rooms before it, and itself. A module belongs to its longest prefix here.
 ORDER = [
     "errors", "templates",
-    "tasks", "outputs", "results", "evaluation_result", "layers", "surgery", "snapshot", "engines", "settings",
-    "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
+    "tasks", "task_iteration", "outputs", "results", "evaluation_result", "layers", "surgery", "snapshot", "engines",
+    "settings", "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
     "factory", "weight_files", "pretrained", "classifier", "service", "training", "sklearn", "recipes", "report", "cli",
     "__main__",
 ]  # fmt: skip

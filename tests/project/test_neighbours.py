@@ -45,6 +45,9 @@ class Noise:
     def batches(self, count: int, start: int = 0) -> Any:
         return (self.batch(index) for index in range(start, start + count))
 
+    def __getitem__(self, place: slice) -> list[TaskBatch]:
+        return list(self.batches(place.stop - place.start, place.start))
+
 
 def make_learner() -> MAMLPlusPlus:
     """All that depends on the epoch moves within three: step weights, derivative order and the outer rate."""

@@ -21,9 +21,10 @@ import metawrap
 import metawrap.training.run_evaluation
 from metawrap.cli import main
 from metawrap.data import EpisodeSampler, load_image_folder
+from metawrap.data.episode_splits import TEST_SEED
 from metawrap.errors import ArgumentError, CheckpointError, DataError
 from metawrap.snapshot.generators import Generators
-from metawrap.training.experiment import TEST_SEED, load_splits
+from metawrap.training.experiment import load_splits
 
 
 def parts(folder: str) -> list[tuple[str, ...]]:
