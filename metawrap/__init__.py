@@ -112,7 +112,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Runs and data need the rooms `training` and `data`, which take longer to import than the methods."""
     if name == "benchmark":
-        from metawrap.data import benchmark
+        from metawrap.data.episode_splits import benchmark
 
         return benchmark
     if name not in ("LoadedRun", "load"):

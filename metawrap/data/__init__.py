@@ -21,7 +21,7 @@ from metawrap.data.batch_sampler import EpisodeBatchSampler
 from metawrap.data.catalog import DATASETS, load_data, normalisation_of, preprocessing_of
 from metawrap.data.cifar import load_cifar_fs, load_fc100
 from metawrap.data.cub import load_cub
-from metawrap.data.episode_splits import EpisodeSplits, benchmark
+from metawrap.data.episode_splits import EpisodeSplits
 from metawrap.data.episodes import EpisodeSampler
 from metawrap.data.folder import load_image_folder
 from metawrap.data.glyphs import load_glyphs
@@ -35,7 +35,7 @@ from metawrap.data.user_data import splits_from
 
 __all__ = [
     "DATASETS", "DataSplits", "EpisodeBatchSampler", "EpisodeSampler", "EpisodeSplits", "ImageSet", "LabelledImages",
-    "Preprocessing", "StreamedImages", "benchmark",
+    "Preprocessing", "StreamedImages",
     "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_grocery",
     "load_image_folder", "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of",
     "preprocessing_of", "splits_from",

@@ -110,7 +110,7 @@ class EpisodeBatchSampler(Sampler[list[int]]):
         shape = self.tasks_per_batch, self.ways, self.shots + self.targets
         if len(items) != np.prod(shape) or not all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
             expected = f"{np.prod(shape)} pairs (x, y): tasks_per_batch * ways * (shots + targets)"
-            fix = "Pass batch_sampler= and collate_fn= of one sampler, and a data set of pairs."
+            fix = "Give a DataLoader slices and collate of one sampler, and a data set of pairs."
             raise wrong_argument("items", expected, items, fix)
         labels = [plain_label(y) for _, y in items]
         numbers = np.array([self._numbers.get(label, -1) for label in labels]).reshape(shape)
