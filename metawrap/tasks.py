@@ -139,6 +139,10 @@ class TaskBatch:
         """The same tasks on another device or with other floats, as `Task.to`."""
         return TaskBatch(tuple(task.to(*args, **kwargs) for task in self.tasks))
 
+    def pin_memory(self) -> TaskBatch:
+        """The same tasks in page-locked memory; `DataLoader(pin_memory=True)` asks for it."""
+        return TaskBatch(tuple(task.map(Tensor.pin_memory) for task in self.tasks))
+
     def chunks(self, size: int) -> Iterator[tuple[Task, ...]]:
         """The tasks in order, `size` at a time.
 

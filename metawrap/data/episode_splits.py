@@ -68,7 +68,9 @@ def benchmark(
         ArgumentError, DataError: as `load_data` and `EpisodeSampler`; classes that are too few are named by part.
     """
     splits = load_data(name, root, **options)
-    turned = name == "omniglot" if rotations is None else rotations  # As nearly every publication since MANN (2016).
+    turned = (
+        str(name) == "omniglot" if rotations is None else rotations
+    )  # As nearly every publication since MANN (2016).
     demands = [Demand(part, ways, turned and word == "train", word) for word, part in splits._asdict().items()]
     check_enough(demands, shots, targets)
     how: dict[str, Any] = {"device": device, "normalise": normalisation_of(str(name))}

@@ -10,6 +10,7 @@ import torch
 from data_helpers import checksum, numbered_images
 from refusals import refuses
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import metawrap
 from metawrap import ProtoNet
@@ -55,6 +56,14 @@ def test_a_data_set_around_a_sampler_is_not_divided_among_the_workers() -> None:
 
     found = [checksum(batch) for batch in DataLoader(Own(), batch_size=None, num_workers=2)]
     assert sorted(found) == sorted(checksum(sampler().batch(index)) for index in range(4))
+
+
+def test_a_loader_finds_how_to_pin_every_tensor_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # As a machine without a GPU cannot.
+    [plain, _], [pinned, _] = (batch := sampler().batch(0)), pin_memory(batch)
+    for before, after in zip(plain.parts(), pinned.parts(), strict=True):
+        assert torch.equal(after, before + 1)
+    assert pinned.classes == plain.classes
 
 
 def test_loaders_without_an_end_and_slices_that_are_none_are_refused() -> None:
