@@ -1,4 +1,4 @@
-"""How well a learner does on photos that it was not shown: each photo is predicted by what the others taught."""
+"""How well a learner does on examples that it was not shown: each example is predicted by what the others taught."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from metawrap.outputs import prediction_in
 from metawrap.tasks import Task
 
-# More rounds give each of them nearly all photos; their time grows with photos and rounds.
+# More rounds give each of them nearly all examples; their time grows with examples and rounds.
 _ROUNDS = 10
 _Z = 1.96
 
@@ -23,29 +23,29 @@ _Z = 1.96
 class Estimate:
     """The result of `left_out`.
 
-    right, photos: of the photos that were left out. rounds: how many times a part of the photos was left out; each
-    photo was left out once, except the only ones of their class. confused: (true class, predicted class, times), the
-    most frequent first.
+    right, examples: of the examples that were left out. rounds: how many times a part of them was left out; each was
+    left out once, except the only ones of their class. confused: (true class, predicted class, times), the most
+    frequent first.
     """
 
     right: int
-    photos: int
+    examples: int
     rounds: int
     confused: tuple[tuple[str, str, int], ...]
 
     @property
     def accuracy(self) -> float:
         """The share that was predicted right, in 0..1."""
-        return self.right / self.photos
+        return self.right / self.examples
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy (Wilson 1927), which is sensible for few photos and for 100 %, too.
+        """The 95 % interval of the accuracy (Wilson 1927), which is sensible for few examples and for 100 %, too.
 
-        >>> Estimate(right=10, photos=10, rounds=5, confused=()).interval
+        >>> Estimate(right=10, examples=10, rounds=5, confused=()).interval
         (0.7224598..., 1.0)
         """
-        share, count, z = self.accuracy, self.photos, _Z
+        share, count, z = self.accuracy, self.examples, _Z
         centre = (share + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
         return max(0.0, centre - half), min(1.0, centre + half)
@@ -53,7 +53,7 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         low, high = self.interval
-        found = {"right": self.right, "photos": self.photos, "rounds": self.rounds}
+        found = {"right": self.right, "examples": self.examples, "rounds": self.rounds}
         return found | {
             "accuracy": self.accuracy,
             "interval": [low, high],
@@ -63,18 +63,18 @@ class Estimate:
     def __str__(self) -> str:
         low, high = (100 * bound for bound in self.interval)
         share = f"{100 * self.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
-        return f"{self.right} of {self.photos} right, {share}"
+        return f"{self.right} of {self.examples} right, {share}"
 
 
 def left_out(
     learner: Any, inputs: Tensor, labels: Tensor, names: Sequence[str], norm: str | None = None
 ) -> Estimate | None:
-    """Predicts each photo from the others: in each round, at most a tenth of each class's photos is left out.
+    """Predicts each example from the others: in each round, at most a tenth of each class's examples is left out.
 
     Args:
-        inputs: (photos, ...). labels: (photos,), places among `names`. norm: as in `learner.evaluate`.
+        inputs: (examples, ...). labels: (examples,), places among `names`. norm: as in `learner.evaluate`.
     Returns:
-        None if each class has one photo: nothing can be left out.
+        None if each class has one example: nothing can be left out.
     """
     found: list[int] = []
     true: list[int] = []
@@ -93,12 +93,12 @@ def left_out(
 
 
 def _rounds(labels: Tensor) -> Iterator[Tensor]:
-    """Masks (photos,) of the photos to leave out. A class's photos are dealt to the rounds; one is always kept."""
+    """Masks (examples,) of what to leave out. A class's examples are dealt to the rounds; one is always kept."""
     places = [torch.nonzero(labels == label).flatten() for label in sorted(set(labels.tolist()))]
     several = [own for own in places if len(own) > 1]
     for number in range(min(_ROUNDS, max(map(len, several), default=0))):
         out = torch.zeros(len(labels), dtype=torch.bool)
         for own in several:
-            # With fewer photos than rounds, each is left out in a round of its own.
+            # With fewer examples than rounds, each is left out in a round of its own.
             out[own[number::_ROUNDS]] = True
         yield out

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,12 +55,7 @@ class Photos:
             )
         files = files_at(path, MAX_IMAGE_BYTES)
         classes = class_files(folder_tree(visible(files.names())), path)
-        if len(classes) < 2:
-            raise DataError(
-                f"support: '{place}' holds one class, '{next(iter(classes))}'. Expected a folder of photos for each of "
-                "two or more classes; a folder such as 'other' may hold what is none of them."
-            )
-        _check_names(list(classes), place)
+        check_classes(list(classes), place)
         names = [(label, name) for label, own in enumerate(classes.values()) for name in own]
         height, width = preprocessing.size
         if (needed := 4 * len(names) * preprocessing.channels * height * width) > _MAX_SUPPORT_BYTES:
@@ -71,6 +67,11 @@ class Photos:
         pictures = np.ascontiguousarray(np.stack(decoded).transpose(0, 2, 3, 1))
         labels = torch.tensor([label for label, _ in names])
         return cls(tuple(classes), tuple(name for _, name in names), labels, pictures)
+
+    @property
+    def prepared(self) -> Any:
+        """The pictures, as `Preprocessing.prepare` gives them."""
+        return self.pictures
 
     def near_duplicates(self) -> Iterator[tuple[str, str, bool]]:
         """Pairs of photos that look the same, and whether their classes differ.
@@ -92,13 +93,19 @@ def _signs(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
 
 
-def _check_names(names: list[str], place: object) -> None:
+def check_classes(names: list[str], place: object) -> None:
+    """Raises DataError unless there are two or more classes, whose names look different."""
+    if len(names) < 2:
+        raise DataError(
+            f"support: '{place}' holds one class, {listed(names)}. Expected examples of two or more classes; a class "
+            "such as 'other' may hold what is none of them."
+        )
     seen: dict[str, str] = {}
     for name in names:
         looks = unicodedata.normalize("NFKC", name).casefold().strip()
         if looks in seen:
             raise DataError(
-                f"support: the classes {listed([seen[looks], name])} of '{place}' have names that look the same. Put "
-                "their photos into one folder, or rename one."
+                f"support: the classes {listed([seen[looks], name])} of '{place}' have names that look the same. Make "
+                "one class of them, or rename one."
             )
         seen[looks] = name

@@ -40,7 +40,7 @@ def test_each_photo_is_left_out_once_but_for_the_only_one_of_a_class(counts: tup
     assert sorted(learner.out) == several
     assert all(kept == set(range(len(counts))) for kept in learner.kept)
     assert found is not None
-    assert (found.photos, found.rounds) == (len(several), min(10, max(counts)))
+    assert (found.examples, found.rounds) == (len(several), min(10, max(counts)))
 
 
 def test_wrong_ones_are_counted_by_pairs() -> None:
@@ -57,7 +57,7 @@ def test_one_photo_of_each_class_gives_no_estimate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "photos", "interval"),  # R: binom::binom.wilson
+    ("right", "examples", "interval"),  # R: binom::binom.wilson
     [
         (10, 10, (0.7224672, 1.0)),
         (0, 10, (0.0, 0.2775328)),
@@ -65,8 +65,8 @@ def test_one_photo_of_each_class_gives_no_estimate() -> None:
         (33, 35, (0.8139, 0.9842)),
     ],
 )
-def test_interval(right: int, photos: int, interval: tuple[float, float]) -> None:
-    assert Estimate(right, photos, 5, ()).interval == pytest.approx(interval, abs=1e-4)
+def test_interval(right: int, examples: int, interval: tuple[float, float]) -> None:
+    assert Estimate(right, examples, 5, ()).interval == pytest.approx(interval, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", [R2D2, MAML])
@@ -84,4 +84,4 @@ def test_an_estimate_equals_adapting_by_hand(method: Any) -> None:
         right += int((found.argmax(1) == labels[out]).sum())
     estimate = left_out(learner, inputs, labels, "abc", "support")
     assert estimate is not None
-    assert (estimate.right, estimate.photos) == (right, 9)
+    assert (estimate.right, estimate.examples) == (right, 9)

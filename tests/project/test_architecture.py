@@ -19,8 +19,8 @@ ORDER = [
     "errors", "templates",
     "tasks", "outputs", "results", "evaluation_result", "layers", "surgery", "snapshot", "engines", "settings",
     "inner_loop", "heads", "checks", "outer_update", "execution", "learner", "methods", "data", "backbones",
-    "factory", "weight_files", "pretrained", "classifier", "training", "sklearn", "recipes", "report", "cli",
-    "__main__",
+    "factory", "weight_files", "pretrained", "sentence_encoder", "classifier", "training", "sklearn", "recipes",
+    "report", "cli", "__main__",
 ]  # fmt: skip
 
 
