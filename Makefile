@@ -19,7 +19,7 @@ help:
 	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
 	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
 	@echo "make trust     many random kills and a run of 20,000 meta-steps; make fuzz: the readers, FUZZ_SECONDS each"
-	@echo "make browser   open the report in a headless Chromium (CHROMIUM=... names it)"
+	@echo "make browser   open the report and the service in a headless Chromium (CHROMIUM=... names it)"
 	@echo "make docs      build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make lint      ruff; make format lets it change files"
 	@echo "make types     mypy --strict"
@@ -53,7 +53,7 @@ fuzz: $(VENV)/installed-test
 # Needs a Chromium: CHROMIUM=/path/to/it where it is not found.
 browser: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,browser]"
-	$(BIN)/python -m pytest -m browser tests/report/test_report_browser.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m browser tests/report tests/service $(PYTEST_FLAGS)
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -4,7 +4,9 @@ compare    time and peak memory of a meta-step, against a plain loop, other libr
 charts     draws the records of `compare` again
 gpu        kernels of a meta-step, and percent of the GPU's ceilings
 long-run   memory, file handles and speed over thousands of meta-steps
+threads    throughput of adapt on one learner, from 1, 2 and 8 threads
 omniglot   accuracy at the paper's Omniglot settings
+photos     accuracy of a pretrained network with each simple head, without meta-training
 measure    one measurement in a process of its own; `compare` starts it
 """
 
@@ -18,7 +20,9 @@ COMMANDS = {
     "charts": "speed.charts",
     "gpu": "gpu.meta_step",
     "long-run": "speed.long_run",
+    "threads": "speed.threads",
     "omniglot": "accuracy.omniglot",
+    "photos": "accuracy.photos",
     "measure": "speed.measure",
 }
 

@@ -69,11 +69,13 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         kind = "transductive" if self.norm == "batch" else "inductive"
+        known = self.tasks > 1  # One task has no interval.
         values = [
-            f"accuracy {100 * found.mean:.2f} % +- {100 * found.interval:.2f}"
+            f"accuracy {100 * found.mean:.2f} %" + (f" +- {100 * found.interval:.2f}" if known else "")
             if name == "accuracy"
-            else f"{name} {found.mean:.4g} +- {found.interval:.2g}"
+            else f"{name} {found.mean:.4g}" + (f" +- {found.interval:.2g}" if known else "")
             for name, found in self.metrics.items()
         ]
         steps = "" if self.steps is None else f"{self.steps} inner steps, "
-        return f'{", ".join(values)} (95 %, {self.tasks} tasks, {steps}norm="{self.norm}", {kind})'
+        tasks = f"95 %, {self.tasks} tasks" if known else "1 task"
+        return f'{", ".join(values)} ({tasks}, {steps}norm="{self.norm}", {kind})'

@@ -165,7 +165,7 @@ def _of_timm(name: str, data: Any, model: nn.Module) -> Preprocessing:
     resized = [math.floor(side / found["crop_pct"]) for side in size]
     fractions = [side / whole for side, whole in zip(size, resized, strict=True)]
     if mode not in ("center", "squash") or (mode == "center" and len(set(size)) > 1) or len(set(fractions)) > 1:
-        raise ArgumentError(f"model: '{name}' wants crop_mode='{mode}' to {size}. {_OWN}")
+        raise ArgumentError(f"model: '{name}' wants timm's crop mode '{mode}' to {size}. {_OWN}")
     way = _cropped(name, size, resized[0], found["interpolation"], found["mean"], found["std"])
     return way if mode == "center" else Preprocessing.from_dict(way.to_dict() | {"resize": "squeeze"})
 

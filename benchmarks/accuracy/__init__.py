@@ -1,1 +1,3 @@
-"""Accuracy after training: omniglot.py at the paper's settings, methods.sh for all methods at a budget of minutes."""
+"""Accuracy: omniglot.py at the paper's settings, methods.sh for all methods at a budget of minutes, photos.py for
+pretrained networks.
+"""

@@ -2,6 +2,7 @@
 # The table of benchmarks/results/methods.md: every method on Omniglot, 5-way 1-shot, Conv4 with 64 filters.
 #   bash benchmarks/accuracy/methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]
 # DATA_ROOT is Omniglot's folder or zip. It takes an hour and a quarter on two cores. A second start continues a stopped run.
+# Methods with an inner loop are under norm="batch", as published figures are; the others under their own, "running".
 # Metric and joint methods train on 20-way tasks, as ProtoNet's paper does; the test tasks are the same for all.
 set -euo pipefail
 data=${1:?usage: methods.sh DATA_ROOT [OUT] [METHODS] [JOBS]}
@@ -33,6 +34,7 @@ settings=(
   multi-task.budget=600 multi-task.epochs=4 multi-task.train_ways=20 multi-task.meta_lr=0.003
   zero-step.budget=200
 )
+for method in maml++ maml fomaml meta-sgd anil boil reptile lstm; do settings+=("$method.norm=batch"); done
 sets=()
 for setting in "${settings[@]}"; do
   # Only settings of the methods that are compared.

@@ -69,7 +69,7 @@ class PlainGraphs(PlainLoop):
 
 
 class Metawrap:
-    """metawrap, with these keywords of `MAMLPlusPlus`."""
+    """metawrap, with these keywords of `MAMLPlusPlus`, under the batch statistics of the plain loop."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Metawrap:
         # One epoch more than the first-order phase: a run without a second-order epoch gives a warning.
         order = {"first_order_epochs": epochs, "epochs": epochs + 1}
         try:
-            self.learner = MAMLPlusPlus(model, inner_steps=case.steps, **order, **options)
+            self.learner = MAMLPlusPlus(model, inner_steps=case.steps, norm="batch", **order, **options)
         except MetaWrapError as error:
             raise Skipped(f"this metawrap refuses it: {error}") from error
         self.parameters = dict(self.learner.model.named_parameters())

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metawrap.engines.calling import leaves_behind
+from metawrap.engines.calling import leaves_behind, refuse_wrappers
 from metawrap.errors import MetaWrapError, MetaWrapWarning, TaskError
 from metawrap.results import class_loss, ignored_label
 from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, is_stacked, tensors_in
@@ -117,7 +117,9 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
 
     Raises:
         TaskError: names the parts of each kind of task, and the model's own precision.
+        UnsupportedModuleError: torch.compile was put around a part of the model.
     """
+    refuse_wrappers(model)
     try:
         yield
     except MetaWrapError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metawrap.data.class_folders import class_files, folder_tree, visible
 from metawrap.data.image_files import files_at
-from metawrap.data.pictures import MAX_IMAGE_BYTES, decode_image
+from metawrap.data.pictures import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, decode_image
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed
 from metawrap.errors import DataError
@@ -63,10 +63,32 @@ class Photos:
                 f"support: {len(names)} photos of {width} x {height} pixels take {needed / 2**30:.1f} GiB; expected at "
                 f"most {_MAX_SUPPORT_BYTES / 2**30:.0f}. Use fewer photos per class, or a smaller --image-size."
             )
-        decoded = [decode_image(files.read(name), name, preprocessing.decoding) for _, name in names]
-        pictures = np.ascontiguousarray(np.stack(decoded).transpose(0, 2, 3, 1))
-        labels = torch.tensor([label for label, _ in names])
-        return cls(tuple(classes), tuple(name for _, name in names), labels, pictures)
+        return cls.of(list(classes), ((label, name, files.read(name)) for label, name in names), preprocessing)
+
+    @classmethod
+    def of(
+        cls,
+        classes: Sequence[str],
+        contents: Iterable[tuple[int, str, bytes]],
+        preprocessing: Preprocessing,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> Photos:
+        """Photos in memory.
+
+        Args:
+            contents: of each photo, the place of its class among `classes`, the name of its file, and the file. They
+                are read one by one. max_pixels: photos of more pixels are refused.
+        Raises:
+            DataError: as `read` does.
+        """
+        check_classes(classes)
+        decoding = replace(preprocessing.decoding, max_pixels=max_pixels)
+        read = [(label, name, decode_image(content, name, decoding)) for label, name, content in contents]
+        labels = torch.tensor([label for label, _, _ in read], dtype=torch.long)
+        if empty := [name for label, name in enumerate(classes) if label not in labels]:
+            raise DataError(f"There is no photo of {listed(empty)}. Add one to each, or remove the class.")
+        pictures = np.ascontiguousarray(np.stack([pixels for _, _, pixels in read]).transpose(0, 2, 3, 1))
+        return cls(tuple(classes), tuple(name for _, name, _ in read), labels, pictures)
 
     @property
     def prepared(self) -> Any:
@@ -93,19 +115,20 @@ def _signs(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
 
 
-def check_classes(names: list[str], place: object) -> None:
-    """Raises DataError unless there are two or more classes, whose names look different."""
+def check_classes(names: Sequence[str], place: object = None) -> None:
+    """Raises DataError unless there are two or more classes, whose names look different. place: where they lie."""
     if len(names) < 2:
+        found = f"got {len(names)}" if place is None else f"'{place}' holds one class, {listed(names)}"
         raise DataError(
-            f"support: '{place}' holds one class, {listed(names)}. Expected examples of two or more classes; a class "
-            "such as 'other' may hold what is none of them."
+            f"Expected examples of two or more classes, but {found}. Add a class; one such as 'other' may hold what is "
+            "none of them."
         )
     seen: dict[str, str] = {}
     for name in names:
         looks = unicodedata.normalize("NFKC", name).casefold().strip()
         if looks in seen:
             raise DataError(
-                f"support: the classes {listed([seen[looks], name])} of '{place}' have names that look the same. Make "
-                "one class of them, or rename one."
+                f"The classes {listed([seen[looks], name])} have names that look the same. Make one class "
+                "of them, or rename one."
             )
         seen[looks] = name

@@ -1,4 +1,6 @@
-"""The command line. From top to bottom: commands -> data_check, output, arguments, flags_to_settings."""
+"""The command line. From top to bottom: commands -> classify, serve -> sources -> data_check, output -> arguments ->
+classifier_arguments -> flags, flags_to_settings.
+"""
 
 from metawrap.cli.commands import main
 

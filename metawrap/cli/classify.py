@@ -9,32 +9,21 @@ import csv
 import json
 import shlex
 import sys
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from metawrap import methods
-from metawrap.classifier import Classifier, Estimate, Photos, Prediction, Texts, choose_method, fit_classifier
-from metawrap.classifier.fitting import EMBEDDING_METHODS, Examples
-from metawrap.classifier.program import Way
+from metawrap.classifier import Classifier, Estimate, Photos, Prediction, Texts
+from metawrap.classifier.fitting import Examples
+from metawrap.cli.sources import source_of
 from metawrap.data.class_folders import visible
 from metawrap.data.pictures import IMAGE_SUFFIXES
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.problems import listed, reading
-from metawrap.errors import ArgumentError, DataError, MetaWrapWarning, printable
-from metawrap.pretrained import DEFAULT, load_network
-from metawrap.sentence_encoder import load_encoder
-from metawrap.settings.keywords import nested
-from metawrap.training.experiment import find_device
-from metawrap.training.loaded_run import load
-from metawrap.training.machine import command_line, program
+from metawrap.errors import ArgumentError, DataError, printable
+from metawrap.training.machine import program
 from metawrap.training.progress import say
-from metawrap.training.run_settings import METHODS
 
 _SHOWN = 5  # confusions, near-duplicates
 _AT_ONCE = 64
@@ -42,24 +31,23 @@ _AT_ONCE = 64
 
 def run_adapt(arguments: Namespace) -> None:
     """Prints the estimate and writes the classifier."""
-    is_run = (Path(arguments.source) / "run.json").exists()
-    if is_run and Texts.are_at(arguments.support):
-        raise ArgumentError(f"support: '{arguments.support}' holds texts, but the run '{arguments.source}' has photos.")
-    make = _from_run if is_run else _from_encoder if Texts.are_at(arguments.support) else _from_network
-    learner, examples, way, words = make(arguments)
-    kind = way.kind
+    source = source_of(arguments, texts=Texts.are_at(arguments.support))
+    way, kind = source.preprocessing, source.preprocessing.kind
     if isinstance(way, Preprocessing):
+        examples: Examples = Photos.read(arguments.support, way)
         form = f"{way.size[1]} x {way.size[0]} pixels"
     else:
+        examples = Texts.read(arguments.support, way)
         form = f"up to {max(each.shape[1] for each in examples.prepared)} tokens"
     print(f"{kind.title()}: {_counts(examples)}, {form}")
-    print(f"Network: {words}")
-    if isinstance(learner, dict):
-        learner = _chosen(learner, examples, way)
-    about = {"network": words, "command": command_line()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "norm=", MetaWrapWarning)  # The line below says it.
-        classifier, estimate = fit_classifier(learner, examples, way, about)
+    print(f"Network: {source.words}")
+    learner, estimates = source.choose(examples)
+    if any(estimates.values()):
+        words = (
+            f"{name} {'-' if found is None else f'{100 * found.accuracy:.1f} %'}" for name, found in estimates.items()
+        )
+        print(f"{kind.title()} left out, by method: {', '.join(words)}")
+    classifier, estimate = source.fit(learner, examples)
     trained, norm = learner.settings.norm, classifier.about["norm"]
     moved = f', because "{trained}", of its training, needs a batch of photos' if norm != trained else ""
     print(f'Method: {classifier.about["method"]}, norm="{norm}"{moved}')
@@ -68,84 +56,6 @@ def run_adapt(arguments: Namespace) -> None:
     out = classifier.save(arguments.out, ("torch", *arguments.formats), examples.prepared)
     files = ", ".join(sorted(each.name for each in out.iterdir()))
     print(f"Classifier: {out} ({files})\nNext: {program()} predict {shlex.quote(str(out))} {kind[:-1].upper()}")
-
-
-def _from_run(arguments: Namespace) -> tuple[Any, Examples, Way, str]:
-    given = [name for name in ("method", "weights", "image_size", "options") if name in arguments]
-    if given:
-        flag = "set" if given[0] == "options" else given[0].replace("_", "-")
-        raise ArgumentError(
-            f"{flag}: '{arguments.source}' is a run, which has its method, weights and images. Leave --{flag} out."
-        )
-    run = load(arguments.source, arguments.checkpoint, arguments.model, arguments.device)
-    photos = Photos.read(arguments.support, run.preprocessing)
-    settings = run.settings
-    words = f"run '{arguments.source}' (trained on {settings.data}, epoch {run.epoch})"
-    return run.learner, photos, run.preprocessing, words
-
-
-def _from_encoder(arguments: Namespace) -> tuple[Any, Examples, Way, str]:
-    """As `_from_network`, of texts."""
-    if "image_size" in arguments:
-        raise ArgumentError(f"image_size: '{arguments.support}' holds texts. Leave --image-size out.")
-    weights = getattr(arguments, "weights", DEFAULT)
-    encoder, way, words = load_encoder(arguments.source, weights)
-    texts = Texts.read(arguments.support, way)
-    model = nn.Sequential(encoder, nn.Linear(encoder.width, len(texts.classes)))
-    return _learners(arguments, model, lambda: model), texts, way, words
-
-
-def _from_network(arguments: Namespace) -> tuple[Any, Examples, Way, str]:
-    """As `_from_run`; under "auto" the learner is a dict of learners by the name of their class."""
-    source = arguments.source
-    if Path(source).is_dir() and ":" not in source:
-        raise ArgumentError(
-            f"'{source}' is a folder without run.json: no run. Name a run, or a network as module:name."
-        )
-    weights = getattr(arguments, "weights", None)
-    network = load_network(source, weights)
-    preprocessing = network.preprocessing
-    if (size := getattr(arguments, "image_size", None)) is not None:
-        preprocessing = (
-            Preprocessing(size=(size, size)) if preprocessing is None else replace(preprocessing, size=(size, size))
-        )
-    if preprocessing is None:
-        raise ArgumentError(
-            f"image_size: nothing says which images '{source}' takes. Pass --image-size N, or set its attribute "
-            "'preprocessing'."
-        )
-    photos = Photos.read(arguments.support, preprocessing)
-    # A method on an embedding keeps the statistics of the pretrained norms; another learns a new head.
-    learners = _learners(
-        arguments, network.model, lambda: load_network(source, weights, ways=len(photos.classes)).model
-    )
-    return learners, photos, preprocessing, network.words
-
-
-def _learners(arguments: Namespace, model: nn.Module, with_head: Callable[[], nn.Module]) -> Any:
-    """The learner of the method; under "auto" a dict of learners by the name of their class.
-
-    model: for methods on an embedding. with_head: the same with an output for each class, for the others.
-    """
-    name, device = getattr(arguments, "method", "auto"), find_device(arguments.device)
-    options = nested(dict(getattr(arguments, "options", [])))
-    classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
-    if set(classes) <= set(EMBEDDING_METHODS):
-        options = {"norm": "running", **options}
-    else:
-        model = with_head()
-    learners = {each: getattr(methods, each)(model, **options).to(device).eval() for each in classes}
-    return learners if name == "auto" else learners[classes[0]]
-
-
-def _chosen(learners: dict[str, Any], examples: Examples, way: Way) -> Any:
-    learner, estimates = choose_method(lambda name: learners[name], examples, way, tuple(learners))
-    if any(estimates.values()):
-        words = (
-            f"{name} {'-' if found is None else f'{100 * found.accuracy:.1f} %'}" for name, found in estimates.items()
-        )
-        print(f"{way.kind.title()} left out, by method: {', '.join(words)}")
-    return learner
 
 
 def _counts(examples: Examples) -> str:

@@ -26,15 +26,16 @@ from metawrap.cli.classify import run_adapt, run_predict
 from metawrap.cli.data_check import run_data_check
 from metawrap.cli.flags_to_settings import flags_in, is_given, out_in, recipe_in, settings_in, starts_a_run
 from metawrap.cli.output import show, silence, usable_streams, work_is_done
+from metawrap.cli.serve import run_serve
 from metawrap.errors import ArgumentError, MetaWrapError, RankError, printable, writing
 from metawrap.learner.description import Description
 from metawrap.recipes import Recipe, load_recipe, recipe_table, recipe_text
 from metawrap.report import draw_report_pictures, gather, write_report_page
 from metawrap.training.checkpoints import CheckpointFolder, write_json
 from metawrap.training.comparison import compare, settings_by_method
-from metawrap.training.experiment import model_flag
 from metawrap.training.inspection import inspect_model
 from metawrap.training.machine import command_line, program
+from metawrap.training.named_model import model_flag
 from metawrap.training.progress import quiet, say, saying_logs
 from metawrap.training.run import train, train_seeds
 from metawrap.training.run_evaluation import evaluate_run
@@ -57,14 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["train", "--ways", "1"])
     2
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return FAILED
+    arguments = parser.parse_args(argv)
     command = _COMMANDS[arguments.command]
     with usable_streams(), _sigterm_interrupts(), _warnings_in_one_line(), saying_logs(), quiet(arguments.quiet):
         try:
             if world_size() > 1 and arguments.command != "train":
                 raise ArgumentError(f"metawrap {arguments.command} runs in one process: start it without torchrun.")
-            if is_given(arguments, "model") and os.getcwd() not in sys.path:
-                # --model finds a file in the current folder; nothing else is imported from there.
+            if (is_given(arguments, "model") or "source" in arguments) and os.getcwd() not in sys.path:
+                # The name of a network finds a file in the current folder; nothing else is imported from there.
                 sys.path.insert(0, os.getcwd())
             with process_group():
                 command(arguments)
@@ -195,6 +200,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "adapt": run_adapt,
     "predict": run_predict,
+    "serve": run_serve,
     "inspect": _inspect,
     "report": _report,
     "data": run_data_check,

@@ -13,7 +13,7 @@ from metawrap.recipes.fields import RUN_FIELDS, by_field, typed
 from metawrap.recipes.recipe import SUFFIXES
 from metawrap.recipes.yaml_file import Given
 from metawrap.settings.keywords import flattened, nested
-from metawrap.training.experiment import check_model_is_named
+from metawrap.training.named_model import check_model_is_named
 from metawrap.training.run_settings import FREE_ON_RESUME, METHODS, RunSettings
 
 _NAMED_OTHERWISE = {"tasks_per_batch": "--batch", "iterations_per_epoch": "--iterations"}

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metawrap.engines.calling import PLAIN_ATTENTION
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.task_axis import TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
@@ -121,7 +121,7 @@ class BatchedEngine:
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             # Fused attention has no rule under vmap.
-            with TaskAxis() as self._axis, sdpa_kernel(SDPBackend.MATH):
+            with TaskAxis() as self._axis, PLAIN_ATTENTION.made():
                 output = function(*_refilled(args, tensors))
             shells.append(output)
             return tensors_in(output)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,16 +90,86 @@ def run_model(model: nn.Module, inputs: Any, head: nn.Module | None) -> Any:
     return entered[0]
 
 
+class _OfTheProcess:
+    """A setting of the whole process: the first thread that needs it makes it, and the last one undoes it.
+
+    A thread that left earlier would undo it under the others, and one that left later would leave it behind.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._lock, self._inside, self._undo = make, threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Inside, the setting is made."""
+        with self._lock:
+            if not self._inside:
+                self._undo.enter_context(self._make())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._undo.close()
+
+
+PLAIN_ATTENTION = _OfTheProcess(lambda: sdpa_kernel(SDPBackend.MATH))
+WITHOUT_CUDNN = _OfTheProcess(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
+def _compiled_part(model: nn.Module) -> str | None:
+    """In words, the first module that torch.compile runs by a method of its own, or None."""
+    for name, module in model.named_modules():
+        own = [value for value in module.__dict__.values() if isinstance(_before_compile(value), types.MethodType)]
+        if module._compiled_call_impl is not None or own or _has_compiled_methods(module.__class__):
+            return _place(name)
+    return None
+
+
+@functools.cache
+def _has_compiled_methods(cls: Any) -> bool:
+    return any(_before_compile(value) is not None for base in cls.__mro__ for value in vars(base).values())
+
+
+def _before_compile(value: Any) -> Any:
+    return getattr(value, "_torchdynamo_orig_callable", None) if type(value) is types.FunctionType else None
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raises UnsupportedModuleError where torch.compile was put around a module since the model was wrapped."""
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise UnsupportedModuleError(
+                f"{_place(name)} of learner.model was replaced by torch.compile(...), which renames its parameters. "
+                "Put its _orig_mod back, and compile the module that adapt or unwrap returns."
+            )
+
+
+def _place(name: str) -> str:
+    return f"'{name}'" if name else "the model"
+
+
 @contextmanager
 def differentiable_twice(model: nn.Module, plain: bool) -> Iterator[None]:
     """Makes fused attention, recurrent networks, and, if `plain`, hard gates and weight norms differentiable twice.
 
     Fused attention runs as plain matrix products, recurrent networks without cuDNN, the rest as in `PlainForms`.
+
+    Raises:
+        UnsupportedModuleError: torch.compile runs a module.
     """
+    if compiled := _compiled_part(model):
+        raise UnsupportedModuleError(
+            f"{compiled} runs through torch.compile, which differentiates fast weights wrongly or not twice. For "
+            "second-order gradients, undo it (after module.compile(): module._compiled_call_impl = None) and compile "
+            "the module that adapt or unwrap returns. First order works: FOMAML, first_order_epochs=math.inf."
+        )
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(PLAIN_ATTENTION.made())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(WITHOUT_CUDNN.made())
         if plain:
             stack.enter_context(PlainForms())
         yield
@@ -137,8 +209,8 @@ _FORMS: dict[Any, Callable[..., Tensor]] = {
     F.hardswish: _hardswish,
     torch._C._nn.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardswish: _hardswish,
-    torch._C._nn.hardsigmoid_: partial(_hardsigmoid, inplace=True),
-    torch._C._nn.hardswish_: partial(_hardswish, inplace=True),
+    torch._C._nn.hardsigmoid_: functools.partial(_hardsigmoid, inplace=True),
+    torch._C._nn.hardswish_: functools.partial(_hardswish, inplace=True),
     torch._weight_norm: weight_norm,
 }
 # As the graphs of torch.export call them.

@@ -2,7 +2,8 @@
 
 measured.py: the fastest way, measured on a learner's own batch
 parallel.py: tasks in threads, in forked processes or by replays
-executor.py: tasks in their order, fewer at once where memory runs out; which calls may run at the same time
+calls.py: which calls of a learner may run at the same time, and on which modules
+executor.py: tasks in their order, fewer at once where memory runs out
 ranks.py: processes of torch.distributed that share a meta-step
 threads.py: replicas of a learner, and tasks in threads
 forked_processes.py: tasks in forked processes

@@ -1,22 +1,18 @@
-"""How calls and tasks are run: which call may use the modules now, and the tasks of a batch in their order.
-
-`Calls`: a call that learns is alone; calls that do not learn share. `Executor`: the meta-gradient of a batch, one chunk
-of tasks after another, and fewer at once where memory runs out.
+"""How tasks are run: the meta-gradient of a batch, one chunk of tasks after another, and fewer at once where memory
+runs out.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metawrap.errors import MetaWrapError, OutOfMemoryError
+from metawrap.errors import OutOfMemoryError
 from metawrap.execution.out_of_memory import (
     can_be_flat,
     free_memory,
@@ -25,7 +21,6 @@ from metawrap.execution.out_of_memory import (
     warn_flat,
     warn_split,
 )
-from metawrap.execution.threads import replica
 from metawrap.inner_loop.inner_loop import added
 from metawrap.results import MetaOutput, TaskOutcome
 from metawrap.settings.groups import ExecutionOptions
@@ -33,7 +28,6 @@ from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
-Method = TypeVar("Method", bound=Callable[..., Any])
 Chunk = tuple[Task, ...]
 Solve = Callable[[Any, Task], TaskOutcome]
 MetaGradient = tuple[list[TaskOutcome], list[Tensor | None]]
@@ -206,124 +200,3 @@ class OneProcess:
     def averaged(self, output: MetaOutput, own: int, everyone: Sequence[TaskOutcome]) -> MetaOutput:
         """The output is that of all tasks."""
         return output
-
-
-class Calls:
-    """The calls of one learner that run at present.
-
-    A call that does not learn (`adapt`, `evaluate`, `forward` in eval mode) lends fast weights to the modules, moves
-    the inner-step clock and sets training flags. From one thread it uses the learner's own modules. Once the calls of
-    several threads have met, each call has a replica of the learner: modules and a clock of its own, the same
-    parameters, and copies of the buffers.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._alone: int | None = None  # The thread that uses the learner's own modules.
-        self._sharing = 0  # Calls on replicas.
-        self._waiting = 0  # Calls that wait to be alone: new calls on replicas let them pass.
-        self._met = False
-        self._held = threading.local()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For a call that learns: waits for all other threads' calls, and they wait for it."""
-        if self._alone == threading.get_ident():
-            yield
-            return
-        if self._replica_here() is not None:
-            raise MetaWrapError(
-                "A call that learns (meta_step, forward in training mode, load_state_dict) began inside of a call that "
-                "does not, in a metric of evaluate for example, while other threads use the learner: both would wait "
-                "for ever. Make it after that call."
-            )
-        with self._changed:
-            self._waiting += 1
-            try:
-                self._changed.wait_for(lambda: self._alone is None and not self._sharing)
-            finally:
-                self._waiting -= 1
-                self._changed.notify_all()
-            self._alone = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @contextmanager
-    def shared(self, learner: Any) -> Iterator[Any]:
-        """For a call that does not learn: yields the learner to run it on, the given one or a replica of it."""
-        here = self._replica_here()
-        if here is not None or self._alone == threading.get_ident():
-            yield learner if here is None else here
-            return
-        with self._changed:
-            self._met = self._met or self._alone is not None or self._sharing > 0
-            self._changed.wait_for(lambda: self._alone is None and not self._waiting)
-            # The first task of a mode is inspected on the learner itself, which keeps the findings.
-            made = self._replica_of(learner) if self._met and False in learner.findings else None
-            if made is None:
-                self._changed.wait_for(lambda: self._alone is None and not self._sharing)
-                self._alone = threading.get_ident()
-            else:
-                self._sharing += 1
-        if made is None:
-            try:
-                yield learner
-            finally:
-                self._leave()
-            return
-        self._held.replica = made
-        try:
-            yield made
-        finally:
-            self._held.replica = None
-            with self._changed:
-                self._sharing -= 1
-                self._met = self._sharing > 0
-                self._changed.notify_all()
-
-    def _replica_here(self) -> Any:
-        return getattr(self._held, "replica", None)
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._alone = None
-            self._changed.notify_all()
-
-    def _replica_of(self, learner: Any) -> Any:
-        """A replica with buffers of its own; None where the model cannot be replicated, so that calls take turns."""
-        if edits_weights(learner.model):
-            return None  # All replicas share the weights.
-        try:
-            return replica(learner, shared=[learner.outer, learner.executor, self], buffers=False)
-        except Exception:  # Whatever a model of the user's own raises when it is copied.
-            return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
-        return Calls()
-
-    def __reduce__(self) -> Any:
-        return Calls, ()
-
-
-def shared(method: Method) -> Method:
-    """Makes a method of a learner run as a call that does not learn."""
-
-    @wraps(method)
-    def run(self: Any, *args: Any, **keywords: Any) -> Any:
-        with self.calls.shared(self) as learner:
-            return method(learner, *args, **keywords)
-
-    return run  # type: ignore[return-value]
-
-
-def alone(method: Method) -> Method:
-    """Makes a method of a learner run as a call that learns."""
-
-    @wraps(method)
-    def run(self: Any, *args: Any, **keywords: Any) -> Any:
-        with self.calls.alone():
-            return method(self, *args, **keywords)
-
-    return run  # type: ignore[return-value]

@@ -29,6 +29,8 @@ from metawrap.snapshot.module_state import Slot, slots_of
 from metawrap.tasks import device_of, map_tensors, tensors_in
 
 Gradients = Sequence[Tensor | None]
+# Options of an optimizer that do not change its update.
+_NO_PART = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
 _NO_PREDICTION = "predictions stay where they were made"
 
 
@@ -37,14 +39,16 @@ class _Word:
     """What one process tells the others: that it failed, or what there is to add up and to gather.
 
     call: which call at which iteration it is in. checked: whether it knows that all learners are the same. frozen:
-    which parameters are not learned. present: which of the others have a gradient. solved: the tasks' outcomes, their
-    tensors on the meta device. edited: buffers and parameters that forward edited.
+    which parameters are not learned. optimizer: its kind and options, without its state. present: which of the others
+    have a gradient. solved: the tasks' outcomes, their tensors on the meta device. edited: buffers and parameters that
+    forward edited.
     """
 
     error: str | None = None
     call: tuple[str, int] = ("", 0)
     checked: bool = True
     frozen: list[str] = field(default_factory=list)
+    optimizer: str = ""
     present: list[bool] = field(default_factory=list)
     solved: list[TaskOutcome] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
@@ -115,6 +119,7 @@ class Ranks:
                 call=(self.call, self.learner.iteration),
                 checked=self.learner.executor.same_everywhere,
                 frozen=_frozen(self.learner),
+                optimizer=_update_in_words(self.learner) if self.call == "meta_step" else "",
                 present=[gradient is not None for gradient in gradients],
                 solved=map_tensors(own, lambda tensor: tensor.to("meta")),
                 edited=[slot.name for slot in self._before if slot.edited()],
@@ -216,6 +221,11 @@ class Ranks:
             if word.frozen != words[0].frozen:
                 names = sorted(set(word.frozen) ^ set(words[0].frozen))
                 raise RankError(f"{', '.join(names)} is frozen on rank 0 or on rank {rank}, but not on both.")
+            if word.optimizer != words[0].optimizer:
+                raise RankError(
+                    f"The learners of rank 0 and rank {rank} are not the same: the optimizer is {words[0].optimizer} "
+                    f"there, and {word.optimizer} here. Give all processes the same, with the same options."
+                )
 
     def _check_same_learner(self, edited: Sequence[str]) -> None:
         prints = self._gathered(_prints(self.learner, edited))
@@ -306,11 +316,16 @@ def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:
     state["'_extra_state'"] = learner.iteration
     state["the settings"] = repr(learner.settings)
     state["the optimizer"] = [
-        type(optimizer).__name__,
-        [group["lr"] for group in optimizer.param_groups],
+        _update_in_words(learner),
         tensors_in(optimizer.state_dict()["state"]),
     ]
     return {name: repr(map_tensors(value, _digest)) for name, value in state.items()}
+
+
+def _update_in_words(learner: Any) -> str:
+    optimizer = learner.optimizer
+    groups = [{k: v for k, v in group.items() if k not in _NO_PART} for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
 
 
 def _digest(tensor: Tensor) -> Any:

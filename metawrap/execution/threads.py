@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from metawrap.errors import UnsupportedModuleError
+from metawrap.surgery.copying import free_hooks
 
 Learner = TypeVar("Learner", bound=nn.Module)
 Item = TypeVar("Item")
@@ -26,7 +27,9 @@ Result = TypeVar("Result")
 
 
 def replica(learner: Learner, shared: Iterable[Any] = (), buffers: bool = True) -> Learner:
-    """A copy of the learner that shares its parameters, its buffers and the objects in `shared`.
+    """A copy of the learner that shares its parameters, its buffers, its hooks and the objects in `shared`.
+
+    A hook that holds a part of the model is copied with it; so is one that is a method of such an object.
 
     Args:
         buffers: False copies the buffers.
@@ -34,7 +37,8 @@ def replica(learner: Learner, shared: Iterable[Any] = (), buffers: bool = True) 
         UnsupportedModuleError: a module has a `__deepcopy__` of its own that copies its parameters.
     """
     kept: list[Any] = [*learner.parameters(), *(learner.buffers() if buffers else ())]
-    made = copy.deepcopy(learner, {id(value): value for value in [*kept, *shared]})
+    with torch.inference_mode(False):  # A buffer that was copied in that mode could not be edited outside.
+        made = copy.deepcopy(learner, {id(value): value for value in [*kept, *shared, *free_hooks(learner)]})
     if list(map(id, [*made.parameters(), *(made.buffers() if buffers else ())])) != list(map(id, kept)):
         raise UnsupportedModuleError("a copy of the model does not share its parameters, so it needs one worker")
     return made

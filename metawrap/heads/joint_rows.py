@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metawrap.engines.calling import PLAIN_ATTENTION, WITHOUT_CUDNN
 from metawrap.snapshot.module_state import unchanged
 from metawrap.tasks import Inputs, device_of, map_tensors, tensors_in
 
@@ -84,8 +84,8 @@ def trial(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> Any:
     A gate that is zero at first, as in residual branches, would hide what comes through it later.
     """
     device = device_of(model)
-    plain = torch.backends.cudnn.flags(enabled=False)  # Fused operations draw where no mode sees it.
-    with unchanged(model, device), torch.no_grad(), plain, sdpa_kernel(SDPBackend.MATH):
+    plain = WITHOUT_CUDNN.made()  # Fused operations draw where no mode sees it.
+    with unchanged(model, device), torch.no_grad(), plain, PLAIN_ATTENTION.made():
         _stir(model)
         with _ConstantDraws():  # type: ignore[no-untyped-call]
             return run(map_tensors(inputs, Tensor.clone))

@@ -189,7 +189,8 @@ class TaskSolver:
             partial(loss_of_rows if several else task_loss, self.loss_fn),
             self.wrapped.clock,
             stacked=several,
-            passes=PASSES[norm],
+            # Without a batch norm a context pass would have no use.
+            passes=PASSES[norm if self.wrapped.swapped else "batch"],
             differentiable=differentiable,
             second_order=differentiable and is_second_order(self.epoch, self.settings.first_order_epochs),
             max_norm=inner.max_grad_norm,

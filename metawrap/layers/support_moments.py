@@ -13,10 +13,28 @@ import torch
 from torch import Tensor
 
 from metawrap.errors import UnsupportedModuleError
-from metawrap.layers.task_norm import moments_by_row, over_channels, wide_of
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
+
+
+def moments_by_row(input: Tensor, first: int = 2) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each row over the axes from `first` on, which stay as axes of one entry."""
+    over = list(range(first, input.ndim))
+    if not over:  # One number for each channel: it is its own mean.
+        return input, torch.zeros_like(input)
+    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
+    return mean, variance
+
+
+def over_channels(input: Tensor) -> tuple[int, ...]:
+    """The shape in which (channels,) meets an input."""
+    return (1, -1, *(1,) * (input.ndim - 2))
+
+
+def wide_of(input: Tensor) -> Tensor:
+    """The input in single precision at least."""
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
 def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

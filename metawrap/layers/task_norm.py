@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metawrap.layers.support_moments import moments_by_row, over_channels, wide_of
+
 Blend = Literal["instance", "layer"]
 # What the outer loop learns about the support set's share.
 BLEND = ("blend_scale", "blend_offset")
@@ -41,25 +43,6 @@ def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
     examples = len(input) if rows is None else rows.sum()
     scale, offset = (getattr(norm, name) for name in BLEND)
     return torch.sigmoid(scale * examples + offset)
-
-
-def moments_by_row(input: Tensor, first: int = 2) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each row over the axes from `first` on, which stay as axes of one entry."""
-    over = list(range(first, input.ndim))
-    if not over:  # One number for each channel: it is its own mean.
-        return input, torch.zeros_like(input)
-    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
-    return mean, variance
-
-
-def over_channels(input: Tensor) -> tuple[int, ...]:
-    """The shape in which (channels,) meets an input."""
-    return (1, -1, *(1,) * (input.ndim - 2))
-
-
-def wide_of(input: Tensor) -> Tensor:
-    """The input in single precision at least."""
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
 def neutral_statistics(norm: _BatchNorm, input: Tensor) -> dict[str, Tensor]:

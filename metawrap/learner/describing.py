@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.engines.calling import autograd
+from metawrap.execution.calls import at_rest
 from metawrap.inner_loop.update_rules import LearningRates
 from metawrap.layers.per_step_norm import PerStepNorm
 from metawrap.learner.description import Description, Fate, ModuleRow
@@ -22,6 +23,7 @@ from metawrap.tasks import Task, usable
 _NO_RATES: dict[str, Tensor] = {}
 
 
+@at_rest
 def describe_learner(
     learner: Any,
     *,

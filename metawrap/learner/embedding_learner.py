@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, shown
-from metawrap.execution.executor import Executor, shared
+from metawrap.execution.calls import shared
+from metawrap.execution.executor import Executor
 from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead
 from metawrap.heads.placed_head import placed

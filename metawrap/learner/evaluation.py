@@ -6,7 +6,7 @@ evaluated: tasks -> each task solved under a batch-norm policy -> its metric -> 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,6 +34,9 @@ from metawrap.settings.validated import WholeOrNone, check_value
 from metawrap.snapshot.module_state import untouched_buffers
 from metawrap.tasks import Task, TaskBatch, device_of, iterate_task_batches, usable
 
+# Tasks that an evaluation solves before it lets other threads use the modules.
+_IN_A_PART = 16
+
 
 def evaluated(
     learner: Any,
@@ -55,22 +58,24 @@ def evaluated(
     values: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
     predictions: list[Any] = []
-    with in_eval_mode(learner), torch.no_grad():
+    solve = partial(_solved, norm=policy, steps=steps, mask=mask)
+    with torch.no_grad():
         for batch in iterate_task_batches(tasks):
             checked = list(checked_batch(batch, learner.loss_fn, device_of(learner)))
             for place, task in enumerate(checked, len(values)):
                 refuse_uncounted(task, learner.loss_fn, f"tasks (task {place}): ")
-            solve = partial(_solved, norm=policy, steps=steps, mask=mask)
-            for task, outcome in zip(checked, learner.executor.solved(learner, checked, solve), strict=True):
+            for task, (loss, accuracy, prediction) in zip(
+                checked, _solved_in_parts(learner, checked, solve), strict=True
+            ):
                 where = f"tasks (task {len(values)}): "
-                losses.append(outcome.loss.detach().double().cpu())
+                losses.append(loss.detach().double().cpu())
                 refuse_not_finite(task, losses[-1:], where)
                 if metrics is not None:
-                    values.append(metrics.of(outcome.prediction, task.target_y))
+                    values.append(metrics.of(prediction, task.target_y))
                 else:
-                    values.append({} if outcome.accuracy is None else {"accuracy": outcome.accuracy.double().cpu()})
+                    values.append({} if accuracy is None else {"accuracy": accuracy.double().cpu()})
                 if keep_predictions:
-                    predictions.append(outcome.prediction)
+                    predictions.append(prediction)
     if not values:
         raise TaskError("tasks: expected at least 1 task to evaluate on, but got none.")
     _warn_diverged(torch.stack(losses), policy)
@@ -84,6 +89,17 @@ def evaluated(
     found = {name: torch.stack([each[name] for each in values]) for name in names} or {"loss": torch.stack(losses)}
     details = {"norm": policy, "steps": learner.settings.default_steps if steps is None else steps}
     return EvaluationResult.of(found, torch.stack(losses), predictions=predictions, **details)
+
+
+def _solved_in_parts(
+    learner: Any, tasks: list[Task], solve: Callable[[Any, Task], TaskOutcome]
+) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+    """Loss, accuracy and prediction of each task. Between parts, where metrics run, other threads may take turns."""
+    for begin in range(0, len(tasks), _IN_A_PART):
+        with learner.calls.modules(learner) as used, in_eval_mode(used):
+            solved = used.executor.solved(used, tasks[begin : begin + _IN_A_PART], solve)
+            part = [(outcome.loss, outcome.accuracy, outcome.prediction) for outcome in solved]
+        yield from part
 
 
 def meta_loss(learner: Any, batch: TaskBatch) -> tuple[MetaOutput, list[TaskOutcome]]:

@@ -21,7 +21,8 @@ from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.engines.calling import autograd
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
-from metawrap.execution.executor import Executor, shared
+from metawrap.execution.calls import shared
+from metawrap.execution.executor import Executor
 from metawrap.heads.own_head import OwnHead
 from metawrap.layers.norm_policies import passes_of
 from metawrap.learner.describing import describe_learner

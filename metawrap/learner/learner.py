@@ -28,9 +28,9 @@ from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.execution.allocator import keep_memory
-from metawrap.execution.executor import Calls, Executor, OneProcess, alone, shared, stateful_modules
+from metawrap.execution.calls import Calls, alone, at_rest, shared, sharing
+from metawrap.execution.executor import Executor, OneProcess, stateful_modules
 from metawrap.execution.ranks import Ranks
-from metawrap.layers.per_step_norm import fold_moments
 from metawrap.learner.describing import describe_learner
 from metawrap.learner.description import Description
 from metawrap.learner.evaluation import evaluated, meta_loss
@@ -39,11 +39,11 @@ from metawrap.learner.metrics import Metric
 from metawrap.learner.task_classes import Classes
 from metawrap.learner.without_inner_loop import shown_settings
 from metawrap.outer_update import users_scheduler
-from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, raise_diverged, row_of_skipped
-from metawrap.results import MetaOutput, OneByOne, StepMetrics, TaskOutcome, Trouble, mean_loss, meta_output
+from metawrap.outer_update.outer_update import OuterUpdate, has_diverged, keep_outcomes, raise_diverged, row_of_skipped
+from metawrap.results import MetaOutput, OneByOne, StepMetrics, Trouble, mean_loss, meta_output
 from metawrap.settings.settings import OuterSettings
 from metawrap.settings.validated import Whole, check_value
-from metawrap.snapshot.module_state import restored_buffers, untouched_buffers
+from metawrap.snapshot.module_state import restored_buffers, signals_deferred, untouched_buffers
 from metawrap.surgery.copying import rebind_functions, spare_cached_results
 from metawrap.surgery.swap import plain_copy
 from metawrap.surgery.wrap import Wrapped
@@ -51,7 +51,7 @@ from metawrap.tasks import Inputs, Task, TaskBatch, describe_value, device_of
 
 
 class Learner(nn.Module, ABC):
-    """Base of all methods; the README shows the public face.
+    """Base of all methods; docs/index.md lists the public calls.
 
     model: the wrapped copy of the user's module. head: name of the module whose output is the prediction; None before
     the first task. distributed: whether the processes of torch's default group share this learner's meta-steps.
@@ -171,7 +171,7 @@ class Learner(nn.Module, ABC):
             if self.settings.execution.allocator and not self.executor.keeps_memory and device_of(self).type == "cpu":
                 keep_memory(one_arena=self.settings.execution.in_threads)
                 self.executor.keeps_memory = True
-        with autograd(), restored_buffers(*stateful_modules(self)) as restore:
+        with signals_deferred() as defer, autograd(), restored_buffers(*stateful_modules(self)) as restore:
             with ranks.together(), explained(batch, self.model):
                 meta_lr = self.outer.start(self.epoch)
                 anomalies = self.settings.outer_update.detect_anomaly
@@ -179,6 +179,7 @@ class Learner(nn.Module, ABC):
                     outcomes, gradients = self.executor.meta_gradient(self, batch, parameters)
             outcomes, gradients = ranks.shared(outcomes, parameters, gradients)
             ends = self.outer.ends_epoch(self.iteration + 1)
+            defer()  # An interrupt would leave the optimizer a step ahead of the counters.
             with put_back_on_error(self, self.optimizer, self.scheduler) if ends else nullcontext():
                 norm, applied = self.outer.apply(parameters, gradients)
                 skipped = row_of_skipped(self.skipped_steps, applied)
@@ -189,8 +190,8 @@ class Learner(nn.Module, ABC):
             if diverged:
                 raise_diverged(self, batch)
             restore(~applied)
-        _keep_outcomes(self, outcomes, applied)
-        self.skipped_steps.copy_(skipped)
+            keep_outcomes(self, outcomes, applied)
+            self.skipped_steps.copy_(skipped)
         output = meta_output(outcomes, mean_loss(outcomes))
         return StepMetrics(output.loss, output.step_losses, output.accuracy, norm, applied, meta_lr, *place)
 
@@ -205,8 +206,8 @@ class Learner(nn.Module, ABC):
         the tasks, at least one; shares may differ. The gradients that DDP then averages are those of the mean over all
         tasks, zeros where a parameter plays no part; running statistics are folded for all tasks in order of rank.
         """
-        if not self.training:
-            with self.calls.shared(self) as learner, untouched_buffers(learner.model):
+        if not _in_training(self):
+            with self.calls.shared(), self.calls.modules(self) as learner, untouched_buffers(learner.model):
                 return meta_loss(learner, checked_batch(task_batch, self.loss_fn, device_of(self)))[0]
         ranks = Ranks.of_forward(self) if _distributed() else OneProcess()
         with self.calls.alone():
@@ -216,10 +217,10 @@ class Learner(nn.Module, ABC):
                     self._check_trainable(batch)
                 output, outcomes = meta_loss(self, batch)
             everyone, _ = ranks.shared(outcomes)
-            _keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
+            keep_outcomes(self, everyone, torch.ones((), dtype=torch.bool, device=device_of(self)))
         return ranks.averaged(output, len(outcomes), everyone)
 
-    @shared
+    @sharing
     def evaluate(
         self,
         tasks: Any,
@@ -246,15 +247,8 @@ class Learner(nn.Module, ABC):
         Raises:
             TaskError: a task has the wrong form, shapes, labels or device, or holds NaN that reaches its loss.
         """
-        return evaluated(
-            self,
-            tasks,
-            norm=norm,
-            steps=steps,
-            mask=mask_unused_outputs,
-            metric=metric,
-            keep_predictions=keep_predictions,
-        )
+        how: dict[str, Any] = {"norm": norm, "steps": steps, "mask": mask_unused_outputs, "metric": metric}
+        return evaluated(self, tasks, keep_predictions=keep_predictions, **how)
 
     @shared
     def find_trouble(self, task_batch: Any) -> list[Trouble]:
@@ -273,6 +267,7 @@ class Learner(nn.Module, ABC):
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
         self.outer.take_over(optimizer, self.parameters())
+        self.executor.same_everywhere = False
 
     @property
     def scheduler(self) -> LRScheduler | None:
@@ -294,12 +289,14 @@ class Learner(nn.Module, ABC):
         self.iteration = value * self.settings.iterations_per_epoch
         self.outer.start(self.epoch)
 
+    @at_rest
     def train(self, mode: bool = True) -> Learner:
         """As in torch; norms named by `wrapping.keep_norm` stay on their stored statistics."""
         super().train(mode)
         self.wrapped.hold_kept_norms()
         return self
 
+    @alone
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.optimizer.state:
@@ -307,6 +304,12 @@ class Learner(nn.Module, ABC):
             self.optimizer.load_state_dict(self.optimizer.state_dict())
         return self
 
+    # Fast weights that a call of another thread lends to the modules are not the learner's.
+    state_dict = at_rest(nn.Module.state_dict)
+    named_parameters = at_rest(nn.Module.named_parameters)
+    named_buffers = at_rest(nn.Module.named_buffers)
+
+    @at_rest
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         spare_cached_results(self, memo)
         memo[id(self)] = copied = type(self).__new__(type(self))
@@ -340,11 +343,6 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _keep_outcomes(learner: Learner, outcomes: list[TaskOutcome], applied: Tensor) -> None:
-    """Keeps the statistics and heads that the tasks left, if the meta-step was applied."""
-    fold_moments(learner.model, outcomes, applied)
-    head_start: Any = getattr(learner, "head_start", None)
-    if head_start is not None and head_start.kind != "learned":
-        head_start.keep(outcomes, applied)
-    if (centre := getattr(learner, "centre", None)) is not None:
-        centre.keep(outcomes, applied)
+@at_rest
+def _in_training(learner: Learner) -> bool:
+    return learner.training

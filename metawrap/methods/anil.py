@@ -35,8 +35,8 @@ class ANIL(HeadLearner):
     w_0 = w;  w_k = w_(k-1) - alpha * grad_w L(h(f(support); w_(k-1)), support_y);  meta-loss = L(h(f(target); w_K),
     target_y). Its gradient flows through every step to w and, through the embeddings of support and target, to f.
 
-    As in the paper: second order, and MAML's norm policy ("batch": accuracy is transductive), because the paper
-    compares the two; norm="running" gives inductive figures. Differs: the network runs once per task, not once per
+    As in the paper: second order, and MAML's norm policy, because the paper compares the two: here the default
+    "support", there "batch" (transductive). Differs: the network runs once per task, not once per
     step, which gives the same gradient; rates can be learned. Any label that `loss_fn` takes, regression too.
 
     Args:
@@ -53,7 +53,7 @@ class ANIL(HeadLearner):
     2017, arXiv:1703.03400, with the body's inner rates at zero.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"norm": "batch"}
+    defaults: ClassVar[Mapping[str, Any]] = {"norm": "support"}
     learning_rates: LearningRates
 
     @checked

@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 from metawrap.checks.first_task import FirstTaskChecks
 from metawrap.engines import ENGINES, BuiltEngines, Engine, choose_engine
 from metawrap.errors import ArgumentError, MetaWrapWarning, shown
-from metawrap.execution.executor import shared, stateful_modules
+from metawrap.execution.calls import shared
+from metawrap.execution.executor import stateful_modules
 from metawrap.execution.measured import executor_for
 from metawrap.inner_loop.class_starts import HEAD_STARTS
 from metawrap.inner_loop.head_starts import HeadStart
@@ -277,7 +278,8 @@ class MAMLPlusPlus(MAML):
         model: any `torch.nn.Module`; it is copied, never changed.
         inner_steps: inner updates per task in training; 5.
         inner_lr: initial inner rate of every adapted tensor and step; any sign; 0.1.
-        preset: "authors_code" (default) or "paper"; an argument that is given wins over it.
+        preset: "inductive" (default), "authors_code" (the same under norm="batch", as published figures are) or
+            "paper"; an argument that is given wins over it.
         multi_step_loss, msl_epochs: MSL, and the epochs over which its weights move to the last step.
         first_order_epochs: DA: epochs of first-order gradients before second-order ones; 0 turns it off.
         per_step_norm_statistics: BNRS: running statistics per inner step.
@@ -285,8 +287,8 @@ class MAMLPlusPlus(MAML):
         learn_inner_lr: LSLR; without it the rates stay at `inner_lr`.
         cosine_annealing, meta_lr, min_meta_lr, epochs: CA, from `meta_lr` to `min_meta_lr` over `epochs` epochs.
         iterations_per_epoch: meta-steps that make an epoch, for every schedule.
-        norm: batch-norm policy: "batch" (each batch's own statistics, transductive), "support" (targets use their
-            support set's), "running" (these, moved by stored shifts), "task" or "task_layer" (TaskNorm-I, -L).
+        norm: batch-norm policy: "support" (targets use their support set's statistics), "batch" (each batch's own,
+            transductive), "running" (as "support", moved by stored shifts), "task" or "task_layer" (TaskNorm-I, -L).
         adapt: which parameters the inner loop adapts: names, wildcards, or a function of the name; all but the
             batch norms' if None. A parameter frozen before wrapping is not adapted; one frozen later still is, from a
             start that is no longer learned.
@@ -315,7 +317,7 @@ class MAMLPlusPlus(MAML):
     2
     """
 
-    default_preset = "authors_code"
+    default_preset = "inductive"
 
 
 class FOMAML(MAML):

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import ArgumentError, TaskError, shown
-from metawrap.execution.executor import shared
+from metawrap.execution.calls import shared
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
 from metawrap.layers.per_step_norm import Moments

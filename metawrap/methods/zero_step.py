@@ -8,7 +8,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from metawrap.checks.first_look import FirstLook, without_part
-from metawrap.execution.executor import Executor, shared
+from metawrap.execution.calls import shared
+from metawrap.execution.executor import Executor
 from metawrap.layers.norm_policies import passes_of
 from metawrap.layers.per_step_norm import Moments
 from metawrap.learner.evaluation import adapting, finished, policy_of

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from metawrap.checks.not_finite import trouble_in_words
 from metawrap.errors import ArgumentError, DivergedError, MetaWrapWarning
+from metawrap.layers.per_step_norm import fold_moments
 from metawrap.outer_update.users_scheduler import SchedulerFactory, check_scheduler, made_scheduler
+from metawrap.results import TaskOutcome
 from metawrap.settings.schedules import cosine_meta_lr, linear_meta_lr
 from metawrap.settings.settings import OuterSettings
 from metawrap.tasks import TaskBatch
@@ -291,3 +293,13 @@ def raise_diverged(learner: Any, batch: TaskBatch) -> NoReturn:
         f"finite, and changed nothing. The weights are finite.{trouble_in_words(learner, batch)} Lower meta_lr or "
         "inner_lr, or set outer_update.max_grad_norm."
     )
+
+
+def keep_outcomes(learner: Any, outcomes: list[TaskOutcome], applied: Tensor) -> None:
+    """Keeps the statistics and heads that the tasks left, if the meta-step was applied."""
+    fold_moments(learner.model, outcomes, applied)
+    head_start: Any = getattr(learner, "head_start", None)
+    if head_start is not None and head_start.kind != "learned":
+        head_start.keep(outcomes, applied)
+    if (centre := getattr(learner, "centre", None)) is not None:
+        centre.keep(outcomes, applied)

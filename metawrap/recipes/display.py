@@ -15,18 +15,20 @@ from metawrap.recipes.recipe import Recipe, load_recipe, recipe_names
 from metawrap.settings.keywords import flattened
 from metawrap.training.experiment import build_learner
 from metawrap.training.run_settings import METHODS, RunSettings
-from metawrap.training.tables import render_table
 
 
 def recipe_table() -> str:
-    """A table with one line per packaged recipe."""
-    recipes = map(load_recipe, recipe_names())
-    rows = [["recipe", "what", "published"], *([each.name, each.title or "", published(each)] for each in recipes)]
-    # Every cell to the left, as the intervals differ in width.
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    hint = "Accuracy in percent. With every setting: metawrap recipes NAME. To run it: metawrap train --recipe NAME"
-    return f"{render_table(aligned[0], aligned[1:])}\n\n{hint}"
+    """Every packaged recipe with its published accuracy, under a title that several may share; 80 columns wide."""
+    by_title: dict[str, list[Recipe]] = {}
+    for each in map(load_recipe, recipe_names()):
+        by_title.setdefault(each.title or "", []).append(each)
+    width = max(map(len, recipe_names()))
+    lines = [
+        "\n".join([title, *(f"  {each.name.ljust(width)}  {published(each)}".rstrip() for each in recipes)])
+        for title, recipes in by_title.items()
+    ]
+    hint = "Every setting of one: metawrap recipes NAME\nTo run one: metawrap train --recipe NAME"
+    return "\n\n".join(["Published accuracy in percent:", *lines, hint])
 
 
 def recipe_text(recipe: Recipe) -> str:

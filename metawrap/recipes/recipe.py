@@ -15,7 +15,7 @@ from metawrap.errors import ArgumentError
 from metawrap.recipes.fields import by_field, split, typed
 from metawrap.recipes.yaml_file import Given, read_mapping
 from metawrap.settings.keywords import flattened, nearest, nested
-from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.run_settings import METHODS, RunSettings, nearest_method
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
@@ -90,7 +90,7 @@ def _method(given: Mapping[str, Given], default: str) -> str:
         return default
     method: str = typed("method", given["method"], str)
     if method not in METHODS:
-        close = nearest(method, METHODS)
+        close = nearest_method(method)
         fix = f"Did you mean '{close}'?" if close else f"Use one of {', '.join(METHODS)}."
         raise ArgumentError(f"{given['method'].place}: method: there is no '{method}'. {fix}")
     return method

@@ -6,6 +6,7 @@ are refused, and these two are a number and a word.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ def read_mapping(path: Path) -> dict[str, Given]:
     try:
         loader = _Loader(read_regular(path, MAX_BYTES).decode())
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ArgumentError(f"{path}: expected a recipe of at most {MAX_BYTES // 1024} kB.") from error
         raise ArgumentError(
             f"{path}: cannot be read ({error.strerror}). Name a YAML file, or a packaged recipe."
         ) from error

@@ -50,9 +50,10 @@ _ALL_PARTS = dict.fromkeys(
 PRESETS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"first_order_epochs": math.inf},
+    "inductive": _ALL_PARTS,
     # Derivative-order annealing is off in every configuration that the authors released, and evaluation is
     # transductive.
-    "authors_code": _ALL_PARTS,
+    "authors_code": _ALL_PARTS | {"norm": "batch"},
     "paper": _ALL_PARTS
     | {"first_order_epochs": 50, "epochs": 150, "norm": "running", "outer_update.betas": (0.9, 0.99)},
     "meta_sgd": {"inner_steps": 1, "learn_inner_lr": True},
@@ -74,7 +75,7 @@ class OuterSettings(Options):
     min_meta_lr: NotNegative = 1e-5
     epochs: Count = 100
     iterations_per_epoch: Count = 500
-    norm: NormPolicy = "batch"
+    norm: NormPolicy = "support"
     outer_update: OuterOptions = Field(default_factory=OuterOptions)
     execution: ExecutionOptions = Field(default_factory=ExecutionOptions)
 

@@ -1,12 +1,14 @@
 """State of modules: kept, compared with a later state, and put back.
 
 Slot: one tensor of a module. ModuleState: attributes, containers and random states. ForwardState: all that a forward
-pass may read besides its weights. The context managers at the end are made of these.
+pass may read besides its weights. The context managers at the end are made of these; the last holds signals back.
 """
 
 from __future__ import annotations
 
 import operator
+import signal
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -308,3 +310,25 @@ def attributes_put_back(own: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _refill(kept)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[Callable[[], None]]:
+    """Delays both signals from the call of the function that it yields until the block ends, and raises them then."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def defer() -> None:
+        if threading.current_thread() is threading.main_thread():  # Other threads get no signals.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if (handler := signal.getsignal(number)) is not None:
+                    before[number] = handler
+                    signal.signal(number, lambda number, _: received.append(number))
+
+    try:
+        yield defer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])

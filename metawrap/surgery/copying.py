@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 from metawrap.errors import UnsupportedModuleError
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_TABLES = ("_modules", "_parameters", "_buffers")
+_PLAIN = (bool, int, float, str, type(None))
 _WRAPPERS: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -49,10 +51,14 @@ def spare_cached_results(model: nn.Module, memo: dict[int, Any]) -> None:
     """Enters copies of the computed tensors in plain attributes into the memo of a `copy.deepcopy`."""
     for module in model.modules():
         for attribute, value in module.__dict__.items():
-            if attribute not in ("_modules", "_parameters", "_buffers"):
+            if attribute not in _TABLES and not _is_plain(value):
                 for tensor in held_tensors(value):
                     if not tensor.is_leaf:
                         memo[id(tensor)] = tensor.detach().clone()
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) in _CONTAINERS and not value)
 
 
 def held_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
@@ -83,8 +89,18 @@ def rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Makes functions and hooks on a copy's modules, also in containers and partials, enclose the copy's parts."""
     for module in copied.modules():
         for name, value in list(module.__dict__.items()):
-            if name not in ("_modules", "_parameters", "_buffers"):
+            if name not in _TABLES and not _is_plain(value):
                 module.__dict__[name] = _translated(value, memo)
+
+
+def free_hooks(root: nn.Module) -> Iterator[Any]:
+    """The hooks of modules, and the objects that they are methods of, that hold no part of the root."""
+    parts = {id(part): object() for part in [*root.modules(), *root.parameters(), *root.buffers()]}
+    for module in root.modules():
+        for table, hooks in module.__dict__.items():
+            for hook in hooks.values() if table.endswith("_hooks") and isinstance(hooks, dict) else ():
+                if _translated(hook, dict(parts)) is hook:
+                    yield from (hook, *([hook.__self__] if isinstance(hook, types.MethodType) else []))
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -157,6 +173,8 @@ def _unwrapped(model: nn.Module, where: str, notes: list[str]) -> nn.Module:
 
 def _translated(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
     """The value with every original in it replaced by its copy; the value itself if it holds none."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, nn.Module | Tensor | list | dict | set) and id(value) in memo:
         return memo[id(value)]
     if isinstance(value, types.MethodType) and id(value.__self__) in memo:

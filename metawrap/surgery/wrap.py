@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from metawrap.errors import ArgumentError, MetaWrapWarning, UnsupportedModuleError, shown
+from metawrap.errors import ArgumentError, MetaWrapError, MetaWrapWarning, UnsupportedModuleError, shown
 from metawrap.layers.norm_policies import Statistics
 from metawrap.layers.per_step_norm import Moments, PerStepNorm, StepClock
 from metawrap.surgery.copying import copy_model
@@ -110,6 +111,11 @@ def wrap(
         ArgumentError: an argument has the wrong type or names nothing in the model.
         UnsupportedModuleError: no engine could adapt the module correctly; all reasons are listed.
     """
+    if torch.is_inference_mode_enabled():
+        raise MetaWrapError(
+            "A learner was made under torch.inference_mode(), in which tensors cannot learn. Make it outside; its "
+            "methods may be called inside."
+        )
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, but got {type(model).__name__}.")
     copied, notes = copy_model(model)

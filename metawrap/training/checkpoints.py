@@ -12,8 +12,6 @@ import json
 import math
 import os
 import re
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from torch import nn
 
 from metawrap.errors import CheckpointError
 from metawrap.settings.validated import in_words
+from metawrap.snapshot.module_state import signals_deferred
 from metawrap.training.checkpoint_archive import REMEDY, check_archive, check_tensors, reading
 from metawrap.training.stored_files import CheckpointForm
 
@@ -181,7 +180,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises CheckpointError if the disk is full, the file system is read-only, or the like; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained(path), _signals_deferred():
+    # An exception in the middle of torch.save would abort the whole process.
+    with explained(path), signals_deferred() as defer:
+        defer()
         try:
             temporary.unlink(missing_ok=True)  # Of a killed process of this number, or a stranger's link.
             with open(temporary, "xb") as handle:
@@ -276,24 +277,6 @@ def _matches_checksum(path: Path) -> bool | None:
             found.update(block)
             length -= len(block)
     return found.hexdigest().encode() == end[len(_CHECKSUM) :]
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM: an exception in the middle of torch.save would abort the whole process."""
-    if threading.current_thread() is not threading.main_thread():  # Other threads get no signals.
-        yield
-        return
-    received: list[int] = []
-    deferred = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in deferred}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received:
-            signal.raise_signal(received[0])
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ from metawrap.training.machine import command_line
 from metawrap.training.plots import draw_comparison
 from metawrap.training.progress import say
 from metawrap.training.run_folder import RunFolder, read_log, read_run, refuse_links, write_run
-from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.run_settings import METHODS, RunSettings, nearest_method
 from metawrap.training.tables import comparison_table, method_title
 
 # One value for all methods: these settings define the task, the network and the test.
@@ -55,7 +55,8 @@ def settings_by_method(
     """
     for name in [*methods, *overrides]:
         if name not in METHODS:
-            raise ArgumentError(f"methods: expected some of {', '.join(METHODS)}, but got '{name}'.")
+            fix = f" Did you mean '{close}'?" if (close := nearest_method(name)) else ""
+            raise ArgumentError(f"methods: expected some of {', '.join(METHODS)}, but got '{name}'.{fix}")
     if len(set(methods)) != len(methods) or not methods:
         raise ArgumentError(f"methods: expected different names, at least one, but got {', '.join(methods) or 'none'}.")
     if unused := [name for name in overrides if name not in methods]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from metawrap.data import (
 from metawrap.data.catalog import DOWNLOADED
 from metawrap.data.episodes import Demand, check_enough
 from metawrap.data.normalisation import IMAGENET, statistics_of
-from metawrap.errors import ArgumentError, MetaWrapError, printable, shown
+from metawrap.errors import ArgumentError, MetaWrapError
 from metawrap.factory import in_one_line
 from metawrap.learner.describing import look_at
 from metawrap.learner.embedding_learner import EmbeddingLearner
@@ -216,8 +215,19 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
     """
     method = getattr(methods, METHODS[settings.method])
     taken = plain_keywords(method)
-    allowed = [name for name in taken if name not in {*_RUN_KEYWORDS, *PYTHON_ONLY}]
-    for name in flattened(settings.options):
+    check_options(method, settings.options, [name for name in taken if name not in _RUN_KEYWORDS])
+    given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
+    if extra := [name for name in given if name not in taken]:
+        raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
+    if "classes" in taken and classes is not None:
+        given = {"classes": classes, **given}
+    return method(model, **(given | settings.options))
+
+
+def check_options(method: Any, options: Mapping[str, Any], taken: Iterable[str]) -> None:
+    """Raises ArgumentError where a name in `options` is not among the keywords, or takes no plain value."""
+    allowed = [name for name in taken if name not in PYTHON_ONLY]
+    for name in flattened(options):
         if name in PYTHON_ONLY:
             raise ArgumentError(
                 f"options: '{name}' takes Python objects, which a run cannot store. Use {method.__name__} from Python "
@@ -227,12 +237,6 @@ def build_learner(settings: RunSettings, model: nn.Module, classes: int | None =
             close = nearest(name, allowed)
             fix = f". Did you mean '{close}'?" if close else f"; it has {', '.join(allowed)}."
             raise ArgumentError(f"options: {method.__name__} has no option '{name}'{fix}")
-    given = {name: value for name in _RUN_KEYWORDS if (value := getattr(settings, name)) is not None}
-    if extra := [name for name in given if name not in taken]:
-        raise ArgumentError(f"{extra[0]}: {method.__name__} has no such setting. Leave it out.")
-    if "classes" in taken and classes is not None:
-        given = {"classes": classes, **given}
-    return method(model, **(given | settings.options))
 
 
 def network_of(settings: RunSettings) -> PretrainedNetwork | None:
@@ -256,31 +260,6 @@ def backbone_of(settings: RunSettings, image_shape: tuple[int, int, int]) -> nn.
             "Pass --model for a network of your own."
         )
     return Conv4(channels, height, settings.ways, settings.filters, settings.backbone == "conv4-strided")
-
-
-def check_model_is_named(stored: str | None, given: str | None, where: str) -> None:
-    """Raises ArgumentError unless the user gives the name of the network that a file stores: a file may be a
-    stranger's, and importing a module runs its code.
-
-    Args:
-        stored: `model` in the settings of a run or recipe. given: the same name, from the user. where: the file, in
-            words.
-    """
-    if stored == given:
-        return
-    if stored is None:
-        raise ArgumentError(f"model: {where} has one of metawrap's own networks, but got {shown(given)}. Leave it out.")
-    if given is not None:
-        raise ArgumentError(f"model: {where} has the network {shown(stored)}, but got {shown(given)}. Name that one.")
-    raise ArgumentError(
-        f"model: {where} has the network {shown(stored)}, and nothing is imported because a file names it. If that "
-        f"code is yours, name it again: --model {shlex.quote(printable(str(stored)))}, or model= in Python."
-    )
-
-
-def model_flag(settings: RunSettings) -> str:
-    """The flag that names the network of a run again, for the end of a command; empty for metawrap's own."""
-    return "" if settings.model is None else f" --model {shlex.quote(printable(settings.model))}"
 
 
 def fixed_tasks(

@@ -21,13 +21,12 @@ from metawrap.training.data_record import read_preprocessing, read_record
 from metawrap.training.experiment import (
     backbone_of,
     build_learner,
-    check_model_is_named,
     find_device,
-    model_flag,
     network_of,
     preprocessing_for,
 )
 from metawrap.training.final_evaluation import epochs_to_test
+from metawrap.training.named_model import check_model_is_named, model_flag
 from metawrap.training.run_folder import RunFolder, read_run
 from metawrap.training.run_settings import RunSettings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from metawrap.training.torchrun import rank
 REFRESH_SECONDS = 0.5
 # The bar shows means over so many meta-steps: one meta-step has too few targets for a steady number.
 STEPS_SHOWN = 20
+# From so many columns on the bar shows the loss beside the accuracy.
+WIDE = 100
 
 # A plain global, not a context variable: threads that start inside `quiet` are quiet as well.
 _quiet = False
@@ -107,9 +110,11 @@ class Progress:
         if self._bar.update(1):
             loss = sum(each.loss for each in self._recent) / len(self._recent)
             known = [each.accuracy for each in self._recent if each.accuracy is not None]
-            postfix = f"loss {_number(loss)}" + (f", accuracy {percent(sum(known) / len(known))}" if known else "")
+            accuracy = f"accuracy {percent(sum(known) / len(known))}" if known else None
             self._bar.ncols = _columns()  # The user may have resized the terminal.
-            self._bar.set_postfix_str(", ".join(filter(None, [postfix, self._last_epoch])), refresh=False)
+            # A narrow terminal has no room for both figures and a bar.
+            shown = None if accuracy and self._bar.ncols < WIDE else f"loss {_number(loss)}"
+            self._bar.set_postfix_str(", ".join(filter(None, [shown, accuracy, self._last_epoch])), refresh=False)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Call after validation, with the epoch's line of the log."""
@@ -119,7 +124,8 @@ class Progress:
         else:
             self._last_epoch = f"validation {percent(accuracy)}"
             trained = f", accuracy {percent(record['train_accuracy'])}"
-            interval = f" ± {percent(record['validation_interval'])}"
+            if (spread := record["validation_interval"]) is not None and not math.isnan(spread):  # of one task
+                interval = f" ± {percent(spread)}"
         if not self._shown or not self._bar.disable:
             return
         self._seen += 1

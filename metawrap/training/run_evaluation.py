@@ -37,12 +37,12 @@ from metawrap.training.experiment import (
     find_device,
     fixed_tasks,
     load_splits,
-    model_flag,
     show_task,
 )
 from metawrap.training.final_evaluation import final_test
 from metawrap.training.loaded_run import Model, network_of_run, open_run, preprocessing_of_run
 from metawrap.training.machine import command_line, describe_machine
+from metawrap.training.named_model import model_flag
 from metawrap.training.progress import say
 from metawrap.training.run_folder import NO_RECORD, RunFolder
 from metawrap.training.run_settings import METHODS, RunSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -40,6 +41,24 @@ METHODS = {
     "multi-task": "MultiTask",
     "zero-step": "ZeroStep",
 }
+
+
+def nearest_method(name: str) -> str | None:
+    """The method that is most like a name, which may be that of a class, or as recipes' names spell it.
+
+    >>> nearest_method("MAMLPlusPlus"), nearest_method("proto-net"), nearest_method("mamlpp")
+    ('maml++', 'protonet', 'maml++')
+    """
+    spelled = {"mamlpp": "maml++"} | {_plain(kind): each for each, kind in METHODS.items()}
+    spelled |= {_plain(each): each for each in METHODS}
+    alike = get_close_matches(_plain(name), spelled, 1)
+    return spelled[alike[0]] if alike else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
 Backbone = Literal["conv4", "conv4-strided"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 NORMS: tuple[str, ...] = get_args(NormPolicy)
@@ -48,6 +67,9 @@ NORMS: tuple[str, ...] = get_args(NormPolicy)
 FREE_ON_RESUME = frozenset(
     {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
 )
+
+# Methods that were under norm="batch" by default in metawrap 0.1.
+_ONCE_BATCH = ("maml++", "maml", "fomaml", "meta-sgd", "anil", "boil", "reptile", "lstm")
 
 Text = Annotated[str, Expected("text")]
 Keywords = Annotated[dict[str, Any], Expected("a dict of keyword arguments by name")]
@@ -140,7 +162,7 @@ class RunSettings(Options):
                 "Use the metawrap version that wrote them."
             )
         try:
-            return cls(**stored)
+            return cls(**_with_former_norm(stored))
         except ArgumentError as error:
             raise CheckpointError(
                 f"The stored settings are damaged ({error}) Start again with another --out."
@@ -153,6 +175,7 @@ class RunSettings(Options):
         Args:
             may_move: whether a folder of images may have another path.
         """
+        stored = _with_former_norm(stored)
         moved = may_move and not {self.data, stored.get("data")} & set(DATASETS)
         free = FREE_ON_RESUME | ({"data"} if moved else set())
         for name, value in self.to_dict().items():
@@ -161,3 +184,12 @@ class RunSettings(Options):
                     f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
                     "Leave it out to continue the run as it was, or start a new one with another --out."
                 )
+
+
+def _with_former_norm(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stored settings that mean now what they meant when they were written."""
+    # Records without "weights" are older than the default norm="support" of methods with an inner loop.
+    if "weights" in stored or stored.get("norm") is not None or stored.get("preset") == "paper":
+        return stored
+    # "maml++" is the default in records that lack the method.
+    return {**stored, "norm": "batch"} if stored.get("method", "maml++") in _ONCE_BATCH else stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,8 +121,10 @@ def method_title(method: str) -> str:
 
 
 def percent_pair(accuracy: float, spread: float | None = None) -> str:
-    """Fractions as '97.65 ± 0.05 %'."""
-    return f"{100 * accuracy:.2f} %" if spread is None else f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
+    """Fractions as '97.65 ± 0.05 %'; the spread of one task or seed is None or NaN, and left out."""
+    if spread is None or math.isnan(spread):
+        return f"{100 * accuracy:.2f} %"
+    return f"{100 * accuracy:.2f} ± {100 * spread:.2f} %"
 
 
 def score_text(score: Mapping[str, Any], value: str, spread: str) -> str:

@@ -290,5 +290,5 @@ def test_bad_data_is_named(call: Callable[[], Any], error: type[BaseException], 
 def test_a_bad_setting_of_a_run_is_named(field: str, value: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=f"{field}: .*{words}"):
         RunSettings(**{field: value})
-    with pytest.raises(ArgumentError, match=f"{field}: .*{words}"):  # as a stored run or a recipe has it
+    with pytest.raises(CheckpointError, match=f"{field}: .*{words}"):  # as a stored run has it
         RunSettings.from_dict({field: value})

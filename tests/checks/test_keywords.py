@@ -94,7 +94,7 @@ def test_settings_can_be_replaced_field_by_field() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:first_order_epochs.*get no gradient")
-@pytest.mark.parametrize("preset", [None, "maml", "authors_code", "paper"])
+@pytest.mark.parametrize("preset", [None, "maml", "inductive", "authors_code", "paper"])
 def test_first_order_maml_is_first_order_under_every_preset(preset: str | None) -> None:
     assert FOMAML(seeded(NormedMlp), preset=preset).settings.first_order_epochs == INF
 

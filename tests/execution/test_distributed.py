@@ -243,6 +243,8 @@ DIFFER = {
     "iteration": "at iteration 1, but rank 1 in meta_step at iteration 2",
     "settings": "not the same: the settings",
     "optimizer": "not the same: the optimizer",
+    "new optimizer": "not the same: the optimizer",
+    "new options": "'weight_decay': 0.1",
     "frozen": "model.first.bias, model.norm.bias is frozen on rank 0 or on rank 1",
     "call": "Rank 0 is in forward at iteration 0, but rank 1 in meta_step",
 }

@@ -22,7 +22,7 @@ from face import (
     reference_for,
     statistics_of,
 )
-from models import ActNormNet, BatchNormAct2d, Conv4, NormedMlp, class_tasks, seeded
+from models import ActNormNet, BatchNormAct2d, Conv4, Mlp, NormedMlp, class_tasks, seeded
 from oracle import msl_weights
 from torch import Tensor, nn
 
@@ -99,6 +99,21 @@ def test_each_pass_folds_its_moments_into_its_own_row_once() -> None:
                     var[row] = 0.9 * var[row] + 0.1 * hidden.var(0, correction=1)
     learner.meta_step(batch)
     assert_same_values([learner.model.norm.running_mean, learner.model.norm.running_var], [mean, var])
+
+
+@every_policy
+def test_a_network_without_batch_norms_runs_no_more_passes_than_under_batch(norm: str) -> None:
+    learner = MAML(seeded(lambda: Mlp(4, 6, 3)), inner_steps=2, norm=norm)
+    support_x, support_y, *_ = as_tasks(class_tasks((4,)))[0]
+    learner.meta_step(class_tasks((4,)))  # The first looks.
+    learner.adapt(support_x, support_y)
+    sizes: list[int] = []
+    learner.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    learner.meta_step(class_tasks((4,), tasks=1, targets=5))
+    assert sizes == [3, 3, 15]
+    sizes.clear()
+    learner.adapt(support_x, support_y)
+    assert sizes == [3, 3]
 
 
 # --- evaluation and adapt against the oracle -------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_meta_gradient_is_that_of_finite_differences(engine: str, norm: str) -> 
 
 
 def test_without_rows_it_is_the_support_policy_and_the_warning_says_so() -> None:
-    learner, batch = MAMLPlusPlus(network(), inner_steps=STEPS), tasks(0)
+    learner, batch = MAMLPlusPlus(network(), inner_steps=STEPS, norm="batch"), tasks(0)
     learner.meta_step(batch)
     with pytest.warns(MetaWrapWarning, match='no shifts of targets either, so this equals norm="support"'):
         found = learner.evaluate(batch, norm="running")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -13,10 +15,11 @@ import pytest
 import torch
 from face import fingerprint
 from models import Conv4, NormedMlp, class_tasks, seeded
-from torch import Tensor
+from torch import Tensor, nn
 
 import metawrap
 from metawrap import MAMLPlusPlus, MetaWrapError, Task
+from metawrap.engines import differentiable_twice
 
 THREADS, ROUNDS = 4, 5
 FEW = {"inner_steps": 2}
@@ -36,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "MetaNet": {},
     "MetaOptNet": {},
     "LogisticRegression": {},
+    "NeuralStatistician": {"hidden": 16},
     "ProtoNet": {},
     "R2D2": {},
     "RelationNet": {},
@@ -117,6 +121,148 @@ def test_forward_in_eval_mode_shares_too_and_its_gradient_reaches_the_learner() 
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+class Counts:
+    """A hook that is the method of an object of the user's."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def add(self, *_: Any) -> None:
+        self.calls.append(1)
+
+
+def test_the_objects_that_hooks_belong_to_are_the_users_own_in_every_thread() -> None:
+    learner, batch, counts = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0), Counts()
+    learner.evaluate(batch)
+    learner.model.first.register_forward_hook(counts.add)
+    learner.adapt(batch[0].support_x, batch[0].support_y)
+    alone = len(counts.calls)
+    at_once(*[lambda: learner.adapt(batch[0].support_x, batch[0].support_y)] * THREADS)
+    assert len(counts.calls) == (THREADS + 1) * alone > 0
+
+
+def test_a_hook_that_holds_the_model_serves_the_replica() -> None:
+    model = seeded(NormedMlp)
+    model.register_forward_pre_hook(lambda _, args, model=model: (args[0] * model.norm.weight.mean(),))
+    learner = MAMLPlusPlus(model, inner_steps=2)
+    batches = [tasks_of(seed) for seed in range(THREADS)]
+    alone = [predictions(learner, batch[0]) for batch in batches]
+    for one, expected in zip(at_once(*(lambda b=b: predictions(learner, b[0]) for b in batches)), alone, strict=True):  # type: ignore[misc]
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_evaluations_whose_metrics_wait_for_each_other_end() -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
+    expected, barrier = learner.evaluate(batch).loss, threading.Barrier(2)
+
+    def metric(prediction: Tensor, y: Tensor) -> float:
+        barrier.wait(30)
+        return 0.0
+
+    found = at_once(*[lambda: learner.evaluate(batch, metric=metric)] * 2)
+    assert [one.loss for one in found] == pytest.approx([expected] * 2, rel=1e-9)
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "state_dict": lambda learner: learner.state_dict()["model.first.weight"].clone(),
+    "parameters": lambda learner: next(learner.parameters()).detach().clone(),
+    "deepcopy": lambda learner: copy.deepcopy(learner).model.first.weight.detach().clone(),
+    "train": lambda learner: [learner.train(), next(learner.parameters()).detach().clone()][1],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_look_at_the_learner_never_meets_the_fast_weights_of_an_adapt(look: str) -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
+    learner.evaluate(batch)
+    learner.eval()
+    expected, inside, looked = learner.model.first.weight.detach().clone(), threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if not inside.is_set():
+            inside.set()
+            looked.wait(0.2)  # Without the wait of the other thread, it looks now.
+
+    learner.model.first.register_forward_hook(hold)
+
+    def read() -> Tensor:
+        inside.wait(30)
+        found: Tensor = LOOKS[look](learner)
+        looked.set()
+        return found
+
+    _, found = at_once(lambda: learner.adapt(batch[0].support_x, batch[0].support_y), read)
+    assert torch.equal(found, expected)
+    assert learner.training == (look == "train")
+
+
+def test_forward_in_training_mode_beside_an_adapt_trains() -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2, multi_step_loss=True), tasks_of(0)
+    learner.evaluate(batch)
+    expected = copy.deepcopy(learner)(batch).step_losses
+    inside, asked = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if not inside.is_set():
+            inside.set()
+            asked.wait(0.2)
+
+    learner.model.first.register_forward_hook(hold)
+
+    def forward() -> Any:
+        inside.wait(30)
+        return learner(batch)
+
+    _, found = at_once(lambda: learner.adapt(batch[0].support_x, batch[0].support_y), forward)
+    torch.testing.assert_close(found.step_losses, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_settings_of_the_whole_process_are_undone_by_the_last_thread_that_needs_them() -> None:
+    first, second = ExitStack(), ExitStack()
+    for stack in (first, second):
+        stack.enter_context(differentiable_twice(nn.LSTM(2, 2), plain=False))
+    first.close()
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cudnn.enabled
+    second.close()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cudnn.enabled
+
+
+def test_threads_in_inference_mode_adapt() -> None:
+    learner = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2, norm="running")
+    batches = [tasks_of(seed) for seed in range(THREADS)]
+    learner.meta_step(batches[0])
+    alone = [predictions(learner, batch[0]) for batch in batches]
+
+    @torch.inference_mode()
+    def predict(batch: list[Task]) -> Tensor:
+        return predictions(learner, batch[0])
+
+    for one, expected in zip(at_once(*(lambda b=b: predict(b) for b in batches)), alone, strict=True):  # type: ignore[misc]
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_learner_changes_its_precision_when_no_call_runs() -> None:
+    learner, batch = MAMLPlusPlus(seeded(NormedMlp), inner_steps=2), tasks_of(0)
+    learner.evaluate(batch)
+    barrier = threading.Barrier(2)
+
+    def metric(prediction: Tensor, y: Tensor) -> float:
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(0.2)
+        return float(prediction.dtype == torch.float64)
+
+    def convert() -> None:
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(30)
+        learner.float()
+
+    _, found = at_once(convert, lambda: learner.evaluate(batch, metric={"double": metric}))
+    assert found.mean == 1.0
+    assert learner.model.first.weight.dtype == torch.float32
+
+
 def test_meta_step_waits_for_adapt_and_adapt_for_meta_step() -> None:
     learner, twin = (MAMLPlusPlus(seeded(NormedMlp), inner_steps=2) for _ in range(2))
     batch = tasks_of(0)
@@ -152,7 +298,7 @@ def test_a_metric_may_adapt_and_tasks_may_be_drawn_by_a_meta_step() -> None:
         return float(predictions(learner, batch[0]).sum())
 
     assert learner.evaluate(batch, metric=metric).tasks == len(batch)
-    with learner.calls.shared(learner) as used:
+    with learner.calls.shared(), learner.calls.modules(learner) as used:
         assert used is learner  # One thread alone uses the learner's own modules.
 
 
@@ -188,7 +334,7 @@ def test_a_call_that_learns_inside_of_one_that_shares_is_refused_while_threads_m
         learner.meta_step(batch)
         return 0.0
 
-    learner.calls._held.replica = learner  # As where threads have met.
+    learner.calls._sharing = 1  # As where another thread is in a call.
     with pytest.raises(MetaWrapError, match="both would wait for ever"):
         learner.evaluate(batch, metric=learns)
 

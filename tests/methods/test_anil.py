@@ -73,7 +73,7 @@ def test_one_inner_step_is_that_by_hand():
 
 
 def test_zero_steps_predict_as_the_initialisation():
-    learner, [task] = ANIL(net()), conv_tasks(1)
+    learner, [task] = ANIL(net(), norm="batch"), conv_tasks(1)
     found = learner.evaluate(task, steps=0, keep_predictions=True).predictions[0]
     torch.testing.assert_close(found, learner.unwrap()(task.target_x).detach(), rtol=1e-9, atol=1e-12)
     better = learner.evaluate(Task(task.support_x, task.support_y, task.support_x, task.support_y), steps=50)

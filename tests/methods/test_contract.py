@@ -234,6 +234,20 @@ def test_a_target_is_judged_alone_as_in_company(deployed: str, norm: str) -> Non
         torch.testing.assert_close(predictions(learner, alone), together[one], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", sorted(INNER_STEPS))
+def test_what_adapt_returns_predicts_an_image_alone_as_in_company_by_default(name: str) -> None:
+    def difference(**options: Any) -> float:
+        learner, batch = make(name, **options), batch_of(name)
+        learner.meta_step(batch)
+        x = batch[0].target_x
+        module = learner.adapt(batch[0].support_x, batch[0].support_y)
+        with torch.no_grad():
+            return float((module(x)[:1] - module(x[:1])).abs().max())  # type: ignore[index]
+
+    assert difference() < 1e-10
+    assert difference(norm="batch") > 1e-3
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_changes_nothing(deployed: str, training: bool) -> None:
     learner, batch = make(deployed), batch_of(deployed)

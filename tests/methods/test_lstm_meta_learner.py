@@ -27,7 +27,7 @@ STEPS = 3
 
 def learner_of(model: nn.Module, **options: Any) -> Any:
     """A learner whose LSTM is far from its quiet beginning, so that every term of it counts."""
-    options = {"inner_steps": STEPS, "max_grad_norm": None, "hidden_size": 4} | options
+    options = {"inner_steps": STEPS, "max_grad_norm": None, "hidden_size": 4, "norm": "batch"} | options
     learner = LSTMMetaLearner(model, **grouped(**options))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

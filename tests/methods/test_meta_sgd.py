@@ -62,7 +62,7 @@ def test_a_convolutional_network_equals_the_oracle(options: Any) -> None:
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_equal_rates_give_mamls_gradient_and_their_gradients_add_up_to_its_rates(engine: str) -> None:
     model, batch = seeded(NormedMlp), class_tasks((4,), tasks=2)
-    learner = MetaSGD(model, inner_steps=3, inner_lr=0.2, engine=engine)
+    learner = MetaSGD(model, inner_steps=3, inner_lr=0.2, engine=engine, norm="batch")
     learner.meta_step(batch)
     rates = {name: torch.full((3,), 0.2, dtype=torch.float64) for name in learner.learning_rates}
     plain = meta_gradient(model, as_tasks(batch), rates=rates, step_weights=last_only(3)).gradients

@@ -23,7 +23,7 @@ from metawrap import MAML, ArgumentError, MetaWrapWarning, Reptile, Task
 @pytest.mark.parametrize("count", [1, 3], ids=["serial", "batched"])
 def test_the_update_equals_plain_sgd_by_hand(count: int, rate: float, engine: str) -> None:
     model = seeded(NormedMlp)
-    learner = Reptile(model, inner_steps=4, inner_lr=LR, meta_lr=rate, engine=engine)
+    learner = Reptile(model, inner_steps=4, inner_lr=LR, meta_lr=rate, engine=engine, norm="batch")
     tasks = as_tasks(BATCH)[:count]
     metrics = learner.meta_step([Task(*task) for task in tasks])
     ends = [fitted(model, [whole(task)] * 4) for task in tasks]
@@ -106,7 +106,7 @@ def test_running_statistics_are_those_of_ordinary_training() -> None:
 
 def test_evaluation_and_adapt_fit_the_support_set_alone_for_their_own_number_of_steps() -> None:
     model = seeded(NormedMlp)
-    learner = Reptile(model, inner_steps=2, inner_lr=LR, inner_batch_size=3, evaluation_steps=7)
+    learner = Reptile(model, inner_steps=2, inner_lr=LR, inner_batch_size=3, evaluation_steps=7, norm="batch")
     assert Reptile(model).settings.evaluation_steps == 50
     tasks = as_tasks(BATCH)
     ends = [fitted(model, [(task[0], task[1])] * 7) for task in tasks]

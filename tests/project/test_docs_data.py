@@ -35,5 +35,5 @@ def test_every_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
                 assert expected.startswith("Train on it") or expected.split() == line.split()
             compared += 1
     assert compared == 1
-    assert sum(kind == "python" for kind, _ in BLOCKS) == 6
+    assert sum(kind == "python" for kind, _ in BLOCKS) == 7
     assert (tmp_path / "contact-sheet.png").exists()

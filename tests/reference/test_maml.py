@@ -172,7 +172,8 @@ def test_presets_differ_in_the_norm_policy_and_an_argument_wins() -> None:
     paper, code = MAMLPlusPlus(normed(), preset="paper"), MAMLPlusPlus(normed(), preset="authors_code")
     assert paper.describe().settings["norm"] == "running"
     assert code.describe().settings["norm"] == "batch"
-    assert MAMLPlusPlus(normed()).describe().settings["norm"] == "batch"
+    assert MAMLPlusPlus(normed()).describe().settings["norm"] == "support"
+    assert MAMLPlusPlus(normed()).settings == MAMLPlusPlus(normed(), preset="authors_code", norm="support").settings
     assert MAMLPlusPlus(normed(), preset="paper", norm="support").describe().settings["norm"] == "support"
 
 

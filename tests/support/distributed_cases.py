@@ -162,6 +162,12 @@ def case_not_the_same(rank: int, _: Path) -> Any:
         state["model.linear.bias"] = state["model.linear.bias"] + 1
         loaded.load_state_dict(state)
     rates = fresh(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1 + rank))
+    later, faster = fresh(), fresh()
+    for learner in (later, faster):
+        learner.meta_step(good)
+    if rank == 1:
+        later.optimizer = type(later.optimizer)(later.parameters(), **later.optimizer.defaults)
+        faster.optimizer.param_groups[0]["weight_decay"] = 0.1
     frozen = fresh()
     frozen.meta_step(good)
     (frozen.model.first.bias, frozen.model.norm.bias)[rank].requires_grad_(False)
@@ -173,6 +179,8 @@ def case_not_the_same(rank: int, _: Path) -> Any:
         "loaded": failure(lambda: loaded.meta_step(good)),
         "settings": failure(lambda: fresh(inner_momentum=0.1 * rank).meta_step(good)),
         "optimizer": failure(lambda: rates.meta_step(good)),
+        "new optimizer": failure(lambda: later.meta_step(good)),
+        "new options": failure(lambda: faster.meta_step(good)),
         "frozen": failure(lambda: frozen.meta_step(good)),
         "call": failure(lambda: (other.meta_step if rank else ddp)(good)),
     }

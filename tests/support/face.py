@@ -21,8 +21,10 @@ STATISTICS = ("running_mean", "running_var", "target_shift", "target_log_ratio")
 
 
 def build(model: nn.Module, *, seed: int = 1, method: Callable[..., Any] = MAMLPlusPlus, **options: Any) -> Any:
-    """A learner whose rates, norm rows and statistics rows all differ from each other."""
+    """A learner whose rates, norm rows and statistics rows all differ from each other; by itself under "batch"."""
     options.setdefault("inner_steps", 2)
+    if "preset" not in options:
+        options.setdefault("norm", "batch")
     learner = method(model, **grouped(**options))
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import metawrap
 from metawrap.cli import main
 from metawrap.cli.arguments import build_parser
 from metawrap.engines import ENGINES
+from metawrap.evaluation_result import EvaluationResult
 from metawrap.training.checkpoints import CheckpointFolder
 from metawrap.training.progress import Progress, duration, percent
 from metawrap.training.run_folder import read_run
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.tables import render_table, result_text, summarise_seeds
+from metawrap.training.tables import render_table, result_text, score_text, summarise_seeds
 
 FLAGS = [
     *("--model", "small_network:build", "--image-size", "8", "--inner-steps", "1", "--device", "cpu"),
@@ -51,7 +53,7 @@ def complaint(capsys):
 def test_train_prints_a_table_before_and_after_and_evaluate_prints_it_again(capsys):
     assert main(["train", *FLAGS, "--out", "run"]) == 0
     first = capsys.readouterr().out
-    columns = ("before adaptation", "after adaptation", "batch (transductive) *", "support (inductive)")
+    columns = ("before adaptation", "after adaptation", "support (inductive) *", "batch (transductive)")
     assert not [words for words in (*columns, "run/result.json") if words not in first]
     assert main(["evaluate", "run", *MODEL, "--out", "again.json"]) == 0
     second = capsys.readouterr().out
@@ -267,11 +269,41 @@ def test_help_names_every_engine_and_who_chooses(capsys, command):
     assert {"auto", "chooses", *ENGINES} <= set(line.replace("(", " ").replace(",", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("proto-net", "protonet"), ("MAMLPlusPlus", "maml++"), ("mamlpp", "maml++"), ("Fine_Tune", "fine-tune")],
+)
+def test_a_method_is_found_by_the_name_of_its_class_or_of_a_recipe(capsys, name, meant):
+    for flags in (["train", "--method", name], ["compare", "--methods", name, "--budget", "1"]):
+        try:
+            code = main(flags)
+        except SystemExit as error:
+            code = error.code
+        assert code == 2
+        assert re.search(rf"Did you mean '?{re.escape(meant)}'?\?\n$", capsys.readouterr().err)
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert shown == capsys.readouterr().out
+
+
+def test_one_task_has_no_interval():
+    score = {"accuracy": 0.5, "interval": float("nan")}
+    assert score_text(score, "accuracy", "interval") == "50.00 %"
+    found = EvaluationResult.of({"accuracy": torch.tensor([0.5])}, torch.tensor([1.0]), norm="batch", steps=1)
+    assert str(found) == 'accuracy 50.00 % (1 task, 1 inner steps, norm="batch", transductive)'
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["train", "compare", "evaluate", "inspect", "report", "data", "recipes"]
+    classifiers = ["adapt", "predict", "serve"]
+    assert listed == ["train", "compare", "evaluate", *classifiers, "inspect", "report", "data", "recipes"]
 
 
 def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
@@ -280,7 +312,7 @@ def test_inspect_prints_the_table_of_the_wrapped_network(capsys):
     assert printed.err == ""
     assert "\x1b" not in printed.out
     lines = printed.out.splitlines()
-    assert lines[0] == 'MAMLPlusPlus(preset="authors_code") around Sequential'
+    assert lines[0] == 'MAMLPlusPlus(preset="inductive") around Sequential'
     assert lines[4].split() == ["1", "Linear", "3x64,", "3", "195", "4", "adapted"]
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("head ")] == ["known after the first task"]
 

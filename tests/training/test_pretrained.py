@@ -182,7 +182,7 @@ def test_a_network_of_timm_has_timms_transforms(tmp_path, monkeypatch, mode) -> 
         expected = data.create_transform(**config)(picture)
         torch.testing.assert_close(found.preprocessing(picture), expected, rtol=0, atol=2e-6)
     monkeypatch.setattr(data, "resolve_model_data_config", lambda _: config | {"crop_mode": "border"})
-    with pytest.raises(ArgumentError, match="crop_mode='border'"):
+    with pytest.raises(ArgumentError, match="crop mode 'border'"):
         load_network("timm:test_resnet", path)
     with pytest.raises(ArgumentError, match="timm has no network 'resnet_99'"):
         load_network("timm:resnet_99")

@@ -64,6 +64,7 @@ def test_the_bar_stays_on_one_line_of_a_terminal(tmp_path, columns):
     assert len(drawn) > 3
     assert max(map(len, drawn)) < columns
     assert drawn[-1].startswith("epoch 2/2 100% |")
+    assert columns < 80 or min(len(each.split("|")[1]) for each in drawn) >= 10
     assert "\x1b" not in line
 
 

@@ -60,11 +60,11 @@ def test_a_run_leaves_a_log_line_and_a_checkpoint_per_epoch_and_a_result(finishe
 
 def test_the_result_has_every_policy_before_and_after_and_averaged(finished):
     _, result = finished
-    assert list(result["test"]["norms"]) == ["batch", "support"]
+    assert list(result["test"]["norms"]) == ["support", "batch"]
     for scores in result["test"]["norms"].values():
         assert list(scores) == ["before", "after", "ensemble"]
         assert all(0 <= score["accuracy"] <= 1 and score["interval"] >= 0 for score in scores.values())
-    assert result["trained_norm"] == "batch"
+    assert result["trained_norm"] == "support"
 
 
 def test_a_network_that_returns_a_dict_is_tested_as_the_one_that_returns_its_logits(finished, tmp_path, monkeypatch):
@@ -155,6 +155,26 @@ def test_settings_survive_json_and_unknown_ones_are_named():
     assert RunSettings.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
     with pytest.raises(CheckpointError, match="'colour'"):
         RunSettings.from_dict({**TINY.to_dict(), "colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "norm"),
+    [
+        *((name, {}, "batch") for name in ("maml++", "maml", "fomaml", "meta-sgd", "anil", "reptile", "lstm")),
+        ("maml++", {"preset": "authors_code"}, "batch"),
+        ("maml++", {"preset": "paper"}, "running"),
+        ("maml++", {"norm": "support"}, "support"),
+        ("protonet", {}, "running"),
+    ],
+)
+def test_settings_of_metawrap_0_1_keep_the_norm_that_was_its_default(method, own, norm):
+    settings = RunSettings(method=method, **own)
+    stored = settings.to_dict()
+    del stored["resize"], stored["weights"]  # Unknown to 0.1.
+    read = RunSettings.from_dict(stored)
+    assert build_learner(read, nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).settings.norm == norm
+    read.check_resumes(stored)
+    assert RunSettings.from_dict(settings.to_dict()) == settings
 
 
 @pytest.mark.parametrize(
@@ -278,7 +298,7 @@ def test_a_run_without_an_accuracy_is_judged_by_its_loss_in_every_place(tmp_path
         assert {record[f"{part}_accuracy"] for record in log for part in ("train", "validation")} == {None}
         losses = [record["validation_loss"] for record in log]
         assert own["test"]["epoch"] == 1 + int(np.argmin(losses))
-        score = own["test"]["norms"]["batch"]
+        score = own["test"]["norms"]["support"]
         assert (list(score), score["after"]["accuracy"]) == (["before", "after"], None)
         assert score["after"]["loss"] > 1
         assert f"loss {score['after']['loss']:.4g}" in result_text(own)
