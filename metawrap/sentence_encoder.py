@@ -64,6 +64,8 @@ def load_encoder(name: str, weights: str | Path = DEFAULT) -> tuple[SentenceEnco
     encoder: Any = made.model
     if getattr(encoder, "main_input_name", "") != "input_ids" or encoder.config.is_encoder_decoder:
         raise ArgumentError(f"model: '{name}' is a {type(encoder).__name__}, which encodes no texts. Name an encoder.")
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # It makes another output, which nothing reads.
     how, most = _of_sentence_transformers(name, place)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)

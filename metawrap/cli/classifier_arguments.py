@@ -66,7 +66,7 @@ def add_predict(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("classifier", metavar="CLASSIFIER", help="a folder that metawrap adapt wrote")
     about = "files and folders of photos, or texts; - reads them from standard input"
-    parser.add_argument("examples", nargs="*", metavar="PHOTO|TEXT", help=about)
+    parser.add_argument("examples", nargs="*", default=[], metavar="PHOTO|TEXT", help=about)
     about = "a file with a photo's name or a text a line; - is standard input"
     parser.add_argument("--lines", metavar="FILE", default=None, help=about)
     parser.add_argument("--top", **N, default=3, help="classes to name for each (3)")

@@ -76,7 +76,7 @@ def _say_estimate(estimate: Estimate | None, kind: str) -> None:
 def _warn_of_duplicates(examples: Examples, kind: str) -> None:
     pairs = list(examples.near_duplicates())
     for one, other, apart in sorted(pairs, key=lambda pair: not pair[2])[:_SHOWN]:
-        where = " lie in two classes" if apart else ""
+        where = " and lie in two classes" if apart else ""
         say(f"Warning: {printable(one)} and {printable(other)} look the same{where or '; the estimate is too good'}.")
     if len(pairs) > _SHOWN:
         say(f"Warning: {len(pairs) - _SHOWN} more pairs of {kind} look the same.")

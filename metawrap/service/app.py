@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from metawrap.classifier import Classifier, Estimate, Photos
 from metawrap.data.pictures import decode_image
 from metawrap.data.preprocessing import Preprocessing
-from metawrap.errors import MetaWrapError, printable
+from metawrap.errors import ArgumentError, MetaWrapError, printable
 from metawrap.service.uploads import Limits, Uploads, busy
 from metawrap.templates import packaged_text
 
