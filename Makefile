@@ -18,7 +18,7 @@ help:
 	@echo "make train     install into $(VENV), meta-train MAML++ on generated characters, show the accuracy (minutes)"
 	@echo "make test      install the test tools into $(VENV), run the tests; make test-all runs the long ones too"
 	@echo "make zoo       wrap every network of the zoo, compare with a plain loop, write docs/supported-models.md"
-	@echo "make trust     many random kills and a run of 20,000 meta-steps; make fuzz: the readers, FUZZ_SECONDS each"
+	@echo "make trust     random kills, 20,000 meta-steps, eight threads on one learner; make fuzz: the readers, FUZZ_SECONDS each"
 	@echo "make browser   open the report and the service in a headless Chromium (CHROMIUM=... names it)"
 	@echo "make docs      build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make lint      ruff; make format lets it change files"

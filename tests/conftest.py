@@ -6,9 +6,15 @@ process: a data set takes a second.
 
 import functools
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
+from bird_runs import FLAGS, MAML, write_birds
 
+from metawrap.cli import main
 from metawrap.data import glyphs
 from metawrap.layers import quick_forms
 
@@ -17,3 +23,24 @@ torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)
 quick_forms.LARGE = quick_forms.LARGE_AT_BEST = quick_forms.LARGE_POOLING = 0
 glyphs.draw_class = functools.lru_cache(10_000)(glyphs.draw_class)
+
+
+@pytest.fixture(scope="session")
+def trained_on_birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set `birds`, and the finished runs `run` (ProtoNet) and `maml` on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_birds(folder / "birds")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.chdir(folder)
+        assert main(["train", *FLAGS, "--out", "run"]) == 0
+        assert main(["train", *MAML, "--out", "maml"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained_on_birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of `trained_on_birds`, which is the present folder."""
+    shutil.copytree(trained_on_birds, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        yield tmp_path

@@ -35,9 +35,9 @@ class ANIL(HeadLearner):
     w_0 = w;  w_k = w_(k-1) - alpha * grad_w L(h(f(support); w_(k-1)), support_y);  meta-loss = L(h(f(target); w_K),
     target_y). Its gradient flows through every step to w and, through the embeddings of support and target, to f.
 
-    As in the paper: second order, and MAML's norm policy, because the paper compares the two: here the default
-    "support", there "batch" (transductive). Differs: the network runs once per task, not once per
-    step, which gives the same gradient; rates can be learned. Any label that `loss_fn` takes, regression too.
+    As in the paper: second order, and MAML's norm policy, because the paper compares the two: here "support" by
+    default, there "batch" (transductive). Differs: the network runs once per task, not once per step, which gives the
+    same gradient; rates can be learned. Any label that `loss_fn` takes, regression too.
 
     Args:
         inner_steps: gradient steps on the head.

@@ -118,7 +118,7 @@ class _Service:
                 raise HTTPException(
                     404, "This classifier is not here any more: only the last ones are kept. Learn again."
                 )
-            raise HTTPException(404, "This service has no classifier of its own. Learn one: ?classifier=ID names it.")
+            raise HTTPException(404, "This service has no classifier of its own. Learn one, and name its id.")
         if classifier:
             self.fitted.move_to_end(classifier)
         async with self.uploads.photo(request) as content:

@@ -176,9 +176,7 @@ def test_find_trouble_follows_reptile_through_its_target_examples() -> None:
     """Reptile's inner steps take support and target examples; the trouble is in the first step, not after the last."""
     task = batch_of()[0]
     task = Task(task.support_x, task.support_y, task.target_x * 1e300, task.target_y)
-    learner = Reptile(
-        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double(), inner_steps=3, inner_lr=1e300
-    )
+    learner = Reptile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double(), inner_steps=3, inner_lr=1e30)
     [trouble] = learner.find_trouble([task])
     assert trouble.step in (0, 1)
 

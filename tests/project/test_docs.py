@@ -56,15 +56,13 @@ SMALL_RECIPE = ["ways=3", "targets=1", "tasks_per_batch=1", "inner_steps=1", "ba
 # For one that runs as published.
 FULL_RECIPE = ["--epochs", "1", "--iterations", "1", "--validation-tasks", "2", "--test-tasks", "2", "--device", "cpu"]
 # Lines that do not run here: the test that runs the script, or why none does.
-COMING = ("adapt", "predict")
 ELSEWHERE = {
     "examples/wrap_your_cnn.py": "tests/project/test_examples.py",
     "examples/accelerate_loop.py": "tests/project/test_neighbours.py",
     "benchmarks compare": "tests/project/test_benchmarks.py",
     "benchmarks gpu": "tests/project/test_benchmarks.py",
-    # With the branch of metawrap adapt, name the test that runs it here, and take `COMING` out.
-    "adapt": "needs pretrained weights",
-    "predict": "needs pretrained weights",
+    "adapt": "tests/classifier/test_adapt_predict.py",
+    "predict": "tests/classifier/test_adapt_predict.py",
     "pip": "installs packages",
     "make": "runs the tests",
     "tensorboard": "serves until it is stopped; tests/training/test_insight.py reads the files that it shows",
@@ -239,8 +237,6 @@ def metawrap_words(words: list[str]) -> list[str] | None:
 def problem_with(words: list[str]) -> str | None:
     """The error of a line, or None."""
     if (rest := metawrap_words(words)) is not None:
-        if rest[0] in COMING and rest[0] not in build_parser().commands:
-            return None
         try:
             build_parser().parse_args(rest)
         except (SystemExit, argparse.ArgumentError) as error:
@@ -337,6 +333,19 @@ def test_every_public_name_is_in_the_reference() -> None:
     names |= {f"metawrap.training.{name}" for name in metawrap.training.__all__}
     names |= {"metawrap.sklearn.FewShotClassifier"}
     assert not names - shown
+
+
+def test_the_reference_has_a_row_for_each_keyword() -> None:
+    griffe = pytest.importorskip("griffe")
+    rows = runpy.run_path(str(DOCS / "reference_rows.py"))
+    read = griffe.load("metawrap", search_paths=[str(ROOT)], extensions=griffe.load_extensions(rows["ReferenceRows"]))
+    shown = read["methods.maml.MAMLPlusPlus"]
+    assert (shown.parameters["inner_steps"].default, shown.parameters["preset"].default) == ("5", "'authors_code'")
+    assert {"multi_step_loss: ", "msl_epochs: "} <= set(
+        re.findall(r"^    (\w+: )", shown.docstring.value, re.MULTILINE)
+    )
+    assert read["methods.maml.FOMAML"].parameters["first_order_epochs"].default == "inf"
+    assert str(read["settings.groups.ExecutionOptions"].parameters["workers"].annotation) == "int | Literal['auto']"
 
 
 def test_every_page_and_picture_is_reached() -> None:

@@ -7,6 +7,7 @@ import pickle
 import sys
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -291,3 +292,12 @@ def not_for_modules(_: Any) -> dict[str, str]:
 @parametrize_with_checks(estimators(), expected_failed_checks=not_for_modules, xfail_strict=True)
 def test_scikit_learns_own_checks_pass(estimator, check):
     check(estimator)
+
+
+def test_classifiers_of_one_learner_fit_in_joblibs_threads() -> None:
+    learner = learner_for()
+    support, y, target, _ = rows()
+    alone = FewShotClassifier(learner).fit(support, y).predict_proba(target)
+    fit = joblib.delayed(lambda: FewShotClassifier(learner).fit(support, y).predict_proba(target))
+    for found in joblib.Parallel(4, backend="threading")(fit() for _ in range(12)):
+        np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)

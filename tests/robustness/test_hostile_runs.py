@@ -30,25 +30,6 @@ from metawrap.training.run_folder import RunFolder
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX links and pipes")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set `birds`, and the finished run `run` on it."""
-    place = tmp_path_factory.mktemp("trained")
-    write_birds(place / "birds")
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.chdir(place)
-        assert main(["train", *FLAGS, "--out", "run"]) == 0
-    return place
-
-
-@pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        yield tmp_path
-
-
 RESUME = ["train", "--resume", "--out", "run"]
 
 

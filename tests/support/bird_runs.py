@@ -14,6 +14,7 @@ FLAGS = [
     *("--device", "cpu", "--epochs", "2", "--iterations", "1", "--batch", "1"),
     *("--validation-tasks", "2", "--test-tasks", "2"),
 ]
+MAML = [*FLAGS, "--method", "maml", "--ways", "3", "--inner-steps", "1"]
 
 
 def write_class(folder: Path, name: str, images: int = 2) -> None:

@@ -162,7 +162,9 @@ def case_not_the_same(rank: int, _: Path) -> Any:
         state["model.linear.bias"] = state["model.linear.bias"] + 1
         loaded.load_state_dict(state)
     rates = fresh(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1 + rank))
-    later, faster = fresh(), fresh()
+    # With moments, which a new one lacks.
+    later = fresh(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1))
+    faster = fresh()
     for learner in (later, faster):
         learner.meta_step(good)
     if rank == 1:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from bird_runs import CLASSES, FLAGS, write_birds, write_class
 from data_helpers import omniglot_files, write_folder, write_zip, zipped
 from PIL import Image
@@ -30,25 +29,6 @@ from metawrap.training.run_folder import read_run
 
 def parts(folder: str | Path) -> list[tuple[str, ...]]:
     return [part.class_names for part in load_image_folder(folder, image_size=16)]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data set `birds` and the finished run `run` on it."""
-    place = tmp_path_factory.mktemp("trained")
-    write_birds(place / "birds")
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.chdir(place)
-        assert main(["train", *FLAGS, "--out", "run"]) == 0
-    return place
-
-
-@pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        yield tmp_path
 
 
 def unfinished(run: Path) -> None:

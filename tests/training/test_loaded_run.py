@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bird_runs import CLASSES, FLAGS, write_birds, write_class
+from bird_runs import CLASSES, FLAGS, write_class
 from PIL import Image
 from tiny_runs import refusal
 from torch import nn
@@ -24,28 +24,6 @@ from metawrap.data import EpisodeSampler, load_image_folder
 from metawrap.errors import ArgumentError, CheckpointError, DataError
 from metawrap.snapshot.generators import Generators
 from metawrap.training.experiment import TEST_SEED, load_splits
-
-MAML = [*FLAGS, "--method", "maml", "--ways", "3", "--inner-steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set `birds`, and the finished runs `run` (ProtoNet) and `maml` on it."""
-    place = tmp_path_factory.mktemp("trained")
-    write_birds(place / "birds")
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.chdir(place)
-        assert main(["train", *FLAGS, "--out", "run"]) == 0
-        assert main(["train", *MAML, "--out", "maml"]) == 0
-    return place
-
-
-@pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        yield tmp_path
 
 
 def parts(folder: str) -> list[tuple[str, ...]]:

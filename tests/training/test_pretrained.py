@@ -337,7 +337,7 @@ def test_a_run_records_its_preprocessing_and_its_test_uses_it_again(folder, tmp_
     assert read_preprocessing(run) == WAY
     assert json.loads((run / "data.json").read_text())["preprocessing"] == WAY.to_dict()
     assert json.loads((run / "run.json").read_text())["settings"]["model"] == settings.model
-    again = evaluate_run(run, norms=[result["trained_norm"]])
+    again = evaluate_run(run, model=f"{__name__}:build", norms=[result["trained_norm"]])
     assert again["test"]["norms"] == result["test"]["norms"]
     # Other weights may want another preprocessing: a run that goes on would learn from other pixels.
     monkeypatch.setattr(
