@@ -2,6 +2,7 @@
 
 fitting.py: learner, examples -> `Classifier`
 classifier.py: `Classifier`: predict, save, load
+sharing.py: a folder with a model card, and the Hugging Face Hub
 predict.py: a script beside each classifier of photos, which runs it without metawrap
 predict_texts.py: the same of texts
 program.py: a network as a program that only needs torch (or onnxruntime); a stranger's is checked before it is loaded

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from metawrap.classifier.program import (
     save_onnx,
     save_program,
 )
+from metawrap.classifier.sharing import CARD, Shared, card_of, is_card
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.data.text_files import read_text
 from metawrap.data.text_preprocessing import TextPreprocessing
@@ -69,12 +70,13 @@ class Prediction:
 
 
 @dataclass
-class Classifier:
+class Classifier(Shared):
     """Names the classes of photos or texts.
 
     classes: their names, in the order of the outputs. preprocessing: the way from a photo or text to the network's
     input. run: what `preprocessing.stack` gives to probabilities (examples, classes). about: how it was made, plain
     values. at_once: how many examples `run` takes at once at most. network: the adapted network, where it is known.
+    folder: where it was loaded from.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     >>> classifier = Classifier.of(network, ("day", "night"), Preprocessing(size=(2, 2)))
@@ -89,8 +91,9 @@ class Classifier:
     about: dict[str, Any] = field(default_factory=dict)
     at_once: int = 64
     network: nn.Module | None = None
+    folder: Path | None = None
 
-    files: ClassVar[tuple[str, ...]] = (ABOUT, PROGRAM, WEIGHTS, SCRIPT, ONNX, TOKENIZER)
+    files: ClassVar[tuple[str, ...]] = (ABOUT, PROGRAM, WEIGHTS, SCRIPT, ONNX, TOKENIZER, CARD)
 
     @classmethod
     def of(
@@ -157,7 +160,7 @@ class Classifier:
             raise ArgumentError(f"formats: expected some of {', '.join(FORMATS)}, but got {shown(unknown[0])}.")
         if self.network is None:
             raise ArgumentError(f"save: this classifier was loaded from files. Copy its folder to '{out}'.")
-        _check_free(out)
+        self.check_free(out)
         way = self.preprocessing
         examples = way.examples() if examples is None else list(examples[:8])
         several = way.stack([*examples, *examples][: max(2, len(examples))])
@@ -188,7 +191,7 @@ class Classifier:
             "sha256": {name: _digest(out / name) for name in (*runs, WEIGHTS, TOKENIZER) if (out / name).exists()},
         }
         with writing("out", out):  # Last: a folder with this file is whole.
-            (out / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write_about(about, out)
         return out
 
     @classmethod
@@ -212,7 +215,7 @@ class Classifier:
         _check_digest(about, file)
         run = load_program(file) if runtime == "torch" else load_onnx(file)
         classes, way = about.pop("classes"), about.pop("preprocessing")
-        made = cls(classes, way, run, about, about.get("at_once") or cls.at_once)
+        made = cls(classes, way, run, about, about.get("at_once") or cls.at_once, folder=place)
         try:
             found = made.of_prepared(way.examples()[:1])
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
@@ -223,6 +226,38 @@ class Classifier:
                 "fresh copy of both."
             )
         return made
+
+    def check_free(self, out: Path) -> None:
+        """Raises ArgumentError if a folder holds files that are none of a classifier's, or is a link elsewhere."""
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ArgumentError(f"out: '{out}' is no folder. Name a new one.")
+        for each in sorted(out.iterdir()) if out.exists() else ():
+            if each.name not in self.files or (each.name == CARD and not is_card(each)):
+                raise ArgumentError(f"out: '{out}' holds other files, such as {shown(each.name)}. Name a new folder.")
+
+    def card(self, repository: str = ".") -> str:
+        """The model card, in Markdown. repository: as `from_pretrained` takes it."""
+        return card_of(self.about, self.classes, self.preprocessing.kind, repository)
+
+    def write_shared(self, out: Path) -> None:
+        """Writes all files but the card, without the command line."""
+        if self.network is not None:
+            about = {name: value for name, value in self.about.items() if name != "command"}
+            replace(self, about=about).save(out)
+            return
+        assert self.folder is not None
+        about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+        about.pop("command", None)
+        found = [file for name in (PROGRAM, WEIGHTS, ONNX, TOKENIZER) if (file := self.folder / name).exists()]
+        for file in found:
+            _check_digest(about, file)  # A link of a stranger's folder may lead to a file of yours.
+        with writing("out", out):
+            (out / CARD).unlink(missing_ok=True)
+            for file in found:
+                if not (out / file.name).exists() or not file.samefile(out / file.name):
+                    shutil.copyfile(file, out / file.name)
+            shutil.copyfile(Path(__file__).with_name(_SCRIPTS[self.preprocessing.kind]), out / SCRIPT)
+            _write_about(about, out)
 
 
 def _read_about(place: Path) -> dict[str, Any]:
@@ -262,19 +297,15 @@ def _read_about(place: Path) -> dict[str, Any]:
     return about | {"classes": tuple(classes), "preprocessing": preprocessing}
 
 
+def _write_about(about: Mapping[str, Any], out: Path) -> None:
+    (out / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _check_digest(about: Mapping[str, Any], file: Path) -> None:
     """Raises DataError unless a file is there, and is the one that classifier.json was written for."""
     digests = about.get("sha256")
     if not file.is_file() or not isinstance(digests, dict) or digests.get(file.name) != _digest(file):
         raise DataError(f"'{file}' is not the file that {ABOUT} beside it was written for. Get a fresh copy of both.")
-
-
-def _check_free(out: Path) -> None:
-    """Raises ArgumentError if a folder holds files that are none of a classifier's, or is a link to another place."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ArgumentError(f"out: '{out}' is no folder. Name a new one.")
-    if out.exists() and (others := sorted(each.name for each in out.iterdir() if each.name not in Classifier.files)):
-        raise ArgumentError(f"out: '{out}' holds other files, such as {shown(others[0])}. Name a new folder.")
 
 
 def _check_same(name: str, found: Tensor, expected: Tensor) -> None:
