@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from metawrap.errors import MetaWrapWarning, UnsupportedModuleError
 from metawrap.outputs import prediction_in
 from metawrap.results import are_logits, class_loss, ignored_label, loss_option
+from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.reachable_state import RANDOM_NUMBERS
 from metawrap.tasks import Task, tensors_in
 
@@ -260,8 +261,11 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation."""
+        # The tag alone tells nothing: attention and recurrent networks have it without dropout, too.
+        may_draw = torch.Tag.nondeterministic_seeded in func.tags
+        before = Generators(held=[*args, *(kwargs or {}).values()]) if may_draw else None
         found = func(*args, **(kwargs or {}))
+        self.draws |= before is not None and bool(before.moved())
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.work += count(*args, **(kwargs or {}), out_val=found)
-        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         return found

@@ -34,6 +34,8 @@ def fit_classifier(
         learner: any method. preprocessing: how its network gets them. about: more for classifier.json.
     Raises:
         ArgumentError, TaskError: the examples do not fit the network: more classes than outputs, or another size.
+
+    Warns where what an example is taken for depends on the examples beside it.
     """
     inputs, norm = preprocessing.inputs(examples.prepared).to(device_of(learner)), _inductive_norm(learner)
     labels = examples.labels.to(inputs.device)

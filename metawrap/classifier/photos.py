@@ -23,6 +23,7 @@ from metawrap.errors import DataError
 
 # Differing bits of the 64 that sum a picture up, up to which two pictures count as near-duplicates.
 _NEAR = 4
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
 # Pictures as the network gets them, all at once.
 _MAX_SUPPORT_BYTES = 8 * 2**30
 
@@ -100,9 +101,9 @@ class Photos:
 
         Two photos look the same where the signs of the brightness steps of an 8 x 8 thumbnail differ in few places.
         """
-        signs = np.stack([_signs(picture) for picture in self.pictures])
+        signs = np.stack([np.packbits(_signs(picture)) for picture in self.pictures])
         for first in range(len(signs)):
-            apart = (signs[first + 1 :] != signs[first]).sum(1)
+            apart = _ONES[signs[first + 1 :] ^ signs[first]].sum(1)
             for place in np.flatnonzero(apart <= _NEAR):
                 second = first + 1 + int(place)
                 yield self.files[first], self.files[second], bool(self.labels[first] != self.labels[second])

@@ -11,6 +11,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from metawrap.training.machine import program
 from metawrap.training.progress import say
 
 _SHOWN = 5  # confusions, near-duplicates
+_COMPARED = 1_000  # pairs of near-duplicates: of equal photos there are as many as their square
 _AT_ONCE = 64
 
 
 def run_adapt(arguments: Namespace) -> None:
     """Prints the estimate and writes the classifier."""
-    source = source_of(arguments, texts=Texts.are_at(arguments.support))
+    source = source_of(arguments, "auto", texts=Texts.are_at(arguments.support))
     way, kind = source.preprocessing, source.preprocessing.kind
     if isinstance(way, Preprocessing):
         examples: Examples = Photos.read(arguments.support, way)
@@ -74,12 +76,12 @@ def _say_estimate(estimate: Estimate | None, kind: str) -> None:
 
 
 def _warn_of_duplicates(examples: Examples, kind: str) -> None:
-    pairs = list(examples.near_duplicates())
+    pairs = list(islice(examples.near_duplicates(), _COMPARED))
     for one, other, apart in sorted(pairs, key=lambda pair: not pair[2])[:_SHOWN]:
-        where = " and lie in two classes" if apart else ""
-        say(f"Warning: {printable(one)} and {printable(other)} look the same{where or '; the estimate is too good'}.")
-    if len(pairs) > _SHOWN:
-        say(f"Warning: {len(pairs) - _SHOWN} more pairs of {kind} look the same.")
+        where = ", and lie in two classes" if apart else "; the estimate is too good"
+        say(f"Warning: {printable(one)} and {printable(other)} look the same{where}.")
+    if (more := len(pairs) - _SHOWN) > 0:
+        say(f"Warning: {more}{' or more' if len(pairs) == _COMPARED else ''} other pairs of {kind} look the same.")
 
 
 def run_predict(arguments: Namespace) -> None:

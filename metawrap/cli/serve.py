@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ def server_of(app: Any) -> Any:
     """The server of an app; `run([listener])` serves until a signal, or until `should_exit` is set."""
     import uvicorn
 
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # Each broken form is a line.
     config = uvicorn.Config(
         app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False, timeout_graceful_shutdown=5
     )
@@ -45,7 +47,7 @@ def _served(arguments: Namespace) -> Any:
         classifier = Classifier.load(arguments.source)
         print(f"Classifier: {arguments.source}, {len(classifier.classes)} classes")
         return classifier
-    source = source_of(arguments)
+    source = source_of(arguments, "r2d2")
     print(f"Network: {source.words}")
     assert isinstance(source.preprocessing, Preprocessing)  # No texts were asked for.
     return Adapter(lambda photos: source.fit(source.choose(photos)[0], photos), source.preprocessing, source.words)

@@ -32,7 +32,14 @@ class FittedHead(nn.Module):
 
     def plain(self) -> nn.Module:
         """A copy that shares nothing with the learner, in eval mode; gradients must be off."""
-        return copy.deepcopy(self).eval()
+        made = copy.deepcopy(self).eval()
+        for module in made.modules():
+            # A part of a larger tensor would be saved with all of it.
+            own = {
+                name: b.clone(memory_format=torch.contiguous_format) for name, b in module.named_buffers(recurse=False)
+            }
+            module._buffers.update(own)
+        return made
 
 
 def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:

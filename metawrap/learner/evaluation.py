@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,13 +59,15 @@ def evaluated(
     losses: list[Tensor] = []
     predictions: list[Any] = []
     solve = partial(_solved, norm=policy, steps=steps, mask=mask)
-    with torch.no_grad():
+    # A task may find in a buffer what the task before it has left there.
+    whole = any(module._buffers for module in learner.model.modules() if not isinstance(module, PerStepNorm))
+    with torch.no_grad(), _in_one_part(learner) if whole else nullcontext():
         for batch in iterate_task_batches(tasks):
             checked = list(checked_batch(batch, learner.loss_fn, device_of(learner)))
             for place, task in enumerate(checked, len(values)):
                 refuse_uncounted(task, learner.loss_fn, f"tasks (task {place}): ")
             for task, (loss, accuracy, prediction) in zip(
-                checked, _solved_in_parts(learner, checked, solve), strict=True
+                checked, _solved_in_parts(learner, checked, solve, whole), strict=True
             ):
                 where = f"tasks (task {len(values)}): "
                 losses.append(loss.detach().double().cpu())
@@ -91,12 +93,18 @@ def evaluated(
     return EvaluationResult.of(found, torch.stack(losses), predictions=predictions, **details)
 
 
+@contextmanager
+def _in_one_part(learner: Any) -> Iterator[None]:
+    with learner.calls.modules(learner) as used, in_eval_mode(used):
+        yield
+
+
 def _solved_in_parts(
-    learner: Any, tasks: list[Task], solve: Callable[[Any, Task], TaskOutcome]
+    learner: Any, tasks: list[Task], solve: Callable[[Any, Task], TaskOutcome], whole: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
     """Loss, accuracy and prediction of each task. Between parts, where metrics run, other threads may take turns."""
     for begin in range(0, len(tasks), _IN_A_PART):
-        with learner.calls.modules(learner) as used, in_eval_mode(used):
+        with learner.calls.modules(learner) as used, nullcontext() if whole else in_eval_mode(used):
             solved = used.executor.solved(used, tasks[begin : begin + _IN_A_PART], solve)
             part = [(outcome.loss, outcome.accuracy, outcome.prediction) for outcome in solved]
         yield from part

@@ -42,6 +42,4 @@ class LogisticRegression(EmbeddingLearner):
     def _fit_head(self, support: Tensor, labels: Tensor, ways: int) -> FittedHead:
         inputs = nn.functional.normalize(support, dim=1)
         solution = softmax_regression(inputs, one_hot(labels, ways, inputs), self.regularizer)
-        # Tensors of their own: torch.export saves a part of another one with a warning.
-        weight, bias = solution[:, :-1].contiguous(), solution[:, -1].contiguous()
-        return NormalisedLinear(weight=weight, bias=bias, centre=torch.zeros_like(support[0, 0]))
+        return NormalisedLinear(weight=solution[:, :-1], bias=solution[:, -1], centre=torch.zeros_like(support[0, 0]))

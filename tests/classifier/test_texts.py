@@ -166,7 +166,7 @@ def test_auto_and_a_folder_of_files(place: Path, tmp_path: Path, capsys: pytest.
     assert "Texts left out, by method: R2D2 " in out
     assert "predict " in out.splitlines()[-1]
     assert out.endswith(" TEXT\n")
-    assert "'The lamp' and 'The lamp' look the same and lie in two classes" in " ".join(err.split())
+    assert "'The lamp' and 'The lamp' look the same, and lie in two classes" in " ".join(err.split())
     assert json.loads((tmp_path / "clf" / "classifier.json").read_text())["texts"] == {"light": 5, "music": 5}
     for wrong in (["--image-size", "8"], ["--method", "r2d2", "--set", "ridge=1"]):
         assert main(["adapt", f"hf:{place / 'encoder'}", *arguments, *wrong]) == 2

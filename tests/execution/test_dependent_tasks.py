@@ -132,6 +132,25 @@ def test_what_begins_after_the_first_step_is_seen(change: str, memory: str, work
     assert fast.model.calls == plain.model.calls
 
 
+class Attends(Watched):
+    """Operations that could draw, and do not: attention and a recurrent network without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.recurrent = nn.MultiheadAttention(6, 2, batch_first=True), nn.LSTM(6, 6, batch_first=True)
+
+    def bend(self, hidden: Tensor) -> Tensor:
+        rows = hidden[:, None]
+        return self.recurrent(self.attention(rows, rows, rows, need_weights=False)[0])[0][:, 0]
+
+
+def test_attention_and_recurrent_networks_without_dropout_draw_nothing() -> None:
+    learner = build(seeded(Attends), workers=2, engine="functional")
+    learner.meta_step(FOUR)  # A warning is an error here.
+    assert learner.executor.why_in_order(learner) is None
+    assert "2 threads" in learner.executor.in_words(learner)
+
+
 def test_draws_are_seen_although_another_thread_puts_the_generator_back() -> None:
     """As flat memory does; the last thread to do it may leave the state from before all draws."""
     learner = build(seeded(Watched), workers=2)

@@ -202,6 +202,8 @@ def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
         shared = {id(t) for t in (*learner.parameters(), *learner.buffers())}
         assert not shared & {id(t) for t in (*module.parameters(), *module.buffers())}
         assert not any(p.grad is not None for p in module.parameters())
+        # A part of a larger tensor would be saved with all of it.
+        assert not [n for n, t in module.state_dict().items() if t.untyped_storage().nbytes() != t.nbytes]
         module = pickle.loads(pickle.dumps(module))
         assert not module.training
         assert not any(isinstance(m, methods.Learner) for m in module.modules())

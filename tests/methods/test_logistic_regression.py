@@ -82,10 +82,3 @@ def test_a_problem_that_is_too_hard_is_named(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
     with pytest.raises(MetaWrapError, match=r"support set of 9 examples .* regularizer=1e-06\. Raise it"):
         softmax_regression(x, one_hot(torch.arange(9) % 3, 3, x), 1e-6)
-
-
-def test_a_fitted_head_owns_its_numbers() -> None:
-    task = task_with(LABELS)
-    adapted = LogisticRegression(mlp()).adapt(task.support_x, task.support_y)
-    for tensor in adapted.state_dict().values():
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

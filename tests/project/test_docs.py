@@ -340,7 +340,7 @@ def test_the_reference_has_a_row_for_each_keyword() -> None:
     rows = runpy.run_path(str(DOCS / "reference_rows.py"))
     read = griffe.load("metawrap", search_paths=[str(ROOT)], extensions=griffe.load_extensions(rows["ReferenceRows"]))
     shown = read["methods.maml.MAMLPlusPlus"]
-    assert (shown.parameters["inner_steps"].default, shown.parameters["preset"].default) == ("5", "'authors_code'")
+    assert (shown.parameters["inner_steps"].default, shown.parameters["preset"].default) == ("5", "'inductive'")
     assert {"multi_step_loss: ", "msl_epochs: "} <= set(
         re.findall(r"^    (\w+: )", shown.docstring.value, re.MULTILINE)
     )
