@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metawrap.learner.embedding_learner import EmbeddingLearner
 from metawrap.outputs import prediction_in
 from metawrap.tasks import Task
 
@@ -66,13 +67,28 @@ class Estimate:
         return f"{self.right} of {self.examples} right, {share}"
 
 
+def embedded(learner: Any, inputs: Tensor, labels: Tensor, norm: str | None = None) -> Tensor | None:
+    """The embeddings of all inputs; None for a method without them, or where an example's depends on the others."""
+    if not isinstance(learner, EmbeddingLearner):
+        return None
+    few = [int((labels == label).nonzero()[0]) for label in range(2)]
+    small = Task(inputs[few], labels[few], inputs[few], labels[few])
+    return learner.embedded(small, inputs, norm)
+
+
 def left_out(
-    learner: Any, inputs: Tensor, labels: Tensor, names: Sequence[str], norm: str | None = None
+    learner: Any,
+    inputs: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    norm: str | None = None,
+    embeddings: Tensor | None = None,
 ) -> Estimate | None:
     """Predicts each example from the others: in each round, at most a tenth of each class's examples is left out.
 
     Args:
         inputs: (examples, ...). labels: (examples,), places among `names`. norm: as in `learner.evaluate`.
+        embeddings: of all inputs, from `embedded`; the network runs once for each example then, not in each round.
     Returns:
         None if each class has one example: nothing can be left out.
     """
@@ -80,9 +96,13 @@ def left_out(
     true: list[int] = []
     rounds = list(_rounds(labels))
     for out in rounds:
-        task = Task(inputs[~out], labels[~out], inputs[out], labels[out])
-        result = learner.evaluate([task], norm=norm, keep_predictions=True)
-        logits: Any = prediction_in(result.predictions[0])
+        known = inputs if embeddings is None else embeddings
+        task = Task(known[~out], labels[~out], known[out], labels[out])
+        if embeddings is None:
+            result = learner.evaluate([task], norm=norm, keep_predictions=True)
+            logits: Any = prediction_in(result.predictions[0])
+        else:
+            logits = learner.predicted(task)
         found += logits[:, : len(names)].argmax(1).tolist()
         true += labels[out].tolist()
     if not true:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from metawrap.classifier.classifier import Classifier
-from metawrap.classifier.estimate import Estimate, left_out
+from metawrap.classifier.estimate import Estimate, embedded, left_out
 from metawrap.classifier.photos import Photos
 from metawrap.classifier.program import Way
 from metawrap.classifier.texts import Texts
 from metawrap.errors import MetaWrapWarning
+from metawrap.learner.embedding_learner import EmbeddingLearner
 from metawrap.surgery.inspect import batch_norms
 from metawrap.tasks import device_of
 
@@ -39,7 +42,7 @@ def fit_classifier(
     """
     inputs, norm = preprocessing.inputs(examples.prepared).to(device_of(learner)), _inductive_norm(learner)
     labels = examples.labels.to(inputs.device)
-    estimate = left_out(learner, inputs, labels, examples.classes, norm)
+    estimate = left_out(learner, inputs, labels, examples.classes, norm, embedded(learner, inputs, labels, norm))
     network = learner.adapt(inputs, labels, classes=range(len(examples.classes)), norm=norm)
     made = {
         "method": type(learner).__name__,
@@ -62,12 +65,30 @@ def choose_method(
     """
     learners = {name: make(name) for name in names}
     estimates: dict[str, Estimate | None] = {}
+    shown: tuple[Any, Tensor | None] | None = None  # A learner, and what its network makes of the examples.
     for name, learner in learners.items():
-        inputs = preprocessing.inputs(examples.prepared).to(device_of(learner))
+        inputs, norm = preprocessing.inputs(examples.prepared).to(device_of(learner)), _inductive_norm(learner)
         labels = examples.labels.to(inputs.device)
-        estimates[name] = left_out(learner, inputs, labels, examples.classes, _inductive_norm(learner))
+        if shown is None or not _embed_alike(shown[0], learner):
+            shown = learner, embedded(learner, inputs, labels, norm)
+        estimates[name] = left_out(learner, inputs, labels, examples.classes, norm, shown[1])
     best = max(names, key=lambda name: estimate.right if (estimate := estimates[name]) else 0)
     return learners[best], estimates
+
+
+def _embed_alike(one: Any, other: Any) -> bool:
+    """Whether two learners are methods on an embedding, of equal networks, under one norm policy."""
+    if not isinstance(one, EmbeddingLearner) or not isinstance(other, EmbeddingLearner) or one.flat != other.flat:
+        return False
+    settings = [
+        (type(each.model), each.settings.norm, each.options["head"], each.embedding.source) for each in (one, other)
+    ]
+    states = [each.model.state_dict() for each in (one, other)]
+    return (
+        settings[0] == settings[1]
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    )
 
 
 def _inductive_norm(learner: Any) -> str | None:

@@ -25,13 +25,14 @@ def add_adapt(commands: Any) -> None:
     parser.add_argument(
         "--format", dest="formats", action="append", default=[], choices=("torch", "onnx"), help="onnx: model.onnx too"
     )
-    _add_source(parser, "auto (default): of R2D2, SimpleShot, ... the best on photos left out")
+    _add_source(parser)
     add_terminal(parser)
 
 
-def _add_source(parser: Any, about_method: str) -> None:
+def _add_source(parser: Any) -> None:
     group = parser.add_argument_group("of a network")
-    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about_method)
+    about = "auto (default): of R2D2, SimpleShot, ... the best on examples left out"
+    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about)
     about = "DEFAULT (pretrained), or a file of weights (random; DEFAULT for texts)"
     group.add_argument("--weights", metavar="FILE", help=about)
     group.add_argument("--image-size", **N, help="side in pixels (the pretrained network's)")
@@ -52,7 +53,7 @@ def add_serve(commands: Any) -> None:
     parser.add_argument("source", metavar="SOURCE", help=about)
     parser.add_argument("--host", default="127.0.0.1", **NAME, help="address (127.0.0.1: this machine alone)")
     parser.add_argument("--port", default=8000, **N, help="port (8000); 0: any free one")
-    _add_source(parser, "r2d2 (default), ...; auto: the best on photos left out, in more time")
+    _add_source(parser)
     add_terminal(parser)
 
 

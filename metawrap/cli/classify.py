@@ -33,7 +33,7 @@ _AT_ONCE = 64
 
 def run_adapt(arguments: Namespace) -> None:
     """Prints the estimate and writes the classifier."""
-    source = source_of(arguments, "auto", texts=Texts.are_at(arguments.support))
+    source = source_of(arguments, texts=Texts.are_at(arguments.support))
     way, kind = source.preprocessing, source.preprocessing.kind
     if isinstance(way, Preprocessing):
         examples: Examples = Photos.read(arguments.support, way)

@@ -47,7 +47,7 @@ def _served(arguments: Namespace) -> Any:
         classifier = Classifier.load(arguments.source)
         print(f"Classifier: {arguments.source}, {len(classifier.classes)} classes")
         return classifier
-    source = source_of(arguments, "r2d2")
+    source = source_of(arguments)
     print(f"Network: {source.words}")
     assert isinstance(source.preprocessing, Preprocessing)  # No texts were asked for.
     return Adapter(lambda photos: source.fit(source.choose(photos)[0], photos), source.preprocessing, source.words)

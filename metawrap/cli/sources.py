@@ -52,16 +52,11 @@ class Source:
             return fit_classifier(learner, examples, self.preprocessing, about)
 
 
-def source_of(arguments: Namespace, method: str, texts: bool = False) -> Source:
-    """The run or network that the arguments name, loaded.
-
-    Args:
-        method: of a network, where none was given. texts: whether the classifier shall be one of texts.
-    """
+def source_of(arguments: Namespace, texts: bool = False) -> Source:
+    """The run or network that the arguments name, loaded. texts: whether its classifier shall be one of texts."""
     if texts:
-        return _encoder(arguments, method)
-    is_run = (Path(arguments.source) / "run.json").exists()
-    return _run(arguments) if is_run else _network(arguments, method)
+        return _encoder(arguments)
+    return _run(arguments) if (Path(arguments.source) / "run.json").exists() else _network(arguments)
 
 
 def check_none_given(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
@@ -79,16 +74,16 @@ def _run(arguments: Namespace) -> Source:
     return Source(lambda ways: {type(run.learner).__name__: run.learner}, run.preprocessing, words)
 
 
-def _encoder(arguments: Namespace, method: str) -> Source:
+def _encoder(arguments: Namespace) -> Source:
     check_none_given(arguments, ("image_size",), "a network of texts")
     encoder, way, words = load_encoder(arguments.source, getattr(arguments, "weights", DEFAULT))
-    _, make = _methods(arguments, method)
+    _, make = _methods(arguments)
     return Source(lambda ways: make(nn.Sequential(encoder, nn.Linear(encoder.width, ways))), way, words)
 
 
-def _methods(arguments: Namespace, method: str) -> tuple[bool, Callable[[nn.Module], dict[str, Any]]]:
+def _methods(arguments: Namespace) -> tuple[bool, Callable[[nn.Module], dict[str, Any]]]:
     """Whether the methods that the arguments name embed; and their learners of a network, by name of their class."""
-    name, device = getattr(arguments, "method", method), find_device(arguments.device)
+    name, device = getattr(arguments, "method", "auto"), find_device(arguments.device)
     options = nested(dict(getattr(arguments, "options", [])))
     classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
     for each in classes:
@@ -99,7 +94,7 @@ def _methods(arguments: Namespace, method: str) -> tuple[bool, Callable[[nn.Modu
     return embeds, lambda model: {each: getattr(methods, each)(model, **keywords).to(device).eval() for each in classes}
 
 
-def _network(arguments: Namespace, method: str) -> Source:
+def _network(arguments: Namespace) -> Source:
     source = arguments.source
     if Path(source).is_dir() and ":" not in source:
         raise ArgumentError(
@@ -117,7 +112,7 @@ def _network(arguments: Namespace, method: str) -> Source:
             f"image_size: nothing says which images '{source}' takes. Pass --image-size N, or set its attribute "
             "'preprocessing'."
         )
-    embeds, make = _methods(arguments, method)
+    embeds, make = _methods(arguments)
     if embeds:
         made = make(network.model)
         return Source(lambda ways: made, preprocessing, network.words)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from photos import network
-from torch import Tensor
+from torch import Tensor, nn
 
-from metawrap import MAML, R2D2
-from metawrap.classifier.estimate import Estimate, left_out
+import metawrap
+from metawrap import MAML, R2D2, LogisticRegression, ProtoNet
+from metawrap.classifier import choose_method
+from metawrap.classifier.estimate import Estimate, embedded, left_out
 
 
 class Nearest:
@@ -69,11 +71,14 @@ def test_interval(right: int, examples: int, interval: tuple[float, float]) -> N
     assert Estimate(right, examples, 5, ()).interval == pytest.approx(interval, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", [R2D2, MAML])
-def test_an_estimate_equals_adapting_by_hand(method: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "norm"),
+    [(MAML, "support"), (R2D2, "support"), *((method, "running") for method in (R2D2, ProtoNet, LogisticRegression))],
+)
+def test_an_estimate_equals_adapting_by_hand(method: Any, norm: str) -> None:
     torch.manual_seed(0)
     inputs, labels = torch.randn(9, 3, 8, 8), torch.arange(3).repeat(3)
-    learner = method(network(), norm="support").eval()
+    learner = method(network(), norm=norm).eval()
     right = 0
     for number in range(3):
         out = torch.zeros(9, dtype=torch.bool)
@@ -82,6 +87,46 @@ def test_an_estimate_equals_adapting_by_hand(method: Any) -> None:
         with torch.no_grad():
             found: Tensor = module(inputs[out])
         right += int((found.argmax(1) == labels[out]).sum())
-    estimate = left_out(learner, inputs, labels, "abc", "support")
-    assert estimate is not None
-    assert (estimate.right, estimate.examples) == (right, 9)
+    rows = embedded(learner, inputs, labels, norm)
+    assert (rows is not None) == (norm == "running")
+    for known in (None, rows):
+        estimate = left_out(learner, inputs, labels, "abc", norm, known)
+        assert estimate is not None
+        assert (estimate.right, estimate.examples) == (right, 9)
+
+
+class Centred(nn.Module):
+    """A network that reads its whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x - x.mean(0))  # type: ignore[no-any-return]
+
+
+def test_examples_that_act_on_each_other_are_not_embedded_once() -> None:
+    inputs, labels = torch.randn(6, 4), torch.arange(3).repeat(2)
+    assert embedded(ProtoNet(Centred()), inputs, labels) is None
+    assert embedded(ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))), inputs, labels) is not None
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_equal_networks_run_once_for_each_example_whatever_methods_are_tried(another: bool) -> None:
+    inputs, labels = torch.randn(40, 3, 8, 8), torch.arange(2).repeat(20)
+    seen: list[int] = []
+    examples: Any = SimpleNamespace(prepared=inputs, labels=labels, classes=("a", "b"))
+    way: Any = SimpleNamespace(inputs=lambda prepared: prepared)
+
+    def make(name: str) -> Any:
+        model = network(2)
+        if another and name == "ProtoNet":
+            torch.nn.init.ones_(model.body[0].bias)  # type: ignore[arg-type]
+        learner = getattr(metawrap, name)(model, norm="running").eval()
+        learner.model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        return learner
+
+    choose_method(make, examples, way)
+    assert seen.count(40) == 1 + another
+    assert max(each for each in seen if each != 40) <= 4  # Trials of a few examples.
