@@ -252,14 +252,15 @@ class EmbeddingLearner(Learner):
             stored = partial(self.embedding.of, statistics="running")
             if may_hold_places(inputs) or not rows_stand_alone(self.model, stored, small.support_x, small.target_x):
                 return None
-            return torch.cat([stored(part) for part in inputs.split(_EMBEDDED_AT_ONCE)])
+            return torch.cat([stored(part) for part in torch.split(inputs, _EMBEDDED_AT_ONCE)])
 
     @shared
     def predicted(self, task: Task) -> Tensor:
         """The prediction (targets, ways) for a task whose inputs are embeddings that `embedded` has returned."""
+        support, target = task.support_x, task.target_x
+        assert isinstance(support, Tensor) and isinstance(target, Tensor)
         with in_eval_mode(self), autograd(False):
-            labels, ways = self._labels(task)
-            return self._predict(task, task.support_x, labels, ways, task.target_x)[0]
+            return self._predict(task, support, *self._labels(task), target)[0]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The counters and the head's name, for state_dict."""
