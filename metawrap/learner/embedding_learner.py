@@ -258,7 +258,8 @@ class EmbeddingLearner(Learner):
     def predicted(self, task: Task) -> Tensor:
         """The prediction (targets, ways) for a task whose inputs are embeddings that `embedded` has returned."""
         support, target = task.support_x, task.target_x
-        assert isinstance(support, Tensor) and isinstance(target, Tensor)
+        assert isinstance(support, Tensor)
+        assert isinstance(target, Tensor)
         with in_eval_mode(self), autograd(False):
             return self._predict(task, support, *self._labels(task), target)[0]
 
