@@ -102,9 +102,10 @@ class Classifier(Shared):
         classes: Sequence[str],
         preprocessing: Way,
         about: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
     ) -> Classifier:
-        """The classifier of an adapted network, whose outputs are the logits of the classes."""
-        deployed = Deployed(network, preprocessing).eval()
+        """The classifier of an adapted network, whose outputs are the logits of the classes, times the temperature."""
+        deployed = Deployed(network, preprocessing, temperature).eval()
         return cls(tuple(classes), preprocessing, deployed, dict(about or {}), network=deployed)
 
     def probabilities(self, examples: Iterable[Any]) -> NDArray[np.float32]:

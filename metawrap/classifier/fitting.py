@@ -50,7 +50,8 @@ def fit_classifier(
         preprocessing.kind: dict(zip(examples.classes, examples.labels.bincount().tolist(), strict=True)),
         "estimate": None if estimate is None else estimate.to_dict(),
     }
-    classifier = Classifier.of(network.cpu(), examples.classes, preprocessing, {**made, **(about or {})})
+    temperature = 1.0 if estimate is None else estimate.temperature
+    classifier = Classifier.of(network.cpu(), examples.classes, preprocessing, {**made, **(about or {})}, temperature)
     _check_company(classifier, examples)
     return classifier, estimate
 

@@ -54,17 +54,18 @@ class Deployed(nn.Module):
 
     Args:
         network: takes examples as `preprocessing.inputs` makes them; its output is, or holds, the logits.
+        temperature: what the logits are divided by.
     """
 
-    def __init__(self, network: nn.Module, preprocessing: Way) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Way, temperature: float = 1.0) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.temperature = network, temperature
         self.inputs = _Normalised(preprocessing) if isinstance(preprocessing, Preprocessing) else nn.Identity()
 
     def forward(self, given: Tensor) -> Tensor:
         """The probabilities."""
         logits: Any = prediction_in(self.network(self.inputs(given)))
-        return torch.softmax(logits, 1)
+        return torch.softmax(logits / self.temperature, 1)
 
 
 class _Normalised(nn.Module):

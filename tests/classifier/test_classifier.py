@@ -38,17 +38,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     photos = Photos.read(made.folder(folder / "photos"), made.WAY)
     learner = ProtoNet(made.network(), norm="running").eval()
-    classifier, _ = fit_classifier(learner, photos, made.WAY)
+    classifier, estimate = fit_classifier(learner, photos, made.WAY)
+    assert estimate is not None
     classifier.save(folder / "clf", examples=photos.pictures)
-    np.save(folder / "expected.npy", _by_hand(learner, photos))
+    np.save(folder / "expected.npy", _by_hand(learner, photos, estimate.temperature))
     return folder
 
 
-def _by_hand(learner: Any, photos: Photos) -> Any:
+def _by_hand(learner: Any, photos: Photos, temperature: float) -> Any:
     inputs = torch.stack([made.WAY(Image.fromarray(picture)) for picture in photos.pictures])
     module = learner.adapt(inputs, photos.labels)
     with torch.no_grad():
-        return torch.softmax(module(inputs), 1).numpy()
+        return torch.softmax(module(inputs) / temperature, 1).numpy()
 
 
 def _files(place: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import metawrap
 from metawrap import MAML, R2D2, LogisticRegression, ProtoNet
 from metawrap.classifier import choose_method
-from metawrap.classifier.estimate import Estimate, embedded, left_out
+from metawrap.classifier.estimate import Estimate, embedded, left_out, temperature_of
 
 
 class Nearest:
@@ -50,8 +51,28 @@ def test_wrong_ones_are_counted_by_pairs() -> None:
     labels, inputs = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([[0.0], [1], [7], [8], [9], [20]])
     found = left_out(Nearest(), inputs, labels, ("a", "b"))
     # 0 -> 1 (a). 8 -> 7 (a), wrong. 1 -> 0 (a). 9 -> 8 (b). 7 -> 8 (b), wrong. 20 -> 9 (b).
-    assert found == Estimate(4, 6, 3, (("b", "a", 1), ("a", "b", 1)))
+    # Platt's targets are 7/8 and 1/8; over the logits (1, 0) they are (4 * 7/8 + 2 * 1/8) / 6 = 5/8 for the larger one.
+    assert found is not None
+    assert found == Estimate(4, 6, 3, (("b", "a", 1), ("a", "b", 1)), found.temperature)
+    assert found.temperature == pytest.approx(1 / math.log(5 / 3), rel=0.02)
     assert "4 of 6 right, 66.7 %" in str(found)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_the_scale_of_logits_does_not_matter_and_all_right_is_no_certainty(scale: float) -> None:
+    labels = torch.tensor([0, 1, 2] * 5)
+    logits = scale * torch.nn.functional.one_hot(labels, 3).double()
+    sure = (logits / temperature_of(logits, labels)).softmax(1)[torch.arange(15), labels]
+    torch.testing.assert_close(sure, torch.full((15,), 16 / 17, dtype=torch.float64), atol=0.005, rtol=0)
+
+
+def test_what_is_right_six_times_of_ten_has_such_a_probability() -> None:
+    # 1,000 sure logits of three classes, 600 of them right: by far too sure as they are.
+    guess = torch.arange(1_000) % 3
+    logits = 20 * torch.nn.functional.one_hot(guess, 3).double()
+    labels = torch.where(torch.arange(1_000) < 600, guess, (guess + 1 + torch.arange(1_000) % 2) % 3)
+    sure = (logits / temperature_of(logits, labels)).softmax(1).amax(1)
+    assert sure.mean() == pytest.approx(0.6, abs=0.01)
 
 
 def test_one_photo_of_each_class_gives_no_estimate() -> None:
