@@ -115,7 +115,7 @@ class EmbeddingLearner(Learner):
         prediction = self._fit_head(support, labels, ways)(target)
         return prediction, self._loss(prediction, task.target_y, "target")
 
-    def _kept(self, support: Tensor) -> dict[str, Tensor]:
+    def _kept(self, task: Task, support: Tensor, target: Tensor, ways: int) -> dict[str, Tensor]:
         """What the learner keeps of a training task's embeddings after the meta-step."""
         return {}
 
@@ -132,7 +132,7 @@ class EmbeddingLearner(Learner):
         support, target = self.embedding.of_task(task, training, norm, moments)
         prediction, loss = self._predict(task, support, labels, ways, target)
         prediction = self.embedding.in_form(prediction)
-        kept = self._kept(support) if training else None
+        kept = self._kept(task, support, target, ways) if training else None
         return outcome_of(task, loss, prediction, loss_fn=self.loss_fn, moments=moments, head=kept, known=True)
 
     def _prepare(self, task: Task) -> None:

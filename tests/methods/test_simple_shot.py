@@ -91,3 +91,54 @@ def test_the_scale_is_learned_and_shown() -> None:
     learner.meta_step([task])
     assert float(learner.log_scale.detach().exp()) != pytest.approx(3.0, rel=1e-9)
     assert learner.describe().settings["scale"] == 3.0
+
+
+def frozen(model: Any, **keywords: Any) -> SimpleShot:
+    return SimpleShot(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), **keywords)
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_whitening_divides_by_the_spread_within_the_classes_of_training_tasks(strength: float) -> None:
+    model, tasks, new = mlp(), [task_with(seed=seed) for seed in range(3)], task_with(seed=7)
+    learner = frozen(model, whitening=strength)
+    plain = -10 * distances(model, new, embedded(model, new.support_x).mean(0))
+    assert_same_differences(prediction(learner, new), plain)  # Before training.
+    learner.meta_step(tasks)
+    spreads = []
+    for task in tasks:
+        every = np.concatenate([embedded(model, task.support_x), embedded(model, task.target_x)])
+        labels = np.concatenate([task.support_y.numpy(), task.target_y.numpy()])
+        apart = np.concatenate([every[labels == c] - every[labels == c].mean(0) for c in np.unique(labels)])
+        spreads.append(apart.T @ apart / (len(every) - len(np.unique(labels))))
+    spread = np.mean(spreads, 0)
+    loaded = spread + strength * np.trace(spread) / len(spread) * np.eye(len(spread))
+    # Another root of the inverse than the learner's: the symmetric one.
+    values, vectors = np.linalg.eigh(loaded)
+    root = vectors / np.sqrt(values) @ vectors.T
+    centre = np.mean([embedded(model, task.support_x).mean(0) for task in tasks], 0)
+    support, target = (unit((embedded(model, x) - centre) @ root) for x in (new.support_x, new.target_x))
+    means = np.stack([support[new.support_y.numpy() == c].mean(0) for c in range(int(new.support_y.max()) + 1)])
+    expected = -10 * ((target[:, None] - means) ** 2).sum(-1)
+    assert_same_differences(prediction(learner, new), expected)
+    assert_same_differences(learner.adapt(new.support_x, new.support_y)(new.target_x).detach().numpy(), expected)
+    loaded_learner = frozen(mlp(), whitening=strength)
+    loaded_learner.load_state_dict(learner.state_dict())
+    assert_same_differences(prediction(loaded_learner, new), expected)
+
+
+def test_targets_without_a_class_do_not_count_in_the_spread() -> None:
+    task = task_with()
+    kept = torch.arange(len(task.target_y)) % 2 == 0
+    one, other = frozen(mlp(), whitening=1.0), frozen(mlp(), whitening=1.0)
+    one.meta_step([Task(task.support_x, task.support_y, task.target_x[kept], task.target_y[kept])])
+    other.meta_step([Task(task.support_x, task.support_y, task.target_x, task.target_y.where(kept, -100))])
+    assert one.centre.within is not None
+    assert other.centre.within is not None
+    torch.testing.assert_close(one.centre.within, other.centre.within)
+
+
+def test_whitening_in_half_precision_is_finite() -> None:
+    task = task_with().map(lambda t: t.bfloat16() if t.is_floating_point() else t)
+    learner = SimpleShot(mlp().bfloat16(), whitening=1.0)
+    learner.meta_step([task])
+    assert learner.evaluate([task], keep_predictions=True).predictions[0].isfinite().all()
