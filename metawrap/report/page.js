@@ -1,20 +1,19 @@
 "use strict";
 // Draws each panel's charts from the JSON beside them, and follows its controls and the colours of the system.
 (function () {
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Plotly's bar of buttons would cover the legend.
+  const config = { responsive: true, displayModeBar: false };
   const narrow = window.matchMedia("(max-width: 520px)");
   const touched = window.matchMedia("(pointer: coarse)").matches;
   const panels = [];
 
-  function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
-  function themed(layout) {
+  function themed(layout, forPaper) {
+    const paper = { "--ink": "#1d2530", "--grid": "#e4e8ee", "--card": "#f6f8fb", "--soft": "#5c6878" };
+    const colour = (name) => (forPaper ? paper[name] : getComputedStyle(document.documentElement).getPropertyValue(name).trim());
     const ink = colour("--ink"), grid = colour("--grid"), card = colour("--card");
-    const small = narrow.matches ? 11 : 13;
+    const small = narrow.matches && !forPaper ? 11 : 13;
     const shown = Object.assign({}, layout, {
-      paper_bgcolor: "rgba(0,0,0,0)",
+      paper_bgcolor: forPaper ? "#ffffff" : "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, size: small, family: "system-ui, sans-serif" },
       hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink } },
@@ -22,7 +21,7 @@
       dragmode: touched ? false : "zoom",
     });
     for (const name of ["xaxis", "yaxis"]) {
-      shown[name] = Object.assign({ gridcolor: grid, linecolor: grid, zerolinecolor: colour("--soft") }, layout[name]);
+      shown[name] = Object.assign({}, layout[name], { gridcolor: grid, linecolor: grid, zerolinecolor: colour("--soft") });
     }
     return shown;
   }
@@ -39,7 +38,10 @@
       const state = chart.states[choice];
       const slide = place === null ? [] : state.slides[place] || [];
       const data = state.data.map((trace, index) => Object.assign({}, trace, slide[index]));
-      Plotly.react("chart-" + chart.name, data, themed(state.layout), config);
+      const layout = themed(state.layout);
+      // The slider leaves hidden lines and the zoom as they are; another choice begins anew.
+      layout.uirevision = "choice " + choice;
+      Plotly.react("chart-" + chart.name, data, layout, config);
     }
   }
 
@@ -85,6 +87,23 @@
     panels.push(panel);
     draw(panel);
   }
+
+  async function save(button) {
+    const figure = button.closest("figure"), chart = figure.querySelector(".chart");
+    const wide = 800, size = { width: wide, height: Math.max(480, chart.layout.height) };
+    const title = { text: figure.querySelector("figcaption span").innerHTML, x: 0.02, y: 0.98, yanchor: "top" };
+    const margin = Object.assign({}, chart.layout.margin, { t: 48, r: 24, l: 16, b: 16 });
+    // As on a white page, for papers, with the lines and the epoch that are shown now.
+    const light = Object.assign(themed(chart.layout, true), size, { title: title, margin: margin, autosize: false });
+    const form = button.dataset.form;
+    const picture = { data: chart.data, layout: light, config: { staticPlot: true } };
+    const link = document.createElement("a");
+    link.href = await Plotly.toImage(picture, Object.assign({ format: form, scale: form === "png" ? 2 : 1 }, size));
+    link.download = chart.id.replace("chart-", "metawrap-") + "." + form;
+    link.click();
+  }
+
+  for (const button of document.querySelectorAll(".save")) button.addEventListener("click", () => save(button));
 
   const redraw = () => panels.forEach(draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
