@@ -48,8 +48,8 @@ class Chart:
 class ChartPanel:
     """Charts side by side, under one choice and one slider.
 
-    slides: for each choice, the names of the slider's places. key: marks that no legend of a chart explains, each
-    with its name. caption: the meaning of all marks, for a picture that has no text around it.
+    choice: a choice in one word. slides: for each choice, the names of the slider's places. key: marks that no legend
+    of a chart explains, each with its name. caption: the meaning of all marks, for a picture without text around it.
     """
 
     charts: list[Chart]
@@ -57,6 +57,7 @@ class ChartPanel:
     slides: list[list[str]] = field(default_factory=list)
     key: list[tuple[str, str]] = field(default_factory=list)
     caption: str = ""
+    choice: str = "run"
 
     def for_plotly(self) -> dict[str, Any]:
         """The panel as JSON values. Texts of charts are escaped, because plotly reads tags in them."""
@@ -146,14 +147,14 @@ def curves(groups: Sequence[Group]) -> ChartPanel | None:
     charts = []
     for name, title in (("accuracy", "Accuracy, %"), ("loss", "Loss")):
         lines = [(group, part) for group in groups for part in ("train", "validation")]
-        data = [trace for group, part in lines for trace in _curve(group, part, name)]
+        data = [trace for group, part in lines for trace in _curve(group, part, name, is_alone=len(groups) == 1)]
         most = max(epoch.number for group in groups for run in group.runs for epoch in run.epochs)
         shown = layout("epoch", "", xaxis={"rangemode": "nonnegative", **whole_ticks(most)})
         charts.append(Chart(f"curves-{name}", title, [State(data, shown)]))
     return ChartPanel(charts)
 
 
-def _curve(group: Group, part: str, name: str) -> list[Trace]:
+def _curve(group: Group, part: str, name: str, *, is_alone: bool) -> list[Trace]:
     """The mean over seeds in a band of one standard deviation to each side.
 
     The band of a single run is the 95 % interval of its validation accuracy over tasks.
@@ -174,7 +175,7 @@ def _curve(group: Group, part: str, name: str) -> list[Trace]:
             low, high = mean - spread, mean + spread
             low, high = (max(0.0, low), min(1.0, high)) if is_accuracy else (low, high)
             band.append((number, scale * low, scale * high))
-    label = f"{group.label}, {'validation' if part == 'validation' else 'training'}"
+    label = ("" if is_alone else f"{group.label}, ") + {"train": "training"}.get(part, part)
     style = {"width": 2.4, "dash": "solid"} if part == "validation" else {"width": 1.6, "dash": "dot"}
     hover = "%{fullData.name}<br>epoch %{x}: %{y:.4g}"
     mean_line = line(

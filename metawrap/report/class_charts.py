@@ -12,7 +12,7 @@ from metawrap.report.records import Count, Episode, Example, RunRecords
 # A table of confusions has at most this many classes; of more, a chart shows the most frequent ones.
 _MOST_IN_TABLE, _MOST_ROWS = 30, 20
 _MOST_IN_PLANE = 20
-_SHARE = {"range": [0, 105], "title": {"text": "% of its targets"}}
+_WRONG = "#d05a45"
 # The kinds of points in a plane.
 _POINTS = {"star": "support", "circle": "target, right", "x": "target, taken for another class"}
 
@@ -36,7 +36,7 @@ def _accuracies(run: RunRecords, colour: str) -> State:
     else:
         rows = [*run.right[:_MOST_ROWS], None, *run.right[-_MOST_ROWS:]]
     names = [f"… {run.class_count - 2 * _MOST_ROWS} more" if each is None else each.name for each in rows]
-    return _bars(rows, names, colour, "%{text} targets right")
+    return _bars(rows, names, colour, "% of the class's targets")
 
 
 def _confusions(run: RunRecords) -> State:
@@ -46,9 +46,9 @@ def _confusions(run: RunRecords) -> State:
     """
     names = [each.name for each in run.right]
     if run.class_count > len(names) or not 1 < len(names) <= _MOST_IN_TABLE or len(set(names)) < len(names):
-        shown = run.confusions[:_MOST_ROWS]
+        shown = sorted(run.confusions[:_MOST_ROWS], key=lambda each: -each.percent)
         labels = [f"{each.name} → {each.taken_for}" for each in shown]
-        return _bars(list(shown), labels, "#c8452f", "%{text} targets of tasks with both classes")
+        return _bars(list(shown), labels, _WRONG, "% of the targets that could be")
     names.sort()
     place = {name: number for number, name in enumerate(names)}
     cells: list[list[Count | None]] = [[None] * len(names) for _ in names]
@@ -75,7 +75,7 @@ def _confusions(run: RunRecords) -> State:
     return State([grid], axes)
 
 
-def _bars(rows: Sequence[Count | None], names: Sequence[str], colour: str, hover: str) -> State:
+def _bars(rows: Sequence[Count | None], names: Sequence[str], colour: str, share: str) -> State:
     bars = {
         "type": "bar",
         "orientation": "h",
@@ -83,12 +83,14 @@ def _bars(rows: Sequence[Count | None], names: Sequence[str], colour: str, hover
         "x": [None if each is None else each.percent for each in rows],
         "text": ["" if each is None else f"{each.times} of {each.targets}" for each in rows],
         "customdata": list(names),
-        "textposition": "none",
-        "hovertemplate": f"%{{customdata}}: %{{x:.0f}} %, {hover}<extra></extra>",
+        "textposition": "auto",
+        "textangle": 0,
+        "cliponaxis": False,
+        "hovertemplate": "%{customdata}: %{x:.0f} %, %{text} targets<extra></extra>",
         "marker": {"color": colour},
         "showlegend": False,
     }
-    axes = layout("", "", height=_height(len(rows)), xaxis=_SHARE, yaxis=_names(names), bargap=0.25)
+    axes = layout(share, "", height=_height(len(rows)), xaxis={"range": [0, 105]}, yaxis=_names(names), bargap=0.25)
     axes["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     return State([bars] if rows else [], axes)
 
@@ -117,7 +119,7 @@ def embeddings(groups: Sequence[Group]) -> ChartPanel | None:
         return None
     chart = Chart("embedding", "Embeddings of one test task", [_plane(episode) for _, episode in found])
     key = [(SYMBOLS[mark], name) for mark, name in _POINTS.items()]
-    return ChartPanel([chart], [label for label, _ in found], [[] for _ in found], key)
+    return ChartPanel([chart], [label for label, _ in found], [[] for _ in found], key, choice="task")
 
 
 def _plane(episode: Episode) -> State:
