@@ -49,7 +49,7 @@ class ChartPanel:
     """Charts side by side, under one choice and one slider.
 
     choice: a choice in one word. slides: for each choice, the names of the slider's places. key: marks that no legend
-    of a chart explains, each with its name. caption: the meaning of all marks, for a picture without text around it.
+    of a chart explains, as plotly names them, each with its meaning. caption: the meaning of all marks, for a picture.
     """
 
     charts: list[Chart]
@@ -151,11 +151,11 @@ def curves(groups: Sequence[Group]) -> ChartPanel | None:
         most = max(epoch.number for group in groups for run in group.runs for epoch in run.epochs)
         shown = layout("epoch", "", xaxis={"rangemode": "nonnegative", **whole_ticks(most)})
         charts.append(Chart(f"curves-{name}", title, [State(data, shown)]))
-    return ChartPanel(charts)
+    return ChartPanel(charts, caption="" if len(groups) == 1 else "validation (solid) and training (dotted)")
 
 
 def _curve(group: Group, part: str, name: str, *, is_alone: bool) -> list[Trace]:
-    """The mean over seeds in a band of one standard deviation to each side.
+    """The mean over seeds in a band of one standard deviation to each side; of several groups, one legend entry each.
 
     The band of a single run is the 95 % interval of its validation accuracy over tasks.
     """
@@ -175,12 +175,12 @@ def _curve(group: Group, part: str, name: str, *, is_alone: bool) -> list[Trace]
             low, high = mean - spread, mean + spread
             low, high = (max(0.0, low), min(1.0, high)) if is_accuracy else (low, high)
             band.append((number, scale * low, scale * high))
-    label = ("" if is_alone else f"{group.label}, ") + {"train": "training"}.get(part, part)
+    word = {"train": "training"}.get(part, part)
+    label = word if is_alone else group.label
     style = {"width": 2.4, "dash": "solid"} if part == "validation" else {"width": 1.6, "dash": "dot"}
-    hover = "%{fullData.name}<br>epoch %{x}: %{y:.4g}"
-    mean_line = line(
-        label, epochs, middle, group.colour, hover, line={"color": group.colour} | style, legendgroup=label
-    )
+    hover = f"%{{fullData.name}}{'' if is_alone else f', {word}'}<br>epoch %{{x}}: %{{y:.4g}}"
+    shown = {"line": {"color": group.colour} | style, "showlegend": is_alone or part == "validation"}
+    mean_line = line(label, epochs, middle, group.colour, hover, legendgroup=label, **shown)
     shade = {
         "type": "scatter",
         "x": [number for number, _, _ in band + band[::-1]],
@@ -228,7 +228,8 @@ def accuracy_by_step(groups: Sequence[Group]) -> ChartPanel | None:
             )
         )
     most = max(max(shown.run.steps) for shown in runs)
-    axes = layout("inner steps taken", "accuracy, %", height=380, xaxis=whole_ticks(most))
+    # Plotly leaves out a legend of one line.
+    axes = layout("inner steps taken", "accuracy, %", height=380, xaxis=whole_ticks(most), showlegend=True)
     ways = [group.settings.get("ways") for group in groups]
     if type(ways[0]) is int and ways[0] > 1 and all(each == ways[0] for each in ways):
         dashed = {"color": GREY, "width": 1, "dash": "dash"}

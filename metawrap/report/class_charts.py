@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from metawrap.report.charts import SYMBOLS, Chart, ChartPanel, State, Trace, layout
+from metawrap.report.charts import Chart, ChartPanel, State, Trace, layout
 from metawrap.report.gather import COLOURS, Group, shown_runs
 from metawrap.report.records import Count, Episode, Example, RunRecords
 
@@ -48,7 +48,7 @@ def _confusions(run: RunRecords) -> State:
     if run.class_count > len(names) or not 1 < len(names) <= _MOST_IN_TABLE or len(set(names)) < len(names):
         shown = sorted(run.confusions[:_MOST_ROWS], key=lambda each: -each.percent)
         labels = [f"{each.name} → {each.taken_for}" for each in shown]
-        return _bars(list(shown), labels, _WRONG, "% of the targets that could be")
+        return _bars(list(shown), labels, _WRONG, "% of targets in tasks with both")
     names.sort()
     place = {name: number for number, name in enumerate(names)}
     cells: list[list[Count | None]] = [[None] * len(names) for _ in names]
@@ -62,7 +62,7 @@ def _confusions(run: RunRecords) -> State:
         "customdata": [[f"{names[y]} taken for {names[x]}" for x in range(len(names))] for y in range(len(names))],
         "texttemplate": "%{text}" if len(names) <= _MOST_ROWS else "",
         "hovertemplate": "%{customdata}: %{text} times, %{z:.0f} %<extra></extra>",
-        "colorscale": [[0, "rgba(59,125,216,0)"], [1, "rgba(59,125,216,1)"]],
+        "colorscale": [[0, "rgba(59,125,216,0)"], [1, "rgba(59,125,216,0.9)"]],
         "zmin": 0,
         "zmax": 100,
         "showscale": False,
@@ -83,14 +83,14 @@ def _bars(rows: Sequence[Count | None], names: Sequence[str], colour: str, share
         "x": [None if each is None else each.percent for each in rows],
         "text": ["" if each is None else f"{each.times} of {each.targets}" for each in rows],
         "customdata": list(names),
-        "textposition": "auto",
+        "textposition": "outside",
         "textangle": 0,
-        "cliponaxis": False,
         "hovertemplate": "%{customdata}: %{x:.0f} %, %{text} targets<extra></extra>",
         "marker": {"color": colour},
         "showlegend": False,
     }
-    axes = layout(share, "", height=_height(len(rows)), xaxis={"range": [0, 105]}, yaxis=_names(names), bargap=0.25)
+    percent = {"range": [0, 128], "tickmode": "array", "tickvals": [0, 25, 50, 75, 100]}
+    axes = layout(share, "", height=_height(len(rows)), xaxis=percent, yaxis=_names(names), bargap=0.25)
     axes["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     return State([bars] if rows else [], axes)
 
@@ -110,7 +110,7 @@ def _height(rows: int) -> int:
 def embeddings(groups: Sequence[Group]) -> ChartPanel | None:
     """The plane of each kept test task; None if no run recorded one. The choices are tasks."""
     found = [
-        (f"{shown.label}, task {episode.task} ({episode.why})", episode)
+        (("" if len(groups) == 1 else f"{shown.label}, ") + f"task {episode.task} ({episode.why})", episode)
         for shown in shown_runs(groups)
         for episode in shown.run.episodes
         if any(each.at for each in (*episode.support, *episode.target))
@@ -118,8 +118,7 @@ def embeddings(groups: Sequence[Group]) -> ChartPanel | None:
     if not found:
         return None
     chart = Chart("embedding", "Embeddings of one test task", [_plane(episode) for _, episode in found])
-    key = [(SYMBOLS[mark], name) for mark, name in _POINTS.items()]
-    return ChartPanel([chart], [label for label, _ in found], [[] for _ in found], key, choice="task")
+    return ChartPanel([chart], [label for label, _ in found], [[] for _ in found], list(_POINTS.items()), choice="task")
 
 
 def _plane(episode: Episode) -> State:

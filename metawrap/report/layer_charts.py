@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from metawrap.report.charts import (
-    SYMBOLS,
     Chart,
     ChartPanel,
     State,
@@ -46,9 +45,9 @@ def learned_rates(groups: Sequence[Group]) -> ChartPanel | None:
         _rate_chart(f"rates-{place}", kind, parameters, runs, numbers, steps)
         for place, (kind, parameters) in enumerate(_parameter_kinds(names).items())
     ]
-    letters = list(SYMBOLS.values())
-    key = [(letters[step % len(letters)], f"step {step + 1}") for step in range(steps)]
-    return ChartPanel(charts, [], [[str(number) for number in numbers]], key if len(runs) > 1 else [])
+    key = [(symbol(step), f"step {step + 1}") for step in range(steps)]
+    choices, key = ([], key) if len(runs) > 1 else ([runs[0].label], [])
+    return ChartPanel(charts, choices, [[str(number) for number in numbers]], key)
 
 
 def _parameter_kinds(names: Sequence[str]) -> dict[str, list[str]]:

@@ -7,10 +7,14 @@
   const touched = window.matchMedia("(pointer: coarse)").matches;
   const panels = [];
 
+  const onPaper = { "--ink": "#1d2530", "--grid": "#e4e8ee", "--card": "#f6f8fb", "--soft": "#5c6878" };
+
+  function colour(name, forPaper) {
+    return forPaper ? onPaper[name] : getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
   function themed(layout, forPaper) {
-    const paper = { "--ink": "#1d2530", "--grid": "#e4e8ee", "--card": "#f6f8fb", "--soft": "#5c6878" };
-    const colour = (name) => (forPaper ? paper[name] : getComputedStyle(document.documentElement).getPropertyValue(name).trim());
-    const ink = colour("--ink"), grid = colour("--grid"), card = colour("--card");
+    const [ink, grid, card, soft] = ["--ink", "--grid", "--card", "--soft"].map((name) => colour(name, forPaper));
     const small = narrow.matches && !forPaper ? 11 : 13;
     const shown = Object.assign({}, layout, {
       paper_bgcolor: forPaper ? "#ffffff" : "rgba(0,0,0,0)",
@@ -21,7 +25,7 @@
       dragmode: touched ? false : "zoom",
     });
     for (const name of ["xaxis", "yaxis"]) {
-      shown[name] = Object.assign({}, layout[name], { gridcolor: grid, linecolor: grid, zerolinecolor: colour("--soft") });
+      shown[name] = Object.assign({}, layout[name], { gridcolor: grid, linecolor: grid, zerolinecolor: soft });
     }
     return shown;
   }
@@ -37,7 +41,8 @@
     for (const chart of panel.content.charts) {
       const state = chart.states[choice];
       const slide = place === null ? [] : state.slides[place] || [];
-      const data = state.data.map((trace, index) => Object.assign({}, trace, slide[index]));
+      const ink = { textfont: { color: colour("--ink") } };
+      const data = state.data.map((trace, index) => Object.assign({}, trace, "text" in trace ? ink : {}, slide[index]));
       const layout = themed(state.layout);
       // The slider leaves hidden lines and the zoom as they are; another choice begins anew.
       layout.uirevision = "choice " + choice;
@@ -84,26 +89,29 @@
       });
     }
     if (button) button.addEventListener("click", () => play(panel, button));
+    for (const each of element.querySelectorAll(".save")) each.addEventListener("click", () => save(each, panel));
     panels.push(panel);
     draw(panel);
   }
 
-  async function save(button) {
-    const figure = button.closest("figure"), chart = figure.querySelector(".chart");
-    const wide = 800, size = { width: wide, height: Math.max(480, chart.layout.height) };
-    const title = { text: figure.querySelector("figcaption span").innerHTML, x: 0.02, y: 0.98, yanchor: "top" };
-    const margin = Object.assign({}, chart.layout.margin, { t: 48, r: 24, l: 16, b: 16 });
-    // As on a white page, for papers, with the lines and the epoch that are shown now.
-    const light = Object.assign(themed(chart.layout, true), size, { title: title, margin: margin, autosize: false });
-    const form = button.dataset.form;
-    const picture = { data: chart.data, layout: light, config: { staticPlot: true } };
+  // As on a white page, for papers, with the lines and the epoch that are shown now.
+  async function save(button, panel) {
+    const figure = button.closest("figure"), chart = figure.querySelector(".chart"), form = button.dataset.form;
+    const size = { width: 800, height: Math.max(480, chart.layout.height) };
+    const layout = Object.assign(themed(chart.layout, true), size, { margin: { l: 16, r: 24, t: 24, b: 16 } });
+    const axis = layout.yaxis, caption = figure.querySelector("figcaption span").innerHTML;
+    axis.title = Object.assign({}, axis.title, axis.title.text ? {} : { text: caption });
+    const ink = { textfont: { color: layout.font.color } };
+    const data = chart.data.map((trace) => Object.assign({}, trace, "text" in trace ? ink : {}));
+    for (const [mark, name] of panel.content.key) {
+      const marker = { symbol: mark, size: 9, color: colour("--soft", true) };
+      data.push({ type: "scatter", mode: "markers", x: [null], y: [null], name: name, marker: marker });
+    }
     const link = document.createElement("a");
-    link.href = await Plotly.toImage(picture, Object.assign({ format: form, scale: form === "png" ? 2 : 1 }, size));
+    link.href = await Plotly.toImage({ data, layout }, Object.assign({ format: form, scale: form === "png" ? 2 : 1 }, size));
     link.download = chart.id.replace("chart-", "metawrap-") + "." + form;
     link.click();
   }
-
-  for (const button of document.querySelectorAll(".save")) button.addEventListener("click", () => save(button));
 
   const redraw = () => panels.forEach(draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from metawrap import __version__
 from metawrap.errors import MetaWrapError, writing
 from metawrap.report import tables
-from metawrap.report.charts import accuracy_by_step, curves, step_losses
+from metawrap.report.charts import SYMBOLS, accuracy_by_step, curves, step_losses
 from metawrap.report.class_charts import by_class, embeddings
 from metawrap.report.gather import Group, recorded
 from metawrap.report.layer_charts import learned_rates, norm_statistics
@@ -68,6 +68,7 @@ def render(groups: Sequence[Group], library: str) -> str:
         sections=[section for section in sections if section.content],
         missing=_missing(groups, sections),
         image_source=tables.image_source,
+        letters=SYMBOLS,
         version=__version__,
         # These three are metawrap's and plotly's own files, so they are not escaped.
         style=Markup(packaged_text(_PACKAGE, "page.css")),

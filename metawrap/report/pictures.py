@@ -88,9 +88,8 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         axes.set_title(chart.title, fontsize=10)
     for axes in grid.flat[count:]:
         axes.set_axis_off()
-    marks = {letter: _MARKERS[name] for name, letter in SYMBOLS.items()}
-    for letter, name in panel.key:
-        axes.plot([], [], marks[letter], color=GREY, label=name)
+    for mark, name in panel.key:
+        axes.plot([], [], _MARKERS[mark], color=GREY, label=name)
     epoch = f"after epoch {panel.slides[0][place]}" if any(panel.slides) else ""
     title = ", ".join(filter(None, [*panel.choices[:1], epoch]))
     figure.suptitle(_literal(": ".join(filter(None, [title, panel.caption]))), fontsize=10)
@@ -122,8 +121,9 @@ def _draw_chart(axes: Any, state: State, slide: Sequence[Trace]) -> None:
         x, y = _numbers(trace["x"]), _numbers(trace["y"])
         if trace["type"] == "bar":
             for place, text in zip(y, trace["text"], strict=True):
-                axes.text(1, place, f" {text}", transform=axes.get_yaxis_transform(), va="center", fontsize=6)
+                axes.text(1, place, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=6)
             axes.barh(y, x, height=0.75, color=trace["marker"]["color"])
+            axes.margins(y=0.01)
         elif "stackgroup" in trace:
             top = [low + (0.0 if value is None else value) for low, value in zip(below, trace["y"], strict=True)]
             axes.fill_between(x, below, top, color=trace["fillcolor"], linewidth=0)
@@ -139,6 +139,9 @@ def _draw_chart(axes: Any, state: State, slide: Sequence[Trace]) -> None:
             names = [_literal(text) for text in settings["ticktext"]]
             turned = {"rotation": 30, "ha": "right"} if name == "xaxis" else {}
             axis.set_ticks(settings["tickvals"], names, fontsize=8 if len(names) < 12 else 6, **turned)
+        elif "tickvals" in settings:
+            axis.set_ticks(settings["tickvals"])
+            axes.set_xlim(*settings["range"])
         elif "dtick" in settings:
             axis.get_major_locator().set_params(integer=True)
         if settings["zeroline"]:
@@ -170,7 +173,7 @@ def _draw_line(axes: Any, trace: Trace, x: list[float], y: list[float]) -> None:
         "linestyle": _DASHES[trace["line"].get("dash", "solid")] if has_line else "none",
         "linewidth": 0.9 * trace["line"]["width"],
         "marker": _MARKERS[trace.get("marker", {}).get("symbol", "circle")] if has_marks else None,
-        "markersize": 4.5 if "symbol" in trace.get("marker", {}) else 3,
+        "markersize": 0.62 * trace.get("marker", {}).get("size", 5),
         "alpha": trace.get("opacity", 1),
         "label": _literal(trace["name"]) if trace.get("showlegend", True) else None,
     }
