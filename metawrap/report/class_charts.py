@@ -25,7 +25,7 @@ def by_class(groups: Sequence[Group]) -> ChartPanel | None:
     charts = [Chart("classes-accuracy", "Accuracy by class", [_accuracies(each.run, each.colour) for each in runs])]
     confusions = [_confusions(each.run) for each in runs]
     if any(state.data for state in confusions):
-        charts.append(Chart("classes-confusion", "Taken for another class", confusions))
+        charts.append(Chart("classes-confusion", "Confusion", confusions))
     return ChartPanel(charts, [each.label for each in runs], [[] for _ in runs])
 
 
