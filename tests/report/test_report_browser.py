@@ -104,9 +104,9 @@ def test_markup_in_any_text_of_a_run_is_shown_and_not_run(browser, tmp_path):
     write_report_page(gather([spoilt_run(tmp_path / "run", MARKUP)]), path)
     with open_page(browser, path) as page:
         assert f"Rates of the {MARKUP.rpartition('.')[2]}" in page.inner_text("#panel-rates")
-        page.hover("#chart-curves-accuracy .points path >> nth=0", force=True)
-        page.wait_for_selector("#chart-curves-accuracy .hoverlayer text")
-        assert MARKUP in page.text_content("#chart-curves-accuracy .hoverlayer")
+        page.hover("#chart-embedding .points path >> nth=0", force=True)
+        page.wait_for_selector("#chart-embedding .hoverlayer text")
+        assert MARKUP in page.text_content("#chart-embedding .hoverlayer")
         assert page.locator("[onerror]").count() == 0
         assert page.evaluate("window.hacked") is None
 
