@@ -284,7 +284,7 @@ def test_what_a_run_says_is_text_and_never_markup(tmp_path):
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.attributes("src", "img"))
     assert "hacked" not in "".join(text for kind, text in page.scripts if kind is None)
     # Plotly reads tags in texts.
-    for text in page.state("rates-0")["data"][0]["text"] + [page.state("curves-accuracy")["data"][0]["legendgroup"]]:
+    for text in page.state("rates-0")["data"][0]["text"] + [page.state("embedding")["data"][0]["name"]]:
         assert "<" not in text
         assert "&lt;/script&gt;" in text
     names = [path.name for path in draw_report_pictures(gather([run]), tmp_path / "png")]
