@@ -1,7 +1,7 @@
 """Folders of runs -> one page for the browser, and pictures.
 
 From top to bottom; each file imports only those below it:
-    page, pictures -> tables, layer_charts -> charts -> gather -> records
+    page, pictures -> tables, layer_charts, class_charts -> charts -> gather -> records
 """
 
 from metawrap.report.gather import Group, gather

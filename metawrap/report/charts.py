@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from metawrap.report.gather import Group, recorded
+from metawrap.report.gather import Group, recorded, shown_runs
 from metawrap.report.records import Number
 
 # The colours of inner steps in their order. All can be seen on white and on black.
@@ -23,7 +23,6 @@ SYMBOLS = {
     "circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star": "★", "cross": "✚",
     "triangle-down": "▼",
 }  # fmt: skip
-_DASHES = ("solid", "dash", "dot", "dashdot")
 Trace = dict[str, Any]
 
 
@@ -49,8 +48,8 @@ class Chart:
 class ChartPanel:
     """Charts side by side, under one choice and one slider.
 
-    slides: for each choice, the names of the slider's places. key: marks that no legend of a chart explains, each
-    with its name. caption: the meaning of all marks, for a picture that has no text around it.
+    choice: a choice in one word. slides: for each choice, the names of the slider's places. key: marks that no legend
+    of a chart explains, as plotly names them, each with its meaning. caption: the meaning of all marks, for a picture.
     """
 
     charts: list[Chart]
@@ -58,6 +57,7 @@ class ChartPanel:
     slides: list[list[str]] = field(default_factory=list)
     key: list[tuple[str, str]] = field(default_factory=list)
     caption: str = ""
+    choice: str = "run"
 
     def for_plotly(self) -> dict[str, Any]:
         """The panel as JSON values. Texts of charts are escaped, because plotly reads tags in them."""
@@ -134,6 +134,12 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
     return shared
 
 
+def whole_ticks(most: int) -> dict[str, Any]:
+    """Ticks of an axis of whole numbers up to `most`: at multiples of 1, 2 or 5 times a power of ten, at most ten."""
+    distances = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+    return {"tickmode": "linear", "tick0": 0, "dtick": next(each for each in distances if most <= 10 * each)}
+
+
 def curves(groups: Sequence[Group]) -> ChartPanel | None:
     """Accuracy and loss by epoch; None if no run has an epoch yet."""
     if not any(run.epochs for group in groups for run in group.runs):
@@ -141,14 +147,15 @@ def curves(groups: Sequence[Group]) -> ChartPanel | None:
     charts = []
     for name, title in (("accuracy", "Accuracy, %"), ("loss", "Loss")):
         lines = [(group, part) for group in groups for part in ("train", "validation")]
-        data = [trace for group, part in lines for trace in _curve(group, part, name)]
-        shown = layout("epoch", "", xaxis={"rangemode": "nonnegative"})
+        data = [trace for group, part in lines for trace in _curve(group, part, name, is_alone=len(groups) == 1)]
+        most = max(epoch.number for group in groups for run in group.runs for epoch in run.epochs)
+        shown = layout("epoch", "", xaxis={"rangemode": "nonnegative", **whole_ticks(most)})
         charts.append(Chart(f"curves-{name}", title, [State(data, shown)]))
-    return ChartPanel(charts)
+    return ChartPanel(charts, caption="" if len(groups) == 1 else "validation (solid) and training (dotted)")
 
 
-def _curve(group: Group, part: str, name: str) -> list[Trace]:
-    """The mean over seeds in a band of one standard deviation to each side.
+def _curve(group: Group, part: str, name: str, *, is_alone: bool) -> list[Trace]:
+    """The mean over seeds in a band of one standard deviation to each side; of several groups, one legend entry each.
 
     The band of a single run is the 95 % interval of its validation accuracy over tasks.
     """
@@ -168,12 +175,12 @@ def _curve(group: Group, part: str, name: str) -> list[Trace]:
             low, high = mean - spread, mean + spread
             low, high = (max(0.0, low), min(1.0, high)) if is_accuracy else (low, high)
             band.append((number, scale * low, scale * high))
-    label = f"{group.label}, {'validation' if part == 'validation' else 'training'}"
+    word = {"train": "training"}.get(part, part)
+    label = word if is_alone else group.label
     style = {"width": 2.4, "dash": "solid"} if part == "validation" else {"width": 1.6, "dash": "dot"}
-    hover = "%{fullData.name}<br>epoch %{x}: %{y:.4g}"
-    mean_line = line(
-        label, epochs, middle, group.colour, hover, line={"color": group.colour} | style, legendgroup=label
-    )
+    hover = f"%{{fullData.name}}{'' if is_alone else f', {word}'}<br>epoch %{{x}}: %{{y:.4g}}"
+    shown = {"line": {"color": group.colour} | style, "showlegend": is_alone or part == "validation"}
+    mean_line = line(label, epochs, middle, group.colour, hover, legendgroup=label, **shown)
     shade = {
         "type": "scatter",
         "x": [number for number, _, _ in band + band[::-1]],
@@ -191,19 +198,22 @@ def _curve(group: Group, part: str, name: str) -> list[Trace]:
 
 def accuracy_by_step(groups: Sequence[Group]) -> ChartPanel | None:
     """Accuracy on test tasks after each number of inner steps; None if no run recorded it."""
-    runs = [(group, nth, run) for group in groups for nth, run in enumerate(group.runs) if run.steps]
+    runs = [shown for shown in shown_runs(groups) if shown.run.steps]
+    if not runs:
+        return None
     data: list[Trace] = []
-    for place, (group, nth, run) in enumerate(runs):
-        counts = sorted(run.steps)
-        intervals = [run.steps[count].interval for count in counts]
+    for place, shown in enumerate(runs):
+        steps = shown.run.steps
+        counts = sorted(steps)
+        intervals = [steps[count].interval for count in counts]
         # Runs stand a little apart; otherwise their intervals would cover each other.
         shift = 0.06 * (place - (len(runs) - 1) / 2) if len(runs) < 9 else 0.0
         data.append(
             line(
-                group.run_label(run),
+                shown.label,
                 [count + shift for count in counts],
-                [100 * run.steps[count].accuracy for count in counts],
-                group.colour,
+                [100 * steps[count].accuracy for count in counts],
+                shown.colour,
                 "%{fullData.name}<br>after %{customdata} steps: %{y:.2f} %",
                 error_y={
                     "type": "data",
@@ -213,21 +223,19 @@ def accuracy_by_step(groups: Sequence[Group]) -> ChartPanel | None:
                 },
                 customdata=counts,
                 mode="lines+markers",
-                line={"color": group.colour, "width": 2, "dash": _DASHES[nth % len(_DASHES)]},
-                marker={"size": 7, "symbol": symbol(nth)},
+                line={"color": shown.colour, "width": 2, "dash": shown.dash},
+                marker={"size": 7, "symbol": symbol(place)},
             )
         )
-    if not data:
-        return None
-    shown, most = layout("inner steps taken", "accuracy, %", height=380), max(max(run.steps) for *_, run in runs)
-    if most <= 12:
-        shown["xaxis"] |= {"tickmode": "linear", "tick0": 0, "dtick": 1}
+    most = max(max(shown.run.steps) for shown in runs)
+    # Plotly leaves out a legend of one line.
+    axes = layout("inner steps taken", "accuracy, %", height=380, xaxis=whole_ticks(most), showlegend=True)
     ways = [group.settings.get("ways") for group in groups]
     if type(ways[0]) is int and ways[0] > 1 and all(each == ways[0] for each in ways):
         dashed = {"color": GREY, "width": 1, "dash": "dash"}
         hover = "chance: %{y:.3g} %"
         data.append(line("chance", [0, most], [100 / ways[0]] * 2, GREY, hover, mode="lines", line=dashed))
-    return ChartPanel([Chart("steps", "", [State(data, shown)])])
+    return ChartPanel([Chart("steps", "Accuracy by inner step", [State(data, axes)])])
 
 
 def step_losses(groups: Sequence[Group]) -> ChartPanel | None:
@@ -254,7 +262,8 @@ def step_losses(groups: Sequence[Group]) -> ChartPanel | None:
                 hover = f"step {step + 1}, epoch %{{x}}: {unit} %{{y:.4g}}"
                 area = {"stackgroup": "weights", "fillcolor": faded(colour, 0.55)} if states is weights else {}
                 data.append(line(f"step {step + 1}", numbers, y, colour, hover, **area))
-            states.append(State(data, layout("epoch", "", yaxis={"rangemode": "tozero"})))
+            axes = {"xaxis": whole_ticks(max(numbers)), "yaxis": {"rangemode": "tozero"}}
+            states.append(State(data, layout("epoch", "", **axes, legend={"traceorder": "normal"})))
     charts = [Chart("step-weights", "Weight of each step's loss", weights)]
     charts.append(Chart("step-losses", "Target loss after each step", losses))
     return ChartPanel(charts, [label for label, _ in chosen], [[] for _ in chosen])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from metawrap.training.tables import method_title
 
 # Readers with colour blindness can tell these colours apart, on a white page and on a black one.
 COLOURS = ("#3b7dd8", "#e07b39", "#2a9d7f", "#9b6bd3", "#d1528a", "#a8843a", "#4fa8c9", "#7d8794")
-_MOST_DIFFERENCES = 3
+_DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,26 @@ class Group:
         """The settings that its runs share, and the seed of the first run."""
         return self.runs[0].settings
 
+    @property
+    def method(self) -> str:
+        """The published name of its method."""
+        return method_title(str(self.settings.get("method", "?")))
+
     def run_label(self, run: RunRecords) -> str:
         """The name of one of its runs."""
-        return f"{self.label}, seed {run.seed}"
+        return f"{self.label}, seed {run.seed}" if len(self.runs) > 1 else self.label
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """A run as all charts show it. Seeds of one experiment differ in their colour if no other is shown, else in their
+    dash.
+    """
+
+    label: str
+    run: RunRecords
+    colour: str
+    dash: str
 
 
 def gather(paths: Sequence[Path]) -> list[Group]:
@@ -66,9 +84,15 @@ def recorded(run: RunRecords, name: str) -> bool:
     return any(getattr(epoch, name) for epoch in run.epochs)
 
 
-def runs_with(groups: Sequence[Group], name: str) -> list[tuple[str, RunRecords]]:
-    """The runs that recorded this field of `Epoch`, with their names."""
-    return [(group.run_label(run), run) for group in groups for run in group.runs if recorded(run, name)]
+def shown_runs(groups: Sequence[Group]) -> list[ShownRun]:
+    """All runs, group by group."""
+    return [
+        ShownRun(group.run_label(run), run, COLOURS[nth % len(COLOURS)], _DASHES[0])
+        if len(groups) == 1
+        else ShownRun(group.run_label(run), run, group.colour, _DASHES[nth % len(_DASHES)])
+        for group in groups
+        for nth, run in enumerate(group.runs)
+    ]
 
 
 def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -91,19 +115,29 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labels(experiments: Sequence[tuple[RunRecords, ...]]) -> list[str]:
-    methods = [method_title(str(runs[0].settings.get("method", "?"))) for runs in experiments]
-    labels = list(methods)
-    for method in set(methods):
-        places = [place for place, each in enumerate(methods) if each == method]
-        if len(places) > 1:
-            different = differences([experiments[place][0].settings for place in places])
-            for number, place in enumerate(places):
-                shown = [f"{name}={values[number]}" for name, values in different.items()][:_MOST_DIFFERENCES]
-                labels[place] = " ".join([method, ", ".join(shown)]).strip()
+    labels = [_label(runs) for runs in experiments]
     return [
         label if labels.count(label) == 1 else f"{label} ({runs[0].path})"
         for label, runs in zip(labels, experiments, strict=True)
     ]
+
+
+def _label(runs: Sequence[RunRecords]) -> str:
+    """The recipe of an experiment, or its folder; with the method, where that does not tell it."""
+    settings = runs[0].settings
+    method = str(settings.get("method", "?"))
+    folders = [run.path.resolve() for run in runs]
+    names = [(path.parent if re.fullmatch(r"seed-\d+", path.name) else path).name for path in folders]
+    if len(set(names)) > 1:  # A folder of the user's for each seed.
+        names = [re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", name) for name in names]
+    name = str(settings.get("recipe") or names[0] or "run")
+    if _plain(name) == _plain(method):
+        return method_title(method)
+    return name if _plain(method) in _plain(name) else f"{name} ({method_title(method)})"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
 
 
 def _by_field(options: dict[str, Any]) -> dict[str, Any]:

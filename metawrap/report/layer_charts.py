@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from metawrap.report.charts import (
-    SYMBOLS,
     Chart,
     ChartPanel,
     State,
@@ -18,8 +17,8 @@ from metawrap.report.charts import (
     symbol,
     value_at,
 )
-from metawrap.report.gather import COLOURS, Group, runs_with
-from metawrap.report.records import Epoch, Number, RunRecords
+from metawrap.report.gather import Group, ShownRun, recorded, shown_runs
+from metawrap.report.records import Epoch, Number
 
 # A slider offers at most this many epochs, at equal distances, the first and the last among them.
 MOST_SLIDES = 40
@@ -35,20 +34,20 @@ _NORM_PARTS = {
 
 def learned_rates(groups: Sequence[Group]) -> ChartPanel | None:
     """Layers on the x axis, a line for each inner step, a colour for each run; None if no run learned its rates."""
-    runs = runs_with(groups, "rates")
+    runs = [shown for shown in shown_runs(groups) if recorded(shown.run, "rates")]
     if not runs:
         return None
-    recorded = [epoch for _, run in runs for epoch in run.epochs if epoch.rates]
-    numbers = _slides(sorted({epoch.number for epoch in recorded}))
-    names = list(dict.fromkeys(name for epoch in recorded for name in epoch.rates))
-    steps = steps_of([rates.median for epoch in recorded for rates in epoch.rates.values()])
+    epochs = [epoch for shown in runs for epoch in shown.run.epochs if epoch.rates]
+    numbers = _slides(sorted({epoch.number for epoch in epochs}))
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch.rates))
+    steps = steps_of([rates.median for epoch in epochs for rates in epoch.rates.values()])
     charts = [
         _rate_chart(f"rates-{place}", kind, parameters, runs, numbers, steps)
         for place, (kind, parameters) in enumerate(_parameter_kinds(names).items())
     ]
-    letters = list(SYMBOLS.values())
-    key = [(letters[step % len(letters)], f"step {step + 1}") for step in range(steps)]
-    return ChartPanel(charts, [], [[str(number) for number in numbers]], key if len(runs) > 1 else [])
+    key = [(symbol(step), f"step {step + 1}") for step in range(steps)]
+    choices, key = ([], key) if len(runs) > 1 else ([runs[0].label], [])
+    return ChartPanel(charts, choices, [[str(number) for number in numbers]], key)
 
 
 def _parameter_kinds(names: Sequence[str]) -> dict[str, list[str]]:
@@ -61,16 +60,16 @@ def _parameter_kinds(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _rate_chart(
-    name: str, kind: str, parameters: list[str], runs: list[tuple[str, RunRecords]], numbers: list[int], steps: int
+    name: str, kind: str, parameters: list[str], runs: list[ShownRun], numbers: list[int], steps: int
 ) -> Chart:
     is_alone = len(runs) == 1
     entries = [] if is_alone else _legend_entries(runs)
-    slides: list[list[Trace]] = [[{} for _ in entries] for _ in numbers]
+    slides: list[list[Trace]] = [[] if is_alone else [_entry_at(each, number) for each in runs] for number in numbers]
     lines: list[Trace] = []
-    for number, (label, run) in enumerate(runs):
-        by_number = {epoch.number: epoch for epoch in run.epochs}
+    for number, shown in enumerate(runs):
+        by_number = {epoch.number: epoch for epoch in shown.run.epochs}
         for step in range(steps):
-            colour = ramp(step, steps) if is_alone else COLOURS[number % len(COLOURS)]
+            colour = ramp(step, steps) if is_alone else shown.colour
             lines.append(
                 line(
                     f"step {step + 1}",
@@ -84,9 +83,9 @@ def _rate_chart(
                     showlegend=is_alone,
                     connectgaps=False,
                     opacity=1 if is_alone else 0.45 + 0.55 * (step + 1) / steps,
-                    line={"color": colour, "width": 1.8},
+                    line={"color": colour, "width": 1.8, "dash": shown.dash},
                     marker={"size": 7, "symbol": symbol(step), "color": colour},
-                    meta={"run": label, "step": step + 1},
+                    meta={"run": shown.label, "step": step + 1},
                 )
             )
             for slide, epoch in zip(slides, (by_number.get(each) for each in numbers), strict=True):
@@ -100,14 +99,20 @@ def _rate_chart(
     return Chart(name, f"Rates of the {kind}", [State(data, axis, slides)])
 
 
-def _legend_entries(runs: list[tuple[str, RunRecords]]) -> list[Trace]:
+def _legend_entries(runs: list[ShownRun]) -> list[Trace]:
     """One entry for each run. A click on the entry hides all lines of the run."""
     entries = []
-    for number, (label, _) in enumerate(runs):
-        style = {"color": COLOURS[number % len(COLOURS)], "width": 4}
+    for number, shown in enumerate(runs):
+        style = {"color": shown.colour, "width": 4, "dash": shown.dash}
         empty = {"type": "scatter", "x": [None], "y": [None], "mode": "lines", "line": style}
-        entries.append({"name": label, "legendgroup": f"run {number}", **empty})
+        entries.append({"name": shown.label, "legendgroup": f"run {number}", **empty})
     return entries
+
+
+def _entry_at(shown: ShownRun, number: int) -> Trace:
+    """The legend does not promise lines of a run that has none at the slider's epoch."""
+    has_lines = any(epoch.number == number and epoch.rates for epoch in shown.run.epochs)
+    return {"name": shown.label if has_lines else f"{shown.label}: no epoch {number}"}
 
 
 def _rates_at(epoch: Epoch | None, parameters: Sequence[str], step: int) -> list[Number]:
@@ -117,19 +122,19 @@ def _rates_at(epoch: Epoch | None, parameters: Sequence[str], step: int) -> list
 
 def norm_statistics(groups: Sequence[Group]) -> ChartPanel | None:
     """Running mean and variance, scale and shift by layer and inner step; None if no run recorded batch norms."""
-    runs = runs_with(groups, "norms")
+    runs = [each for each in shown_runs(groups) if recorded(each.run, "norms")]
     if not runs:
         return None
-    recorded = [{epoch.number: epoch for epoch in run.epochs if epoch.norms} for _, run in runs]
-    numbers = [_slides(sorted(epochs)) for epochs in recorded]
-    shown = [[epochs[number] for number in own] for epochs, own in zip(recorded, numbers, strict=True)]
+    by_number = [{epoch.number: epoch for epoch in each.run.epochs if epoch.norms} for each in runs]
+    numbers = [_slides(sorted(epochs)) for epochs in by_number]
+    shown = [[epochs[number] for number in own] for epochs, own in zip(by_number, numbers, strict=True)]
     charts = []
     for part, title in _NORM_PARTS.items():
         states = [_norm_state(epochs, part) for epochs in shown]
         if any(state.data for state in states):
             charts.append(Chart(f"norms-{part.replace('_', '-')}", title, states))
     names = [[str(number) for number in own] for own in numbers]
-    return ChartPanel(charts, [label for label, _ in runs], names, caption="median and quartiles over channels")
+    return ChartPanel(charts, [each.label for each in runs], names, caption="median and quartiles over channels")
 
 
 def _norm_state(epochs: list[Epoch], part: str) -> State:

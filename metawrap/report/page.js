@@ -1,20 +1,23 @@
 "use strict";
 // Draws each panel's charts from the JSON beside them, and follows its controls and the colours of the system.
 (function () {
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Plotly's bar of buttons would cover the legend.
+  const config = { responsive: true, displayModeBar: false };
   const narrow = window.matchMedia("(max-width: 520px)");
   const touched = window.matchMedia("(pointer: coarse)").matches;
   const panels = [];
 
-  function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const onPaper = { "--ink": "#1d2530", "--grid": "#e4e8ee", "--card": "#f6f8fb", "--soft": "#5c6878" };
+
+  function colour(name, forPaper) {
+    return forPaper ? onPaper[name] : getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   }
 
-  function themed(layout) {
-    const ink = colour("--ink"), grid = colour("--grid"), card = colour("--card");
-    const small = narrow.matches ? 11 : 13;
+  function themed(layout, forPaper) {
+    const [ink, grid, card, soft] = ["--ink", "--grid", "--card", "--soft"].map((name) => colour(name, forPaper));
+    const small = narrow.matches && !forPaper ? 11 : 13;
     const shown = Object.assign({}, layout, {
-      paper_bgcolor: "rgba(0,0,0,0)",
+      paper_bgcolor: forPaper ? "#ffffff" : "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, size: small, family: "system-ui, sans-serif" },
       hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink } },
@@ -22,7 +25,7 @@
       dragmode: touched ? false : "zoom",
     });
     for (const name of ["xaxis", "yaxis"]) {
-      shown[name] = Object.assign({ gridcolor: grid, linecolor: grid, zerolinecolor: colour("--soft") }, layout[name]);
+      shown[name] = Object.assign({}, layout[name], { gridcolor: grid, linecolor: grid, zerolinecolor: soft });
     }
     return shown;
   }
@@ -38,8 +41,12 @@
     for (const chart of panel.content.charts) {
       const state = chart.states[choice];
       const slide = place === null ? [] : state.slides[place] || [];
-      const data = state.data.map((trace, index) => Object.assign({}, trace, slide[index]));
-      Plotly.react("chart-" + chart.name, data, themed(state.layout), config);
+      const ink = { textfont: { color: colour("--ink") } };
+      const data = state.data.map((trace, index) => Object.assign({}, trace, "text" in trace ? ink : {}, slide[index]));
+      const layout = themed(state.layout);
+      // The slider leaves hidden lines and the zoom as they are; another choice begins anew.
+      layout.uirevision = "choice " + choice;
+      Plotly.react("chart-" + chart.name, data, layout, config);
     }
   }
 
@@ -82,8 +89,28 @@
       });
     }
     if (button) button.addEventListener("click", () => play(panel, button));
+    for (const each of element.querySelectorAll(".save")) each.addEventListener("click", () => save(each, panel));
     panels.push(panel);
     draw(panel);
+  }
+
+  // As on a white page, for papers, with the lines and the epoch that are shown now.
+  async function save(button, panel) {
+    const figure = button.closest("figure"), chart = figure.querySelector(".chart"), form = button.dataset.form;
+    const size = { width: 800, height: Math.max(480, chart.layout.height) };
+    const layout = Object.assign(themed(chart.layout, true), size, { margin: { l: 16, r: 24, t: 24, b: 16 } });
+    const axis = layout.yaxis, caption = figure.querySelector("figcaption span").innerHTML;
+    axis.title = Object.assign({}, axis.title, axis.title.text ? {} : { text: caption });
+    const ink = { textfont: { color: layout.font.color } };
+    const data = chart.data.map((trace) => Object.assign({}, trace, "text" in trace ? ink : {}));
+    for (const [mark, name] of panel.content.key) {
+      const marker = { symbol: mark, size: 9, color: colour("--soft", true) };
+      data.push({ type: "scatter", mode: "markers", x: [null], y: [null], name: name, marker: marker });
+    }
+    const link = document.createElement("a");
+    link.href = await Plotly.toImage({ data, layout }, Object.assign({ format: form, scale: form === "png" ? 2 : 1 }, size));
+    link.download = chart.id.replace("chart-", "metawrap-") + "." + form;
+    link.click();
   }
 
   const redraw = () => panels.forEach(draw);

@@ -19,8 +19,8 @@ from metawrap.report.charts import (
     accuracy_by_step,
     curves,
     step_losses,
-    symbol,
 )
+from metawrap.report.class_charts import by_class, embeddings
 from metawrap.report.gather import Group
 from metawrap.report.layer_charts import learned_rates, norm_statistics, shortened
 from metawrap.report.records import Example, Number
@@ -34,7 +34,7 @@ _RIGHT, _WRONG = "#1f8a5b", "#c8452f"
 
 
 def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Writes report-curves.png, -rates, -steps, -msl, -norms and -episode, as far as the runs have records for them.
+    """Writes report-curves.png, -classes, -embedding, -rates, -steps, -msl, -norms, -episode, as runs have records.
 
     >>> draw_report_pictures(gather([Path("runs/one")]), Path("pictures"))  # doctest: +SKIP
 
@@ -52,6 +52,8 @@ def draw_report_pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
         ) from error
     panels: dict[str, Callable[[Sequence[Group]], ChartPanel | None]] = {
         "curves": curves,
+        "classes": by_class,
+        "embedding": embeddings,
         "rates": learned_rates,
         "steps": accuracy_by_step,
         "msl": step_losses,
@@ -76,7 +78,8 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
     """Draws the panel's first choice, at the last epoch that all lines of the first chart have."""
     count = len(panel.charts)
     rows, columns = -(-count // 2), min(count, 2)
-    figure.set_size_inches(9.5 if columns == 2 else 6.8, 4.4 if rows == 1 else 3.2 * rows)
+    tall = max(chart.states[0].layout["height"] for chart in panel.charts) / 90
+    figure.set_size_inches(9.5 if columns == 2 else 6.8, max(4.4, tall) if rows == 1 else 3.2 * rows)
     place = _common_place(panel.charts[0].states[0])
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, chart in zip(grid.flat, panel.charts, strict=False):
@@ -85,8 +88,8 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         axes.set_title(chart.title, fontsize=10)
     for axes in grid.flat[count:]:
         axes.set_axis_off()
-    for step, (_, name) in enumerate(panel.key):
-        axes.plot([], [], _MARKERS[symbol(step)], color=GREY, label=name)
+    for mark, name in panel.key:
+        axes.plot([], [], _MARKERS[mark], color=GREY, label=name)
     epoch = f"after epoch {panel.slides[0][place]}" if any(panel.slides) else ""
     title = ", ".join(filter(None, [*panel.choices[:1], epoch]))
     figure.suptitle(_literal(": ".join(filter(None, [title, panel.caption]))), fontsize=10)
@@ -110,10 +113,18 @@ def _common_place(state: State) -> int:
 
 
 def _draw_chart(axes: Any, state: State, slide: Sequence[Trace]) -> None:
-    below = [0.0] * max((len(trace["x"]) for trace in state.data), default=0)
+    below = [0.0] * max((len(trace.get("x", ())) for trace in state.data), default=0)
     for trace in (trace | change for trace, change in zip(state.data, slide, strict=True)):
+        if trace["type"] == "heatmap":
+            _draw_table(axes, trace)
+            continue
         x, y = _numbers(trace["x"]), _numbers(trace["y"])
-        if "stackgroup" in trace:
+        if trace["type"] == "bar":
+            for place, text in zip(y, trace["text"], strict=True):
+                axes.text(1, place, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=6)
+            axes.barh(y, x, height=0.75, color=trace["marker"]["color"])
+            axes.margins(y=0.01)
+        elif "stackgroup" in trace:
             top = [low + (0.0 if value is None else value) for low, value in zip(below, trace["y"], strict=True)]
             axes.fill_between(x, below, top, color=trace["fillcolor"], linewidth=0)
             below = top
@@ -126,13 +137,33 @@ def _draw_chart(axes: Any, state: State, slide: Sequence[Trace]) -> None:
         axis.set_label_text(settings["title"]["text"])
         if "ticktext" in settings:
             names = [_literal(text) for text in settings["ticktext"]]
-            axis.set_ticks(settings["tickvals"], names, rotation=30, ha="right", fontsize=8)
+            turned = {"rotation": 30, "ha": "right"} if name == "xaxis" else {}
+            axis.set_ticks(settings["tickvals"], names, fontsize=8 if len(names) < 12 else 6, **turned)
+        elif "tickvals" in settings:
+            axis.set_ticks(settings["tickvals"])
+            axes.set_xlim(*settings["range"])
+        elif "dtick" in settings:
+            axis.get_major_locator().set_params(integer=True)
         if settings["zeroline"]:
             axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2)
     if "range" in state.layout["yaxis"]:
         axes.set_ylim(*state.layout["yaxis"]["range"])
-    axes.grid(color="#e3e6ea", linewidth=0.8)
+    if state.layout["yaxis"].get("autorange") == "reversed":
+        axes.invert_yaxis()
+    if "scaleanchor" in state.layout["yaxis"]:
+        axes.set_aspect("equal", "datalim")
+    if not any(trace["type"] == "heatmap" for trace in state.data):
+        axes.grid(color="#e3e6ea", linewidth=0.8)
+        axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_table(axes: Any, trace: Trace) -> None:
+    places = range(len(trace["z"]))
+    axes.pcolormesh(places, places, trace["z"], cmap="Blues", vmin=0, vmax=130, edgecolor="white", shading="nearest")
+    for y, row in enumerate(trace["text"]):
+        for x, text in enumerate(row if trace["texttemplate"] else ()):
+            axes.text(x, y, text, ha="center", va="center", fontsize=7)
 
 
 def _draw_line(axes: Any, trace: Trace, x: list[float], y: list[float]) -> None:
@@ -142,7 +173,7 @@ def _draw_line(axes: Any, trace: Trace, x: list[float], y: list[float]) -> None:
         "linestyle": _DASHES[trace["line"].get("dash", "solid")] if has_line else "none",
         "linewidth": 0.9 * trace["line"]["width"],
         "marker": _MARKERS[trace.get("marker", {}).get("symbol", "circle")] if has_marks else None,
-        "markersize": 4.5 if "symbol" in trace.get("marker", {}) else 3,
+        "markersize": 0.62 * trace.get("marker", {}).get("size", 5),
         "alpha": trace.get("opacity", 1),
         "label": _literal(trace["name"]) if trace.get("showlegend", True) else None,
     }

@@ -21,7 +21,7 @@ Number = float | None
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_IMAGE = 1_000_000
 _LARGEST_NUMBER = 1e30  # Charts multiply by 100 and square.
-_MOST = 2**31
+_MOST, _MOST_COUNTS = 2**31, 1000
 _CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "validation_interval")
 
 
@@ -60,23 +60,44 @@ class Score:
 
 @dataclass(frozen=True)
 class Example:
-    """One image of an episode. png: the file's bytes, if stored. prediction, probability: only for targets."""
+    """One image of an episode. png: the file's bytes, if stored. prediction, probability: only for targets. at: the
+    place of its embedding in the plane of the episode, [x, y], if known.
+    """
 
     label: int
     png: bytes | None = None
     prediction: int | None = None
     probability: Number = None
+    at: list[Number] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A test task with its predictions. task: its number, from 1. classes: names by label."""
+    """A test task with its predictions. task: its number, from 1. classes: names by label. shares: of the variance of
+    its embeddings, by axis of the plane.
+    """
 
     task: int
     why: str
     classes: list[str]
     support: list[Example]
     target: list[Example]
+    shares: list[Number] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many targets of a class were taken for a class, `times` of `targets`; for itself if they were right."""
+
+    name: str
+    taken_for: str
+    times: int
+    targets: int
+
+    @property
+    def percent(self) -> float:
+        """Of the targets."""
+        return 100 * self.times / self.targets
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ class RunRecords:
 
     settings, machine: as stored. command: the command that started the run. has_insight: whether insight.jsonl has
     lines. scores: of the final test, by batch-norm policy, then "before", "after", "ensemble". steps: the score after
-    each number of inner steps on the first `step_tasks` test tasks.
+    each number of inner steps on the first `step_tasks` test tasks. right, confusions: the counts of each class on
+    these tasks, the lowest accuracy and the most frequent confusion first. class_count: of all their classes.
     """
 
     path: Path
@@ -101,6 +123,9 @@ class RunRecords:
     seconds: Number = None
     steps: dict[int, Score] = field(default_factory=dict)
     step_tasks: int | None = None
+    class_count: int = 0
+    right: list[Count] = field(default_factory=list)
+    confusions: list[Count] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
 
     @property
@@ -138,7 +163,7 @@ def _read(path: Path, content: dict[str, Any], command: str | None = None) -> Ru
     settings = content.get("settings")
     lines, insight = (_by_epoch(read_lines(path / name)) for name in (LOG, INSIGHT))
     result, final = read_json(path / "result.json"), read_json(path / FINAL_INSIGHT)
-    test = _table(result.get("test"))
+    test, classes = _table(result.get("test")), _table(final.get("classes"))
     steps = [_table(each) for each in _list(final.get("steps"))]
     return RunRecords(
         path=path,
@@ -158,6 +183,9 @@ def _read(path: Path, content: dict[str, Any], command: str | None = None) -> Ru
             if (number := _whole(each.get("steps"))) is not None and (score := _score(each)) is not None
         },
         step_tasks=_whole(final.get("tasks")),
+        class_count=_whole(classes.get("count")) or 0,
+        right=_counts(classes.get("shown"), "class", "right"),
+        confusions=_counts(classes.get("confusions"), "taken_for", "times"),
         episodes=[episode for each in _list(final.get("episodes")) if (episode := _episode(_table(each))) is not None],
     )
 
@@ -203,14 +231,27 @@ def _episode(value: dict[str, Any]) -> Episode | None:
     support, target = parts
     if not target:
         return None
-    return Episode(_whole(value.get("task")) or 0, _text(value.get("why")) or "", classes, support, target)
+    task, why, shares = _whole(value.get("task")) or 0, _text(value.get("why")) or "", _numbers(value.get("shares"))
+    return Episode(task, why, classes, support, target, shares)
 
 
 def _example(value: dict[str, Any], classes: int) -> Example | None:
     label, prediction = _whole(value.get("label")), _whole(value.get("prediction"))
     if label is None or not 0 <= label < classes:
         return None
-    return Example(label, _png(value.get("png")), prediction, _number(value.get("probability")))
+    at = _numbers(value.get("at"))
+    at = at if len(at) == 2 and None not in at else []
+    return Example(label, _png(value.get("png")), prediction, _number(value.get("probability")), at)
+
+
+def _counts(value: Any, taken_for: str, times: str) -> list[Count]:
+    found = []
+    for each in map(_table, _list(value)[:_MOST_COUNTS]):
+        name, other = _text(each.get("class")), _text(each.get(taken_for))
+        part, whole = _whole(each.get(times)), _whole(each.get("targets"))
+        if name is not None and other is not None and part is not None and whole and 0 <= part <= whole:
+            found.append(Count(name, other, part, whole))
+    return found
 
 
 def _png(value: Any) -> bytes | None:

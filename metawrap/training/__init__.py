@@ -2,8 +2,8 @@
 
 From top to bottom; a module imports those below it alone:
 study -> comparison -> plots -> run -> run_evaluation -> loaded_run -> final_evaluation, insight, tensorboard,
-inspection -> experiment -> run_folder -> data_record, run_lock, checkpoints -> checkpoint_archive -> progress ->
-machine, tables -> torchrun -> stored_files, named_model -> run_settings.
+inspection -> class_insight, experiment -> run_folder -> data_record, run_lock, checkpoints -> checkpoint_archive ->
+progress -> machine, tables -> torchrun -> stored_files, named_model -> run_settings.
 """
 
 from metawrap.training.run import train, train_seeds

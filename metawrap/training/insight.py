@@ -24,6 +24,7 @@ from metawrap.outputs import prediction_in
 from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
+from metawrap.training.class_insight import by_class, class_names, embedded
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
 
 # Test tasks that are solved once for each number of inner steps: a sixth of the time of the usual test.
@@ -75,9 +76,9 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
     """The accuracy on the first test tasks while the learner adapts, under its own batch-norm policy.
 
     Returns:
-        {"norm", "tasks", "steps", "episodes"}: "steps" has {"steps", "accuracy", "interval"} for each of `step_counts`
-        (empty without an inner loop); "episodes" the first task and the one with the most errors (see `_episode`). Both
-        are empty without an accuracy.
+        {"norm", "tasks", "steps", "classes", "episodes"}: "steps" has {"steps", "accuracy", "interval"} for each of
+        `step_counts` (empty without an inner loop); "classes" is `by_class` of these tasks; "episodes" the first task
+        and the one with the most errors (see `_episode`). All are empty without an accuracy.
     """
     count = min(count, STEP_TASKS)
     steps = learner.settings.default_steps
@@ -85,7 +86,8 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetaWrapWarning)  # The final test has shown them.
         for number in [None] if steps is None else step_counts(steps):
-            final = evaluate_shared(learner, tasks, count, **({} if number is None else {"steps": number}))
+            how = {} if number is None else {"steps": number}
+            final = evaluate_shared(learner, tasks, count, keep_predictions=number == steps, **how)
             if number is not None and final.accuracy is not None:
                 accuracy, interval = _plain([final.accuracy, final.interval])
                 curve.append({"steps": number, "accuracy": accuracy, "interval": interval})
@@ -95,10 +97,13 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
         chosen = {0: "the first test task"} if known else {}
         chosen |= {hardest: "the test task with most errors"} if hardest else {}
         episodes = on_rank_zero(lambda: [_episode(learner, tasks, index, why) for index, why in chosen.items()])
+        predictions = final.predictions if known else []
+        classes = on_rank_zero(lambda: _by_class(tasks, predictions))
     return {
         "norm": learner.settings.norm,
         "tasks": count,
         "steps": curve,
+        "classes": classes,
         "episodes": [episode for episode in episodes if episode is not None],
     }
 
@@ -115,16 +120,34 @@ def step_counts(steps: int) -> list[int]:
     return [0, *(number for number in spaced if number < steps), steps]
 
 
+def _by_class(tasks: EpisodeSampler, predictions: Sequence[Any]) -> dict[str, Any]:
+    """See `by_class`; empty where a prediction is no logits of classes, or the classes of a task are not known."""
+    drawn = [task for batch in tasks.batches(len(predictions) // tasks.tasks_per_batch) for task in batch]
+    found = [_class_logits(each, task) for each, task in zip(predictions, drawn, strict=True)]
+    if not found or any(task.classes is None for task in drawn) or any(each is None for each in found):
+        return {}
+    guesses = [each.argmax(-1).cpu().numpy() for each in found if each is not None]
+    return by_class(drawn, guesses, tasks.images.class_names)
+
+
+def _class_logits(output: Any, task: Task) -> Tensor | None:
+    """The (targets, classes) logits in an output; None where it holds none."""
+    prediction = prediction_in(output)
+    known = prediction is not None and are_logits(prediction, task.target_y) and prediction.ndim == 2
+    return prediction if known else None
+
+
 def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[str, Any] | None:
     """One test task with its predictions; None if the predictions are no logits of classes.
 
     Returns:
         {"task" (from 1), "why", "classes" (names by label), "support": [{"label", "png"}], "target": [{"label",
-        "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG.
+        "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG. Of a method on an
+        embedding, "shares" of the variance, and each example's place "at" [x, y]: see `embedded`.
     """
     task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
-    prediction = prediction_in(learner.evaluate([task], keep_predictions=True).predictions[0])
-    if prediction is None or not are_logits(prediction, task.target_y) or prediction.ndim != 2:
+    prediction = _class_logits(learner.evaluate([task], keep_predictions=True).predictions[0], task)
+    if prediction is None:
         return None
     probabilities = prediction.detach().double().cpu().softmax(-1)
     guesses = prediction.argmax(-1).tolist()
@@ -132,10 +155,13 @@ def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[
     for place, example in enumerate(target):
         example["prediction"] = guesses[place]
         [example["probability"]] = _plain([float(probabilities[place, guesses[place]])])
-    names = tasks.images.class_names
-    # The number of a rotated class is that of its class, plus a multiple of the number of classes.
-    classes = [names[int(number) % len(names)] for number in task.classes or range(tasks.ways)]
-    return {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
+    classes = class_names(tasks.images.class_names, task.classes or range(tasks.ways))
+    episode = {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
+    if plane := embedded(learner, task):
+        for example, place in zip((*support, *target), plane[0].tolist(), strict=True):
+            example["at"] = _plain(place)
+        episode["shares"] = _plain(plane[1])
+    return episode
 
 
 def _with_images(task: Task, part: str, ways: int) -> list[dict[str, Any]]:

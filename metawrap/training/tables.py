@@ -35,7 +35,37 @@ def result_text(result: dict[str, Any]) -> str:
     notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
     if words := result.get("tested"):
         title += f"\nTested: {words}"
+    after = {norm: scores["after"] for norm, scores in tested["norms"].items() if "after" in scores}
+    bounds = {norm: found for norm, score in after.items() if (found := _bounds(score, *keys))}
+    notes += _hint(bounds, result["trained_norm"], 1 / settings.ways)
     return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
+
+
+def _bounds(score: Mapping[str, Any], value: str, spread: str) -> tuple[float, float] | None:
+    """The lowest and highest likely accuracy; None where there is no accuracy."""
+    middle, width = score.get(value), score.get(spread) or 0.0
+    return None if middle is None else (middle, middle) if math.isnan(width) else (middle - width, middle + width)
+
+
+def _hint(bounds: Mapping[str, tuple[float, float]], trained: str, chance: float) -> str:
+    """A line about a policy that is weak, at most 80 characters; empty where all is well.
+
+    Weak is the policy of training if it may be at chance, or if another policy is certainly better; and another policy
+    if the policy of training is certainly better by ten points.
+    """
+    own = bounds.get(trained)
+    if own is None:
+        return ""
+    if own[0] <= 1.1 * chance:
+        return f"\nHint: {trained} may be at chance: train longer, or try another --meta-lr."
+    others = {norm: found for norm, found in bounds.items() if norm != trained}
+    best = max(others, key=lambda norm: others[norm][0], default=trained)
+    if best != trained and others[best][0] > own[1]:
+        return f"\nHint: {best} is better than {trained}. Train with it: --norm {best}"
+    worst = min(others, key=lambda norm: others[norm][1], default=trained)
+    if worst != trained and others[worst][1] < own[0] - 0.1:
+        return f"\nHint: {worst} is far below {trained}: predict under {trained}, as in training."
+    return ""
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -16,10 +16,11 @@ from PIL import Image
 from metawrap.cli import main
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.report import draw_report_pictures, gather, write_report_page
-from metawrap.report.charts import State
+from metawrap.report.charts import State, whole_ticks
 from metawrap.report.page import plotly_library, render
 from metawrap.report.pictures import _common_place
 
+DRAWN = ("curves", "classes", "embedding", "rates", "steps", "msl", "norms", "episode")
 HOSTILE = "</script><script>window['hacked']=1</script><img src=x onerror='window[\"hacked\"]=1'>&amp;$x"
 
 
@@ -40,12 +41,18 @@ class Page(HtmlPage):
     def state(self, chart, choice=0):
         return self.charts[chart]["states"][choice]
 
-    def named(self, chart):
-        return {trace["name"]: trace for trace in self.state(chart)["data"] if "name" in trace}
+    def named(self, chart, dash="solid"):
+        """The lines of a chart by name; of curves those of validation, or, dotted, those of training."""
+        lines = [trace for trace in self.state(chart)["data"] if trace.get("line", {}).get("dash", dash) == dash]
+        return {trace["name"]: trace for trace in lines if "name" in trace}
+
+    def panel(self, chart):
+        [panel] = [panel for panel in self.panels if any(each["name"] == chart for each in panel["charts"])]
+        return panel
 
     def band(self, label):
-        """The shade around a line of the accuracy."""
-        [band] = [t for t in self.state("curves-accuracy")["data"] if t.get("fill") and t["legendgroup"] == label]
+        """The shade around the line of the validation accuracy, which comes after that of training."""
+        *_, band = [t for t in self.state("curves-accuracy")["data"] if t.get("fill") and t["legendgroup"] == label]
         return band
 
 
@@ -72,24 +79,24 @@ def both(tmp_path_factory):
 def test_curves_are_the_mean_and_deviation_of_the_logs_over_seeds(both):
     records = np.array([[made.log_line(seed, e)["validation_accuracy"] for e in range(1, 5)] for seed in (0, 1)])
     middle, deviation = 100 * records.mean(0), 100 * records.std(0, ddof=1)
-    line, band = both.named("curves-accuracy")["MAML++, validation"], both.band("MAML++, validation")
+    line, band = both.named("curves-accuracy")["plus (MAML++)"], both.band("plus (MAML++)")
     assert line["x"] == [1, 2, 3, 4]
     assert line["y"] == pytest.approx(middle)
     assert band["x"] == [1, 2, 3, 4, 4, 3, 2, 1]
     assert band["y"] == pytest.approx([*(middle + deviation), *(middle - deviation)[::-1]])
     losses = [np.mean([made.log_line(seed, e)["train_loss"] for seed in (0, 1)]) for e in range(1, 5)]
-    assert both.named("curves-loss")["MAML++, training"]["y"] == pytest.approx(losses)
+    assert both.named("curves-loss", "dot")["plus (MAML++)"]["y"] == pytest.approx(losses)
 
 
 def test_the_band_of_one_run_is_its_interval_over_tasks(alone):
     expected = [100 * (made.log_line(0, e)["validation_accuracy"] + (0.05 + 0.001 * e)) for e in range(1, 5)]
-    assert alone.band("MAML++, validation")["y"][:4] == pytest.approx(np.minimum(expected, 100))
+    assert alone.band("validation")["y"][:4] == pytest.approx(np.minimum(expected, 100))
     assert sum("fill" in trace for trace in alone.state("curves-accuracy")["data"]) == 1
 
 
 @pytest.mark.parametrize(("chart", "bias"), [("rates-0", False), ("rates-1", True)])
 def test_rates_have_layers_on_the_axis_a_line_for_each_step_and_a_slide_for_each_epoch(alone, chart, bias):
-    assert alone.panels[1]["slides"] == [["1", "2", "3", "4"]]
+    assert alone.panel(chart)["slides"] == [["1", "2", "3", "4"]]
     [state] = alone.charts[chart]["states"]
     assert state["layout"]["xaxis"]["ticktext"] == list(made.LAYERS)
     assert [trace["name"] for trace in state["data"]] == ["step 1", "step 2", "step 3"]
@@ -105,14 +112,16 @@ def test_rates_have_layers_on_the_axis_a_line_for_each_step_and_a_slide_for_each
     assert axis["zeroline"] is True
 
 
-def test_each_seed_has_a_colour_of_its_own_in_the_rates(both):
+def test_each_seed_has_a_dash_of_its_own_beside_other_methods_and_a_colour_of_its_own_alone(both, tmp_path):
     state = both.state("rates-0")
     lines = [trace for trace in state["data"] if "meta" in trace]
     assert len(lines) == 2 * made.STEPS
-    colours = {trace["meta"]["run"]: trace["line"]["color"] for trace in lines}
-    assert set(colours) == {"MAML++, seed 0", "MAML++, seed 1"}
-    assert len(set(colours.values())) == 2
-    last = [slide["y"] for slide in state["slides"][-1] if slide]
+    own = both.named("curves-loss")["plus (MAML++)"]["line"]["color"]
+    styles = {trace["meta"]["run"]: (trace["line"]["color"], trace["line"]["dash"]) for trace in lines}
+    assert styles == {"plus (MAML++), seed 0": (own, "solid"), "plus (MAML++), seed 1": (own, "dash")}
+    alone = page_of(made.make_seeds(tmp_path / "plus", [0, 1])).state("rates-0")["data"]
+    assert len({trace["line"]["color"] for trace in alone}) == 2
+    last = [slide["y"] for slide in state["slides"][-1] if "y" in slide]
     assert last == [
         [made.rate(seed, 4, layer, step) for layer in range(3)] for seed in (0, 1) for step in range(made.STEPS)
     ]
@@ -123,20 +132,81 @@ def test_a_run_that_lags_has_gaps_at_the_epochs_that_it_lacks(tmp_path):
     made.make_run(tmp_path / "b", seed=1, epochs=2)
     state = page_of(tmp_path / "a", tmp_path / "b").state("rates-0")
     drawn = zip(state["slides"][3], state["data"], strict=True)
-    lagging = [slide for slide, trace in drawn if trace.get("meta", {}).get("run") == "MAML++, seed 1"]
+    lagging = [slide for slide, trace in drawn if trace.get("meta", {}).get("run", "").endswith("seed 1")]
     assert lagging == [{"y": [None] * 3}] * made.STEPS
+    entries = [[each["name"] for each in slide if "name" in each] for slide in state["slides"]]
+    label = "a (MAML++), seed 1"  # The legend agrees with the slider.
+    assert [names[1] for names in entries] == [label, label, f"{label}: no epoch 3", f"{label}: no epoch 4"]
     assert _common_place(State(**state)) == 1  # The pictures show the last epoch that both runs have.
 
 
 def test_accuracy_by_step_has_each_run_with_its_interval(both):
-    for name, seed in (("MAML++, seed 0", 0), ("MAML++, seed 1", 1), ("MAML, seed 0", 0)):
-        trace = both.named("steps")[name]
+    lines = {trace["name"]: trace for trace in both.state("steps")["data"]}
+    for name, seed in (("plus (MAML++), seed 0", 0), ("plus (MAML++), seed 1", 1), ("MAML", 0)):
+        trace = lines[name]
         steps = made.final(seed)["steps"]
         assert trace["customdata"] == [0, 1, 2, 3]
         assert trace["y"] == pytest.approx([100 * each["accuracy"] for each in steps])
         assert trace["error_y"]["array"] == pytest.approx([100 * each["interval"] for each in steps])
         assert np.round(trace["x"]).tolist() == [0, 1, 2, 3]
-    assert both.named("steps")["chance"]["y"] == [50, 50]
+    assert lines["chance"]["y"] == [50, 50]
+
+
+def test_classes_are_shown_by_accuracy_and_confusions_by_name(alone):
+    bars, [table] = alone.state("classes-accuracy"), alone.state("classes-confusion")["data"]
+    assert bars["layout"]["yaxis"]["ticktext"] == ["Greek/beta", "Greek/alpha"]
+    assert bars["data"][0]["x"] == [25, 70]
+    assert bars["data"][0]["text"] == ["2 of 8", "7 of 10"]
+    assert alone.state("classes-confusion")["layout"]["xaxis"]["ticktext"] == ["Greek/alpha", "Greek/beta"]
+    assert table["z"] == [[70, 30], [75, 25]]
+    assert table["text"] == [["7", "3"], ["6", "2"]]
+
+
+def test_of_many_classes_both_ends_and_the_most_frequent_confusions_are_shown(tmp_path):
+    run = made.make_run(tmp_path / "many")
+    shown = [{"class": f"c{number:02}", "targets": 100, "right": number} for number in range(60)]
+    wrong = [{"class": "a", "taken_for": f"b{n:02}", "times": 60 - n, "targets": 120} for n in range(60)]
+    told = made.final(0) | {"classes": {"count": 3000, "shown": shown, "confusions": wrong}}
+    made.write(run / "final_insight.json", told)
+    page = page_of(run)
+    names = page.state("classes-accuracy")["layout"]["yaxis"]["ticktext"]
+    ends = [f"c{number:02}" for number in (*range(20), *range(40, 60))]
+    assert names == [*ends[:20], "… 2960 more", *ends[20:]]
+    assert page.state("classes-confusion")["layout"]["yaxis"]["ticktext"] == [
+        f"a → b{number:02}" for number in range(20)
+    ]
+    assert page.state("classes-confusion")["data"][0]["x"] == pytest.approx([(60 - n) / 1.2 for n in range(20)])
+
+
+def test_the_plane_shows_support_and_targets_by_class_and_whether_they_are_right(alone):
+    state = alone.state("embedding")
+    points = {(t["name"], t["marker"]["symbol"]): list(zip(t["x"], t["y"], strict=True)) for t in state["data"]}
+    assert points == {
+        ("Greek/alpha", "star"): [(0, 1)],
+        ("Greek/beta", "star"): [(0.5, 0)],
+        ("Greek/alpha", "circle"): [(1, -1)],
+        ("Greek/alpha", "x"): [(1.5, -2)],
+        ("Greek/beta", "x"): [(2, -3), (2.5, -4)],
+    }
+    assert [trace["name"] for trace in state["data"] if trace["showlegend"]] == ["Greek/alpha", "Greek/beta"]
+    assert state["layout"]["xaxis"]["title"]["text"] == "component 1, 75 % of the variance"
+
+
+def test_an_embedding_method_has_what_suits_it_before_the_rest_and_one_line_of_what_it_lacks(tmp_path):
+    run = made.make_run(tmp_path / "protonet", method="protonet")
+    made.write_lines(run / "insight.jsonl", [{"epoch": 1}])
+    made.write(run / "final_insight.json", made.final(0) | {"steps": []})
+    page = page_of(run)
+    assert page.attributes("id", "section")[:4] == ["curves", "classes", "embedding", "episodes"]
+    assert page.text.count("Not shown of") == 1
+    assert page.text.index("Not shown of ProtoNet: Learned inner rates") > page.text.index("Machine Where training ran")
+
+
+def test_ticks_are_whole_numbers_and_at_most_eleven():
+    for most in (1, 3, 10, 11, 100, 12_345):
+        distance = whole_ticks(most)["dtick"]
+        assert distance == int(distance) >= 1
+        assert 1 <= most // distance <= 10
 
 
 def test_multi_step_loss_shows_weights_and_losses_of_the_log(alone):
@@ -148,8 +218,7 @@ def test_multi_step_loss_shows_weights_and_losses_of_the_log(alone):
 
 
 def test_norms_show_medians_and_bars_to_the_quartiles_of_each_run(both):
-    panel = next(panel for panel in both.panels if panel["charts"][0]["name"] == "norms-running-mean")
-    assert panel["choices"] == ["MAML++, seed 0", "MAML++, seed 1"]
+    assert both.panel("norms-running-mean")["choices"] == ["plus (MAML++), seed 0", "plus (MAML++), seed 1"]
     for epoch, slide in enumerate(both.state("norms-running-var", choice=1)["slides"], start=1):
         norms = made.insight_line(1, epoch)["norms"]
         for step, trace in enumerate(slide):
@@ -171,9 +240,8 @@ def test_words_of_the_page(both, alone):
     """What a method lacks is explained; the table has the deviation over seeds, or the interval of one run."""
     deviation = f"{np.mean([81.2, 82.2]):.2f} ± {np.std([81.2, 82.2], ddof=1):.2f} %"
     for words in (
-        "MAML is not shown: its inner rates were not learned",
-        "MAML is not shown: its multi-step loss is off",
-        "MAML is not shown: its network has no batch norm",
+        "Not shown of MAML: Learned inner rates (its inner rates were not learned, or it takes no inner steps); "
+        "Multi-step loss (its multi-step loss is off); Batch norm, step by step (its network has no batch norm).",
         deviation,
         "81.20 ± 1.23 %",
         "batch transductive *",
@@ -182,7 +250,7 @@ def test_words_of_the_page(both, alone):
         assert words in both.text
     for words in ("Abacus 9", "msl_epochs", "inner_steps"):
         assert words in alone.text
-    assert re.search(r"What differs setting MAML\+\+ MAML method maml\+\+ maml ", both.text)
+    assert re.search(r"What differs setting plus \(MAML\+\+\) MAML method maml\+\+ maml ", both.text)
     assert alone.code[0] == "metawrap train --data omniglot --set msl_epochs=2"
     assert both.code[0] == "metawrap train --seeds 0,1"
 
@@ -198,7 +266,7 @@ def test_the_episode_shows_images_predictions_and_confusion(alone):
 def test_the_page_names_every_section_in_its_contents_and_needs_no_network(both):
     anchors = both.attributes("id", "section")
     assert both.attributes("href", "a") == [f"#{anchor}" for anchor in anchors]
-    assert len(anchors) == 10
+    assert len(anchors) == 12
     for address in both.attributes("src") + both.attributes("href"):
         assert address.startswith(("data:", "#")), address
 
@@ -209,18 +277,18 @@ def test_what_a_run_says_is_text_and_never_markup(tmp_path):
     # Every text of the run, in its captions too, is a text of the page: the tags are those of a run of harmless words.
     assert page.names == page_of(made.spoilt_run(tmp_path / "run", "word")).names
     assert page.code[0] == HOSTILE
-    captions = [text for _, text in page.elements("figcaption")]
+    captions = [text for _, text in page.elements("span")]
     assert f"Rates of the {HOSTILE}" in captions
     assert [kind for kind, _ in page.scripts].count(None) == 2
     assert not page.attributes("onerror")
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.attributes("src", "img"))
     assert "hacked" not in "".join(text for kind, text in page.scripts if kind is None)
     # Plotly reads tags in texts.
-    for text in page.state("rates-0")["data"][0]["text"] + [page.state("curves-accuracy")["data"][0]["legendgroup"]]:
+    for text in page.state("rates-0")["data"][0]["text"] + [page.state("embedding")["data"][0]["name"]]:
         assert "<" not in text
         assert "&lt;/script&gt;" in text
     names = [path.name for path in draw_report_pictures(gather([run]), tmp_path / "png")]
-    assert names == [f"report-{name}.png" for name in ("curves", "rates", "steps", "msl", "norms", "episode")]
+    assert names == [f"report-{name}.png" for name in DRAWN]
     for name in names:
         with Image.open(tmp_path / "png" / name) as image:
             assert min(image.size) > 200
@@ -256,7 +324,7 @@ def test_a_text_in_any_field_of_any_file_adds_no_tag(tmp_path, numbers):
 def test_a_run_of_an_older_version_shows_what_it_has(tmp_path):
     page = page_of(made.make_run(tmp_path / "old", insight=False))
     assert set(page.charts) == {"curves-accuracy", "curves-loss"}
-    assert "from a version of metawrap that did not record it" in page.text
+    assert "Not shown of old (MAML++): The run is from a version of metawrap that recorded less." in page.text
     assert "81.20" in page.text
     assert page.code[0] == "metawrap train --resume"
 
@@ -268,7 +336,7 @@ def test_a_run_that_has_just_begun_is_shown_without_charts(tmp_path):
     page = page_of(run)
     assert page.charts == {}
     assert "not tested yet" in page.text
-    assert "it has no finished epoch yet" in page.text
+    assert "Not shown of new (MAML++): It has no finished epoch yet." in page.text
 
 
 def test_numbers_that_are_none_do_not_reach_the_page(tmp_path):
@@ -283,7 +351,7 @@ def test_numbers_that_are_none_do_not_reach_the_page(tmp_path):
     told["test"]["norms"]["support"]["after"] = {"accuracy": float("nan"), "interval": float("inf")}
     made.write(run / "result.json", told)
     page = page_of(run)  # Parsed without NaN and Infinity.
-    assert page.named("curves-loss") == {}
+    assert page.state("curves-loss")["data"] == []
     assert page.state("rates-0")["slides"][2][1]["y"][2] is None
     low, high = page.state("norms-weight")["layout"]["yaxis"]["range"]
     assert 0 < low < high < 10
@@ -322,14 +390,21 @@ def test_junk_anywhere_in_the_files_leaves_a_report_of_the_rest(tmp_path, junk):
 
 
 def test_runs_that_differ_in_their_seed_are_one_group_and_others_are_told_apart(tmp_path):
-    changes = {"a": {}, "b": {"seed": 3, "device": "cuda"}, "c": {"inner_steps": 1}, "d": {"method": "protonet"}}
+    changes = {
+        "deep-seed0": {},
+        "deep-seed3": {"seed": 3, "device": "cuda"},
+        "short mamlpp": {"inner_steps": 1},
+        "proto-net": {"method": "protonet"},
+        "x": {"recipe": "mini-imagenet-5way-1shot-maml", "method": "maml"},
+    }
     groups = gather([made.make_run(tmp_path / name, **each) for name, each in changes.items()])
-    assert [group.label for group in groups] == ["MAML++ inner_steps=3", "MAML++ inner_steps=1", "ProtoNet"]
-    assert [[run.seed for run in group.runs] for group in groups] == [[0, 3], [0], [0]]
+    labels = ["deep (MAML++)", "short mamlpp", "ProtoNet", "mini-imagenet-5way-1shot-maml"]
+    assert [group.label for group in groups] == labels
+    assert [[run.seed for run in group.runs] for group in groups] == [[0, 3], [0], [0], [0]]
 
 
 def test_a_repeated_run_is_a_group_of_its_own_named_by_its_folder(tmp_path):
-    a, b = made.make_run(tmp_path / "a"), made.make_run(tmp_path / "b")
+    a, b = made.make_run(tmp_path / "one" / "mamlpp"), made.make_run(tmp_path / "two" / "mamlpp")
     assert [group.label for group in gather([a, b, a])] == [f"MAML++ ({a})", f"MAML++ ({b})"]
 
 
@@ -338,12 +413,13 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path):
     made.make_seeds(tmp_path / "plus", [0, 1])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("{torn")
-    assert [(group.label, len(group.runs)) for group in gather([tmp_path])] == [("MAML", 1), ("MAML++", 2)]
+    assert [(group.label, len(group.runs)) for group in gather([tmp_path])] == [("MAML", 1), ("plus (MAML++)", 2)]
 
 
 def test_a_long_run_has_a_slider_of_few_epochs_with_the_first_and_the_last(tmp_path):
     page = page_of(made.make_run(tmp_path / "long", epochs=150))
-    [names] = page.panels[1]["slides"]
+    [names] = page.panel("rates-0")["slides"]
+    assert page.state("curves-loss")["layout"]["xaxis"]["dtick"] == 20
     assert (names[0], names[-1]) == ("1", "150")
     assert len(names) == 40
     assert len(page.state("rates-0")["slides"]) == 40

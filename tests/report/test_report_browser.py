@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -90,9 +91,10 @@ def move_slider(page, panel, place):
 
 def test_it_opens_offline_without_a_complaint_and_draws_every_chart(opened):
     names = opened.eval_on_selector_all(".chart", "charts => charts.map(chart => chart.id)")
-    assert len(names) == 11
+    assert len(names) == 14
     for name in names:
-        drawn = opened.eval_on_selector(f"#{name}", "chart => chart.querySelectorAll('.scatterlayer .trace').length")
+        parts = ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image"
+        drawn = opened.eval_on_selector(f"#{name}", "(chart, parts) => chart.querySelectorAll(parts).length", parts)
         assert drawn > 0, name
     assert opened.evaluate("window.hacked") is None
 
@@ -102,9 +104,9 @@ def test_markup_in_any_text_of_a_run_is_shown_and_not_run(browser, tmp_path):
     write_report_page(gather([spoilt_run(tmp_path / "run", MARKUP)]), path)
     with open_page(browser, path) as page:
         assert f"Rates of the {MARKUP.rpartition('.')[2]}" in page.inner_text("#panel-rates")
-        page.hover("#chart-curves-accuracy .points path >> nth=0", force=True)
-        page.wait_for_selector("#chart-curves-accuracy .hoverlayer text")
-        assert MARKUP in page.text_content("#chart-curves-accuracy .hoverlayer")
+        page.hover("#chart-embedding .points path >> nth=0", force=True)
+        page.wait_for_selector("#chart-embedding .hoverlayer text")
+        assert MARKUP in page.text_content("#chart-embedding .hoverlayer")
         assert page.locator("[onerror]").count() == 0
         assert page.evaluate("window.hacked") is None
 
@@ -146,12 +148,40 @@ def test_a_negative_rate_is_drawn_below_the_zero_line(opened):
 
 def test_another_run_is_chosen_with_its_own_epochs(opened):
     first = opened.evaluate("document.getElementById('chart-norms-weight').data[0].y")
-    opened.select_option("#panel-norms .choice", label="MAML, seed 0")
+    opened.select_option("#panel-norms .choice", label="one (MAML)")
     assert opened.inner_text("#panel-norms output") == "2"
     second = opened.evaluate("document.getElementById('chart-norms-weight').data[0].y")
     # The file has 1 + 0.01 for each epoch.
     assert first == [1.04, 1.04]
     assert second == [1.02, 1.02]
+
+
+def test_the_slider_leaves_a_line_hidden_that_the_legend_has_hidden(opened):
+    opened.click("#chart-rates-0 .legendtoggle >> nth=0")
+    hidden = "document.getElementById('chart-rates-0').data.filter(line => line.visible === 'legendonly').length"
+    opened.wait_for_function(f"{hidden} === {1 + STEPS}")
+    move_slider(opened, "rates", 1)
+    assert opened.inner_text("#panel-rates output") == "2"
+    assert opened.evaluate(hidden) == 1 + STEPS
+    move_slider(opened, "rates", 3)
+    legend = opened.eval_on_selector_all("#chart-rates-0 .legendtext", "texts => texts.map(text => text.textContent)")
+    assert legend[2] == "one (MAML): no epoch 4"
+
+
+@pytest.mark.parametrize("opened", [(400, "dark")], indirect=True)
+def test_a_figure_is_saved_as_it_is_shown_on_white_and_nothing_covers_the_legend(opened, tmp_path):
+    assert opened.locator(".modebar-btn").count() == 0
+    files = {}
+    for form in ("svg", "png"):
+        with opened.expect_download() as download:
+            opened.click(f"figure:has(#chart-rates-0) .save[data-form={form}]")
+        assert download.value.suggested_filename == f"metawrap-rates-0.{form}"
+        download.value.save_as(files.setdefault(form, tmp_path / f"rates.{form}"))
+    with Image.open(files["png"]) as image:
+        assert image.size == (1600, 960)
+        assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+    texts = re.findall(r"<text[^>]*>([^<]+)", files["svg"].read_text())
+    assert {"plus (MAML++), seed 0", "inner learning rate", "step 1", "step 3", "conv0.conv"} <= set(texts)
 
 
 def test_the_command_is_copied(opened):

@@ -90,9 +90,23 @@ def final(seed: int) -> dict[str, Any]:
             {"label": 1, "png": png(40), "prediction": 0, "probability": 0.7},
             {"label": 1, "png": None, "prediction": 0, "probability": 0.8},
         ],
+        "shares": [0.75, 0.125],
+    }
+    for place, example in enumerate(episode["support"] + episode["target"]):
+        example["at"] = [0.5 * place, 1.0 - place]
+    classes = {
+        "count": 2,
+        "shown": [
+            {"class": "Greek/beta", "targets": 8, "right": 2},
+            {"class": "Greek/alpha", "targets": 10, "right": 7},
+        ],
+        "confusions": [
+            {"class": "Greek/beta", "taken_for": "Greek/alpha", "times": 6, "targets": 8},
+            {"class": "Greek/alpha", "taken_for": "Greek/beta", "times": 3, "targets": 10},
+        ],
     }
     steps = [{"steps": k, "accuracy": 0.5 + 0.1 * k + 0.01 * seed, "interval": 0.03 - 0.002 * k} for k in range(4)]
-    return {"norm": "batch", "tasks": 60, "steps": steps, "episodes": [episode]}
+    return {"norm": "batch", "tasks": 60, "steps": steps, "classes": classes, "episodes": [episode]}
 
 
 def result(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +162,8 @@ def spoilt_run(path: Path, text: str) -> Path:
     write(run / "run.json", content | {"command": text})
     insight = final(0) | {"norm": text}
     insight["episodes"][0] |= {"classes": [text, text], "why": text}
+    for count in insight["classes"]["shown"] + insight["classes"]["confusions"]:
+        count |= {name: text for name in ("class", "taken_for") if name in count}
     insight["episodes"][0]["support"][0]["png"] = text
     write(run / "final_insight.json", insight)
     lines = [insight_line(0, epoch) for epoch in range(1, 5)]

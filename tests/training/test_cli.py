@@ -418,6 +418,28 @@ def test_the_result_table_marks_the_trained_policy_and_names_the_ensemble():
     assert len({len(line) for line in lines[2:7]}) == 1
 
 
+@pytest.mark.parametrize(
+    ("after", "hint"),
+    [
+        (
+            {"task_layer": 0.23, "batch": 0.22},
+            "Hint: task_layer may be at chance: train longer, or try another --meta-lr.",
+        ),
+        ({"task_layer": 0.90, "batch": 0.93}, "Hint: batch is better than task_layer. Train with it: --norm batch"),
+        (
+            {"task_layer": 0.95, "running": 0.82},
+            "Hint: running is far below task_layer: predict under task_layer, as in training.",
+        ),
+        ({"task_layer": 0.95, "batch": 0.97, "running": 0.84}, None),  # The intervals of 1.25 points overlap.
+    ],
+)
+def test_one_line_of_hint_stands_under_a_weak_policy_and_none_where_all_is_well(after, hint):
+    norms = {norm: scores(after=value) for norm, value in after.items()}
+    lines = text_of("task_layer", test={"tasks": 600, "epoch": 7, "ensemble_epochs": [], "norms": norms}).splitlines()
+    assert [line for line in lines if line.startswith("Hint")] == ([hint] if hint else [])
+    assert all(len(line) <= 80 for line in lines[1:])
+
+
 def test_the_seeds_table_shows_mean_and_deviation_and_none_for_one_seed():
     norms = {seed: {"batch": scores(before=0.2, after=after)} for seed, after in ((0, 0.9), (1, 0.94))}
     results = {seed: {"test": {"norms": each}} for seed, each in norms.items()}

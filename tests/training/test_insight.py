@@ -19,8 +19,10 @@ from metawrap.evaluation_result import EvaluationResult
 from metawrap.report.records import read_records
 from metawrap.tasks import Task
 from metawrap.training.checkpoints import CheckpointFolder, load_checkpoint
+from metawrap.training.class_insight import by_class, class_names, principal_plane
 from metawrap.training.experiment import build_experiment
 from metawrap.training.insight import as_png, final_insight, quartiles, step_counts
+from metawrap.training.loaded_run import load
 from metawrap.training.run import train
 from metawrap.training.run_folder import RunFolder
 
@@ -136,6 +138,17 @@ def test_a_method_records_what_it_has_and_no_more(tmp_path, method):
     assert len(epoch.norms) == (4 if method == "protonet" else 0)
     assert sorted(run.steps) == {"maml": [0, 1, 2, 3, 4, 5], "protonet": [], "meta-sgd": [0, 1]}[method]
     assert len(run.episodes) in (1, 2)
+    assert sum(count.targets for count in run.right) == 5 * min(TINY.test_tasks, 100) * TINY.targets
+    placed = [each.at for episode in run.episodes for each in episode.support + episode.target if each.at]
+    assert len(placed) == (10 * len(run.episodes) if method == "protonet" else 0)
+    if method == "protonet":
+        task = build_experiment(settings).test.batch(0)[0]
+        learner = load(tmp_path).learner
+        with torch.no_grad():
+            rows = [learner.embedding.of(x, "running") for x in (task.support_x, task.target_x)]
+        rows = torch.cat(rows).double().numpy()
+        left, values, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        assert np.abs(placed[:10]) == pytest.approx(np.abs(left[:, :2] * values[:2]), rel=1e-3, abs=1e-4)
 
 
 class RememberedLogits:
@@ -177,6 +190,62 @@ def test_the_first_task_and_the_hardest_are_kept_with_images_labels_and_predicti
             for each, image in zip(episode[part], getattr(task, f"{part}_x"), strict=True):
                 shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(each["png"]))))
                 assert np.array_equal(shown, (image[0].numpy() * 255).round())
+
+
+def test_classes_and_confusions_are_those_of_a_count_in_numpy():
+    sampler = build_experiment(replace(TINY, targets=2)).test
+    tasks = list(sampler.batch(0))
+    generator = torch.Generator().manual_seed(4)
+    logits = [torch.randn(10, 5, generator=generator) for _ in tasks]
+    told = final_insight(RememberedLogits(tasks, logits), sampler, 4)["classes"]
+    names = np.array(sampler.images.class_names)
+    true = np.array([[names[number] for number in np.array(task.classes)[task.target_y]] for task in tasks])
+    guessed = np.array(
+        [[names[number] for number in np.array(t.classes)[p.argmax(1)]] for t, p in zip(tasks, logits, strict=True)]
+    )
+    together = {name: [name in names[list(task.classes)] for task in tasks] for name in np.unique(true)}
+    right = {name: ((true == name) & (guessed == name)).sum() for name in together}
+    rows = sorted((right[name] / (true == name).sum(), name) for name in together)
+    assert told["count"] == len(rows)
+    assert [each["class"] for each in told["shown"]] == [name for _, name in rows]
+    for each in told["shown"]:
+        assert (each["targets"], each["right"]) == ((true == each["class"]).sum(), right[each["class"]])
+    pairs = {(a, b) for a, b in zip(true.flat, guessed.flat, strict=True) if a != b}
+    assert {(each["class"], each["taken_for"]) for each in told["confusions"]} == pairs
+    for each in told["confusions"]:
+        a, b = each["class"], each["taken_for"]
+        assert each["times"] == ((true == a) & (guessed == b)).sum()
+        assert each["targets"] == (true[np.logical_and(together[a], together[b])] == a).sum()
+    assert [each["times"] for each in told["confusions"]] == sorted(
+        (e["times"] for e in told["confusions"]), reverse=True
+    )
+
+
+def test_the_records_of_many_classes_are_small():
+    tasks = [
+        Task(torch.zeros(1), torch.zeros(1), torch.zeros(2), torch.tensor([0, 1]), classes=(n, n + 1))
+        for n in range(500)
+    ]
+    told = by_class(tasks, [np.array([1, 1])] * 500, [f"{number:03}" for number in range(501)])
+    assert told["count"] == 501
+    assert len(told["shown"]) == len(told["confusions"]) == 60
+    # The last class alone is always right; of the others every second target is.
+    assert (told["shown"][0]["class"], told["shown"][-1]["class"]) == ("000", "500")
+
+
+def test_the_plane_has_the_distances_of_a_singular_value_decomposition():
+    rows = np.random.default_rng(0).normal(size=(7, 40)) * np.linspace(3, 0.1, 40)
+    left, values, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    plane, shares = principal_plane(rows)
+    assert np.abs(plane) == pytest.approx(np.abs(left[:, :2] * values[:2]))
+    assert shares == pytest.approx(values[:2] ** 2 / (values**2).sum())
+    assert all(plane[np.abs(plane).argmax(0), [0, 1]] > 0)
+    assert principal_plane(np.ones((3, 2))) is None
+    assert principal_plane(np.full((3, 2), np.nan)) is None
+
+
+def test_a_turned_class_has_a_name_of_its_own():
+    assert class_names(["a", "b", "c"], [2, 4, 9]) == ["c", "b turned by 90°", "a turned by 270°"]
 
 
 def test_of_a_large_episode_some_images_are_kept_and_all_predictions():
