@@ -48,6 +48,7 @@ from metawrap.tasks import Task, TaskBatch
 
 if TYPE_CHECKING:
     from metawrap.training.loaded_run import LoadedRun, load
+    from metawrap.training.own_run import train
 
 try:
     __version__ = version("metawrap")
@@ -104,13 +105,14 @@ __all__ = [
     "ZeroStep",
     "__version__",
     "load",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Runs need the room `training`, which takes longer to import than the methods."""
-    if name not in ("LoadedRun", "load"):
+    if name not in ("LoadedRun", "load", "train"):
         raise AttributeError(f"module 'metawrap' has no attribute '{name}'")
-    from metawrap.training import loaded_run
+    from metawrap.training import loaded_run, own_run
 
-    return getattr(loaded_run, name)
+    return getattr(own_run if name == "train" else loaded_run, name)

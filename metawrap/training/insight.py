@@ -24,6 +24,7 @@ from metawrap.outputs import prediction_in
 from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
+from metawrap.training.task_sources import FixedTasks, task_at
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
 
 # Test tasks that are solved once for each number of inner steps: a sixth of the time of the usual test.
@@ -71,7 +72,7 @@ def quartiles(values: Tensor) -> Summary:
     return {name: _plain(row.tolist()) for name, row in (("low", low), ("median", median), ("high", high))}
 
 
-def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, Any]:
+def final_insight(learner: Any, tasks: FixedTasks, count: int) -> dict[str, Any]:
     """The accuracy on the first test tasks while the learner adapts, under its own batch-norm policy.
 
     Returns:
@@ -79,7 +80,8 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
         (empty without an inner loop); "episodes" the first task and the one with the most errors (see `_episode`). Both
         are empty without an accuracy.
     """
-    count = min(count, STEP_TASKS)
+    size = tasks.tasks_per_batch
+    count = min(count, max(size, STEP_TASKS // size * size))
     steps = learner.settings.default_steps
     curve, final = [], None
     with warnings.catch_warnings():
@@ -115,26 +117,28 @@ def step_counts(steps: int) -> list[int]:
     return [0, *(number for number in spaced if number < steps), steps]
 
 
-def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[str, Any] | None:
+def _episode(learner: Any, tasks: FixedTasks, index: int, why: str) -> dict[str, Any] | None:
     """One test task with its predictions; None if the predictions are no logits of classes.
 
     Returns:
         {"task" (from 1), "why", "classes" (names by label), "support": [{"label", "png"}], "target": [{"label",
         "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG.
     """
-    task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
+    task = task_at(tasks, index)
     prediction = prediction_in(learner.evaluate([task], keep_predictions=True).predictions[0])
     if prediction is None or not are_logits(prediction, task.target_y) or prediction.ndim != 2:
         return None
     probabilities = prediction.detach().double().cpu().softmax(-1)
     guesses = prediction.argmax(-1).tolist()
-    support, target = (_with_images(task, part, tasks.ways) for part in ("support", "target"))
+    ways = tasks.ways if isinstance(tasks, EpisodeSampler) else prediction.shape[1]
+    support, target = (_with_images(task, part, ways) for part in ("support", "target"))
     for place, example in enumerate(target):
         example["prediction"] = guesses[place]
         [example["probability"]] = _plain([float(probabilities[place, guesses[place]])])
-    names = tasks.images.class_names
+    numbers = task.classes or range(ways)
+    names = tasks.images.class_names if isinstance(tasks, EpisodeSampler) else tuple(map(str, range(max(numbers) + 1)))
     # The number of a rotated class is that of its class, plus a multiple of the number of classes.
-    classes = [names[int(number) % len(names)] for number in task.classes or range(tasks.ways)]
+    classes = [names[int(number) % len(names)] for number in numbers]
     return {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
 
 

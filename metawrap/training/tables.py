@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metawrap.layers.norm_policies import kind_of
-from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.run_settings import METHODS
 
 _TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
@@ -16,14 +16,14 @@ _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensembl
 
 def result_text(result: dict[str, Any]) -> str:
     """Accuracy before and after adaptation under each batch-norm policy, from a result of `train` or `train_seeds`."""
-    settings = RunSettings.from_dict(result["settings"])
+    settings = result["settings"]
     if "summary" in result:
         tested, keys, spread = result["summary"], ("mean", "deviation"), "standard deviation over seeds"
         title = f"mean over seeds {', '.join(map(str, tested['seeds']))}"
     else:
         tested, keys, spread = result["test"], ("accuracy", "interval"), "95 % interval over tasks"
         kind = result.get("classes", "unseen classes")
-        title = f"{tested['tasks']} tasks of {kind}, best epoch {tested['epoch']} of {settings.epochs}"
+        title = f"{tested['tasks']} tasks of {kind}, best epoch {tested['epoch']} of {settings['epochs']}"
     columns = [name for name in _COLUMNS if all(name in scores for scores in tested["norms"].values())]
     header = [_COLUMNS[name] for name in columns]
     if averaged := tested.get("ensemble_epochs"):
@@ -32,7 +32,11 @@ def result_text(result: dict[str, Any]) -> str:
         [_policy(norm, result["trained_norm"]), *(score_text(scores[name], *keys) for name in columns)]
         for norm, scores in tested["norms"].items()
     ]
-    notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
+    chance = f"chance is {100 / settings['ways']:.0f} %; " if "ways" in settings else ""
+    notes = f"± {spread}; {chance}* the policy of training"
+    own = tested["norms"].get(result["trained_norm"], {}).get("after", {}).get("metrics", {})
+    if found := ", ".join(f"{name} {value:.4g}" for name, value in own.items() if value is not None):
+        notes += f"\nUnder it, after adaptation: {found}"
     if words := result.get("tested"):
         title += f"\nTested: {words}"
     return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
@@ -105,14 +109,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([first, f"|{rule}|", *others])
 
 
-def headline(settings: RunSettings) -> str:
+def headline(settings: Mapping[str, Any]) -> str:
     """Method and task, such as 'MAML++ on glyphs, 5-way 1-shot'."""
-    return f"{method_title(settings.method)} on {task_name(settings.to_dict())}"
+    return f"{method_title(settings['method'])} on {task_name(settings)}"
 
 
-def task_name(settings: dict[str, Any]) -> str:
-    """Data and size of a task, such as 'glyphs, 5-way 1-shot'."""
-    return f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot"
+def task_name(settings: Mapping[str, Any]) -> str:
+    """Data and size of a task, such as 'glyphs, 5-way 1-shot'; the size is not known of tasks of the user's own."""
+    size = f", {settings['ways']}-way {settings['shots']}-shot" if "ways" in settings else ""
+    return f"{settings['data']}{size}"
 
 
 def method_title(method: str) -> str:
