@@ -16,7 +16,7 @@ from metawrap.errors import ArgumentError
 from metawrap.learner.learner import Learner
 from metawrap.learner.metrics import Metric
 from metawrap.results import accuracy_of
-from metawrap.tasks import as_task_batch, describe_value, device_of
+from metawrap.tasks import Task, TaskBatch, as_task_batch, describe_value, device_of, is_stacked
 from metawrap.training.callbacks import check_callbacks
 from metawrap.training.checkpoints import load_into
 from metawrap.training.experiment import Experiment, show_task
@@ -130,20 +130,22 @@ def _train(
 
 
 def _stream(train: Any, learner: Learner) -> TrainingTasks:
-    if callable(getattr(train, "batches", None)):
+    if callable(getattr(train, "batches", None)) and not isinstance(train, type):
         return train  # type: ignore[no-any-return]
     if world_size() > 1:
         raise ArgumentError(
             "train: a run in several processes needs an object with batches(count, start), such as an EpisodeSampler, "
             f"which gives each process the same batches, but got {type(train).__name__}."
         )
-    if isinstance(train, str) or not hasattr(train, "__iter__"):
-        fix = " Call it: it may return an iterable." if callable(train) else ""
+    if isinstance(train, str | type) or not hasattr(train, "__iter__"):
+        fix = " Give what a call of it returns." if callable(train) else ""
         raise ArgumentError(
             "train: expected an EpisodeSampler, an object with batches(count, start), or an iterable of task batches, "
             f"but got {describe_value(train)}.{fix}"
         )
-    return BatchStream(train, device_of(learner))
+    whole = isinstance(train, Task | TaskBatch) or is_stacked(train)
+    whole = whole or (isinstance(train, Sequence) and len(train) > 0 and all(isinstance(each, Task) for each in train))
+    return BatchStream([train] if whole else train, device_of(learner))
 
 
 def _fixed(name: str, source: Any, count: int | None, default: int) -> tuple[FixedTasks | None, int]:
@@ -191,7 +193,7 @@ def _settings(learner: Learner, sources: Mapping[str, Any], metric: Any, how: Ma
     sampled = ("ways", "shots", "targets", "tasks_per_batch") if isinstance(train, EpisodeSampler) else ()
     return OwnSettings(
         method=short,
-        data=objects["train"],
+        data=f"{train.num_classes} classes" if sampled else objects["train"],
         iterations_per_epoch=learner.settings.iterations_per_epoch,
         options=json.loads(json.dumps(options, default=_name)),
         objects=objects,
@@ -209,5 +211,6 @@ def _name(value: Any) -> str:
 
 def _in_words(source: Any) -> str:
     if isinstance(source, EpisodeSampler):
-        return f"episodes of {source.num_classes} classes"
+        task = f"{source.ways}-way {source.shots}-shot, {source.targets} targets, {source.tasks_per_batch} per batch"
+        return f"episodes of {source.num_classes} classes, {task}, seed {source.seed}"
     return f"{_name(source)} of {len(source)}" if isinstance(source, Sized) else _name(source)

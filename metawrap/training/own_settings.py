@@ -13,7 +13,7 @@ from metawrap.settings.validated import Count, CountOrNone, Options, Seed, Whole
 from metawrap.training.run_settings import Keywords, Text, refuse_changes
 
 # What a resumed run may change: the files that stay, and the test.
-_FREE = frozenset({"keep", "seed", "test_tasks", "test_norms", "objects.test"})
+_FREE = frozenset({"keep", "test_tasks", "test_norms", "objects.test"})
 
 
 @validated

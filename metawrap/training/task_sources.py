@@ -39,7 +39,7 @@ class BatchStream:
     """
 
     def __init__(self, source: Iterable[Any], device: torch.device) -> None:
-        self._source, self._device = source, device
+        self._source, self._device, self._name = source, device, type(source).__name__
         self._batches: Iterator[Any] = iter(())
         self._next = 0
 
@@ -65,8 +65,8 @@ class BatchStream:
                     self._take()
                 generators.put_back()
         for _ in range(count):
-            self._next += 1
             yield self._take()
+            self._next += 1
 
     def _take(self) -> Any:
         for batch in self._batches:
@@ -75,8 +75,8 @@ class BatchStream:
         for batch in self._batches:
             return batch
         raise ArgumentError(
-            f"train: {type(self._source).__name__} gives no batch after {self._next} of them. An iterator cannot begin "
-            "again: give a list, a DataLoader or an object whose __iter__ starts anew, or fewer epochs."
+            f"train: {self._name} gives no batch after {self._next} of them. An iterator cannot begin again: give a "
+            "list, a DataLoader or an object whose __iter__ starts anew, or fewer epochs."
         )
 
 
