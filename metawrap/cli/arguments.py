@@ -106,7 +106,7 @@ def _add_train(commands: Any) -> None:
     either.add_argument("--seeds", type=seeds, default=None, metavar="N,N", help="a run each, with mean and deviation")
     group.add_argument("--device", **DEVICE)
     group.add_argument("--out", **PATH, help="the run's folder (runs/...)")
-    group.add_argument("--resume", **SWITCH, help="continue the run in --out; flags may be left out")
+    group.add_argument("--resume", **SWITCH, help="continue the run in --out, or extend it by more --epochs")
     group.add_argument("--keep", **N, **RARE)
     group.add_argument("--ensemble", **N, help="also test the N best averaged (the authors' code: 5)")
     group.add_argument("--test-norms", choices=("all", "own"), **NAME, **RARE)
