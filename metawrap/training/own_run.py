@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,4 +214,5 @@ def _in_words(source: Any) -> str:
     if isinstance(source, EpisodeSampler):
         task = f"{source.ways}-way {source.shots}-shot, {source.targets} targets, {source.tasks_per_batch} per batch"
         return f"episodes of {source.num_classes} classes, {task}, seed {source.seed}"
-    return f"{_name(source)} of {len(source)}" if isinstance(source, Sized) else _name(source)
+    length = length_hint(source)  # 0 of a DataLoader that does not know.
+    return f"{_name(source)} of {length}" if length else _name(source)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import Any, Protocol
 
 import torch
@@ -46,10 +47,10 @@ class BatchStream:
     def first(self) -> Any:
         """The first batch; it comes again in `batches`."""
         self._batches = iter(self._source)
+        again = self._batches is not self._source  # Else it is an iterator, which has given its first batch.
         batch = self._take()
         self._batches, self._next = itertools.chain([batch], self._batches), 0
-        if iter(self._source) is self._source:
-            self._source = self._batches
+        self._source = self._source if again else self._batches
         return batch
 
     def batches(self, count: int, start: int = 0) -> Iterator[Any]:
@@ -58,7 +59,8 @@ class BatchStream:
         """
         if start != self._next:
             self._batches, self._next = iter(()), start
-            passed = start % len(self._source) if isinstance(self._source, Sized) and len(self._source) else start
+            length = length_hint(self._source)  # 0 if it has none.
+            passed = start % length if length else start
             if passed:
                 generators = Generators(self._device)
                 for _ in range(passed):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metawrap.errors import CheckpointError
+from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.results import StepMetrics
 from metawrap.tasks import Task, TaskBatch, as_task_batch
 from metawrap.training.callbacks import TrainingState
@@ -179,6 +179,10 @@ def _own_share(batch: Any) -> Any:
     if world_size() == 1:
         return batch
     tasks = as_task_batch(batch).tasks
+    if len(tasks) < world_size():
+        raise ArgumentError(
+            f"train: {world_size()} processes cannot share the {len(tasks)} tasks of a batch. Give more."
+        )
     own = share(len(tasks))
     return TaskBatch(tasks[own.start : own.stop])
 

@@ -38,7 +38,10 @@ def make_learner(epochs=3, **how):
 
 
 class Drawn:
-    """Tasks without an end, from all three global generators."""
+    """Tasks without an end, from all three global generators. Its length is not known, as that of some DataLoaders."""
+
+    def __len__(self):
+        raise TypeError
 
     def __iter__(self):
         while True:
