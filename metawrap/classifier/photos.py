@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +56,7 @@ class Photos:
             )
         files = files_at(path, MAX_IMAGE_BYTES)
         classes = class_files(folder_tree(visible(files.names())), path)
-        if len(classes) < 2:
-            raise DataError(
-                f"support: '{place}' holds one class, '{next(iter(classes))}'. Expected a folder of photos for each of "
-                "two or more classes; a folder such as 'other' may hold what is none of them."
-            )
+        check_classes(list(classes), place)
         names = [(label, name) for label, own in enumerate(classes.values()) for name in own]
         height, width = preprocessing.size
         if (needed := 4 * len(names) * preprocessing.channels * height * width) > _MAX_SUPPORT_BYTES:
@@ -85,9 +82,7 @@ class Photos:
         Raises:
             DataError: as `read` does.
         """
-        if len(classes) < 2:
-            raise DataError(f"Expected photos of two or more classes, but got {len(classes)}. Add a class.")
-        _check_names(classes)
+        check_classes(classes)
         decoding = replace(preprocessing.decoding, max_pixels=max_pixels)
         read = [(label, name, decode_image(content, name, decoding)) for label, name, content in contents]
         labels = torch.tensor([label for label, _, _ in read], dtype=torch.long)
@@ -95,6 +90,11 @@ class Photos:
             raise DataError(f"There is no photo of {listed(empty)}. Add one to each, or remove the class.")
         pictures = np.ascontiguousarray(np.stack([pixels for _, _, pixels in read]).transpose(0, 2, 3, 1))
         return cls(tuple(classes), tuple(name for _, name, _ in read), labels, pictures)
+
+    @property
+    def prepared(self) -> Any:
+        """The pictures, as `Preprocessing.prepare` gives them."""
+        return self.pictures
 
     def near_duplicates(self) -> Iterator[tuple[str, str, bool]]:
         """Pairs of photos that look the same, and whether their classes differ.
@@ -116,13 +116,20 @@ def _signs(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
 
 
-def _check_names(names: Sequence[str]) -> None:
+def check_classes(names: Sequence[str], place: object = None) -> None:
+    """Raises DataError unless there are two or more classes, whose names look different. place: where they lie."""
+    if len(names) < 2:
+        found = f"got {len(names)}" if place is None else f"'{place}' holds one class, {listed(names)}"
+        raise DataError(
+            f"Expected examples of two or more classes, but {found}. Add a class; one such as 'other' may hold what is "
+            "none of them."
+        )
     seen: dict[str, str] = {}
     for name in names:
         looks = unicodedata.normalize("NFKC", name).casefold().strip()
         if looks in seen:
             raise DataError(
-                f"The classes {listed([seen[looks], name])} have names that look the same. Put their photos "
-                "into one class, or rename one."
+                f"The classes {listed([seen[looks], name])} have names that look the same. Make one class "
+                "of them, or rename one."
             )
         seen[looks] = name

@@ -11,25 +11,25 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from metawrap.data.normalisation import normalised
 from metawrap.data.preprocessing import Preprocessing
+from metawrap.data.text_preprocessing import TextPreprocessing
 from metawrap.engines import first_line
 from metawrap.errors import DataError, MetaWrapError, UnsupportedModuleError
 from metawrap.outputs import prediction_in
 
 Run = Callable[[Tensor], Tensor]
+Way = Preprocessing | TextPreprocessing
 
-_MAX_PHOTOS = 2**16  # at once
+_MAX_EXAMPLES = 2**16  # at once
 _MAX_BYTES = 4 * 2**30
 _MEMBERS = re.compile(
     r"[^/]+/(models/model\.json|archive_format|archive_version|byteorder|\.data/\w+|data/weights/weight_\d+"
@@ -41,51 +41,64 @@ _OPERATIONS = re.compile(
     r"|torch\.sym_\w+|math\.(ceil|floor|trunc)"
 )
 _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, \w+=True)*\)|\b[su]\d+\b")
-_SIZE = re.compile(r"(\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|[-+*(), ])*")
+_SIZE = re.compile(r"(\d+|Integer|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|[-+*(), ])*")
 _KIND = re.compile(r"builtins\.(tuple|list|dict)")
 # Names of tensors, parameters and enumerations; and the specification of the arguments, which is JSON.
 _PLAIN = re.compile(r"[\w.+\- ]*")
 
 
 class Deployed(nn.Module):
-    """RGB pictures, uint8 of shape (photos, channels, height, width), to probabilities, (photos, classes).
+    """What `preprocessing.stack` gives to probabilities, (examples, classes).
+
+    RGB pictures are uint8 of shape (photos, channels, height, width); token ids and masks int64 (texts, 2, tokens).
 
     Args:
-        network: takes pictures as `preprocessing` makes them; its output is, or holds, the logits.
+        network: takes examples as `preprocessing.inputs` makes them; its output is, or holds, the logits.
+        temperature: what the logits are divided by.
     """
 
+    def __init__(self, network: nn.Module, preprocessing: Way, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+        self.inputs = _Normalised(preprocessing) if isinstance(preprocessing, Preprocessing) else nn.Identity()
+
+    def forward(self, given: Tensor) -> Tensor:
+        """The probabilities."""
+        logits: Any = prediction_in(self.network(self.inputs(given)))
+        return torch.softmax(logits / self.temperature, 1)
+
+
+class _Normalised(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.network, self.turned = network, preprocessing.order == "BGR"
+        self.turned = preprocessing.order == "BGR"
         for name in ("mean", "deviation"):
             self.register_buffer(name, torch.tensor(getattr(preprocessing, name), dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """The probabilities."""
-        inputs = normalised(pictures, (self.mean, self.deviation), self.turned)
-        logits: Any = prediction_in(self.network(inputs))
-        return torch.softmax(logits, 1)
+        return normalised(pictures, (self.mean, self.deviation), self.turned)
 
 
-def exported(network: nn.Module, pictures: Tensor) -> tuple[ExportedProgram, int | None]:
-    """The program of a network, and how many photos it takes at once: None for any number.
+def exported(network: nn.Module, examples: Tensor, max_tokens: int | None = None) -> tuple[ExportedProgram, int | None]:
+    """The program of a network, and how many examples it takes at once: None for any number.
 
     Args:
-        pictures: two or more examples; both must give the same as the network.
+        examples: two or more. max_tokens: of texts, which may have any number of tokens up to this one.
     Raises:
         UnsupportedModuleError: the network cannot be exported.
     """
-    several = {"photos": Dim("photos", min=1, max=_MAX_PHOTOS)}
-    tries: list[tuple[Tensor, Any, int | None]] = [(pictures, ({0: several["photos"]},), None), (pictures[:1], None, 1)]
+    lengths = {} if max_tokens is None else {2: Dim("tokens", min=1, max=max_tokens)}
+    several = lengths | {0: Dim("examples", min=1, max=_MAX_EXAMPLES)}
+    tries = [(examples, several, None), (examples[:1], lengths, 1)]
     failed: list[Exception] = []
     for example, shapes, at_once in tries:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+                program = torch.export.export(network, (example,), dynamic_shapes=(shapes,))
         except Exception as error:  # torch raises errors of many kinds for what it cannot trace.
             failed.append(error)
             continue
@@ -123,8 +136,8 @@ def load_program(path: Path) -> Run:
     return module
 
 
-def save_onnx(program: ExportedProgram, path: Path) -> None:
-    """Writes a program as ONNX, with the input "pictures" and the output "probabilities".
+def save_onnx(program: ExportedProgram, path: Path, name: str = "pictures") -> None:
+    """Writes a program as ONNX, with an input of this name and the output "probabilities".
 
     Raises:
         MetaWrapError: onnx or onnxscript is not installed. UnsupportedModuleError: an operation has no ONNX form.
@@ -137,7 +150,7 @@ def save_onnx(program: ExportedProgram, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made: Any = torch.onnx.export(
-                program, input_names=["pictures"], output_names=["probabilities"], dynamo=True, verbose=False
+                program, input_names=[name], output_names=["probabilities"], dynamo=True, verbose=False
             )
             made.save(path, external_data=False)
     except Exception as error:  # Of many kinds, by the operation that has no form.
@@ -164,18 +177,18 @@ def load_onnx(path: Path) -> Run:
             f"'{path}' is no readable ONNX program: {first_line(error)}. Get a fresh copy of it."
         ) from error
 
-    def run(pictures: Tensor) -> Tensor:
-        [found] = session.run(["probabilities"], {"pictures": pictures.numpy()})
+    def run(given: Tensor) -> Tensor:
+        [found] = session.run(None, {session.get_inputs()[0].name: given.numpy()})
         return torch.from_numpy(found)
 
     return run
 
 
-def in_batches(run: Run, pictures: NDArray[np.uint8], at_once: int) -> Tensor:
-    """Probabilities (photos, classes) of pictures, uint8 of shape (photos, height, width, channels)."""
-    parts = [pictures[start : start + at_once] for start in range(0, len(pictures), at_once)]
+def in_batches(run: Run, preprocessing: Way, prepared: Sequence[Any], at_once: int) -> Tensor:
+    """Probabilities (examples, classes) of what `preprocessing.prepare` gave."""
+    parts = [prepared[start : start + at_once] for start in range(0, len(prepared), at_once)]
     with torch.inference_mode():
-        return torch.cat([run(torch.from_numpy(np.ascontiguousarray(p.transpose(0, 3, 1, 2)))) for p in parts])
+        return torch.cat([run(preprocessing.stack(part)) for part in parts])
 
 
 def _check(content: bytes, path: Path) -> None:

@@ -13,24 +13,28 @@ def add_adapt(commands: Any) -> None:
     parser = new_command(
         commands,
         "adapt",
-        "make a classifier from a few photos of each class",
-        "adapt RUN|NETWORK --support FOLDER [options]",
-        "Writes classifier.json, network.pt2, weights.safetensors, and predict.py, which needs torch alone.",
+        "make a classifier from a few photos or texts of each class",
+        "adapt RUN|NETWORK --support FOLDER|CSV [options]",
+        "Writes classifier.json, network.pt2, weights.safetensors, predict.py, which needs torch alone, and for texts "
+        "tokenizer.json.",
     )
     parser.add_argument("source", metavar="RUN|NETWORK", help=f"a run's folder; or {NETWORKS}")
-    parser.add_argument("--support", metavar="FOLDER", required=True, help="a folder of photos per class; zip, tar too")
+    about = "a folder of photos per class, zip, tar too; texts: a CSV of text,class, or a folder of CLASS.txt"
+    parser.add_argument("--support", metavar="FOLDER|CSV", required=True, help=about)
     parser.add_argument("--out", metavar="FOLDER", default="clf", help="the classifier (clf)")
     parser.add_argument(
         "--format", dest="formats", action="append", default=[], choices=("torch", "onnx"), help="onnx: model.onnx too"
     )
-    _add_source(parser, "auto (default): of R2D2, SimpleShot, ... the best on photos left out")
+    _add_source(parser)
     add_terminal(parser)
 
 
-def _add_source(parser: Any, about_method: str) -> None:
+def _add_source(parser: Any) -> None:
     group = parser.add_argument_group("of a network")
-    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about_method)
-    group.add_argument("--weights", metavar="FILE", help="DEFAULT (pretrained), or a file of weights (random)")
+    about = "auto (default): of R2D2, SimpleShot, ... the best on examples left out"
+    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about)
+    about = "DEFAULT (pretrained), or a file of weights (random; DEFAULT for texts)"
+    group.add_argument("--weights", metavar="FILE", help=about)
     group.add_argument("--image-size", **N, help="side in pixels (the pretrained network's)")
     group.add_argument("--set", **SET | {"help": "a keyword of the method"})
     group = parser.add_argument_group("of a run")
@@ -49,21 +53,23 @@ def add_serve(commands: Any) -> None:
     parser.add_argument("source", metavar="SOURCE", help=about)
     parser.add_argument("--host", default="127.0.0.1", **NAME, help="address (127.0.0.1: this machine alone)")
     parser.add_argument("--port", default=8000, **N, help="port (8000); 0: any free one")
-    _add_source(parser, "r2d2 (default), ...; auto: the best on photos left out, in more time")
+    _add_source(parser)
     add_terminal(parser)
 
 
 def add_predict(commands: Any) -> None:
     """Adds the parser of `metawrap predict`."""
     parser = new_command(
-        commands, "predict", "name what photos show", "predict CLASSIFIER PHOTO [PHOTO ...] [options]",
-        "Exit code 2 if a photo could not be read; the others are named.",
+        commands, "predict", "name what photos show, or what texts are",
+        "predict CLASSIFIER PHOTO|TEXT [PHOTO|TEXT ...] [options]",
+        "Exit code 2 if a photo or text could not be read; the others are named.",
     )  # fmt: skip
     parser.add_argument("classifier", metavar="CLASSIFIER", help="a folder that metawrap adapt wrote")
-    parser.add_argument(
-        "photos", nargs="+", metavar="PHOTO", help="files and folders; - reads names from standard input"
-    )
-    parser.add_argument("--top", **N, default=3, help="classes to name for each photo (3)")
+    about = "files and folders of photos, or texts; - reads them from standard input"
+    parser.add_argument("examples", nargs="*", default=[], metavar="PHOTO|TEXT", help=about)
+    about = "a file with a photo's name or a text a line; - is standard input"
+    parser.add_argument("--lines", metavar="FILE", default=None, help=about)
+    parser.add_argument("--top", **N, default=3, help="classes to name for each (3)")
     parser.add_argument("--json", **SWITCH, help="one JSON object per line")
     parser.add_argument("--csv", **SWITCH, help="rows with commas")
     parser.add_argument(

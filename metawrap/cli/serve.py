@@ -10,6 +10,7 @@ from typing import Any
 
 from metawrap.classifier import Classifier
 from metawrap.cli.sources import check_none_given, source_of
+from metawrap.data.preprocessing import Preprocessing
 from metawrap.errors import ArgumentError
 
 _CONNECTIONS = 64
@@ -46,8 +47,9 @@ def _served(arguments: Namespace) -> Any:
         classifier = Classifier.load(arguments.source)
         print(f"Classifier: {arguments.source}, {len(classifier.classes)} classes")
         return classifier
-    source = source_of(arguments, "r2d2")
+    source = source_of(arguments)
     print(f"Network: {source.words}")
+    assert isinstance(source.preprocessing, Preprocessing)  # No texts were asked for.
     return Adapter(lambda photos: source.fit(source.choose(photos)[0], photos), source.preprocessing, source.words)
 
 

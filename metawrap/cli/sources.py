@@ -1,4 +1,4 @@
-"""The run or network that `metawrap adapt` and `metawrap serve` name -> learners, and their classifiers of photos."""
+"""The run or network that `metawrap adapt` and `metawrap serve` name -> learners, and their classifiers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from metawrap import methods
-from metawrap.classifier import Classifier, Estimate, Photos, choose_method, fit_classifier
-from metawrap.classifier.fitting import EMBEDDING_METHODS
+from metawrap.classifier import Classifier, Estimate, choose_method, fit_classifier
+from metawrap.classifier.fitting import EMBEDDING_METHODS, Examples
+from metawrap.classifier.program import Way
 from metawrap.data.preprocessing import Preprocessing
 from metawrap.errors import ArgumentError, MetaWrapWarning
-from metawrap.pretrained import load_network
+from metawrap.pretrained import DEFAULT, load_network
+from metawrap.sentence_encoder import load_encoder
 from metawrap.settings.keywords import nested, plain_keywords
 from metawrap.training.experiment import check_options, find_device
 from metawrap.training.loaded_run import load
@@ -30,28 +34,29 @@ class Source:
     """
 
     learners: Callable[[int], dict[str, Any]]
-    preprocessing: Preprocessing
+    preprocessing: Way
     words: str
 
-    def choose(self, photos: Photos) -> tuple[Any, dict[str, Estimate | None]]:
-        """The learner that does best on photos left out, and the estimate of each; a lone one has none here."""
-        learners = self.learners(len(photos.classes))
+    def choose(self, examples: Examples) -> tuple[Any, dict[str, Estimate | None]]:
+        """The learner that does best on examples left out, and the estimate of each; a lone one has none here."""
+        learners = self.learners(len(examples.classes))
         if len(learners) == 1:
             return next(iter(learners.values())), {}
-        return choose_method(lambda name: learners[name], photos, self.preprocessing, tuple(learners))
+        return choose_method(lambda name: learners[name], examples, self.preprocessing, tuple(learners))
 
-    def fit(self, learner: Any, photos: Photos) -> tuple[Classifier, Estimate | None]:
+    def fit(self, learner: Any, examples: Examples) -> tuple[Classifier, Estimate | None]:
         """As `fit_classifier`; classifier.json names the network and the command."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "norm=", MetaWrapWarning)  # about["norm"] says it.
             about = {"network": self.words, "command": command_line()}
-            return fit_classifier(learner, photos, self.preprocessing, about)
+            return fit_classifier(learner, examples, self.preprocessing, about)
 
 
-def source_of(arguments: Namespace, method: str) -> Source:
-    """The run or network that the arguments name, loaded. method: of a network, where none was given."""
-    is_run = (Path(arguments.source) / "run.json").exists()
-    return _run(arguments) if is_run else _network(arguments, getattr(arguments, "method", method))
+def source_of(arguments: Namespace, texts: bool = False) -> Source:
+    """The run or network that the arguments name, loaded. texts: whether its classifier shall be one of texts."""
+    if texts:
+        return _encoder(arguments)
+    return _run(arguments) if (Path(arguments.source) / "run.json").exists() else _network(arguments)
 
 
 def check_none_given(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
@@ -69,8 +74,28 @@ def _run(arguments: Namespace) -> Source:
     return Source(lambda ways: {type(run.learner).__name__: run.learner}, run.preprocessing, words)
 
 
-def _network(arguments: Namespace, name: str) -> Source:
-    source, device = arguments.source, find_device(arguments.device)
+def _encoder(arguments: Namespace) -> Source:
+    check_none_given(arguments, ("image_size",), "a network of texts")
+    encoder, way, words = load_encoder(arguments.source, getattr(arguments, "weights", DEFAULT))
+    _, make = _methods(arguments)
+    return Source(lambda ways: make(nn.Sequential(encoder, nn.Linear(encoder.width, ways))), way, words)
+
+
+def _methods(arguments: Namespace) -> tuple[bool, Callable[[nn.Module], dict[str, Any]]]:
+    """Whether the methods that the arguments name embed; and their learners of a network, by name of their class."""
+    name, device = getattr(arguments, "method", "auto"), find_device(arguments.device)
+    options = nested(dict(getattr(arguments, "options", [])))
+    classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
+    for each in classes:
+        check_options(made := getattr(methods, each), options, plain_keywords(made))
+    embeds = set(classes) <= set(EMBEDDING_METHODS)
+    # A method on an embedding keeps the statistics of the pretrained norms.
+    keywords = {"norm": "running", **options} if embeds else options
+    return embeds, lambda model: {each: getattr(methods, each)(model, **keywords).to(device).eval() for each in classes}
+
+
+def _network(arguments: Namespace) -> Source:
+    source = arguments.source
     if Path(source).is_dir() and ":" not in source:
         raise ArgumentError(
             f"'{source}' is a folder without run.json: no run. Name a run, or a network as module:name."
@@ -87,19 +112,11 @@ def _network(arguments: Namespace, name: str) -> Source:
             f"image_size: nothing says which images '{source}' takes. Pass --image-size N, or set its attribute "
             "'preprocessing'."
         )
-    options = nested(dict(getattr(arguments, "options", [])))
-    classes = EMBEDDING_METHODS if name == "auto" else (METHODS[name],)
-    for each in classes:
-        check_options(method := getattr(methods, each), options, plain_keywords(method))
-    # A method on an embedding keeps the statistics of the pretrained norms; another learns a new head.
-    if set(classes) <= set(EMBEDDING_METHODS):
-        keywords = {"norm": "running", **options}
-        made = {each: getattr(methods, each)(network.model, **keywords).to(device).eval() for each in classes}
+    embeds, make = _methods(arguments)
+    if embeds:
+        made = make(network.model)
         return Source(lambda ways: made, preprocessing, network.words)
-
-    @cache
-    def learners(ways: int) -> dict[str, Any]:
-        model = load_network(source, weights, ways=ways).model
-        return {each: getattr(methods, each)(model, **options).to(device).eval() for each in classes}
-
-    return Source(learners, preprocessing, network.words)
+    # Another method learns a new head.
+    return Source(
+        cache(lambda ways: make(load_network(source, weights, ways=ways).model)), preprocessing, network.words
+    )

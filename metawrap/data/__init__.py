@@ -6,7 +6,7 @@ The floors of this room, top to bottom; a module imports only modules of lower f
     episodes, catalog
     omniglot, mini_imagenet, tiered_imagenet, cifar, cub, glyphs, grocery, user_data
     folder
-    class_folders, augmentation, pixel_sources, preprocessing
+    class_folders, augmentation, pixel_sources, preprocessing, text_preprocessing
     array_pictures
     class_split, cached_labels, downloads, pictures
     image_sets, pickles, text_files, loader_workers, normalisation, image_files
@@ -27,12 +27,13 @@ from metawrap.data.image_sets import DataSplits, ImageSet, LabelledImages, Strea
 from metawrap.data.mini_imagenet import load_mini_imagenet
 from metawrap.data.omniglot import load_omniglot
 from metawrap.data.preprocessing import Preprocessing
+from metawrap.data.text_preprocessing import TextPreprocessing
 from metawrap.data.tiered_imagenet import load_tiered_imagenet
 from metawrap.data.user_data import splits_from
 
 __all__ = [
     "DATASETS", "DataSplits", "EpisodeSampler", "ImageSet", "LabelledImages", "Preprocessing", "StreamedImages",
-    "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_grocery",
+    "TextPreprocessing", "load_cifar_fs", "load_cub", "load_data", "load_fc100", "load_glyphs", "load_grocery",
     "load_image_folder", "load_mini_imagenet", "load_omniglot", "load_tiered_imagenet", "normalisation_of",
     "preprocessing_of", "splits_from",
 ]  # fmt: skip

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class Preprocessing(Options):
     True
     """
 
+    kind: ClassVar[str] = "photos"
+
     size: Size
     resize: Literal["squeeze", "crop"] = "squeeze"
     crop_fraction: Annotated[float, Field(ge=0.01, le=1), Expected("a number from 0.01 to 1")] = 1.0
@@ -107,6 +109,22 @@ class Preprocessing(Options):
             ArgumentError: an array or tensor whose channels are at an unknown place.
         """
         return np.ascontiguousarray(self._decoded(picture).transpose(1, 2, 0))
+
+    def prepare(self, picture: Any) -> Pixels:
+        """As `pixels`; the name that `TextPreprocessing` has, too."""
+        return self.pixels(picture)
+
+    def stack(self, prepared: Sequence[Any]) -> Tensor:
+        """Pictures of `pixels` as a program takes them: uint8 of shape (pictures, channels, height, width)."""
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(prepared).transpose(0, 3, 1, 2)))
+
+    def inputs(self, prepared: Sequence[Any]) -> Tensor:
+        """Pictures of `pixels` as the network takes them: floats of shape (pictures, channels, height, width)."""
+        return self.normalised(self.stack(prepared))
+
+    def examples(self) -> list[Pixels]:
+        """Two random pictures of `pixels`, to try a network on."""
+        return list(np.random.default_rng(0).integers(0, 256, (2, *self.size, self.channels), np.uint8))
 
     def __call__(self, picture: Any) -> Tensor:
         """A picture, see `pixels`, as the network's input: float32 of shape (channels, height, width)."""

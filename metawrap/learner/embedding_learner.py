@@ -8,21 +8,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metawrap.checks.first_look import FirstLook
+from metawrap.engines.calling import autograd
 from metawrap.errors import ArgumentError, TaskError, UnsupportedModuleError, shown
 from metawrap.execution.calls import shared
 from metawrap.execution.executor import Executor
 from metawrap.heads.embedding import BehindNetwork, Embedding, EmbeddingSource, put_in_place
 from metawrap.heads.fitted import FittedHead
+from metawrap.heads.joint_rows import may_hold_places, rows_stand_alone
 from metawrap.heads.placed_head import placed
-from metawrap.layers.norm_policies import passes_of
-from metawrap.layers.per_step_norm import Moments
-from metawrap.learner.evaluation import adapting, finished, policy_of
+from metawrap.layers.norm_policies import Passes, passes_of
+from metawrap.layers.per_step_norm import Moments, PerStepNorm
+from metawrap.learner.evaluation import adapting, finished, in_eval_mode, policy_of
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner
 from metawrap.learner.task_classes import Classes, TaskClasses
@@ -36,6 +39,8 @@ from metawrap.learner.without_inner_loop import (
 from metawrap.results import TaskOutcome, ignored_label, outcome_of
 from metawrap.surgery.swap import plain_copy
 from metawrap.tasks import Inputs, Task, describe_value
+
+_EMBEDDED_AT_ONCE = 64
 
 
 class EmbeddingKeywords(OuterKeywords, total=False):
@@ -228,6 +233,35 @@ class EmbeddingLearner(Learner):
         else:
             module = BehindNetwork(module, self.embedding.source, fitted).eval()
         return finished(module, task)
+
+    @shared
+    def embedded(self, task: Task, inputs: Tensor, norm: str | None = None) -> Tensor | None:
+        """The embeddings of inputs, in eval mode and without gradients; None where company may change one of them.
+
+        They are the same in any company without batch norm or under norm="running", if the network keeps rows apart.
+
+        Args:
+            task: a small task of such inputs, for the checks of a first task. inputs: (examples, ...).
+        Returns:
+            (examples, numbers), or (examples, ...) for a method whose embeddings are no vectors.
+        """
+        normed = any(isinstance(module, PerStepNorm) for module in self.model.modules())
+        if normed and passes_of(policy_of(self, norm), training=False) != Passes("running", None, "running"):
+            return None
+        with adapting(self, task) as small:
+            stored = partial(self.embedding.of, statistics="running")
+            if may_hold_places(inputs) or not rows_stand_alone(self.model, stored, small.support_x, small.target_x):
+                return None
+            return torch.cat([stored(part) for part in torch.split(inputs, _EMBEDDED_AT_ONCE)])
+
+    @shared
+    def predicted(self, task: Task) -> Tensor:
+        """The prediction (targets, ways) for a task whose inputs are embeddings that `embedded` has returned."""
+        support, target = task.support_x, task.target_x
+        assert isinstance(support, Tensor)
+        assert isinstance(target, Tensor)
+        with in_eval_mode(self), autograd(False):
+            return self._predict(task, support, *self._labels(task), target)[0]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The counters and the head's name, for state_dict."""

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from metawrap.classifier import Classifier, Estimate, Photos
 from metawrap.data.pictures import decode_image
 from metawrap.data.preprocessing import Preprocessing
-from metawrap.errors import MetaWrapError, printable
+from metawrap.errors import ArgumentError, MetaWrapError, printable
 from metawrap.service.uploads import Limits, Uploads, busy
 from metawrap.templates import packaged_text
 
@@ -53,7 +53,11 @@ def create_app(source: Classifier | Adapter, limits: Limits | None = None) -> Fa
 
     Args:
         source: a classifier to predict with, or what fits classifiers. limits: the default ones if None.
+    Raises:
+        ArgumentError: a classifier of texts.
     """
+    if isinstance(source, Classifier) and not isinstance(source.preprocessing, Preprocessing):
+        raise ArgumentError("source: it is a classifier of texts, and the page takes photos. Use metawrap predict.")
     service = _Service(source, limits or Limits())
     page, policy = _page()
     app = FastAPI(title="metawrap", docs_url=None, redoc_url=None, openapi_url=None)
@@ -145,9 +149,10 @@ class _Service:
         }
 
     def _ranking(self, classifier: Classifier, content: bytes) -> tuple[tuple[str, float], ...]:
-        decoding = replace(classifier.preprocessing.decoding, max_pixels=self.limits.photo_pixels)
+        way: Any = classifier.preprocessing
+        decoding = replace(way.decoding, max_pixels=self.limits.photo_pixels)
         pixels = decode_image(content, "the photo", decoding).transpose(1, 2, 0)
-        return classifier.predict_pixels([pixels])[0].ranking[:_TOP]
+        return classifier.predict_prepared([pixels])[0].ranking[:_TOP]
 
 
 def _page() -> tuple[str, str]:

@@ -38,17 +38,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     photos = Photos.read(made.folder(folder / "photos"), made.WAY)
     learner = ProtoNet(made.network(), norm="running").eval()
-    classifier, _ = fit_classifier(learner, photos, made.WAY)
+    classifier, estimate = fit_classifier(learner, photos, made.WAY)
+    assert estimate is not None
     classifier.save(folder / "clf", examples=photos.pictures)
-    np.save(folder / "expected.npy", _by_hand(learner, photos))
+    np.save(folder / "expected.npy", _by_hand(learner, photos, estimate.temperature))
     return folder
 
 
-def _by_hand(learner: Any, photos: Photos) -> Any:
+def _by_hand(learner: Any, photos: Photos, temperature: float) -> Any:
     inputs = torch.stack([made.WAY(Image.fromarray(picture)) for picture in photos.pictures])
     module = learner.adapt(inputs, photos.labels)
     with torch.no_grad():
-        return torch.softmax(module(inputs), 1).numpy()
+        return torch.softmax(module(inputs) / temperature, 1).numpy()
 
 
 def _files(place: Path) -> list[Path]:
@@ -124,8 +125,8 @@ def test_a_learner_under_batch_is_deployed_for_single_photos(place: Path) -> Non
         classifier, estimate = fit_classifier(learner, photos, made.WAY)
     assert estimate is not None
     assert classifier.about["norm"] == "support"
-    together = classifier.of_pictures(photos.pictures)
-    alone = np.concatenate([classifier.of_pictures(one[None]) for one in photos.pictures])
+    together = classifier.of_prepared(photos.pictures)
+    alone = np.concatenate([classifier.of_prepared(one[None]) for one in photos.pictures])
     np.testing.assert_allclose(alone, together, atol=1e-6)
 
 
@@ -170,7 +171,7 @@ def test_a_network_for_one_photo_at_a_time_and_one_that_cannot_be_exported(tmp_p
     pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     loaded = Classifier.load(classifier.save(tmp_path / "clf"))
     assert loaded.at_once == 1
-    np.testing.assert_allclose(loaded.of_pictures(pictures), classifier.of_pictures(pictures), atol=1e-6)
+    np.testing.assert_allclose(loaded.of_prepared(pictures), classifier.of_prepared(pictures), atol=1e-6)
     with pytest.raises(UnsupportedModuleError, match="cannot export"):
         Classifier.of(Branches(), ("a", "b"), way).save(tmp_path / "other")
 
@@ -213,7 +214,7 @@ DESCRIPTIONS: dict[str, Any] = {
     "no preprocessing": {"preprocessing": None},
     "a preprocessing of wrong types": {"preprocessing": {"size": "large"}},
     "an unknown preprocessing": {"preprocessing": {"size": [24, 24], "hook": "os.system"}},
-    "photos at once": {"photos_at_once": 0},
+    "examples at once": {"at_once": 0},
     "another digest": {"sha256": {"network.pt2": "0" * 64}},
     "no digest": {"sha256": None},
 }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from photos import network
-from torch import Tensor
+from torch import Tensor, nn
 
-from metawrap import MAML, R2D2
-from metawrap.classifier.estimate import Estimate, left_out
+import metawrap
+from metawrap import MAML, R2D2, LogisticRegression, ProtoNet
+from metawrap.classifier import choose_method
+from metawrap.classifier.estimate import Estimate, embedded, left_out, temperature_of
 
 
 class Nearest:
@@ -40,7 +43,7 @@ def test_each_photo_is_left_out_once_but_for_the_only_one_of_a_class(counts: tup
     assert sorted(learner.out) == several
     assert all(kept == set(range(len(counts))) for kept in learner.kept)
     assert found is not None
-    assert (found.photos, found.rounds) == (len(several), min(10, max(counts)))
+    assert (found.examples, found.rounds) == (len(several), min(10, max(counts)))
 
 
 def test_wrong_ones_are_counted_by_pairs() -> None:
@@ -48,8 +51,28 @@ def test_wrong_ones_are_counted_by_pairs() -> None:
     labels, inputs = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([[0.0], [1], [7], [8], [9], [20]])
     found = left_out(Nearest(), inputs, labels, ("a", "b"))
     # 0 -> 1 (a). 8 -> 7 (a), wrong. 1 -> 0 (a). 9 -> 8 (b). 7 -> 8 (b), wrong. 20 -> 9 (b).
-    assert found == Estimate(4, 6, 3, (("b", "a", 1), ("a", "b", 1)))
+    # Platt's targets are 7/8 and 1/8; over the logits (1, 0) they are (4 * 7/8 + 2 * 1/8) / 6 = 5/8 for the larger one.
+    assert found is not None
+    assert found == Estimate(4, 6, 3, (("b", "a", 1), ("a", "b", 1)), found.temperature)
+    assert found.temperature == pytest.approx(1 / math.log(5 / 3), rel=0.02)
     assert "4 of 6 right, 66.7 %" in str(found)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_the_scale_of_logits_does_not_matter_and_all_right_is_no_certainty(scale: float) -> None:
+    labels = torch.tensor([0, 1, 2] * 5)
+    logits = scale * torch.nn.functional.one_hot(labels, 3).double()
+    sure = (logits / temperature_of(logits, labels)).softmax(1)[torch.arange(15), labels]
+    torch.testing.assert_close(sure, torch.full((15,), 16 / 17, dtype=torch.float64), atol=0.005, rtol=0)
+
+
+def test_what_is_right_six_times_of_ten_has_such_a_probability() -> None:
+    # 1,000 sure logits of three classes, 600 of them right: by far too sure as they are.
+    guess = torch.arange(1_000) % 3
+    logits = 20 * torch.nn.functional.one_hot(guess, 3).double()
+    labels = torch.where(torch.arange(1_000) < 600, guess, (guess + 1 + torch.arange(1_000) % 2) % 3)
+    sure = (logits / temperature_of(logits, labels)).softmax(1).amax(1)
+    assert sure.mean() == pytest.approx(0.6, abs=0.01)
 
 
 def test_one_photo_of_each_class_gives_no_estimate() -> None:
@@ -57,7 +80,7 @@ def test_one_photo_of_each_class_gives_no_estimate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "photos", "interval"),  # R: binom::binom.wilson
+    ("right", "examples", "interval"),  # R: binom::binom.wilson
     [
         (10, 10, (0.7224672, 1.0)),
         (0, 10, (0.0, 0.2775328)),
@@ -65,15 +88,18 @@ def test_one_photo_of_each_class_gives_no_estimate() -> None:
         (33, 35, (0.8139, 0.9842)),
     ],
 )
-def test_interval(right: int, photos: int, interval: tuple[float, float]) -> None:
-    assert Estimate(right, photos, 5, ()).interval == pytest.approx(interval, abs=1e-4)
+def test_interval(right: int, examples: int, interval: tuple[float, float]) -> None:
+    assert Estimate(right, examples, 5, ()).interval == pytest.approx(interval, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", [R2D2, MAML])
-def test_an_estimate_equals_adapting_by_hand(method: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "norm"),
+    [(MAML, "support"), (R2D2, "support"), *((method, "running") for method in (R2D2, ProtoNet, LogisticRegression))],
+)
+def test_an_estimate_equals_adapting_by_hand(method: Any, norm: str) -> None:
     torch.manual_seed(0)
     inputs, labels = torch.randn(9, 3, 8, 8), torch.arange(3).repeat(3)
-    learner = method(network(), norm="support").eval()
+    learner = method(network(), norm=norm).eval()
     right = 0
     for number in range(3):
         out = torch.zeros(9, dtype=torch.bool)
@@ -82,6 +108,46 @@ def test_an_estimate_equals_adapting_by_hand(method: Any) -> None:
         with torch.no_grad():
             found: Tensor = module(inputs[out])
         right += int((found.argmax(1) == labels[out]).sum())
-    estimate = left_out(learner, inputs, labels, "abc", "support")
-    assert estimate is not None
-    assert (estimate.right, estimate.photos) == (right, 9)
+    rows = embedded(learner, inputs, labels, norm)
+    assert (rows is not None) == (norm == "running")
+    for known in (None, rows):
+        estimate = left_out(learner, inputs, labels, "abc", norm, known)
+        assert estimate is not None
+        assert (estimate.right, estimate.examples) == (right, 9)
+
+
+class Centred(nn.Module):
+    """A network that reads its whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x - x.mean(0))  # type: ignore[no-any-return]
+
+
+def test_examples_that_act_on_each_other_are_not_embedded_once() -> None:
+    inputs, labels = torch.randn(6, 4), torch.arange(3).repeat(2)
+    assert embedded(ProtoNet(Centred()), inputs, labels) is None
+    assert embedded(ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))), inputs, labels) is not None
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_equal_networks_run_once_for_each_example_whatever_methods_are_tried(another: bool) -> None:
+    inputs, labels = torch.randn(40, 3, 8, 8), torch.arange(2).repeat(20)
+    seen: list[int] = []
+    examples: Any = SimpleNamespace(prepared=inputs, labels=labels, classes=("a", "b"))
+    way: Any = SimpleNamespace(inputs=lambda prepared: prepared)
+
+    def make(name: str) -> Any:
+        model = network(2)
+        if another and name == "ProtoNet":
+            torch.nn.init.ones_(model.body[0].bias)  # type: ignore[arg-type]
+        learner = getattr(metawrap, name)(model, norm="running").eval()
+        learner.model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        return learner
+
+    choose_method(make, examples, way)
+    assert seen.count(40) == 1 + another
+    assert max(each for each in seen if each != 40) <= 4  # Trials of a few examples.

@@ -22,8 +22,9 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 pytest.importorskip("python_multipart", reason="the extra 'serve' is not installed")
 testclient = pytest.importorskip("starlette.testclient", exc_type=(ImportError, RuntimeError))  # type: ignore[arg-type]
 
-from metawrap import ProtoNet  # noqa: E402
+from metawrap import ArgumentError, ProtoNet  # noqa: E402
 from metawrap.classifier import Classifier, Photos, fit_classifier  # noqa: E402
+from metawrap.data import TextPreprocessing  # noqa: E402
 from metawrap.service import Adapter, Limits, create_app  # noqa: E402
 
 MARKUP = "<script>window.hacked = 1</script>"
@@ -332,3 +333,9 @@ def test_what_arrives_at_one_time_is_limited(learner: Any) -> None:
         go.set()
         assert first.result().status_code == 200
         assert client.post("/api/predict", content=png()).status_code == 200
+
+
+def test_a_classifier_of_texts_is_refused() -> None:
+    texts = Classifier(("a", "b"), TextPreprocessing(None, 9), lambda tokens: tokens)
+    with pytest.raises(ArgumentError, match="takes photos"):
+        create_app(texts)
