@@ -30,6 +30,7 @@ from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_learner, network_of
 from metawrap.training.final_evaluation import final_test, score_of
+from metawrap.training.run_folder import write_run
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 from metawrap.training.tables import result_text
 from metawrap.training.training_loop import _validate
@@ -157,6 +158,11 @@ def test_an_extended_run_ends_as_one_of_the_whole_length(tmp_path):
 
 def test_an_extended_run_follows_the_schedule_of_its_new_length(finished, tmp_path):
     train(replace(TINY, epochs=1), tmp_path)
+    [[before]] = [group.runs for group in gather([tmp_path])]
+    write_run(tmp_path, TINY, None)  # As while it trains on.
+    [[during]] = [group.runs for group in gather([tmp_path])]
+    assert before.scores
+    assert not during.scores
     assert main(["train", "--out", str(tmp_path), "--resume", "--epochs", "3", "-q"]) == 0
     rates = [[record["learning_rate"] for record in log_of(folder)][1:] for folder in (tmp_path, finished[0])]
     assert rates[0] == rates[1]
