@@ -121,7 +121,7 @@ def _add_compare(commands: Any) -> None:
         "train and test several methods on the same tasks",
         "compare --methods NAME,NAME --budget N [options]",
         "Rarer: --split NAME, --train-ways N; see docs/recipes.md.\n"
-        "Writes comparison.md, .json and .png; the same command continues one that was stopped.",
+        "Writes comparison.md, .csv, .tex, .json and .png; the same command continues one that was stopped.",
     )
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", type=names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,10 @@ from metawrap.layers.norm_policies import kind_of
 from metawrap.training.run_settings import METHODS
 
 _TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
+_IN_LATEX = str.maketrans(
+    {each: f"\\{each}" for each in "&%$#_{}"}
+    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 
 
@@ -42,9 +48,11 @@ def result_text(result: dict[str, Any]) -> str:
     return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
 
 
-def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with one line per method, the best first, from the rows of `compare`; failures stand below."""
-    header = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
+_COMPARED = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
+
+
+def comparison_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The header, and a line of cells per method that was trained, the best first, from the rows of `compare`."""
     done = [row for row in rows if row["error"] is None]
     done.sort(key=lambda row: row["loss"] if row["accuracy"] is None else -row["accuracy"])
     cells = [
@@ -60,11 +68,18 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in done
     ]
+    return [_COMPARED, *cells]
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `comparison_cells` in Markdown; failures stand below."""
+    done = [row for row in rows if row["error"] is None]
     failed = [f"{row['name']} failed: {row['error']}" for row in rows if row["error"] is not None]
     if not done:
         return "\n".join(failed)
     title = f"{task_name(done[0]['settings'])}, test tasks: {done[0]['settings']['test_tasks']}"
     note = "± 95 % interval over tasks, in percent. Norm: the batch-norm policy of training and test."
+    header, *cells = comparison_cells(rows)
     return "\n".join([title, "", markdown_table(header, cells), "", note, *failed])
 
 
@@ -107,6 +122,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     first, *others = [f"| {' | '.join(line)} |" for line in lines]
     rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
     return "\n".join([first, f"|{rule}|", *others])
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of `render_table` for LaTeX with the package booktabs.
+
+    >>> print(latex_table(["norm", "accuracy"], [["batch", "99 ± 1 %"]]).splitlines()[4])
+    batch & 99 $\\pm$ 1 \\% \\\\
+    """
+    first, *others = [" & ".join(cell.translate(_IN_LATEX) for cell in line) + r" \\" for line in (header, *rows)]
+    columns = "l" + "r" * (len(header) - 1)
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", first, r"\midrule", *others, r"\bottomrule", end, ""])
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """These columns of the rows as CSV, numbers in full; what a row lacks is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def headline(settings: Mapping[str, Any]) -> str:
