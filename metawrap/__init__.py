@@ -49,6 +49,7 @@ from metawrap.tasks import Task, TaskBatch
 if TYPE_CHECKING:
     from metawrap.data.episode_splits import benchmark
     from metawrap.training.loaded_run import LoadedRun, load
+    from metawrap.training.own_run import train
 
 try:
     __version__ = version("metawrap")
@@ -106,6 +107,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "load",
+    "train",
 ]
 
 
@@ -115,8 +117,8 @@ def __getattr__(name: str) -> Any:
         from metawrap.data.episode_splits import benchmark
 
         return benchmark
-    if name not in ("LoadedRun", "load"):
+    if name not in ("LoadedRun", "load", "train"):
         raise AttributeError(f"module 'metawrap' has no attribute '{name}'")
-    from metawrap.training import loaded_run
+    from metawrap.training import loaded_run, own_run
 
-    return getattr(loaded_run, name)
+    return getattr(own_run if name == "train" else loaded_run, name)

@@ -106,7 +106,7 @@ def _add_train(commands: Any) -> None:
     either.add_argument("--seeds", type=seeds, default=None, metavar="N,N", help="a run each, with mean and deviation")
     group.add_argument("--device", **DEVICE)
     group.add_argument("--out", **PATH, help="the run's folder (runs/...)")
-    group.add_argument("--resume", **SWITCH, help="continue the run in --out; flags may be left out")
+    group.add_argument("--resume", **SWITCH, help="continue the run in --out, or extend it by more --epochs")
     group.add_argument("--keep", **N, **RARE)
     group.add_argument("--ensemble", **N, help="also test the N best averaged (the authors' code: 5)")
     group.add_argument("--test-norms", choices=("all", "own"), **NAME, **RARE)
@@ -121,7 +121,7 @@ def _add_compare(commands: Any) -> None:
         "train and test several methods on the same tasks",
         "compare --methods NAME,NAME --budget N [options]",
         "Rarer: --split NAME, --train-ways N; see docs/recipes.md.\n"
-        "Writes comparison.md, .json and .png; the same command continues one that was stopped.",
+        "Writes comparison.md, .csv, .tex, .json and .png; the same command continues one that was stopped.",
     )
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", type=names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))

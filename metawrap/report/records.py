@@ -163,6 +163,8 @@ def _read(path: Path, content: dict[str, Any], command: str | None = None) -> Ru
     settings = content.get("settings")
     lines, insight = (_by_epoch(read_lines(path / name)) for name in (LOG, INSIGHT))
     result, final = read_json(path / "result.json"), read_json(path / FINAL_INSIGHT)
+    if _table(result.get("settings")).get("epochs", planned := _table(settings).get("epochs")) != planned:
+        result, final = {}, {}  # The run is being extended; these are of its shorter form.
     test, classes = _table(result.get("test")), _table(final.get("classes"))
     steps = [_table(each) for each in _list(final.get("steps"))]
     return RunRecords(

@@ -31,8 +31,9 @@ def _card(group: Group) -> Values:
     trained = [run.scores.get(run.trained_norm or "", {}) for run in runs]
     epochs = " / ".join(str(run.epochs[-1].number if run.epochs else 0) for run in runs)
     durations = ", ".join(duration(run.seconds) for run in runs if run.seconds is not None)
+    size = f"{settings.get('ways', '?')}-way {settings.get('shots', '?')}-shot" if "ways" in settings else "tasks"
     facts = [
-        f"{settings.get('ways', '?')}-way {settings.get('shots', '?')}-shot on {settings.get('data', '?')}",
+        f"{size} on {settings.get('data', '?')}",
         f"epochs {epochs} of {settings.get('epochs', '?')}",
         _seeds(runs),
         f"trained in {durations}" if durations else "",

@@ -126,7 +126,10 @@ def best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
     """The `count` epochs (from 1) with the highest validation accuracy, best first; of equals, the earliest.
 
     Where an epoch has no accuracy, those with the lowest validation loss; without a finite loss an epoch comes last.
+    Without validation, the newest.
     """
+    if not any(is_validated(each) for each in history):
+        return list(range(len(history), 0, -1))[:count]
     known = all(each["validation_accuracy"] is not None for each in history)
 
     def rank(epoch: int) -> float:
@@ -135,6 +138,11 @@ def best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
         return math.inf if value is None else -value if known else value
 
     return sorted(range(1, len(history) + 1), key=rank)[:count]
+
+
+def is_validated(record: dict[str, Any]) -> bool:
+    """Whether an epoch of this record was validated."""
+    return record["validation_accuracy"] is not None or "validation_loss" in record
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -28,13 +28,17 @@ from metawrap.training.plots import draw_comparison
 from metawrap.training.progress import say
 from metawrap.training.run_folder import RunFolder, read_log, read_run, refuse_links, write_run
 from metawrap.training.run_settings import METHODS, RunSettings, nearest_method
-from metawrap.training.tables import comparison_table, method_title
+from metawrap.training.tables import comparison_cells, comparison_table, csv_table, latex_table, method_title
 
 # One value for all methods: these settings define the task, the network and the test.
 _COMMON = {
     "data", "data_root", "split", "image_size", "resize", "ways", "shots", "targets", "test_tasks", "test_norms",
     "seed", "device", "backbone", "filters", "model", "weights",
 }  # fmt: skip
+_IN_CSV = (
+    "method", "accuracy", "interval", "loss", "norm", "parameters", "step_seconds", "peak_mib", "meta_steps", "seconds",
+    "error",
+)  # fmt: skip
 _RUN_FIELDS = {each.name for each in fields(RunSettings)} - {"method", "options"}
 
 
@@ -82,7 +86,8 @@ def _settings(method: str, common: RunSettings, budget: int, own: dict[str, Any]
 
 
 def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> dict[str, Any]:
-    """Trains and tests each method in `out`/method, `jobs` at a time; writes comparison.json, .md and .png.
+    """Trains and tests each method in `out`/method, `jobs` at a time; writes comparison.json, .csv, .md, .tex and
+    .png.
 
     Finished runs are not repeated; unfinished runs are continued.
 
@@ -98,6 +103,9 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
     comparison = {"rows": rows, "command": command_line()}
     write_json(path / "comparison.json", comparison)
     write_text(path / "comparison.md", f"{comparison_table(rows)}\n")
+    header, *cells = comparison_cells(rows)
+    write_text(path / "comparison.tex", latex_table(header, cells))
+    write_text(path / "comparison.csv", csv_table(rows, _IN_CSV))
     draw_comparison(rows, path / "comparison.png")
     return comparison
 

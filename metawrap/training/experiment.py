@@ -24,6 +24,7 @@ from metawrap.data import (
     preprocessing_of,
 )
 from metawrap.data.catalog import DOWNLOADED
+from metawrap.data.class_split import PARTS
 from metawrap.data.episode_draws import Demand, check_enough
 from metawrap.data.episode_splits import EVALUATION_TASKS, TEST_SEED, VALIDATION_SEED
 from metawrap.data.normalisation import IMAGENET, statistics_of
@@ -36,6 +37,7 @@ from metawrap.settings.keywords import flattened, nearest, plain_keywords
 from metawrap.tasks import Task
 from metawrap.training.data_record import DataRecord, record_of
 from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.task_sources import FixedTasks, TrainingTasks
 from metawrap.training.torchrun import device_of_rank, local_rank_zero_first
 
 # Processes that read streamed images ahead, unless the settings say otherwise.
@@ -49,22 +51,28 @@ _RUN_KEYWORDS = ("preset", "norm", "engine", "inner_steps", "inner_lr", "meta_lr
 
 @dataclass(frozen=True)
 class Experiment:
-    """The live objects of a run. Train, validation and test tasks share no class.
+    """The live objects of a run.
 
-    preprocessing: that of every picture of the run; words: about the network's weights, for people.
+    validation, test: None in a run of the user's own objects without them; else of classes that training does not see.
+    metric: the user's own, for validation and test. preprocessing: that of every picture of the run. words: about the
+    network's weights, for people. kind: the classes of the test, in words.
     """
 
     learner: Any
-    train: EpisodeSampler
-    validation: EpisodeSampler
-    test: EpisodeSampler
+    train: TrainingTasks
+    validation: FixedTasks | None
+    test: FixedTasks | None
     device: torch.device
+    metric: Any = None
     preprocessing: Preprocessing | None = None
     words: str = ""
+    kind: str = "unseen classes"
 
     def data(self) -> DataRecord:
-        """The classes of the three parts, with fingerprints."""
-        return record_of(DataSplits(self.train.images, self.validation.images, self.test.images))
+        """The classes of the three parts, with fingerprints; no classes of tasks that no sampler draws from images."""
+        parts = zip(PARTS, (self.train, self.validation, self.test), strict=True)
+        sets = {part: tasks.images for part, tasks in parts if isinstance(tasks, EpisodeSampler)}
+        return {part: {} for part in PARTS} | record_of(sets)
 
     def data_file(self) -> dict[str, Any]:
         """The content of data.json: `data`, and the preprocessing as plain values."""

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from metawrap.results import StepMetrics, are_logits
 from metawrap.settings.schedules import step_loss_weights
 from metawrap.tasks import Task
 from metawrap.training.class_insight import by_class, class_names, embedded
+from metawrap.training.task_sources import FixedTasks, task_at
 from metawrap.training.torchrun import evaluate_shared, on_rank_zero
 
 # Test tasks that are solved once for each number of inner steps: a sixth of the time of the usual test.
@@ -72,7 +73,7 @@ def quartiles(values: Tensor) -> Summary:
     return {name: _plain(row.tolist()) for name, row in (("low", low), ("median", median), ("high", high))}
 
 
-def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, Any]:
+def final_insight(learner: Any, tasks: FixedTasks, count: int) -> dict[str, Any]:
     """The accuracy on the first test tasks while the learner adapts, under its own batch-norm policy.
 
     Returns:
@@ -80,7 +81,8 @@ def final_insight(learner: Any, tasks: EpisodeSampler, count: int) -> dict[str, 
         `step_counts` (empty without an inner loop); "classes" is `by_class` of these tasks; "episodes" the first task
         and the one with the most errors (see `_episode`). All are empty without an accuracy.
     """
-    count = min(count, STEP_TASKS)
+    size = tasks.tasks_per_batch
+    count = min(count, max(size, STEP_TASKS // size * size))
     steps = learner.settings.default_steps
     curve, final = [], None
     with warnings.catch_warnings():
@@ -120,14 +122,19 @@ def step_counts(steps: int) -> list[int]:
     return [0, *(number for number in spaced if number < steps), steps]
 
 
-def _by_class(tasks: EpisodeSampler, predictions: Sequence[Any]) -> dict[str, Any]:
+def _by_class(tasks: FixedTasks, predictions: Sequence[Any]) -> dict[str, Any]:
     """See `by_class`; empty where a prediction is no logits of classes, or the classes of a task are not known."""
-    drawn = [task for batch in tasks.batches(len(predictions) // tasks.tasks_per_batch) for task in batch]
+    drawn = [task_at(tasks, index) for index in range(len(predictions))]
     found = [_class_logits(each, task) for each, task in zip(predictions, drawn, strict=True)]
     if not found or any(task.classes is None for task in drawn) or any(each is None for each in found):
         return {}
     guesses = [each.argmax(-1).cpu().numpy() for each in found if each is not None]
-    return by_class(drawn, guesses, tasks.images.class_names)
+    return by_class(drawn, guesses, _names(tasks, [number for task in drawn for number in task.classes or ()]))
+
+
+def _names(tasks: FixedTasks, numbers: Iterable[int]) -> tuple[str, ...]:
+    """The names of classes by number; of the user's own tasks the numbers themselves."""
+    return tasks.images.class_names if isinstance(tasks, EpisodeSampler) else tuple(map(str, range(max(numbers) + 1)))
 
 
 def _class_logits(output: Any, task: Task) -> Tensor | None:
@@ -137,7 +144,7 @@ def _class_logits(output: Any, task: Task) -> Tensor | None:
     return prediction if known else None
 
 
-def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[str, Any] | None:
+def _episode(learner: Any, tasks: FixedTasks, index: int, why: str) -> dict[str, Any] | None:
     """One test task with its predictions; None if the predictions are no logits of classes.
 
     Returns:
@@ -145,17 +152,19 @@ def _episode(learner: Any, tasks: EpisodeSampler, index: int, why: str) -> dict[
         "prediction", "probability", "png"}]}. The first images of each class have a base64 PNG. Of a method on an
         embedding, "shares" of the variance, and each example's place "at" [x, y]: see `embedded`.
     """
-    task = tasks.batch(index // tasks.tasks_per_batch)[index % tasks.tasks_per_batch]
+    task = task_at(tasks, index)
     prediction = _class_logits(learner.evaluate([task], keep_predictions=True).predictions[0], task)
     if prediction is None:
         return None
     probabilities = prediction.detach().double().cpu().softmax(-1)
     guesses = prediction.argmax(-1).tolist()
-    support, target = (_with_images(task, part, tasks.ways) for part in ("support", "target"))
+    ways = tasks.ways if isinstance(tasks, EpisodeSampler) else prediction.shape[1]
+    support, target = (_with_images(task, part, ways) for part in ("support", "target"))
     for place, example in enumerate(target):
         example["prediction"] = guesses[place]
         [example["probability"]] = _plain([float(probabilities[place, guesses[place]])])
-    classes = class_names(tasks.images.class_names, task.classes or range(tasks.ways))
+    numbers = task.classes or range(ways)
+    classes = class_names(_names(tasks, numbers), numbers)
     episode = {"task": index + 1, "why": why, "classes": classes, "support": support, "target": target}
     if plane := embedded(learner, task):
         for example, place in zip((*support, *target), plane[0].tolist(), strict=True):

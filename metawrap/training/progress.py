@@ -118,12 +118,13 @@ class Progress:
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Call after validation, with the epoch's line of the log."""
-        trained = interval = ""
+        interval = ""
+        trained = "" if record["train_accuracy"] is None else f", accuracy {percent(record['train_accuracy'])}"
         if (accuracy := record["validation_accuracy"]) is None:
-            self._last_epoch = f"validation loss {_number(record['validation_loss'])}"
+            known = "validation_loss" in record
+            self._last_epoch = f"validation loss {_number(record['validation_loss'])}" if known else "no validation"
         else:
             self._last_epoch = f"validation {percent(accuracy)}"
-            trained = f", accuracy {percent(record['train_accuracy'])}"
             if (spread := record["validation_interval"]) is not None and not math.isnan(spread):  # of one task
                 interval = f" ± {percent(spread)}"
         if not self._shown or not self._bar.disable:

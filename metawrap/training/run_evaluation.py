@@ -23,6 +23,7 @@ from metawrap.errors import ArgumentError, CheckpointError, DataError
 from metawrap.layers.norm_policies import policies_of
 from metawrap.settings.keywords import flattened, nested, plain_keywords
 from metawrap.settings.validated import check_value
+from metawrap.training.checkpoints import load_into
 from metawrap.training.data_record import (
     changed,
     differences,
@@ -39,13 +40,14 @@ from metawrap.training.experiment import (
     load_splits,
     show_task,
 )
-from metawrap.training.final_evaluation import final_test
+from metawrap.training.final_evaluation import epochs_to_test, final_test
 from metawrap.training.loaded_run import Model, network_of_run, open_run, preprocessing_of_run
 from metawrap.training.machine import command_line, describe_machine
 from metawrap.training.named_model import model_flag
 from metawrap.training.progress import say
 from metawrap.training.run_folder import NO_RECORD, RunFolder
 from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.torchrun import on_rank_zero
 
 UNSEEN = "unseen classes"
 
@@ -198,20 +200,29 @@ def tested(
     norms: Sequence[str] | None,
     kind: str,
 ) -> dict[str, Any]:
-    """The final test of a learner, with the record of the run: see `train`. kind: the classes, in words."""
+    """The final test of a learner, with the record of the run: see `train`. kind: the classes, in words. Leaves the
+    weights of the best epoch in the learner.
+    """
     settings, learner, begun = folder.settings, experiment.learner, time.monotonic()
-    norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
-    counted = f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
-    say(f"Testing on {settings.test_tasks} tasks of {kind}, under {counted} ...")
-    test = final_test(
-        learner, experiment.test, settings.test_tasks, folder.checkpoints, history, settings.ensemble, norms
-    )
+    found: dict[str, Any] = {}
+    if experiment.test is None:
+        epoch = on_rank_zero(lambda: epochs_to_test(folder.checkpoints, history)[0])
+        load_into(learner, on_rank_zero(lambda: folder.checkpoints.load(epoch)))
+    else:
+        norms = norms or policies_of(learner.settings.norm, inner_loop=learner.inner_loop)
+        counted = f'norm="{norms[0]}"' if len(norms) == 1 else f"{len(norms)} batch-norm policies"
+        say(f"Testing on {settings.test_tasks} tasks of {kind}, under {counted} ...")
+        count, metric = settings.test_tasks, experiment.metric
+        found["test"] = final_test(
+            learner, experiment.test, count, folder.checkpoints, history, settings.ensemble, norms, metric
+        )
+        epoch = found["test"]["epoch"]
     step_seconds = [seconds for record in history if (seconds := record.get("step_seconds")) is not None]
     return {
         "settings": settings.to_dict(),
-        "test": test,
+        **found,
         "trained_norm": learner.settings.norm,
-        "best_validation": {"epoch": test["epoch"], "accuracy": history[test["epoch"] - 1]["validation_accuracy"]},
+        "best_validation": {"epoch": epoch, "accuracy": history[epoch - 1]["validation_accuracy"]},
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in history),
         "parameters": _learned_numbers(learner),
         "step_seconds": statistics.median(step_seconds) if step_seconds else None,

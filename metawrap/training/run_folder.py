@@ -15,7 +15,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from metawrap.data import Preprocessing
 from metawrap.data.text_files import read_regular
@@ -23,6 +23,7 @@ from metawrap.errors import CheckpointError, DataError
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, explained, write_json, write_text
 from metawrap.training.data_record import FILE, DataRecord, changed, differences, read_preprocessing, read_record
 from metawrap.training.machine import command_line
+from metawrap.training.own_settings import OwnSettings
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
 from metawrap.training.run_settings import RunSettings
@@ -42,6 +43,9 @@ FINAL_INSIGHT = "final_insight.json"
 NO_RECORD = "The run in '{}' has no record of its data (data.json), which metawrap 0.1 did not write."
 
 
+AnySettings: TypeAlias = RunSettings | OwnSettings
+
+
 class RunFolder:
     """The files of one run. Nothing is written before `begin`.
 
@@ -50,7 +54,7 @@ class RunFolder:
         settings: the settings of the run to start or to resume.
     """
 
-    def __init__(self, path: Path, settings: RunSettings) -> None:
+    def __init__(self, path: Path, settings: AnySettings) -> None:
         self.path = path
         self.settings = settings
         self.lock = RunLock(path)
@@ -71,7 +75,8 @@ class RunFolder:
         if not resume:
             refuse_existing_run(self.path)
         elif (self.path / "run.json").exists():
-            self.settings.check_resumes(read_run(self.path)[0].to_dict(), may_move)
+            stored = type(self.settings).from_dict(_read_run_file(self.path)[0])
+            self.settings.check_resumes(stored.to_dict(), may_move)
         if not self._was_new:
             self.lock.take()
         checkpoint = self.newest_checkpoint() if resume else None
@@ -112,7 +117,7 @@ class RunFolder:
         if not history:  # The data of earlier epochs, where they are not on record, may have been others.
             write_json(self.path / FILE, dict(data()))
         write_text(self.path / LOG, "".join(map(_line, history)))
-        insight = self.insight(len(history))
+        insight = read_insight(self.path, len(history))
         if insight or (self.path / INSIGHT).exists():
             write_text(self.path / INSIGHT, "".join(map(_line, insight)))
 
@@ -132,20 +137,16 @@ class RunFolder:
                 "was written. Put it back as it was and go on with --resume, or start again."
             )
 
-    def insight(self, epochs: int) -> list[dict[str, Any]]:
-        """The readable lines of the insight on the first `epochs`, in order."""
-        lines = read_lines(self.path / INSIGHT)
-        found = {record["epoch"]: record for record in lines if has_form(record, InsightLine)}
-        return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
-
     def result(self) -> dict[str, Any] | None:
         """The content of result.json if it belongs to exactly these settings, else None."""
         content = read_json(self.path / "result.json")
         if not has_form(content, ResultFile):
             return None
+        if content.get("test") is None and isinstance(self.settings, RunSettings):
+            return None
         try:
             # Settings that an older metawrap lacked get their defaults in RunSettings.
-            same = RunSettings.from_dict(content["settings"]) == self.settings
+            same = type(self.settings).from_dict(content["settings"]) == self.settings
         except CheckpointError:
             return None
         return content if same else None
@@ -173,7 +174,7 @@ def refuse_existing_run(path: Path) -> None:
         raise CheckpointError(f"'{path}' already has a run. Continue it with --resume, or choose another --out.")
 
 
-def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) -> None:
+def write_run(path: Path, settings: AnySettings, seeds: Sequence[int] | None) -> None:
     """Writes run.json with the settings, the seeds of a run over several, and the first command of the run."""
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -184,11 +185,16 @@ def write_run(path: Path, settings: RunSettings, seeds: Sequence[int] | None) ->
 
 def read_run(path: Path) -> tuple[RunSettings, list[int] | None]:
     """The settings in run.json, and the seeds of a run over several. Raises CheckpointError if the folder has no run,
-    or its run.json is damaged.
+    its run.json is damaged, or its run is one of Python objects.
     """
+    settings, seeds = _read_run_file(path)
+    return RunSettings.from_dict(settings), seeds
+
+
+def _read_run_file(path: Path) -> tuple[dict[str, Any], list[int] | None]:
     try:
         content = read_typed(path / "run.json", RunFile, "Start again with another --out.")
-        return RunSettings.from_dict(content.settings), content.seeds
+        return content.settings, content.seeds
     except OSError as error:
         if any((path / "checkpoints").glob("epoch-*.pt")):
             raise CheckpointError(
@@ -220,6 +226,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of the run's log.jsonl that have the form of one."""
     return [record for record in read_lines(run / LOG) if has_form(record, LogLine)]
+
+
+def read_insight(run: Path, epochs: int) -> list[dict[str, Any]]:
+    """The readable lines of the run's insight.jsonl on the first `epochs`, in order."""
+    found = {record["epoch"]: record for record in read_lines(run / INSIGHT) if has_form(record, InsightLine)}
+    return [found[epoch] for epoch in sorted(found) if 1 <= epoch <= epochs]
 
 
 def _object(text: str) -> dict[str, Any]:

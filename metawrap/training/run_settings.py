@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
@@ -66,6 +66,12 @@ NORMS: tuple[str, ...] = get_args(NormPolicy)
 # A resumed run may change these settings: they decide where training runs, which files stay and what is tested.
 FREE_ON_RESUME = frozenset(
     {"recipe", "data_root", "stream", "loader_workers", "device", "keep", "ensemble", "test_tasks", "test_norms"}
+)
+
+OWN_OBJECTS = (
+    "The run was trained by metawrap.train on Python objects of the user's own, which its files do not hold. Give them "
+    "again, in Python: metawrap.train(learner, train, ..., out=..., resume=True) continues the run, or returns the "
+    "result of a finished one; both put its weights into the learner."
 )
 
 # Methods that were under norm="batch" by default in metawrap 0.1.
@@ -162,6 +168,8 @@ class RunSettings(Options):
         """The settings from the values of `to_dict`. Raises CheckpointError if a name is unknown, as another version of
         metawrap may have written it, or a value is of the wrong type or range.
         """
+        if "objects" in stored:
+            raise CheckpointError(OWN_OBJECTS)
         if unknown := sorted(set(stored) - {each.name for each in fields(cls)}):
             raise CheckpointError(
                 f"The stored settings have '{unknown[0]}', which this metawrap does not know. "
@@ -175,21 +183,28 @@ class RunSettings(Options):
             ) from error
 
     def check_resumes(self, stored: Mapping[str, Any], may_move: bool = True) -> None:
-        """Checks that a run with the `stored` settings may continue with these. Raises CheckpointError if a setting
-        that training depends on differs; the error names it and both values.
+        """Checks that a run with the `stored` settings may continue with these, maybe for more epochs. Raises
+        CheckpointError if a setting that training depends on differs; the error names it and both values.
 
         Args:
             may_move: whether a folder of images may have another path.
         """
         stored = _with_former_norm(stored)
         moved = may_move and not {self.data, stored.get("data")} & set(DATASETS)
-        free = FREE_ON_RESUME | ({"data"} if moved else set())
-        for name, value in self.to_dict().items():
-            if name not in free and stored.get(name) != value:
-                raise CheckpointError(
-                    f"{name}: the run was started with {stored.get(name)!r}, but is resumed with {value!r}. "
-                    "Leave it out to continue the run as it was, or start a new one with another --out."
-                )
+        refuse_changes(stored, self.to_dict(), FREE_ON_RESUME | ({"data"} if moved else set()))
+
+
+def refuse_changes(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> None:
+    """Raises CheckpointError if a setting that is not free differs from the stored one, or the epochs are fewer."""
+    for name, value in now.items():
+        before = stored.get(name)
+        longer = name == "epochs" and isinstance(before, int) and before < value
+        if name not in free and before != value and not longer:
+            raise CheckpointError(
+                f"{name}: the run was started with {before!r}, but is resumed with {value!r}. Leave it out to continue "
+                "the run as it was, or start a new one with another --out."
+                + (" More epochs extend the run." if name == "epochs" else "")
+            )
 
 
 def _with_former_norm(stored: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -84,10 +84,10 @@ class _Test(_Stored):
 
 
 class ResultFile(_Stored):
-    """result.json of one run."""
+    """result.json of one run. test: None of a run of the user's own objects without test tasks."""
 
     settings: dict[str, Any]
-    test: _Test
+    test: _Test | None = None
     trained_norm: str
 
 

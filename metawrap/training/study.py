@@ -22,7 +22,11 @@ from metawrap.training.progress import quiet
 from metawrap.training.run import train_seeds
 from metawrap.training.run_folder import read_log, read_run, write_run
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.tables import markdown_table, method_title, percent_pair, score_text
+from metawrap.training.tables import csv_table, latex_table, markdown_table, method_title, percent_pair, score_text
+
+_IN_CSV = (
+    "experiment", "method", "seed", "accuracy", "interval", "loss", "norm", "best_validation", "largest_fall", "error",
+)  # fmt: skip
 
 
 def run_study(
@@ -65,6 +69,10 @@ def run_study(
     study = {"study": name, "runs": results, "command": command_line()}
     write_json(path / "study.json", study)
     write_text(path / "study.md", f"{study_table(results)}\n")
+    header, *lines = _table(results)
+    write_text(path / "study.tex", latex_table(header, lines))
+    flat = [each | (each["test"] or {}) | _best(each) for each in results]
+    write_text(path / "study.csv", csv_table(flat, _IN_CSV))
     draw_study(results, path / "study.png")
     return study
 
@@ -74,17 +82,27 @@ def study_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
     The column "largest fall" has `largest_fall` of the validation accuracy, in percentage points.
     """
-    lines = []
+    header, *lines = _table(runs)
+    failed = [f"{each['experiment']}, seed {each['seed']}: {each['error']}" for each in runs if each["error"]]
+    note = "Accuracy in percent; ± 95 % interval over tasks, behind a mean the standard deviation over seeds."
+    return "\n".join([markdown_table(header, lines), "", note, *failed])
+
+
+def _table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    lines = [["method", "seed", "test", "best validation", "largest fall"]]
     for experiment in dict.fromkeys(each["experiment"] for each in runs):
         own = [each for each in runs if each["experiment"] == experiment]
         lines += [[each["method"], str(each["seed"]), *_cells(each)] for each in own]
         if len(tested := [each["test"]["accuracy"] for each in own if each["test"]]) > 1 and None not in tested:
             mean = percent_pair(statistics.fmean(tested), statistics.stdev(tested))
             lines.append([own[0]["method"], f"mean of {len(tested)}", mean, "", ""])
-    table = markdown_table(["method", "seed", "test", "best validation", "largest fall"], lines)
-    failed = [f"{each['experiment']}, seed {each['seed']}: {each['error']}" for each in runs if each["error"]]
-    note = "Accuracy in percent; ± 95 % interval over tasks, behind a mean the standard deviation over seeds."
-    return "\n".join([table, "", note, *failed])
+    return lines
+
+
+def _best(run: Mapping[str, Any]) -> dict[str, float]:
+    known = run["validation"] and None not in run["validation"]
+    found = run["validation"]
+    return {"best_validation": max(found), "largest_fall": largest_fall(found)} if known else {}
 
 
 def study_titles(experiments: Mapping[str, RunSettings]) -> dict[str, str]:

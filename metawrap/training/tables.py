@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metawrap.layers.norm_policies import kind_of
-from metawrap.training.run_settings import METHODS, RunSettings
+from metawrap.training.run_settings import METHODS
 
 _TITLES = {"maml++": "MAML++", "fomaml": "First-order MAML"}
+_IN_LATEX = str.maketrans(
+    {each: f"\\{each}" for each in "&%$#_{}"}
+    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 _COLUMNS = {"before": "before adaptation", "after": "after adaptation", "ensemble": "best averaged"}
 
 
 def result_text(result: dict[str, Any]) -> str:
     """Accuracy before and after adaptation under each batch-norm policy, from a result of `train` or `train_seeds`."""
-    settings = RunSettings.from_dict(result["settings"])
+    settings = result["settings"]
     if "summary" in result:
         tested, keys, spread = result["summary"], ("mean", "deviation"), "standard deviation over seeds"
         title = f"mean over seeds {', '.join(map(str, tested['seeds']))}"
     else:
         tested, keys, spread = result["test"], ("accuracy", "interval"), "95 % interval over tasks"
         kind = result.get("classes", "unseen classes")
-        title = f"{tested['tasks']} tasks of {kind}, best epoch {tested['epoch']} of {settings.epochs}"
+        title = f"{tested['tasks']} tasks of {kind}, best epoch {tested['epoch']} of {settings['epochs']}"
     columns = [name for name in _COLUMNS if all(name in scores for scores in tested["norms"].values())]
     header = [_COLUMNS[name] for name in columns]
     if averaged := tested.get("ensemble_epochs"):
@@ -32,12 +38,17 @@ def result_text(result: dict[str, Any]) -> str:
         [_policy(norm, result["trained_norm"]), *(score_text(scores[name], *keys) for name in columns)]
         for norm, scores in tested["norms"].items()
     ]
-    notes = f"± {spread}; chance is {100 / settings.ways:.0f} %; * the policy of training"
+    chance = f"chance is {100 / settings['ways']:.0f} %; " if "ways" in settings else ""
+    notes = f"± {spread}; {chance}* the policy of training"
+    own = tested["norms"].get(result["trained_norm"], {}).get("after", {}).get("metrics", {})
+    if found := ", ".join(f"{name} {value:.4g}" for name, value in own.items() if value is not None):
+        notes += f"\nUnder it, after adaptation: {found}"
     if words := result.get("tested"):
         title += f"\nTested: {words}"
     after = {norm: scores["after"] for norm, scores in tested["norms"].items() if "after" in scores}
-    bounds = {norm: found for norm, score in after.items() if (found := _bounds(score, *keys))}
-    notes += _hint(bounds, result["trained_norm"], 1 / settings.ways)
+    bounds = {norm: both for norm, score in after.items() if (both := _bounds(score, *keys))}
+    if "ways" in settings:
+        notes += _hint(bounds, result["trained_norm"], 1 / settings["ways"])
     return "\n".join([f"{headline(settings)}: {title}", "", render_table(["batch norm", *header], rows), "", notes])
 
 
@@ -68,9 +79,11 @@ def _hint(bounds: Mapping[str, tuple[float, float]], trained: str, chance: float
     return ""
 
 
-def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with one line per method, the best first, from the rows of `compare`; failures stand below."""
-    header = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
+_COMPARED = ["method", "accuracy", "norm", "parameters", "s / meta-step", "peak MiB", "meta-steps", "minutes"]
+
+
+def comparison_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The header, and a line of cells per method that was trained, the best first, from the rows of `compare`."""
     done = [row for row in rows if row["error"] is None]
     done.sort(key=lambda row: row["loss"] if row["accuracy"] is None else -row["accuracy"])
     cells = [
@@ -86,11 +99,18 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in done
     ]
+    return [_COMPARED, *cells]
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `comparison_cells` in Markdown; failures stand below."""
+    done = [row for row in rows if row["error"] is None]
     failed = [f"{row['name']} failed: {row['error']}" for row in rows if row["error"] is not None]
     if not done:
         return "\n".join(failed)
     title = f"{task_name(done[0]['settings'])}, test tasks: {done[0]['settings']['test_tasks']}"
     note = "± 95 % interval over tasks, in percent. Norm: the batch-norm policy of training and test."
+    header, *cells = comparison_cells(rows)
     return "\n".join([title, "", markdown_table(header, cells), "", note, *failed])
 
 
@@ -135,14 +155,36 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([first, f"|{rule}|", *others])
 
 
-def headline(settings: RunSettings) -> str:
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of `render_table` for LaTeX with the package booktabs.
+
+    >>> print(latex_table(["norm", "accuracy"], [["batch", "99 ± 1 %"]]).splitlines()[4])
+    batch & 99 $\\pm$ 1 \\% \\\\
+    """
+    first, *others = [" & ".join(cell.translate(_IN_LATEX) for cell in line) + r" \\" for line in (header, *rows)]
+    columns = "l" + "r" * (len(header) - 1)
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", first, r"\midrule", *others, r"\bottomrule", end, ""])
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """These columns of the rows as CSV, numbers in full; what a row lacks is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def headline(settings: Mapping[str, Any]) -> str:
     """Method and task, such as 'MAML++ on glyphs, 5-way 1-shot'."""
-    return f"{method_title(settings.method)} on {task_name(settings.to_dict())}"
+    return f"{method_title(settings['method'])} on {task_name(settings)}"
 
 
-def task_name(settings: dict[str, Any]) -> str:
-    """Data and size of a task, such as 'glyphs, 5-way 1-shot'."""
-    return f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot"
+def task_name(settings: Mapping[str, Any]) -> str:
+    """Data and size of a task, such as 'glyphs, 5-way 1-shot'; the size is not known of tasks of the user's own."""
+    size = f", {settings['ways']}-way {settings['shots']}-shot" if "ways" in settings else ""
+    return f"{settings['data']}{size}"
 
 
 def method_title(method: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metawrap.errors import MetaWrapError
+from metawrap.training.callbacks import Callback, TrainingState
+from metawrap.training.run_folder import read_insight
 
 FOLDER = "tensorboard"
 # The name in the log, and the tag in TensorBoard.
@@ -38,37 +40,38 @@ def logs_to_tensorboard(run: Path) -> bool:
     return any((run / FOLDER).glob("events.out.tfevents.*"))
 
 
-class TensorBoard:
-    """The event files of one run, in its folder. A context manager.
+class TensorBoard(Callback):
+    """Writes the event files of one run, in its folder.
 
     Each epoch stands there once: points of epochs that are trained again are purged, and epochs that were trained
-    without TensorBoard are filled in.
-
-    Args:
-        run: the run's folder.
-        history: the log of the epochs before this start.
-        insight: the insight of these epochs, if any.
+    without TensorBoard are filled in. Raises MetaWrapError if TensorBoard is not installed.
     """
 
-    def __init__(self, run: Path, history: Sequence[dict[str, Any]], insight: Sequence[dict[str, Any]]) -> None:
+    def __init__(self) -> None:
+        check_tensorboard()
+        self._writer: Any = None
+
+    def on_train_start(self, state: TrainingState) -> None:
+        """Opens the files, and fills in earlier epochs."""
         from torch.utils.tensorboard import SummaryWriter
 
-        logged = logs_to_tensorboard(run)
-        purged = len(history) + 1 if logged else None
-        self._writer: Any = SummaryWriter(str(run / FOLDER), purge_step=purged)
+        logged = logs_to_tensorboard(state.out)
+        purged = state.epoch + 1 if logged else None
+        self._writer = SummaryWriter(str(state.out / FOLDER), purge_step=purged)
         if not logged:
-            by_epoch = {record["epoch"]: record for record in insight}
-            for record in history:
-                self.write(record, by_epoch.get(record["epoch"], {}))
+            by_epoch = {record["epoch"]: record for record in read_insight(state.out, state.epoch)}
+            for record in state.history:
+                self._write(record, by_epoch.get(record["epoch"], {}))
 
-    def __enter__(self) -> TensorBoard:
-        return self
+    def on_epoch_end(self, state: TrainingState) -> None:
+        """Adds the epoch and flushes, since its checkpoint is written next."""
+        self._write(state.record, state.insight)
 
-    def __exit__(self, *_: object) -> None:
+    def on_train_end(self, state: TrainingState) -> None:
+        """Closes the files."""
         self._writer.close()
 
-    def write(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
-        """Adds an epoch and flushes, since the checkpoint of the epoch is written next."""
+    def _write(self, record: dict[str, Any], insight: dict[str, Any]) -> None:
         for tag, value in _scalars(record, insight):
             self._writer.add_scalar(tag, value, record["epoch"])
         self._writer.flush()
@@ -78,6 +81,9 @@ def _scalars(record: dict[str, Any], insight: dict[str, Any]) -> Iterator[tuple[
     for name, tag in _TAGS.items():
         if (value := record.get(name)) is not None:
             yield tag, value
+    for name, value in record.get("validation_metrics", {}).items():
+        if value is not None:
+            yield f"{name}/validation", value
     rows = {"target_loss": insight.get("step_losses", []), "target_loss_weight": insight.get("step_weights", [])}
     for layer, rates in insight.get("rates", {}).items():
         rows[f"rates/{layer}"] = rates["median"] if isinstance(rates, dict) else rates

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metawrap.data import EpisodeSampler
 from metawrap.data.random_stream import RandomStream
 from metawrap.errors import ArgumentError, RankError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.execution.ranks import exchanging
 from metawrap.tasks import map_tensors
+from metawrap.training.task_sources import FixedTasks
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def seed_dropout(seed: int, epoch: int) -> None:
         torch.manual_seed(int(RandomStream("rank", rank(), seed, epoch).raw(1)[0]))
 
 
-def evaluate_shared(learner: Any, tasks: EpisodeSampler, count: int, **how: Any) -> EvaluationResult:
+def evaluate_shared(learner: Any, tasks: FixedTasks, count: int, **how: Any) -> EvaluationResult:
     """`learner.evaluate` on the first `count` tasks, each rank on its share; every rank gets the whole result.
 
     Args:

@@ -307,6 +307,11 @@ def test_a_run_in_two_processes_is_that_of_one(place: Path, found: list[Found]) 
     assert same_on_both(found, "case_train", "test") == results[0]["test"]
 
 
+def test_a_run_of_the_same_objects_in_two_processes_is_that_of_names_in_one(place: Path, found: list[Found]) -> None:
+    assert_same_run(place / "own", place / "alone", 1e-9)
+    assert "needs an object with batches(count, start)" in same_on_both(found, "case_train", "listed")
+
+
 def test_a_run_goes_on_in_two_processes_and_then_again_in_one(place: Path, found: list[Found]) -> None:
     assert_same_run(place / "begun-alone", place / "alone", 1e-9)
     as_after(place / "begun-alone", 2, place / "ended-alone")

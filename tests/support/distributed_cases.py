@@ -38,6 +38,7 @@ from models import NormedMlp, seeded
 from torch import nn
 
 import metawrap.training.experiment
+from metawrap.training.experiment import build_experiment
 from metawrap.training.run import train
 from metawrap.training.torchrun import seed_dropout
 
@@ -269,7 +270,14 @@ def case_train(rank: int, folder: Path) -> Any:
     train(RUN, folder / "begun-alone", resume=True)
     few = failure(lambda: train(replace(RUN, tasks_per_batch=1), folder / "few"))
     taken = failure(lambda: train(RUN, folder / "whole"))
-    return {"test": result["test"], "few": few, "taken": taken}
+    made = build_experiment(RUN)
+    parts, counts = (
+        (made.train, made.validation, made.test),
+        {"validation_tasks": RUN.validation_tasks, "test_tasks": 4},
+    )
+    metawrap.train(made.learner, *parts, out=folder / "own", **counts)
+    listed = failure(lambda: metawrap.train(made.learner, [made.train.batch(0)], out=folder / "listed"))
+    return {"test": result["test"], "few": few, "taken": taken, "listed": listed}
 
 
 def case_train_with_dropout(rank: int, folder: Path) -> Any:

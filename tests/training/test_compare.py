@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
         assert "inner_update.momentum" in failed["error"]
         assert Path("out/comparison.png").stat().st_size > 10_000
         assert "| ProtoNet" in Path("out/comparison.md").read_text()
+        [first, second] = csv.DictReader(Path("out/comparison.csv").read_text().splitlines())
+        assert (float(first["accuracy"]), int(first["parameters"])) == (done["accuracy"], done["parameters"])
+        assert second["error"] == failed["error"]
+        assert r"ProtoNet & " in Path("out/comparison.tex").read_text()
         compare_in_forks(monkeypatch)
         with pytest.raises(CheckpointError, match=r"image_size: the run was started with 8"):
             compare({"protonet": RunSettings(method="protonet", epochs=3)}, "out")

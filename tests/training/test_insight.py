@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_runs import interrupt_call
 from torch import nn
 
-import metawrap.training.run
+import metawrap.training.training_loop
 from metawrap.errors import MetaWrapError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.report.records import read_records
@@ -94,7 +94,7 @@ def test_the_final_test_is_told_step_by_step_and_ends_at_its_result(finished):
 
 
 def test_an_interrupted_run_has_the_same_insight_as_one_that_was_not(finished, tmp_path, monkeypatch):
-    interrupt_call(monkeypatch, metawrap.training.run, "_snapshot", 2)
+    interrupt_call(monkeypatch, metawrap.training.training_loop, "_snapshot", 2)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path)
     with open(tmp_path / "insight.jsonl", "a") as handle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -314,6 +315,11 @@ def test_a_study_trains_each_run_with_each_seed_and_outlives_one_that_fails(tmp_
     assert not Path("both/wild/result.json").exists()
     assert Path("both/study.png").stat().st_size > 10_000
     assert "stopped" in printed.out
+    [plain, wild] = csv.DictReader(Path("both/study.csv").read_text().splitlines())
+    assert float(plain["accuracy"]) == runs[0]["test"]["accuracy"]
+    assert float(plain["best_validation"]) == max(runs[0]["validation"])
+    assert (wild["accuracy"], wild["error"]) == ("", runs[1]["error"])
+    assert "stopped" in Path("both/study.tex").read_text()
     command = ["train", "--recipe", path, "--out", "both"]
     assert "already has a study. Continue it with --resume" in refusal(capsys, command)
     assert "is what a study compares" in refusal(capsys, [*command, "--method", "maml"])

@@ -7,12 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, assert_same, assert_same_checkpoint, interrupt_call, log_of, without_time
+from tiny_runs import (
+    TINY,
+    assert_ended_alike,
+    assert_same,
+    assert_same_checkpoint,
+    interrupt_call,
+    log_of,
+    without_time,
+)
 from torch import nn
 
 import metawrap.backbones
 import metawrap.training.experiment
 import metawrap.training.run
+import metawrap.training.training_loop
+from metawrap.cli import main
 from metawrap.errors import ArgumentError, CheckpointError
 from metawrap.evaluation_result import EvaluationResult
 from metawrap.report import gather, write_report_page
@@ -20,9 +30,10 @@ from metawrap.training import evaluate_run, train, train_seeds
 from metawrap.training.checkpoints import Checkpoint, CheckpointFolder, best_epochs, load_checkpoint
 from metawrap.training.experiment import build_experiment, build_learner, network_of
 from metawrap.training.final_evaluation import final_test, score_of
-from metawrap.training.run import _validate
+from metawrap.training.run_folder import write_run
 from metawrap.training.run_settings import FREE_ON_RESUME, RunSettings
 from metawrap.training.tables import result_text
+from metawrap.training.training_loop import _validate
 
 pytestmark = pytest.mark.usefixtures("tiny_training")
 
@@ -81,7 +92,7 @@ def test_a_network_that_returns_a_dict_is_tested_as_the_one_that_returns_its_log
 
 def test_an_interrupted_run_resumes_to_the_same_bits_and_log(finished, tmp_path, monkeypatch):
     folder, _ = finished
-    interrupt_call(monkeypatch, metawrap.training.run, "_validate", 2)
+    interrupt_call(monkeypatch, metawrap.training.training_loop, "_validate", 2)
     settings = replace(TINY, ensemble=2)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path)
@@ -125,7 +136,7 @@ def test_a_torn_newest_checkpoint_is_reported_and_its_epoch_repeated(finished, t
 
 
 @pytest.mark.parametrize(
-    "change", [{"ways": 6}, {"seed": 1}, {"epochs": 4}, {"options": {"msl_epochs": 2}}, {"norm": "running"}]
+    "change", [{"ways": 6}, {"seed": 1}, {"epochs": 2}, {"options": {"msl_epochs": 2}}, {"norm": "running"}]
 )
 def test_resuming_with_another_setting_is_refused_by_name_and_changes_nothing(finished, change):
     folder, _ = finished
@@ -134,6 +145,27 @@ def test_resuming_with_another_setting_is_refused_by_name_and_changes_nothing(fi
     with pytest.raises(CheckpointError, match=f"^{name}: the run was started with .*--out"):
         train(replace(TINY, **change), folder, resume=True)
     assert modification_times(folder) == before
+
+
+def test_an_extended_run_ends_as_one_of_the_whole_length(tmp_path):
+    # Without a schedule of the outer rate, no epoch depends on the number of epochs.
+    settings = replace(TINY, options={"cosine_annealing": False})
+    train(settings, tmp_path / "whole")
+    train(replace(settings, epochs=1), tmp_path / "extended")
+    train(settings, tmp_path / "extended", resume=True)
+    assert_ended_alike(tmp_path / "whole", tmp_path / "extended")
+
+
+def test_an_extended_run_follows_the_schedule_of_its_new_length(finished, tmp_path):
+    train(replace(TINY, epochs=1), tmp_path)
+    [[before]] = [group.runs for group in gather([tmp_path])]
+    write_run(tmp_path, TINY, None)  # As while it trains on.
+    [[during]] = [group.runs for group in gather([tmp_path])]
+    assert before.scores
+    assert not during.scores
+    assert main(["train", "--out", str(tmp_path), "--resume", "--epochs", "3", "-q"]) == 0
+    rates = [[record["learning_rate"] for record in log_of(folder)][1:] for folder in (tmp_path, finished[0])]
+    assert rates[0] == rates[1]
 
 
 def test_settings_that_do_not_touch_training_may_change():
@@ -404,8 +436,10 @@ def test_validation_alone_hands_each_target_to_the_adapted_network_by_itself(nor
 
 
 def test_a_validation_loss_that_is_not_finite_is_null_in_the_log(tmp_path, monkeypatch):
-    real = metawrap.training.run.evaluate_shared
-    monkeypatch.setattr(metawrap.training.run, "evaluate_shared", lambda *args: replace(real(*args), loss=float("nan")))
+    real = metawrap.training.training_loop.evaluate_shared
+    monkeypatch.setattr(
+        metawrap.training.training_loop, "evaluate_shared", lambda *args: replace(real(*args), loss=float("nan"))
+    )
     train(replace(TINY, epochs=1), tmp_path)
     text = (tmp_path / "log.jsonl").read_text()
     assert "NaN" not in text
