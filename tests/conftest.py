@@ -6,7 +6,9 @@ process: a data set takes a second.
 
 import functools
 import os
+import random
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,21 @@ torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)
 quick_forms.LARGE = quick_forms.LARGE_AT_BEST = quick_forms.LARGE_POOLING = 0
 glyphs.draw_class = functools.lru_cache(10_000)(glyphs.draw_class)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before pytest leaves out what is slow.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow all cases of a function with `sampled(count)`, except `count` that its name draws.
+
+    They are drawn, and not every tenth, because a step may always meet the same value of one parameter.
+    """
+    cases = defaultdict[str, list[tuple[pytest.Item, int]]](list)
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append((item, mark.args[0]))
+    for name, found in cases.items():
+        for item, _ in random.Random(name).sample(found, max(0, len(found) - found[0][1])):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

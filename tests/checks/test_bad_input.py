@@ -172,6 +172,7 @@ def test_a_model_with_nothing_to_learn_is_named() -> None:
 BAD_EVERYWHERE = ("int32 labels", "labels too high", "half for a float64 model", "too few features", "another device")
 
 
+@pytest.mark.sampled(8)
 def test_every_method_refuses_bad_tasks_and_states_and_stays_as_it_was(method: Any) -> None:
     options = {"FineTune": {"classes": 6}, "MultiTask": {"classes": 6}, "LSTMMetaLearner": {"hidden_size": 4}}
     learner = method(seeded(NormedMlp), **options.get(method.__name__, {}))

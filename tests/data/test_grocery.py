@@ -25,6 +25,7 @@ def part_of(splits: DataSplits) -> dict[str, int]:
     return {name: part for part, images in enumerate(splits) for name in images.class_names}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("layout", ["zip", "named zip in a folder", "parent folder", "folder"])
 def test_every_image_of_every_class_is_read_in_each_layout(tmp_path: Path, published: bool, layout: str) -> None:

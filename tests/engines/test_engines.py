@@ -9,6 +9,7 @@ from face import as_tasks, assert_equals_reference, reference_for
 from models import seeded
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_meta_step_equals_the_oracle(name: str, engine: str) -> None:
@@ -18,6 +19,7 @@ def test_meta_step_equals_the_oracle(name: str, engine: str) -> None:
     assert_equals_reference(learner, metrics.loss, case_reference(name))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("name", ["conv4", "lstm", "tied weights", "user hooks", "norm with activation"])
 def test_forward_and_backward_equal_the_oracle(name: str, engine: str) -> None:

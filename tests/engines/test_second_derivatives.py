@@ -81,6 +81,7 @@ WAYS: list[tuple[Norm, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("norm", "way"), WAYS, ids=[f"{n.__module__[-6:]}-{'-'.join(w.values())}" for n, w in WAYS])
 def test_weight_norms_meta_gradient_is_that_of_finite_differences(

@@ -129,6 +129,7 @@ def looked_at() -> Any:
     return learner
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", ["meta_step", "forward"])
 @pytest.mark.parametrize("now", LATE)
 def test_what_begins_after_the_first_look_is_refused_by_name_and_nothing_moves(now: str, way: str) -> None:

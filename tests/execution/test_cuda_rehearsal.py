@@ -136,6 +136,7 @@ def rehearsed(case: str, model: nn.Module | None = None, **options: Any) -> tupl
     return learner, [task.to(CUDA) for task in batch_of(case, 2, shots=1)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_steady_meta_step_waits_only_where_it_must(cuda: CudaRehearsal, case: str) -> None:
     # One inner step, where there are inner steps: the options below, and convolutions, take two.
@@ -145,6 +146,7 @@ def test_a_steady_meta_step_waits_only_where_it_must(cuda: CudaRehearsal, case: 
     assert_runs_on_cuda(learner, batch)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("engine", "norm"),
     [("higher", "batch"), *((engine, norm) for engine in ("functional", "batched") for norm in NORMS)],
@@ -155,6 +157,7 @@ def test_no_engine_waits_under_any_norm_policy(cuda: CudaRehearsal, engine: str,
     assert_runs_on_cuda(learner, batch)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_engine_waits_in_convolutions(cuda: CudaRehearsal, engine: str) -> None:
     learner = make("maml++", seeded(lambda: Conv4(filters=2, size=4, blocks=1)).to(CUDA), engine=engine)
@@ -171,6 +174,7 @@ def test_tasks_of_unequal_sizes_at_once_do_not_wait(cuda: CudaRehearsal) -> None
     assert "padded" in str(learner.describe())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("place", range(len(OPTIONS)))
 def test_an_option_waits_only_where_it_must(cuda: CudaRehearsal, place: int) -> None:
     options, expected = OPTIONS[place]

@@ -98,6 +98,7 @@ HELD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
@@ -113,6 +114,7 @@ def test_whatever_a_forward_changes_is_seen(held: str, workers_in: str) -> None:
         assert second == pytest.approx(first, rel=1e-12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", ["drops", "counts", "averages"])
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("workers_in", WORKERS_IN)

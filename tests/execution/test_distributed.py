@@ -350,6 +350,7 @@ def test_shares_are_contiguous_complete_and_as_equal_as_can_be(
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_only_one_process_speaks(place: Path) -> None:
     folders = [
         *(str(Path(__file__).parents[1] / room) for room in ("support", "reference")),

@@ -80,6 +80,7 @@ def both(make: Any, **options: Any) -> list[Any]:
     return [build(seeded(make), cuda_graphs=graphs, **options) for graphs in (False, True)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", PLAIN)
 def test_training_by_replays_is_training(way: str, recorder: Recorder) -> None:
     plain, replaying = both(Conv4, **PLAIN[way])
@@ -122,6 +123,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_is_recorded_anew(change: str, recorder: Recorder) -> None:
     plain, replaying = both(Scaled, engine="functional")

@@ -51,6 +51,7 @@ class Averaged(nn.Module):
         return loss / self.average
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("make", [Anneal, Averaged])
 @pytest.mark.parametrize("way", [{"workers": "auto"}, {"tune": True}], ids=str)
 def test_a_loss_with_state_is_called_in_order(make: Any, way: dict[str, Any]) -> None:

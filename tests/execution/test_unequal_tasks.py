@@ -90,6 +90,7 @@ def test_padded_tasks_equal_the_oracle(name: str, at_once: list[Any]) -> None:
     assert_padded(batched(seeded(make)), seeded(make), tasks_of(shape), at_once)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
 @pytest.mark.parametrize("norm", ["batch", "running", "support", "task", "task_layer"])
@@ -104,6 +105,7 @@ def test_every_norm_policy_order_and_memory_equals_the_oracle(
     assert_padded(learner, seeded(make), tasks, at_once, norm=norm, second_order=second_order)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("norm", ["batch", "running", "support", "task"])
 def test_unequal_support_sets_target_sets_and_both(norm: str, sizes: str, at_once: list[Any]) -> None:

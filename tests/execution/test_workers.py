@@ -49,6 +49,7 @@ def test_every_network_in_threads_equals_the_oracle(name: str) -> None:
     assert_equals_reference(learner, learner.meta_step(CASES[name].batch()).loss, case_reference(name))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
 def test_every_way_equals_the_oracle(way: str, second_order: bool) -> None:
@@ -62,6 +63,7 @@ def test_every_way_equals_the_oracle(way: str, second_order: bool) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("norm", POLICIES)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_every_norm_policy_in_workers_equals_the_oracle(norm: str, workers_in: str) -> None:
@@ -193,6 +195,7 @@ class WatchedNorm(NormedMlp):
     forward = watched(NormedMlp.forward)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", POLICIES)
 @pytest.mark.parametrize("workers_in", WORKERS_IN)
 def test_evaluation_uses_the_threads_with_the_same_result(norm: str, workers_in: str) -> None:

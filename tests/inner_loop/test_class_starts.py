@@ -70,6 +70,7 @@ def by_hand(learner: Any, kind: str, tasks: list[Task], second_order: bool = Tru
     return total.detach(), dict(zip(leaves, found, strict=True))
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("order", [0, math.inf])
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("engine", ALL_ENGINES)

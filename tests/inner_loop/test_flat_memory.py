@@ -36,6 +36,7 @@ MEMORIES = ("unrolled", "flat")
 NETWORKS = ["conv4", "vision transformer", "lstm", "tied weights", "user hooks", "norm with activation"]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_step_and_forward_equal_the_oracle(name: str, engine: str) -> None:
@@ -57,6 +58,7 @@ def test_every_norm_policy_and_order_equals_the_oracle(norm: str, second_order: 
     assert_step_equals_oracle(learner, model, batch, weights, norm=norm, second_order=second_order)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_update_rule_equals_the_loop_by_hand(rule: str, engine: str) -> None:

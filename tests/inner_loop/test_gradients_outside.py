@@ -56,6 +56,7 @@ CASES = [(place, "functional") for place in PLACES]
 CASES += [(place, engine) for engine in ALL_ENGINES[1:] for place in ("support", "soft labels", "closure")]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(("place", "engine"), CASES)
 def test_flat_memory_has_the_gradient_of_finite_differences(place: str, engine: str) -> None:
     found = []
@@ -128,6 +129,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())) or "plain")
 def test_meta_step_says_that_it_does_not_follow_graphs(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", lambda run: (run, run()))

@@ -21,6 +21,7 @@ from metawrap import ArgumentError, MAMLPlusPlus, Task
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rule", RULES)

@@ -50,6 +50,7 @@ def wrapped(name: str = "vectors", **options: Any) -> tuple[nn.Module, Any, Any,
 # --- training against the oracle -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @every_policy
 @every_model
@@ -59,6 +60,7 @@ def test_training_under_each_policy_equals_the_oracle(name: str, norm: str, engi
     assert_step_equals_oracle(learner, model, batch, weights, norm=norm, after_norm=after_norm)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
@@ -119,6 +121,7 @@ def test_a_network_without_batch_norms_runs_no_more_passes_than_under_batch(norm
 # --- evaluation and adapt against the oracle -------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("steps", [1, STEPS, STEPS + 4])
 @every_policy
 @every_model
@@ -181,6 +184,7 @@ def test_interval_is_the_95_percent_one_over_tasks() -> None:
 # --- what inductive means --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(9)
 @every_model
 @every_policy
 def test_inductive_prediction_is_the_same_alone_and_in_any_company(norm: str, name: str) -> None:
@@ -280,6 +284,7 @@ def test_unwrap_gives_row_zero_and_the_users_class(norm: str) -> None:
 # --- no_grad and inference_mode --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @every_policy

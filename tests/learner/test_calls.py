@@ -75,6 +75,7 @@ def predictions(learner: Any, task: Task) -> Tensor:
         return learner.adapt(task.support_x, task.support_y)(task.target_x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_adapt_and_evaluate_in_threads_give_what_a_lone_call_gives(name: str) -> None:
     torch.manual_seed(0)
@@ -91,6 +92,7 @@ def test_adapt_and_evaluate_in_threads_give_what_a_lone_call_gives(name: str) ->
     assert fingerprint(learner) == before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ["functional", "higher"])
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])
 def test_every_engine_and_norm_policy_adapts_in_threads(engine: str, norm: str) -> None:

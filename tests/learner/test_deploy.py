@@ -35,6 +35,7 @@ from torch.nn.utils import parametrize, prune
 from metawrap import MAMLPlusPlus
 
 
+@pytest.mark.sampled(5)
 @policy_cases(ALL, engines=("functional", "higher"))
 def test_output_is_the_learners_own_prediction_and_that_of_plain_pytorch(name: str, norm: str, engine: str) -> None:
     case = ALL[name]
@@ -67,6 +68,7 @@ def class_of(module: nn.Module) -> tuple[Any, ...]:
     return (cls.__name__, cls.__bases__) if parametrize.is_parametrized(module) else (cls,)
 
 
+@pytest.mark.sampled(10)
 @policy_cases(ALL)
 def test_returned_module_is_of_the_users_classes_and_shares_nothing(name: str, norm: str) -> None:
     model, learner = wrapped(name, norm)
@@ -137,6 +139,7 @@ def test_adapted_module_can_be_cast(name: str, norm: str, dtype: torch.dtype) ->
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", POLICIES)

@@ -84,6 +84,7 @@ def unpickled_elsewhere(tmp_path: Path, names: list[str], asked: tuple[str, ...]
     assert done.stdout.splitlines() == [job[0] for job in jobs]
 
 
+@pytest.mark.slow
 def test_pickles_load_and_predict_in_a_process_without_metawrap(tmp_path: Path) -> None:
     unpickled_elsewhere(tmp_path, [name for name in CASES if name not in NOT_PICKLED], ("adapt(None)", "unwrap"))
 
@@ -93,6 +94,7 @@ def test_large_pickles_load_and_predict_in_a_process_without_metawrap(tmp_path: 
     unpickled_elsewhere(tmp_path, list(LARGE), ("adapt(None)", "adapt(0)", "unwrap"))
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", CASES)
 def test_pickle_works_exactly_where_the_original_pickles(name: str) -> None:
     original = ALL[name].original()
@@ -107,6 +109,7 @@ def test_pickle_works_exactly_where_the_original_pickles(name: str) -> None:
     assert said in outcome(lambda: pickle.dumps(plain))
 
 
+@pytest.mark.sampled(24)
 @policy_cases(name for name in CASES if "closure" not in name)
 def test_deepcopy_predicts_the_same_and_stands_alone(name: str, norm: str) -> None:
     target_x = ALL[name].task()[2]
@@ -126,6 +129,7 @@ def without_statistics(model: nn.Module, kept: Any = None) -> nn.Module:
     return model
 
 
+@pytest.mark.sampled(10)
 @policy_cases(ALL)
 def test_state_dict_goes_through_a_file_into_a_fresh_original(name: str, norm: str) -> None:
     case = ALL[name]
@@ -200,6 +204,7 @@ def assert_exports(name: str, norm: str, chosen: tuple[str, ...]) -> None:
         assert_same_output(call(plain, target_x), expected, 0)
 
 
+@pytest.mark.sampled(5)
 @policy_cases(ALL, ("batch", "support"))
 def test_adapted_module_exports_as_the_original_does(name: str, norm: str) -> None:
     assert_exports(name, norm, ("adapt(None)",))
@@ -214,6 +219,7 @@ def test_every_returned_module_exports_as_the_original_does(name: str, norm: str
 SIZES = (2, 5, 12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", PLAIN_POLICIES)
 @pytest.mark.parametrize("name", ["Conv4", "strided Conv4", "metaclass", "kinds of norm"])
 def test_export_with_any_batch_size_equals_eager_and_keeps_the_policys_company_rule(name: str, norm: str) -> None:
@@ -249,6 +255,7 @@ WITHOUT_SCRIPT = {"strided Conv4", "frozen backbone"}
 """Networks whose original TorchScript does not take."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", PLAIN_POLICIES)
 @pytest.mark.parametrize(
     "name",

@@ -43,6 +43,7 @@ all_engines = pytest.mark.parametrize("engine", ALL_ENGINES)
 # --- 1: the user's module is never changed ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @every_engine
 @pytest.mark.parametrize(
     ("make", "shape"),
@@ -81,6 +82,7 @@ def test_1_what_is_returned_shares_no_memory_with_the_learner() -> None:
 # --- 2: a batch is the mean of its tasks -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @all_engines
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
 def test_2_meta_step_is_the_mean_of_single_task_gradients_whatever_the_chunking(chunk: int, engine: str) -> None:
@@ -95,6 +97,7 @@ def test_2_meta_step_is_the_mean_of_single_task_gradients_whatever_the_chunking(
     assert loss == pytest.approx(sum(single for single, _ in alone) / 4, rel=1e-9)
 
 
+@pytest.mark.sampled(2)
 @all_engines
 def test_2_chunking_leaves_the_same_statistics_and_weights(engine: str) -> None:
     learners = [small(tasks_per_backward=chunk, engine=engine) for chunk in (1, 3, 4)]
@@ -120,6 +123,7 @@ def test_2_forward_and_meta_step_agree() -> None:
 # --- 3: evaluation and adapt change nothing --------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", POLICIES)
 @every_engine
@@ -232,6 +236,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
+@pytest.mark.sampled(5)
 @all_engines
 @pytest.mark.parametrize(
     "options",

@@ -58,6 +58,7 @@ def figures(method: str, form: Any, **options: Any) -> list[Tensor]:
     return [torch.tensor(metrics.loss), torch.tensor(result.loss), *gradients, *shown]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("loss", [{}, {"loss_fn": own_loss}], ids=["default", "own"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_known_prediction_trains_as_the_bare_tensor_does(method: str, loss: dict[str, Any]) -> None:
@@ -88,6 +89,7 @@ def test_an_auxiliary_head_that_runs_last_is_not_the_head() -> None:
     assert learner.head == "head"
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("output", UNKNOWN)
 @pytest.mark.parametrize("method", HEADED)
 def test_an_ambiguous_prediction_is_refused_and_the_fix_works(method: str, output: str) -> None:

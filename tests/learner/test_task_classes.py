@@ -206,6 +206,7 @@ def told(method: Any, count: int, y: Tensor, kind: Any = NormedMlp, **options: A
     return [str(each.message) for each in seen if "outputs" in str(each.message)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", [MAMLPlusPlus, FOMAML, Reptile, ANIL])
 @pytest.mark.parametrize("outputs", [1000, 6, 4])
 def test_outputs_of_no_class_are_told_once_and_what_is_told_helps(method: Any, outputs: int) -> None:

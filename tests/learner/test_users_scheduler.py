@@ -53,6 +53,7 @@ def train(learner: Any, epochs: range) -> list[float]:
     return [learner.meta_step(batch).meta_lr for batch in batches[2 * epochs.start :]]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FACTORIES)
 @pytest.mark.parametrize("method", [MAML, ProtoNet])
 def test_what_start_md_saves_is_enough_to_train_on_bit_for_bit(name: str, method: Any, tmp_path: Path) -> None:
@@ -105,6 +106,7 @@ def test_a_scheduler_on_one_side_alone_is_told(saved: str | None, built: str | N
         other.load_state_dict(learner.state_dict())
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_failed_load_puts_the_scheduler_back(name: str) -> None:
     learner, other, fresh = (learner_with(FACTORIES[name]) for _ in range(3))

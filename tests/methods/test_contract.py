@@ -141,6 +141,7 @@ def test_the_users_module_is_never_changed(name: str) -> None:
     assert not mine & {id(t) for t in (*learner.parameters(), *learner.buffers())}
 
 
+@pytest.mark.sampled(2)
 def test_it_learns_tasks_by_heart(case: str) -> None:
     if case in NETWORKS or case == "anil-rates":  # See test_anil.py.
         return
@@ -156,6 +157,7 @@ def test_it_learns_tasks_by_heart(case: str) -> None:
     assert any(not torch.equal(p, before[n]) for n, p in learner.named_parameters() if n in before)
 
 
+@pytest.mark.sampled(7)
 def test_backward_of_forward_is_the_gradient_of_meta_step(case: str) -> None:
     batch, one = batch_of(case), make(case, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     torch.manual_seed(3)
@@ -168,6 +170,7 @@ def test_backward_of_forward_is_the_gradient_of_meta_step(case: str) -> None:
     assert_close(gradients(other), gradients(one))
 
 
+@pytest.mark.sampled(2)
 def test_a_batch_is_the_mean_of_its_tasks_whatever_the_chunks(case: str) -> None:
     def gradient(tasks: list[Task], **options: Any) -> dict[str, Tensor | None]:
         learner = make(case, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
@@ -186,6 +189,7 @@ def test_a_batch_is_the_mean_of_its_tasks_whatever_the_chunks(case: str) -> None
     assert_close({n: sum(parts) / len(each) if parts else None for n, parts in found.items()}, whole)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("norm", NORMS)
 def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
     if (deployed, norm) == ("reptile", "running"):
@@ -224,6 +228,7 @@ def test_adapt_predicts_as_evaluate_does(deployed: str, norm: str) -> None:
         assert steps is None or result.steps == steps
 
 
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("norm", ["running", "support"])
 def test_a_target_is_judged_alone_as_in_company(deployed: str, norm: str) -> None:
     if (deployed, norm) == ("reptile", "running"):
@@ -237,6 +242,7 @@ def test_a_target_is_judged_alone_as_in_company(deployed: str, norm: str) -> Non
         torch.testing.assert_close(predictions(learner, alone), together[one], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", sorted(INNER_STEPS))
 def test_what_adapt_returns_predicts_an_image_alone_as_in_company_by_default(name: str) -> None:
     def difference(images: int, **options: Any) -> float:
@@ -251,6 +257,7 @@ def test_what_adapt_returns_predicts_an_image_alone_as_in_company_by_default(nam
     assert difference(2, norm="batch") > 1e-3  # The network has norms that matter.
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_changes_nothing(deployed: str, training: bool) -> None:
     learner, batch = make(deployed), batch_of(deployed)
@@ -277,6 +284,7 @@ def test_evaluating_changes_nothing(deployed: str, training: bool) -> None:
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+@pytest.mark.sampled(5)
 def test_a_fresh_learner_takes_a_trained_ones_state_before_any_task(case: str) -> None:
     learner, batch = make(case), batch_of(case)
     for tasks in (batch[1:2], batch[:1]):
@@ -293,6 +301,7 @@ def test_a_fresh_learner_takes_a_trained_ones_state_before_any_task(case: str) -
     assert_same_state(dict(fresh.state_dict()), dict(learner.state_dict()))
 
 
+@pytest.mark.sampled(14)
 def test_its_state_is_plain_tensors_before_any_task_too(name: str, tmp_path: Path) -> None:
     learner = make(name)
     torch.save(learner.state_dict(), tmp_path / "state.pt")
@@ -301,6 +310,7 @@ def test_its_state_is_plain_tensors_before_any_task_too(name: str, tmp_path: Pat
     assert torch.equal(fresh.model.first.weight, learner.model.first.weight)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
 def test_a_copy_learns_as_the_learner_does_and_apart_from_it(case: str, trained: bool, way: Any) -> None:
@@ -328,6 +338,7 @@ def test_unwrap_is_the_users_own_class_and_runs(name: str) -> None:
     assert plain(batch[0].target_x).shape == (6, 3)
 
 
+@pytest.mark.sampled(6)
 def test_it_describes_itself_before_and_after_a_task(name: str) -> None:
     learner = make(name)
     for _ in range(2):
@@ -340,6 +351,7 @@ def test_it_describes_itself_before_and_after_a_task(name: str) -> None:
     assert learner.describe().head in ("linear", None)
 
 
+@pytest.mark.sampled(11)
 def test_a_frozen_parameter_stays_frozen(name: str) -> None:
     model = seeded(NormedMlp)
     model.get_parameter("first.weight").requires_grad_(False)
@@ -350,6 +362,7 @@ def test_a_frozen_parameter_stays_frozen(name: str) -> None:
     assert torch.equal(learner.model.first.weight, before)
 
 
+@pytest.mark.sampled(10)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(name: str) -> None:
     learner, batch = make(name), batch_of()
     learner.meta_step(batch)
@@ -365,6 +378,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name: str) -> None:
     assert not learner.meta_step(batch).skipped
 
 
+@pytest.mark.sampled(13)
 def test_a_failed_call_leaves_it_as_it_was(name: str) -> None:
     learner, batch = make(name), batch_of()
     learner.meta_step(batch)
@@ -378,6 +392,7 @@ def test_a_failed_call_leaves_it_as_it_was(name: str) -> None:
 
 
 # With three examples of each class, a linear system has the other of its two forms.
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("case", "shots"),
     [(c, 1) for c in [*METHODS, *VARIANTS] if c not in PARTIAL_GRADIENT and c not in NETWORKS]
@@ -403,6 +418,7 @@ def test_the_gradient_of_every_parameter_is_that_of_differences(case: str, shots
             assert abs(gradient - expected) <= 1e-7 * max(1.0, abs(expected)), (name, gradient, expected)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("ways", [2, 7])
 def test_any_number_of_ways_and_uneven_classes(case: str, ways: int) -> None:
     if case in NETWORKS:
@@ -430,6 +446,7 @@ def test_permuted_labels_permute_the_logits(fitted: str) -> None:
     )
 
 
+@pytest.mark.sampled(11)
 def test_ignored_targets_do_not_count(case: str) -> None:
     task = batch_of(case, 1)[0]
     hidden = replace(task, target_y=task.target_y.clone().index_fill_(0, torch.tensor([0]), -100))
@@ -440,6 +457,7 @@ def test_ignored_targets_do_not_count(case: str) -> None:
         assert one.meta_step([hidden]).loss == pytest.approx(other.meta_step([without]).loss, rel=1e-9)
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("trained", [False, True])
 def test_precision_follows(case: str, trained: bool) -> None:
     learner, batch = make(case, network(case).float()), batch_of(case)
@@ -462,6 +480,7 @@ def test_regression_and_missing_classes_are_refused_where_a_head_is_fitted(fitte
         learner.meta_step([replace(task, support_y=task.support_y + 1)])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", ["maml", "anil", "anil-rates", "reptile", "fine-tune-own-labels", "multi-task-ids"])
 def test_regression_with_the_users_loss(case: str) -> None:
     with quiet():

@@ -202,6 +202,7 @@ def test_turned_classes_have_numbers_of_their_own():
         assert torch.equal((task.support_x[label, 0] * 255).round().to(torch.uint8), turned)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("classes", [None, 8])
 @pytest.mark.parametrize(("method", "options"), METHODS)
 def test_what_was_evaluated_before_makes_no_difference_to_training(method, options, classes):

@@ -36,6 +36,7 @@ def whole_gradient(learner: Any) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in learner.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.sampled(5)
 @every_engine
 @every_method
 def test_a_meta_step_moves_all_that_is_learned_and_never_the_users_module(name: str, engine: str) -> None:
@@ -51,6 +52,7 @@ def test_a_meta_step_moves_all_that_is_learned_and_never_the_users_module(name: 
     assert still <= {"model.first.bias", "learning_rates.first/bias"}
 
 
+@pytest.mark.sampled(2)
 @every_method
 def test_every_engine_and_chunking_gives_the_same_gradient(name: str) -> None:
     first = learner_of(name, engine="functional", max_grad_norm=None)
@@ -67,6 +69,7 @@ def test_every_engine_and_chunking_gives_the_same_gradient(name: str) -> None:
         assert_same_gradients(whole_gradient(other), whole_gradient(first))
 
 
+@pytest.mark.sampled(5)
 @every_engine
 @every_method
 def test_forward_and_backward_leave_meta_steps_gradient(name: str, engine: str) -> None:
@@ -77,6 +80,7 @@ def test_forward_and_backward_leave_meta_steps_gradient(name: str, engine: str) 
     assert_same_gradients(whole_gradient(one), whole_gradient(other))
 
 
+@pytest.mark.sampled(5)
 @every_engine
 @every_method
 def test_a_step_that_is_not_finite_is_skipped(name: str, engine: str) -> None:

@@ -115,6 +115,7 @@ def test_preprocessing_by_hand() -> None:
     torch.testing.assert_close(preprocessed(values), torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_two_parameters_equal_the_loop_in_numpy_and_its_finite_differences(engine: str, memory: str) -> None:
@@ -195,6 +196,7 @@ def normed_mlp(norm: dict[str, Tensor]) -> Any:
     return network
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [

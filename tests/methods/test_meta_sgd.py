@@ -41,6 +41,7 @@ def test_a_rate_for_each_weight_and_one_inner_step() -> None:
     assert [row.rates for row in told.modules if row.name == "first"] == [30]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"memory": "flat"}, {"first_order_epochs": 99}], ids=str)
@@ -72,6 +73,7 @@ def test_equal_rates_give_mamls_gradient_and_their_gradients_add_up_to_its_rates
     assert_same_gradients(summed, expected)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("rule", ["momentum", "adam", "norm clipped"])

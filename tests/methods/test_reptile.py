@@ -18,6 +18,7 @@ from torch import nn
 from metawrap import MAML, ArgumentError, MetaWrapWarning, Reptile, Task
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3], ids=["serial", "batched"])

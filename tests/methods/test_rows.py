@@ -132,6 +132,7 @@ def losses(method: str, mix: Any, *rest: Any, apart: bool = False) -> list[float
     return [learner.meta_step([task(each, apart, **NAMES.get(method, {}))]).loss for each in rest]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("method", [*EMBEDDING, "fine-tune by classes"])
 @pytest.mark.parametrize("mixed", ["edges", "centred"])
 def test_every_method_trains_on_sets_whose_rows_do_not_mix(method: str, mixed: str) -> None:
@@ -139,6 +140,7 @@ def test_every_method_trains_on_sets_whose_rows_do_not_mix(method: str, mixed: s
     assert losses(method, mix, rest) == pytest.approx(losses(method, mix, rest, apart=True), rel=1e-9)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("mixed", MIXED)
 @pytest.mark.parametrize("method", ["protonet", "fine-tune"])
 def test_whatever_mixes_rows_keeps_the_sets_apart(method: str, mixed: str) -> None:
@@ -215,6 +217,7 @@ def test_a_head_that_centres_its_rows_sees_one_set_at_a_time() -> None:
 DRAWN = {"drawn around a mean": (lambda net, hidden: torch.normal(hidden - hidden.mean(0), 1.0), (None, None))}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mixed", MIXED | DRAWN)
 def test_reptile_refuses_rows_that_are_no_examples_and_nothing_moves(mixed: str) -> None:
     mix, rest = (MIXED | DRAWN)[mixed]

@@ -160,6 +160,7 @@ def test_a_setting_that_cannot_run_is_left_out_with_the_reason(monkeypatch: pyte
         require("no_such_package.part")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_comparison_writes_records_and_pictures(
     run: Callable[..., list[dict[str, Any]]],
@@ -200,6 +201,7 @@ class Here:
         self.step, self.close = self.contender.step, lambda: None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_two_versions_are_timed_in_processes_of_their_own_and_compared(
     run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -236,12 +238,14 @@ def test_the_process_of_another_checkout_imports_its_metawrap(tmp_path: Path) ->
     assert "status 7" in record["reason"]
 
 
+@pytest.mark.slow
 def test_a_measurement_in_its_own_process_returns_its_records() -> None:
     (record,) = processes.in_child("memory", TINY, SHARED, name="plain")
     assert (record["kind"], record["setting"], record["allocator"]) == ("memory", "plain", "default")
     assert record["peak_mb"] >= 0
 
 
+@pytest.mark.slow
 def test_a_contender_apart_steps_when_told_and_ends_when_closed() -> None:
     contender = processes.Apart(TINY, SHARED, "plain")
     contender.step()
@@ -257,6 +261,7 @@ def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.Mo
     assert "status 2" in record["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_gpu_script_runs_on_the_cpu_with_operations_for_kernels(
     run: Callable[..., list[dict[str, Any]]],

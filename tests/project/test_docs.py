@@ -178,6 +178,7 @@ def stand_in(words: list[str]) -> list[str]:
     return ["--data", "glyphs"] if words[0] == "train" and data in (None, "omniglot") else []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if "```python" in page.read_text() or "```sh" in page.read_text()],
@@ -356,6 +357,7 @@ def test_every_page_and_picture_is_reached() -> None:
     assert not [picture.name for picture in (DOCS / "images").iterdir() if picture.name not in text]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_is_stored_without_output(tmp_path: Path) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(DOCS / "notebook.ipynb", as_version=4)

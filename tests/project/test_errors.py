@@ -320,6 +320,7 @@ def status_of(words: str) -> int | str | None:
         return error.code
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("copied")
 @pytest.mark.parametrize(("before", "command", "advice", "act", "then"), COMMANDS.values(), ids=COMMANDS)
 def test_advice_of_the_command_line_works(

@@ -9,6 +9,7 @@ import pytest
 from example_modules import load
 
 
+@pytest.mark.slow
 def test_a_users_own_cnn_learns_to_adapt_in_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy = load("examples/wrap_your_cnn.py", monkeypatch).main(meta_steps=10, tasks_to_test=10)
     assert accuracy > 0.4, "chance is 0.2"
@@ -19,6 +20,7 @@ def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_rate_turns_negative_where_the_support_labels_have_the_wrong_sign(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

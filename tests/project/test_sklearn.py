@@ -289,6 +289,7 @@ def not_for_modules(_: Any) -> dict[str, str]:
     }
 
 
+@pytest.mark.sampled(21)
 @parametrize_with_checks(estimators(), expected_failed_checks=not_for_modules, xfail_strict=True)
 def test_scikit_learns_own_checks_pass(estimator, check):
     check(estimator)

@@ -68,6 +68,7 @@ def _learner(file: SimpleNamespace, **options: object) -> MAMLPlusPlus:
     return learner
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
 @FILES
 def test_meta_step_reproduces_the_reference_file(path: Path, engine: str) -> None:
@@ -80,6 +81,7 @@ def test_meta_step_reproduces_the_reference_file(path: Path, engine: str) -> Non
     assert_same_gradients(statistics_of(learner), file.after)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
 @FILES
 def test_forward_and_backward_reproduce_the_reference_file(path: Path, engine: str) -> None:

@@ -141,6 +141,7 @@ def test_state_dict_round_trips_with_counters() -> None:
     assert_same_state(dict(new.state_dict()), dict(old.state_dict()))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 @pytest.mark.parametrize("steps", [0, 3])
@@ -179,6 +180,7 @@ def test_bfloat16_autocast_on_the_cpu_runs_and_is_close(engine: str) -> None:
     assert all(torch.isfinite(p).all() for p in learner.parameters())
 
 
+@pytest.mark.sampled(2)
 @every_engine
 @pytest.mark.parametrize(("make", "shape"), [(LSTMClassifier, (4, 3)), (vision_transformer, (3, 16, 16))])
 def test_float32_second_order_equals_the_float64_oracle(make: Any, shape: tuple[int, ...], engine: str) -> None:

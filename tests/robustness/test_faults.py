@@ -298,6 +298,7 @@ def with_room_for(room, error, monkeypatch):
     return sizes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
 @pytest.mark.parametrize("engine", ["functional", "higher"])
 def test_tasks_that_do_not_fit_are_split_with_the_same_update_and_one_warning(monkeypatch, error, engine):
@@ -329,6 +330,7 @@ def same_values(one, other):
             assert torch.allclose(value.double(), other.state_dict()[name].double(), rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{}, {"engine": "batched"}, {"workers": 2}, {"tasks_per_backward": 3}], ids=str)
 def test_flat_memory_is_taken_where_memory_runs_out_with_the_same_update_and_one_warning(monkeypatch, options):
     def learner():

@@ -90,6 +90,7 @@ def test_the_plot_takes_any_accuracy(tmp_path):
     assert not draw_comparison([row("x", 0.1, error="why"), row("y", None)], tmp_path / "b.png")
 
 
+@pytest.mark.slow
 def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(capsys, tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text(
         "from torch import nn\n"

@@ -226,6 +226,7 @@ SOURCES: dict[str, tuple[list[Callable[[Path], Any]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_record_is_the_same_in_each_layout_place_and_memory_and_changes_with_the_images(
     name: str, tmp_path: Path
