@@ -32,6 +32,8 @@ def server_of(app: Any) -> Any:
     import uvicorn
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # Each broken form is a line.
+    # A request that Ctrl-C ends would be a traceback.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "timeout graceful shutdown" not in str(record.exc_info))
     config = uvicorn.Config(
         app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False, timeout_graceful_shutdown=5
     )
