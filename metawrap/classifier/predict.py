@@ -69,7 +69,17 @@ def load(folder: Path) -> tuple[list[str], Callable[[list[str]], Any]]:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("usage: python predict.py PHOTO [PHOTO ...]")
     classes, probabilities = load(Path(__file__).parent)
-    for photo, row in zip(sys.argv[1:], probabilities(sys.argv[1:]), strict=True):
+    broken = 0
+    for photo in sys.argv[1:]:
+        try:
+            [row] = probabilities([photo])
+        except OSError as error:
+            broken += 1
+            print(f"{photo}: {error}", file=sys.stderr)
+            continue
         best = int(row.argmax())
         print(f"{photo}\t{classes[best]}\t{row[best]:.4f}")
+    sys.exit(2 if broken else 0)

@@ -44,6 +44,8 @@ def _tokens(text: Any) -> list[list[int]]:
 
 
 if __name__ == "__main__":
+    if not all(text.strip() for text in sys.argv[1:]) or not sys.argv[1:]:
+        sys.exit("usage: python predict.py TEXT [TEXT ...]; no empty ones")
     classes, probabilities = load(Path(__file__).parent)
     for text, row in zip(sys.argv[1:], probabilities(sys.argv[1:]), strict=True):
         best = row.index(max(row))

@@ -15,8 +15,7 @@ def add_adapt(commands: Any) -> None:
         "adapt",
         "make a classifier from a few photos or texts of each class",
         "adapt RUN|NETWORK --support FOLDER|CSV [options]",
-        "Writes classifier.json, network.pt2, weights.safetensors, predict.py, which needs torch alone, and for texts "
-        "tokenizer.json.",
+        "Writes a folder: the program, its weights, and predict.py, which needs no metawrap.",
     )
     parser.add_argument("source", metavar="RUN|NETWORK", help=f"a run's folder; or {NETWORKS}")
     about = "a folder of photos per class, zip, tar too; texts: a CSV of text,class, or a folder of CLASS.txt"
@@ -32,7 +31,7 @@ def add_adapt(commands: Any) -> None:
 def _add_source(parser: Any) -> None:
     group = parser.add_argument_group("of a network")
     about = "auto (default): of R2D2, SimpleShot, ... the best on examples left out"
-    group.add_argument("--method", **NAME, choices=("auto", *METHODS), help=about)
+    group.add_argument("--method", **NAME, type=str.lower, choices=("auto", *METHODS), help=about)
     about = "DEFAULT (pretrained), or a file of weights (random; DEFAULT for texts)"
     group.add_argument("--weights", metavar="FILE", help=about)
     group.add_argument("--image-size", **N, help="side in pixels (the pretrained network's)")

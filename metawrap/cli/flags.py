@@ -109,7 +109,8 @@ DATA: dict[str, dict[str, Any]] = {
 }
 NORM = {"choices": NORMS} | NAME
 LEARNER: dict[str, dict[str, Any]] = {
-    "--method": NAME | {"choices": tuple(METHODS), "help": "maml++ (default); metawrap compare --help lists all"},
+    "--method": NAME
+    | {"type": str.lower, "choices": tuple(METHODS), "help": "maml++ (default); metawrap compare --help lists all"},
     "--preset": NAME | {"help": "inductive (default), authors_code or paper, for maml++"},
     "--norm": NORM | {"help": "batch norm: batch, running, support, task, task_layer (the method's)"},
     "--engine": NAME | {"help": f"auto (default: chooses one), {', '.join(ENGINES)}"},
