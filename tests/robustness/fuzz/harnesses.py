@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
+import json
 import pickle
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from metawrap.data import load_data
 from metawrap.training.checkpoints import load_checkpoint
 
 FOLDER = Path(tempfile.mkdtemp(prefix="metawrap-fuzz-"))
+(FOLDER / "run").mkdir()
 
 
 class Harness(NamedTuple):
@@ -153,6 +156,83 @@ def _cifar_seeds() -> Iterator[bytes]:
     yield gzip.decompress(buffer.getvalue())
 
 
+_RECORDS = ("run.json", "log.jsonl", "insight.jsonl", "result.json", "final_insight.json")
+
+
+def _run(content: bytes) -> object:
+    from metawrap.report.records import read_records  # type: ignore[import-not-found,unused-ignore]
+
+    for name, part in zip(_RECORDS, (*content.split(b"\0"), b"", b"", b"", b"", b""), strict=False):
+        _file(f"run/{name}", part)
+    return read_records(FOLDER / "run")
+
+
+def _run_seeds() -> Iterator[bytes]:
+    score = {"mean": 0.5, "accuracy": 0.5, "interval": 0.1, "loss": 1.0}
+    test = {"epoch": 1, "tasks": 2, "norms": {"support": {"before": score, "after": score}}}
+    quarters = {"low": [0.1], "median": [0.2], "high": [0.3]}
+    example = {"label": 0, "prediction": 1, "probability": 0.5, "png": "aGk=", "at": [0.1, 0.2]}
+    final = {
+        "tasks": 2,
+        "steps": [{"steps": 1} | score],
+        "classes": {
+            "count": 1,
+            "shown": [{"class": "a", "targets": 2, "right": 1}],
+            "confusions": [{"class": "a", "taken_for": "b", "times": 1, "targets": 2}],
+        },
+        "episodes": [{"task": 1, "why": "first", "classes": ["a", "b"], "support": [example], "target": [example]}],
+    }
+    files: list[object] = [
+        {"settings": {"method": "maml++", "epochs": 1}, "command": "metawrap train"},
+        {"epoch": 1, "loss": 1.0, "accuracy": 0.5, "validation_accuracy": 0.5, "seconds": 1},
+        {"epoch": 1, "step_weights": [0.5], "step_losses": [1.0], "rates": {"w": quarters}, "norms": {"n": quarters}},
+        {"settings": {"epochs": 1}, "test": test, "trained_norm": "support", "machine": {"cores": 2}, "seconds": 1},
+        final,
+    ]
+    yield b"\0".join(json.dumps(each).encode() for each in files)
+    yield b'{"settings": {}, "seeds": [0, 1]}\0\0'
+
+
+def _classifier(content: bytes) -> object:
+    from metawrap.classifier import Classifier  # type: ignore[import-not-found,unused-ignore]
+
+    _file("classifier.json", content)
+    return Classifier.load(FOLDER)
+
+
+def _classifier_seeds() -> Iterator[bytes]:
+    yield _deployed("classifier.json")
+
+
+def _program(content: bytes) -> object:
+    # The description alone, for the same reason as above.
+    from metawrap.classifier.program import load_program  # type: ignore[import-not-found,unused-ignore]
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(_deployed("network.pt2"))) as whole, zipfile.ZipFile(buffer, "w") as archive:
+        for member in whole.infolist():
+            described = member.filename.endswith("models/model.json")
+            archive.writestr(member, content if described else whole.read(member))
+    return load_program(_file("fuzzed.pt2", buffer.getvalue()))
+
+
+def _program_seeds() -> Iterator[bytes]:
+    with zipfile.ZipFile(io.BytesIO(_deployed("network.pt2"))) as archive:
+        yield archive.read(next(name for name in archive.namelist() if name.endswith("models/model.json")))
+
+
+@cache
+def _deployed(name: str) -> bytes:
+    """A file of the smallest classifier."""
+    from metawrap.classifier import Classifier
+    from metawrap.data import Preprocessing
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    folder = FOLDER / "made"
+    Classifier.of(network, ("a", "b"), Preprocessing(size=(2, 2))).save(folder)
+    return (folder / name).read_bytes()
+
+
 HARNESSES = {
     "checkpoint": Harness(_checkpoint, _checkpoint_seeds),
     "checkpoint_pickle": Harness(_checkpoint_pickle, _pickle_seeds),
@@ -161,4 +241,7 @@ HARNESSES = {
     "csv": Harness(_table, _table_seeds, "metawrap.data.text_files"),
     "split": Harness(_split, _split_seeds, "metawrap.data.class_split"),
     "tar": Harness(_cifar, _cifar_seeds, "metawrap.data.cifar"),
+    "run": Harness(_run, _run_seeds, "metawrap.report.records"),
+    "classifier": Harness(_classifier, _classifier_seeds, "metawrap.classifier"),
+    "program": Harness(_program, _program_seeds, "metawrap.classifier"),
 }
