@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     cases = defaultdict[str, list[tuple[pytest.Item, int]]](list)
     for item in items:
-        if mark := item.get_closest_marker("sampled"):
+        if (mark := item.get_closest_marker("sampled")) and not item.get_closest_marker("zoo"):
             cases[item.nodeid.partition("[")[0]].append((item, mark.args[0]))
     for name, found in cases.items():
         for item, _ in random.Random(name).sample(found, max(0, len(found) - found[0][1])):

@@ -71,6 +71,7 @@ def found() -> dict[str, list[int]]:
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["kept", "other tunable"])
 def test_memory_is_kept_from_the_first_meta_step_on(case: str, found: dict[str, list[int]]) -> None:
     imported, evaluated, trained, done = found[case]

@@ -231,6 +231,7 @@ def test_a_folder_without_metawrap_is_refused(
     assert 'Add "metawrap default"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_process_of_another_checkout_imports_its_metawrap(tmp_path: Path) -> None:
     (tmp_path / "metawrap").mkdir()
     (tmp_path / "metawrap" / "__init__.py").write_text("raise SystemExit(7)")
