@@ -35,6 +35,12 @@ def start(place: Path, processes: int, out: str, *more: str) -> subprocess.Popen
     return subprocess.Popen([sys.executable, *command], cwd=place, env=os.environ | own, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
+def end(process: subprocess.Popen[str], well: bool) -> str:
+    printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
+    assert (process.returncode == 0) == well, complaints
+    return printed
+
+
 def newest(run: Path) -> int:
     return max((int(file.stem[6:]) for file in run.glob("checkpoints/epoch-*.pt")), default=0)
 
@@ -47,7 +53,7 @@ def ranks_of(launcher: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 @pytest.mark.timeout(1_800)
 def test_a_rank_that_is_killed_ends_the_run_which_goes_on_at_another_world_size(tmp_path: Path) -> None:
-    assert start(tmp_path, 1, "alone").wait(SECONDS_TO_WAIT) == 0
+    end(start(tmp_path, 1, "alone"), well=True)
     generator = random.Random(time.time_ns())
     for _ in range(KILLS):
         begun = newest(tmp_path / "killed")
@@ -60,12 +66,9 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_at_another_world_size(
             time.sleep(0.005)
         time.sleep(generator.random() * 0.1)
         os.kill(generator.choice(ranks_of(process.pid)), signal.SIGKILL)
-        assert process.wait(SECONDS_TO_WAIT) != 0
+        end(process, well=False)
         assert newest(tmp_path / "killed") < EPOCHS, "it ended before it was killed: use more epochs"
-    process = start(tmp_path, 1, "killed", "--resume")
-    printed, complaints = process.communicate(timeout=SECONDS_TO_WAIT)
-    assert process.returncode == 0, complaints
-    assert "after adaptation" in printed
+    assert "after adaptation" in end(start(tmp_path, 1, "killed", "--resume"), well=True)
     found, wanted = (
         load_checkpoint(tmp_path / run / f"checkpoints/epoch-{EPOCHS:04d}.pt") for run in ("killed", "alone")
     )
