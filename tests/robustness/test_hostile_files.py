@@ -18,6 +18,7 @@ import pytest
 from data_helpers import make_image_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from published import cifar_archive, cifar_folder, mini_csv
 from refusals import refuses
 
@@ -223,3 +224,17 @@ def test_any_text_is_a_table_or_an_error(text: str) -> None:
     except DataError:
         return
     assert all(len(row) == 2 for row in rows)
+
+
+@pytest.mark.parametrize("inner", ["inner.zip", "a/inner.zip", "a/inner.tar.gz"])
+def test_an_archive_inside_of_an_archive_is_not_opened(untouched: Path, inner: str) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    path, bomb = untouched / "outer.zip", bytes(10_000)  # It is no archive: opening it would fail.
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(inner, bomb)
+    refuses(DataError, "holds no class folder|holds no image", load_image_folder, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in "abcdef":
+            archive.writestr(f"{name}/0.png", picture.getvalue())
+    assert load_image_folder(path, image_size=4).train.num_classes == 4
