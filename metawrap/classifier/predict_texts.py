@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 
 def load(folder: Path) -> tuple[list[str], Callable[[list[str]], Any]]:
     """The classes, and a function from texts to probabilities (texts, classes)."""
+    from tokenizers import Tokenizer  # Here, because metawrap does without it.
+
     about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if (folder / "network.pt2").exists():

@@ -126,12 +126,17 @@ class NormalisedLinear(LinearHead):
         return FittedHead.plain(self)
 
 
-class WhitenedLinear(NormalisedLinear):
+class WhitenedLinear(LinearHead):
     """As `NormalisedLinear`, but `whitening`, (numbers, numbers), is applied before the length is made 1."""
 
+    centre: Tensor
     whitening: Tensor
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(targets, numbers) to (targets, ways)."""
         whitened = (embeddings - self.centre) @ self.whitening.T
-        return nn.functional.linear(nn.functional.normalize(whitened, dim=1), self.weight, self.bias)
+        return super().forward(nn.functional.normalize(whitened, dim=1))
+
+    def plain(self) -> nn.Module:
+        """A copy: torch has no layer of this kind."""
+        return FittedHead.plain(self)
