@@ -50,7 +50,7 @@ def test_every_small_classifier_of_torchvision_is_here() -> None:
     assert builders_below_limit() - {entry.name for entry in TORCHVISION} == set()
 
 
-@pytest.mark.sampled(80)
+@pytest.mark.sampled(40)
 @pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
 @pytest.mark.parametrize(("entry", "engine"), _cases())
 def test_meta_gradient_equals_the_plain_loop(
