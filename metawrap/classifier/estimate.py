@@ -18,7 +18,8 @@ from metawrap.tasks import Task
 # More rounds give each of them nearly all examples; their time grows with examples and rounds.
 _ROUNDS = 10
 _Z = 1.96
-_TEMPERATURES = [10 ** (step / 100) for step in range(-400, 401)]
+# From 1 outwards: of equally good ones, as for logits without differences, the first is taken.
+_TEMPERATURES = sorted((10 ** (step / 100) for step in range(-400, 401)), key=lambda t: abs(math.log(t)))
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,14 @@ def temperature_of(logits: Tensor, labels: Tensor) -> float:
     right, the probability is then that, too.
 
     Args:
-        logits: (examples, classes). labels: (examples,).
+        logits: (examples, classes), two or more classes; a row with a number that is not finite does not count.
+        labels: (examples,).
     """
+    known = logits.isfinite().all(1)
+    logits, labels = logits[known], labels[known]
     count, classes = logits.shape
+    if not count:
+        return 1.0
     sure = (count + 1) / (count + 2)
     targets = torch.full_like(logits, (1 - sure) / (classes - 1)).scatter_(1, labels[:, None], sure)
     losses = [float(-(targets * (logits / t).log_softmax(1)).sum(1).mean()) for t in _TEMPERATURES]

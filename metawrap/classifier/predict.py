@@ -76,7 +76,7 @@ if __name__ == "__main__":
     for photo in sys.argv[1:]:
         try:
             [row] = probabilities([photo])
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of broken files.
             broken += 1
             print(f"{photo}: {error}", file=sys.stderr)
             continue

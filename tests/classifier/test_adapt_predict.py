@@ -101,7 +101,7 @@ def test_near_duplicates_and_single_photos_are_said(
     folder = made.folder(tmp_path / "few", 1)
     with Image.open(folder / "red" / "0.png") as image:
         image.save(folder / "blue" / "copy.png")
-    build = ["adapt", "networks_for_photos:build", "--method", "protonet", "--support"]
+    build = ["adapt", "networks_for_photos:build", "--method", "ProtoNet", "--support"]
     assert main([*build, str(folder), "--out", str(tmp_path / "a")]) == 0
     assert "copy.png and red/0.png look the same, and lie in two classes." in _said(capsys)[1]
     assert main([*build, str(made.folder(tmp_path / "one", 1)), "--out", str(tmp_path / "b")]) == 0

@@ -111,6 +111,17 @@ def test_onnx_predicts_the_same(place: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, np.load(place / "expected.npy"), atol=1e-5)
 
 
+def test_the_script_goes_on_after_a_broken_photo(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = str(_files(place)[0])
+    command = [sys.executable, str(place / "clf" / "predict.py")]
+    done = subprocess.run([*command, str(tmp_path / "broken.png"), good], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"{good}\tblue\t")
+    assert "broken.png: cannot identify" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_weights_are_those_of_the_adapted_network(place: Path) -> None:
     from safetensors.torch import load_file
 

@@ -75,6 +75,15 @@ def test_what_is_right_six_times_of_ten_has_such_a_probability() -> None:
     assert sure.mean() == pytest.approx(0.6, abs=0.01)
 
 
+def test_logits_that_say_nothing_leave_the_temperature_at_one() -> None:
+    labels = torch.tensor([0, 1, 2] * 5)
+    logits = torch.nn.functional.one_hot(labels, 3).double()
+    assert temperature_of(torch.zeros(15, 3), labels) == 1
+    assert temperature_of(torch.full((15, 3), torch.nan), labels) == 1
+    broken = torch.cat([logits, torch.full((2, 3), torch.nan)])
+    assert temperature_of(broken, torch.cat([labels, labels[:2]])) == temperature_of(logits, labels)
+
+
 def test_one_photo_of_each_class_gives_no_estimate() -> None:
     assert left_out(Nearest(), torch.zeros(3, 1), torch.arange(3), "abc") is None
 
