@@ -16,7 +16,8 @@ from metawrap.engines.calling import PLAIN_ATTENTION
 from metawrap.engines.functional import FunctionalEngine
 from metawrap.engines.task_axis import TaskAxis, is_batched
 from metawrap.errors import MetaWrapError, UnsupportedModuleError
-from metawrap.layers.per_step_norm import Moments, PerStepNorm, StepClock
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import BufferEdits, ModuleState, slots_of
 from metawrap.surgery.copying import held_tensors

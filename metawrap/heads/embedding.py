@@ -20,7 +20,8 @@ from metawrap.errors import UnsupportedModuleError
 from metawrap.heads.joint_rows import form_of as form_of_inputs
 from metawrap.heads.joint_rows import joined, may_hold_places, rows_stand_alone
 from metawrap.layers.norm_policies import Statistics, passes_of
-from metawrap.layers.per_step_norm import Moments, PerStepNorm
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments
 from metawrap.outputs import candidates, filled, form_of, in_words, left_out, only_tensor, prediction_in, takes_tensors
 from metawrap.results import task_loss
 from metawrap.surgery.inspect import find_head

@@ -31,7 +31,7 @@ from metawrap.inner_loop.inner_loop import (
     with_gradients,
 )
 from metawrap.inner_loop.update_rules import OptimizerState
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.snapshot.module_state import ForwardState
 from metawrap.tasks import tensors_in
 

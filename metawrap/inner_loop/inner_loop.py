@@ -26,7 +26,7 @@ from metawrap.engines.calling import autograd, dense, leaves_behind
 from metawrap.inner_loop.masking import Mask
 from metawrap.inner_loop.update_rules import InnerOptimizer, OptimizerState, clipped
 from metawrap.layers.norm_policies import PASSES, Passes, Statistics
-from metawrap.layers.per_step_norm import Moments, StepClock
+from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.tasks import Inputs, Task, map_tensors
 
 FastWeights = dict[str, Tensor]
@@ -162,7 +162,7 @@ class InnerLoop:
         """Prediction of the user's module with fast weights, its norms at this step's row."""
         if self.clone_inputs:
             inputs = map_tensors(inputs, Tensor.clone)
-        with self.clock.at(step, statistics, self.moments, twice):
+        with self.clock.at(step, statistics, self.moments):
             return self.engine.call(fast, inputs, twice)
 
     def _judged(self, prediction: Any, y: Any, part: str) -> tuple[Any, Tensor]:

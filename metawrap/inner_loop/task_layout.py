@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metawrap.inner_loop.padding import are_near
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.results import TaskOutcome, accuracy_of
 from metawrap.tasks import Task, map_tensors, tensors_in
 

@@ -8,75 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
-from metawrap.layers.norm_policies import Statistics
-from metawrap.layers.quick_forms import batch_norm
-from metawrap.layers.support_moments import SHIFTS, fold_shifts, moments_of, normalised, shift_of, shifted, unbiased
+from metawrap.layers.quick_norm import batch_norm, scaled
+from metawrap.layers.step_clock import Moments, StepClock
+from metawrap.layers.support_moments import (
+    SHIFTS,
+    fold_shifts,
+    moments_of,
+    over_channels,
+    scale_and_offset,
+    shift_of,
+    shifted,
+    unbiased,
+    wide_of,
+)
 from metawrap.layers.task_norm import Blend, blended, neutral_statistics, share_of
 from metawrap.tasks import describe_value
-
-
-class Moments(NamedTuple):
-    """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient.
-
-    shift: mean and variance are instead a shift and a log ratio; see layers/support_moments.py.
-    """
-
-    norm: str
-    row: int
-    mean: Tensor
-    variance: Tensor
-    shift: bool = False
-
-
-@dataclass
-class StepClock:
-    """Shared by every per-step layer of one learner; only the inner loop sets it.
-
-    A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
-    With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
-    twice: whether the pass will be differentiated twice; batch norm then takes its quick form.
-    rows: (examples,), which rows of a padded batch are examples; None where all are.
-
-    >>> clock = StepClock()
-    >>> with clock.at(2, "batch"):
-    ...     clock.step
-    2
-    """
-
-    step: int = 0
-    statistics: Statistics | None = None
-    recorder: list[Moments] | None = None
-    twice: bool = False
-    captured: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
-    rows: Tensor | None = None
-
-    @contextmanager
-    def at(
-        self, step: int, statistics: Statistics, recorder: list[Moments] | None = None, twice: bool = False
-    ) -> Iterator[None]:
-        """Sets the clock for one pass, and restores it afterwards."""
-        before = self.step, self.statistics, self.recorder, self.twice
-        if statistics in ("capture", "blended_capture"):
-            self.captured = {}
-        self.step, self.statistics, self.recorder, self.twice = step, statistics, recorder, twice
-        try:
-            yield
-        except BaseException:
-            self.captured = {}
-            raise
-        finally:
-            self.step, self.statistics, self.recorder, self.twice = before
-            if statistics in ("captured", "shifted", "blended_captured"):
-                self.captured = {}
 
 
 @dataclass
@@ -120,8 +75,7 @@ class PerStepNorm(_BatchNorm):
             if use == "shifted":
                 self._record_shift(input, *context)
                 context = self.shifted(*context)
-            mean, variance = context
-            return self._forward_normalised(normalised(input, mean, variance, self.eps), *args, **kwargs)
+            return self._forward_scaled(input, *self._by_channel(input, *context), *args, **kwargs)
         elif use.startswith("blended"):
             own = use != "blended_captured"
             context = (*self._seen(input), share_of(self, input, clock.rows)) if own else self._context()
@@ -129,13 +83,13 @@ class PerStepNorm(_BatchNorm):
                 clock.captured.setdefault(self.per_step.name, []).append(context)
             mean, variance, share = context
             found = blended(input, mean, variance, share, self.per_step.blend, self.eps)
-            return self._forward_normalised(found, *args, **kwargs)
+            return self._forward_scaled(input, *found, *args, **kwargs)
         # Without stored statistics the batch's own are used in evaluation too, as in torch's norms.
         if use == "running" and tracks:
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         if clock.rows is not None:
-            return self._forward_normalised(normalised(input, *self._seen(input), self.eps), *args, **kwargs)
+            return self._forward_scaled(input, *self._by_channel(input, *self._seen(input)), *args, **kwargs)
         self._check_size(input)
         if self._is_plain(input):
             return self._quick(input, tracks)
@@ -205,20 +159,21 @@ class PerStepNorm(_BatchNorm):
     def _quick(self, input: Tensor, tracks: bool) -> Tensor:
         """The forward of torch's own batch norm on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean, variance = input.new_zeros(2, self.num_features).unbind() if tracks else (None, None)
+        output = batch_norm(input, *self._affine(), mean, variance, self.eps)
+        if mean is not None and variance is not None:
+            self._record(mean, variance)
+        return output
+
+    def _affine(self) -> tuple[Any, Any]:
+        """This step's weight and bias, (channels,) each; None where the norm has none."""
         weight: Any = self.weight
         bias: Any = self.bias
         if self.per_step.affine:
             row, own = self.per_step.row(), self._parameters
             weight = weight if own.get("weight") is None else weight[row]
             bias = bias if own.get("bias") is None else bias[row]
-        mean, variance = input.new_zeros(2, self.num_features).unbind() if tracks else (None, None)
-        if self.per_step.clock.twice and torch.is_grad_enabled():
-            output = batch_norm(input, weight, bias, mean, variance, self.eps)
-        else:
-            output = torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, self.eps, False)
-        if mean is not None and variance is not None:
-            self._record(mean, variance)
-        return output
+        return weight, bias
 
     def _seen(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The moments of the batch, which are recorded."""
@@ -273,8 +228,22 @@ class PerStepNorm(_BatchNorm):
             empty["num_batches_tracked"] = count.new_zeros(())
         return empty
 
-    def _forward_normalised(self, normalised: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The user's forward on an input that has its mean and variance already."""
+    def _by_channel(self, input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset that normalise the input by moments of each channel."""
+        shape = over_channels(input)
+        return scale_and_offset(mean.view(shape), variance.view(shape), self.eps)
+
+    def _forward_scaled(self, input: Tensor, scale: Tensor, offset: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The user's forward on `input * scale + offset`, which has its mean and variance already."""
+        wide = wide_of(input)
+        if type(self).original_class.forward is _BatchNorm.forward:  # type: ignore[attr-defined]
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            weight, bias = self._affine()
+            if weight is not None:
+                weight, bias = (value.view(over_channels(input)) for value in (weight, bias))
+                scale, offset = scale * weight, torch.addcmul(bias, offset, weight)
+            return scaled(wide, scale, offset).to(input.dtype)
+        normalised = scaled(wide, scale, offset).to(input.dtype)
         with self._lent(neutral_statistics(self, normalised), training=False):
             return super().forward(normalised, *args, **kwargs)
 

@@ -1,16 +1,7 @@
-"""Batch norm, convolution and max-pooling whose second derivatives take fewer and faster passes than torch's.
+"""Convolution and max-pooling whose second derivatives take fewer and faster passes than torch's.
 
-Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` lends convolution and pooling to the user's
-modules for the time of a call; per-step norms call `batch_norm` themselves.
-
-Batch norm: with x_hat = (x - mean) r, r = (var + eps)^(-1/2) and P(z) = z - mean(z) - x_hat mean(z x_hat), per channel,
-the backward pass is dx = weight r P(dy), and P is symmetric. So its derivative along v needs weight r P(v), which is
-the backward pass itself on v, and one product: with q = mean(v P(dy)),
-
-    d/d dy = weight r P(v),    d/d weight = r n q,
-    d/d x  = -r (mean(dy x_hat) weight r P(v) + mean(v x_hat) dx) - weight r^2 q x_hat.
-
-torch takes some twenty passes over the data for the same.
+Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` lends them to the user's modules for the
+time of a call.
 
 Convolution is bilinear, and so is its gradient: with C(x, w) the convolution, I(g, w) the gradient of x and W(g, x)
 that of w, the derivative of (I(g, w), W(g, x)) along (v, u) is
@@ -231,96 +222,3 @@ class _ConvolutionGradients(torch.autograd.Function):
             like_x, like_weight = x if v is None else v, weight if u is None else u
             to_x, to_weight, _ = gradients(g, like_x, like_weight, wanted, ctx.geometry)
         return to_g, to_x, to_weight, None, None
-
-
-def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float
-) -> Tensor:
-    """As `F.batch_norm` in training with a momentum of 1: `mean` and unbiased `variance` are overwritten.
-
-    Args:
-        x: (batch, channels, ...). The others: (channels,), or None.
-    """
-    output: Tensor = _BatchNorm.apply(x, weight, bias, mean, variance, eps)[0]
-    return output
-
-
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> Any:
-        output, seen, r = torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
-        ctx.save_for_backward(x, weight, seen, r)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(seen, r)
-        return output, seen, r
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, seen, r = ctx.saved_tensors
-        first: Any = _BatchNormGradients.apply if torch.is_grad_enabled() else _projected
-        dx, d_weight, d_bias = first(dy, x, weight, seen, r, ctx.eps)
-        affine = (None, None) if weight is None else (d_weight, d_bias)
-        return dx, *affine, None, None, None
-
-
-class _BatchNormGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, seen: Tensor, r: Tensor, eps: float) -> Any:
-        dx, d_weight, d_bias = _projected(dy, x, weight, seen, r, eps)
-        ctx.save_for_backward(dy, x, weight, seen, r, dx, d_weight, d_bias)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)
-        return dx, d_weight, d_bias
-
-    @staticmethod
-    def backward(ctx: Any, v: Any, a: Any, b: Any) -> Any:
-        along: Any = _BatchNormSecond.apply if torch.is_grad_enabled() else _along
-        return *along(v, a, b, ctx.eps, *ctx.saved_tensors), None, None, None
-
-
-class _BatchNormSecond(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return _along(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        # The second derivative takes mean and r as constants; a third one would need theirs.
-        raise RuntimeError("batch norm over a batch's statistics has no third derivative")
-
-
-def _along(
-    v: Any, a: Any, b: Any, eps: float, dy: Any, x: Any, weight: Any, seen: Any, r: Any, dx: Any, dy_x: Any, dy_sum: Any
-) -> Any:
-    """The derivative of (dx, d_weight, d_bias) along (v, a, b) with respect to dy, x and weight."""
-    count, wide = x.numel() // x.shape[1], (1, -1, *(1,) * (x.ndim - 2))
-    to_dy = to_x = to_weight = None
-    if v is not None:
-        # A pooling behind the norm gives v in another layout, which would slow every operation below.
-        v = v if v.stride() == x.stride() else torch.empty_like(x).copy_(v)
-        to_dy, v_x, v_sum = _projected(v, x, weight, seen, r, eps)
-        q = (v * dy).sum([0, *range(2, x.ndim)])
-        q = q.addcmul(v_sum, dy_sum, value=-1 / count).addcmul_(v_x, dy_x, value=-1 / count)
-        rq, r_mean = r * q, r / count
-        slope = r * rq * r_mean if weight is None else weight * r * rq * r_mean
-        to_x = torch.addcmul((slope * seen).view(wide), x, slope.view(wide), value=-1)
-        to_x.addcmul_(to_dy, (r_mean * dy_x).view(wide), value=-1).addcmul_(dx, (r_mean * v_x).view(wide), value=-1)
-        to_weight = None if weight is None else rq
-    # Along the gradients of weight and bias, sum(dy x_hat) and sum(dy), which count where these are adapted.
-    if a is not None:
-        x_hat = (x - seen.view(wide)) * r.view(wide)
-        to_dy = _plus(to_dy, a.view(wide) * x_hat)
-        to_x = _plus(to_x, a.view(wide) * _projected(dy, x, None, seen, r, eps)[0])
-    if b is not None:
-        to_dy = _plus(to_dy, b.view(wide).expand_as(x))
-    return to_dy, to_x, to_weight
-
-
-def _projected(z: Tensor, x: Tensor, weight: Tensor | None, seen: Tensor, r: Tensor, eps: float) -> Any:
-    """weight r P(z), sum(z x_hat) and sum(z)."""
-    wanted = [True, True, True]
-    return torch.ops.aten.native_batch_norm_backward(z, x, weight, None, None, seen, r, True, eps, wanted)
-
-
-def _plus(old: Tensor | None, new: Tensor) -> Tensor:
-    return new if old is None else old + new

@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from metawrap.errors import UnsupportedModuleError
+from metawrap.layers.quick_norm import moments_over
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
-
-
-def moments_by_row(input: Tensor, first: int = 2) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each row over the axes from `first` on, which stay as axes of one entry."""
-    over = list(range(first, input.ndim))
-    if not over:  # One number for each channel: it is its own mean.
-        return input, torch.zeros_like(input)
-    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
-    return mean, variance
 
 
 def over_channels(input: Tensor) -> tuple[int, ...]:
@@ -43,16 +35,16 @@ def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tenso
     Args:
         rows: (examples,), True for the examples that count; None if all do.
     """
+    within = list(range(2, input.ndim))
     if rows is None:
-        over = [dim for dim in range(input.ndim) if dim != 1]
-        variance, mean = torch.var_mean(wide_of(input), over, correction=0)
-        return mean, variance
+        mean, variance = moments_over(wide_of(input), [0, *within])
+        return mean.flatten(), variance.flatten()
     if len(rows) != len(input):
         raise UnsupportedModuleError(
             f"A batch norm gets {len(input)} rows for {len(rows)} padded examples, so it is unknown which rows count. "
             'Use engine="functional".'
         )
-    own_mean, own_variance = (value.flatten(1) for value in moments_by_row(wide_of(input)))
+    own_mean, own_variance = (value.flatten(1) for value in moments_over(wide_of(input), within))
     share = rows.to(own_mean.dtype) / rows.sum()
     mean = share @ own_mean
     return mean, share @ (own_variance + (own_mean - mean) ** 2)
@@ -68,10 +60,10 @@ def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None 
     return mean.detach(), variance.detach() * (counted / (counted - 1).clamp(min=1))
 
 
-def normalised(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """The input, (examples, channels, ...), normalised by moments per channel."""
-    shape, wide = over_channels(input), wide_of(input)
-    return ((wide - mean.view(shape)) * (variance + eps).rsqrt().view(shape)).to(input.dtype)
+def scale_and_offset(mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What an input is multiplied by, and what is added, so that these moments normalise it; all of one shape."""
+    scale = (variance + eps).rsqrt()
+    return scale, -mean * scale
 
 
 def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -12,26 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metawrap.layers.support_moments import moments_by_row, over_channels, wide_of
+from metawrap.layers.quick_norm import moments_over, scaled
+from metawrap.layers.support_moments import over_channels, scale_and_offset, wide_of
 
 Blend = Literal["instance", "layer"]
 # What the outer loop learns about the support set's share.
 BLEND = ("blend_scale", "blend_offset")
 
 
-def blended(input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float) -> Tensor:
-    """The input, (examples, channels, ...), normalised by moments of the support set and of each example.
+def blended(
+    input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (examples, channels, 1, ...), that normalise an input by moments of a support set and its own.
 
     Args:
-        mean, variance: of the support set, (channels,). share: of the support set, a scalar from 0 to 1.
+        input: (examples, channels, ...). mean, variance: of the support set, (channels,).
+        share: of the support set, a scalar from 0 to 1.
         blend: "instance" takes an example's moments by channel (TaskNorm-I), "layer" over all channels (TaskNorm-L).
     """
     shape, wide = over_channels(input), wide_of(input)
-    own_mean, own_variance = moments_by_row(wide, first=1 if blend == "layer" else 2)
+    own_mean, own_variance = moments_over(wide, list(range(1 if blend == "layer" else 2, input.ndim)))
     mean, variance = mean.view(shape), variance.view(shape)
     middle = share * mean + (1 - share) * own_mean
     spread = share * (variance + (mean - middle) ** 2) + (1 - share) * (own_variance + (own_mean - middle) ** 2)
-    return ((wide - middle) * (spread + eps).rsqrt()).to(input.dtype)
+    return scale_and_offset(middle, spread, eps)
 
 
 def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
@@ -69,8 +73,8 @@ class TaskNorm(_BatchNorm):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The user's own forward on the normalised input; input and output as the user's class has them."""
         mean, variance, share = (self._buffers[name] for name in _HELD)
-        normalised = blended(input, mean, variance, share, self.blend, self.eps)  # type: ignore[arg-type]
-        return super().forward(normalised, *args, **kwargs)
+        found = blended(input, mean, variance, share, self.blend, self.eps)  # type: ignore[arg-type]
+        return super().forward(scaled(wide_of(input), *found).to(input.dtype), *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle must be told how to make it again.

@@ -24,7 +24,8 @@ from metawrap.heads.fitted import FittedHead
 from metawrap.heads.joint_rows import may_hold_places, rows_stand_alone
 from metawrap.heads.placed_head import placed
 from metawrap.layers.norm_policies import Passes, passes_of
-from metawrap.layers.per_step_norm import Moments, PerStepNorm
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.evaluation import adapting, finished, in_eval_mode, policy_of
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner

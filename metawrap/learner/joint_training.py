@@ -18,7 +18,7 @@ from metawrap.errors import ArgumentError, TaskError
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable
 from metawrap.layers.norm_policies import BLENDS
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask, under_prefix
 from metawrap.results import TaskOutcome, ignored_label, outcome_of, task_loss
 from metawrap.settings.settings import InnerOptimizerName

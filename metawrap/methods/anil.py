@@ -18,7 +18,7 @@ from metawrap.engines.functional import FunctionalEngine
 from metawrap.errors import UnsupportedModuleError
 from metawrap.inner_loop.inner_loop import FastWeights, InnerLoop, Point
 from metawrap.inner_loop.update_rules import LearningRates, inner_optimizer
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, plain_module, refuse_late_parts, refuse_mask
 from metawrap.results import TaskOutcome, outcome_of

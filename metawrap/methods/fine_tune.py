@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from metawrap.errors import TaskError, UnsupportedModuleError
 from metawrap.heads.class_table import ClassTable
 from metawrap.layers.norm_policies import Statistics
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, Tune

@@ -14,7 +14,7 @@ from metawrap.errors import ArgumentError, TaskError, shown
 from metawrap.execution.calls import shared
 from metawrap.execution.ranks import several
 from metawrap.heads.class_table import ClassTable, TaskHeads
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.embedding_learner import EmbeddingKeywords
 from metawrap.learner.head_learner import HeadLearner, under_prefix
 from metawrap.learner.joint_training import JointTraining, TrainingOutputs, like_weights

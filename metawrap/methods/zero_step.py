@@ -11,7 +11,7 @@ from metawrap.checks.first_look import FirstLook, without_part
 from metawrap.execution.calls import shared
 from metawrap.execution.executor import Executor
 from metawrap.layers.norm_policies import passes_of
-from metawrap.layers.per_step_norm import Moments
+from metawrap.layers.step_clock import Moments
 from metawrap.learner.evaluation import adapting, finished, policy_of
 from metawrap.learner.keywords import OuterKeywords
 from metawrap.learner.learner import Learner

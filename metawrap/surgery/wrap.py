@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metawrap.errors import ArgumentError, MetaWrapError, MetaWrapWarning, UnsupportedModuleError, shown
 from metawrap.layers.norm_policies import Statistics
-from metawrap.layers.per_step_norm import Moments, PerStepNorm, StepClock
+from metawrap.layers.per_step_norm import PerStepNorm
+from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.surgery.copying import copy_model
 from metawrap.surgery.inspect import batch_norms, find_problems
 from metawrap.surgery.swap import Factory, make_per_step, replace_modules

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from derivatives import assert_same_derivatives, derivatives
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from metawrap.layers.quick_forms import batch_norm
+from metawrap.layers import quick_norm
+from metawrap.layers.quick_norm import batch_norm, moments_over
 
 SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
 
@@ -46,6 +48,39 @@ def test_both_derivatives_equal_those_of_the_formula(shape: tuple[int, ...], ask
 def test_derivatives_equal_finite_differences(shape: tuple[int, ...], affine: bool) -> None:
     assert gradcheck(ours, inputs(shape, affine))
     assert gradgradcheck(ours, inputs(shape, affine), atol=1e-4)
+
+
+@pytest.mark.parametrize("over", [[0, 2, 3], [2, 3], [1, 2, 3], [2]], ids=str)
+def test_moments_and_both_their_derivatives_equal_finite_differences(over: list[int]) -> None:
+    def both(x: Tensor) -> tuple[Tensor, ...]:
+        return moments_over(x, over)
+
+    x = inputs((3, 2, 4, 3), affine=False)[0]
+    mean, variance = both(x)
+    array = x.detach().numpy()
+    np.testing.assert_allclose(mean.detach(), array.mean(tuple(over), keepdims=True), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(variance.detach(), array.var(tuple(over), keepdims=True), rtol=1e-12)
+    assert gradcheck(both, [x])
+    assert gradgradcheck(both, [x])
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0], ids=["near zero", "far from zero"])
+def test_single_precision_is_as_near_to_double_as_torchs_own(offset: float) -> None:
+    """The large form of the forward pass; a mean of squares less a squared mean would fail far from zero."""
+    x = torch.randn(8, 4, 40, 40, generator=torch.Generator().manual_seed(0)) + offset
+    exact = formula(x.double())
+    errors = [(run(x) - exact).abs().max().item() for run in (ours, _torchs)]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+
+
+def _torchs(x: Tensor) -> Tensor:
+    return torch.batch_norm(x, None, None, None, None, True, 1.0, 1e-3, False)
+
+
+def test_small_inputs_take_torchs_kernel_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2])
+    monkeypatch.setattr(quick_norm, "LARGE", 10**9)
+    assert_same_derivatives(derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2]), large)
 
 
 def test_a_scale_of_zero_has_a_derivative_too() -> None:

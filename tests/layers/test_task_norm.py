@@ -34,8 +34,9 @@ def by_equations(x: Any, mean: Any, variance: Any, share: float, *, layer: bool,
 def test_blend_is_that_of_the_equations(blend: Any, shape: tuple[int, ...]) -> None:
     drawn = np.random.default_rng(0)
     x, mean, variance = drawn.normal(size=shape), drawn.normal(size=3), drawn.uniform(0.5, 2, size=3)
-    moments = (torch.tensor(part, dtype=torch.float64) for part in (x, mean, variance, 0.3))
-    found = blended(*moments, blend, 1e-5)
+    parts = [torch.tensor(part, dtype=torch.float64) for part in (x, mean, variance, 0.3)]
+    scale, offset = blended(*parts, blend, 1e-5)
+    found = parts[0] * scale + offset
     expected = by_equations(x, mean, variance, 0.3, layer=blend == "layer")
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
 
