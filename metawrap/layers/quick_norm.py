@@ -105,7 +105,7 @@ class _BatchNorm(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> Any:
     """The output, the batch's mean, and r; mean and variance are overwritten."""
-    if x.numel() < LARGE or not x.is_contiguous():
+    if x.numel() < LARGE or not (x.is_cpu and x.is_contiguous()):
         return torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
     seen, biased = (moment.flatten() for moment in _moments(x, [0, *range(2, x.ndim)]))
     if mean is not None:

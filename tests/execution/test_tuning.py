@@ -144,6 +144,13 @@ def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch)
     found = fastest(run, [True], [(2, False), (4, False), (8, False)])
     assert "8" in found.why
     assert "10" in found.why
+    # Threads that are a little slower than intra-op threads are taken, processes that are so are not.
+    cost |= {(2, True): 9.2, "processes": 9.1}
+    found = fastest(run, [True], [(2, True), (2, False)])
+    assert (found.workers, found.processes) == (2, False)
+    cost |= {(2, True): 9.4, "processes": 9.1}
+    found = fastest(run, [True], [(2, True), (2, False)])
+    assert (found.workers, found.channels_last) == (1, True)
 
 
 def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
