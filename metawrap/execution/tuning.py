@@ -56,15 +56,16 @@ def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Itera
     seconds = {plain: _seconds(run, plain)}
 
     def best(candidates: Iterable[Speed], so_far: Speed) -> Speed:
+        to_beat = seconds[so_far]
         for candidate in candidates:
             if candidate not in seconds:
                 try:
-                    seconds[candidate] = _seconds(run, candidate, seconds[so_far])
+                    seconds[candidate] = _seconds(run, candidate, to_beat)
                 except Exception:  # What fails in every way was raised by the plain one.
                     continue
                 first_threads = so_far.workers == 1 != candidate.workers and not candidate.processes
-                if seconds[candidate] < (_GAIN_OF_THREADS if first_threads else _GAIN) * seconds[so_far]:
-                    so_far = candidate
+                if seconds[candidate] < (_GAIN_OF_THREADS if first_threads else _GAIN) * to_beat:
+                    so_far, to_beat = candidate, min(to_beat, seconds[candidate])
         return so_far
 
     chosen = best((Speed(1, layout) for layout in layouts), plain)

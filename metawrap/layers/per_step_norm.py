@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
-from metawrap.layers.quick_norm import batch_norm, scaled
+from metawrap.layers.quick_norm import batch_norm, own_derivatives_run, scaled
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.layers.support_moments import (
     SHIFTS,
     fold_shifts,
     moments_of,
     over_channels,
-    scale_and_offset,
     shift_of,
     shifted,
     unbiased,
@@ -144,13 +143,19 @@ class PerStepNorm(_BatchNorm):
         parts: Any = super().__reduce_ex__(protocol)
         return (_new_per_step, (type(self).original_class,), *parts[2:])  # type: ignore[attr-defined]
 
+    def _is_torchs(self, input: Tensor) -> bool:
+        """Whether forward is torch's own, with a number of channels that it would not refuse."""
+        own = type(self).original_class.forward is _BatchNorm.forward  # type: ignore[attr-defined]
+        return own and input.ndim > 1 and input.shape[1] == self.num_features
+
     def _is_plain(self, input: Tensor) -> bool:
-        """Whether the norm is torch's own, on plain CPU tensors: the quick form was measured on the CPU only."""
+        """Whether the quick form serves: torch's own norm on plain CPU tensors, where it was measured."""
         if (
-            type(self).original_class.forward is not _BatchNorm.forward  # type: ignore[attr-defined]
+            not self._is_torchs(input)
             or not input.is_cpu
+            or input.numel() == 0
             or torch.is_autocast_enabled("cpu")
-            or torch._C._are_functorch_transforms_active()
+            or not own_derivatives_run()
         ):
             return False
         dtype, tensors = input.dtype, (self.weight, self.bias, self._buffers.get("running_mean"))
@@ -229,21 +234,18 @@ class PerStepNorm(_BatchNorm):
         return empty
 
     def _by_channel(self, input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and offset that normalise the input by moments of each channel."""
+        """Centre and scale of the input by moments of each channel."""
         shape = over_channels(input)
-        return scale_and_offset(mean.view(shape), variance.view(shape), self.eps)
+        return mean.view(shape), (variance + self.eps).rsqrt().view(shape)
 
-    def _forward_scaled(self, input: Tensor, scale: Tensor, offset: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The user's forward on `input * scale + offset`, which has its mean and variance already."""
+    def _forward_scaled(self, input: Tensor, centre: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The user's forward on `(input - centre) * scale`, which has its mean and variance already."""
         wide = wide_of(input)
-        if type(self).original_class.forward is _BatchNorm.forward:  # type: ignore[attr-defined]
+        if self._is_torchs(input):
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
-            weight, bias = self._affine()
-            if weight is not None:
-                weight, bias = (value.view(over_channels(input)) for value in (weight, bias))
-                scale, offset = scale * weight, torch.addcmul(bias, offset, weight)
-            return scaled(wide, scale, offset).to(input.dtype)
-        normalised = scaled(wide, scale, offset).to(input.dtype)
+            weight, bias = (None if value is None else value.view(over_channels(input)) for value in self._affine())
+            return scaled(wide, centre, scale if weight is None else scale * weight, bias).to(input.dtype)
+        normalised = scaled(wide, centre, scale, None).to(input.dtype)
         with self._lent(neutral_statistics(self, normalised), training=False):
             return super().forward(normalised, *args, **kwargs)
 

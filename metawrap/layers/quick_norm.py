@@ -11,21 +11,33 @@ the backward pass itself on v, and one product: with q = mean(v P(dy)),
 
 torch takes some twenty passes over the data for the same.
 
-Moments: with n numbers behind each mean and variance, dx = (2 dv / n) (x - mean) + dm / n, one product and one sum.
+Moments: with n numbers behind each mean and variance, dx = (2 dv / n) (x - mean) + dm / n.
 
-torch's kernels for a variance on the CPU, in the usual layout, add up number by number: 3 to 12 times as long as a
-mean, a difference and the mean of its square.
+torch's kernels for a variance on the CPU add up number by number: 3 to 12 times as long as a mean, a difference and the
+mean of its square. Only that of batch norm in channels_last does not.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Numbers of an input in the usual layout; below, one call of torch's kernel costs less than the three that replace it.
-LARGE = 2**15
+# Numbers of an input in the usual layout, and of each channel of an example; below, torch's one kernel for batch norm
+# takes less time than the three that replace it.
+LARGE, LARGE_PLANE = 2**15, 25
+
+
+def own_derivatives_run() -> bool:
+    """Whether a derivative of our own would be asked for: transforms, exporters and forward mode see torch's alone."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
@@ -36,17 +48,20 @@ def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
     """
     if not over:  # One number for each: it is its own mean.
         return input, torch.zeros_like(input)
-    # A transform or an exporter sees torch's operations alone.
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if input.numel() == 0 or not own_derivatives_run():
         variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
         return mean, variance
     found: tuple[Tensor, Tensor] = _Moments.apply(input, over)
     return found
 
 
-def scaled(input: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """input * scale + offset, in one result."""
-    return torch.mul(input, scale).add_(offset)
+def scaled(input: Tensor, centre: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """(input - centre) * scale + shift. The difference comes first: far from zero, a product would round it away."""
+    output = torch.sub(input, centre) * scale
+    if shift is None:
+        return output
+    # Under vmap, the sum may have a task axis that the product has not.
+    return output + shift if torch._C._are_functorch_transforms_active() else output.add_(shift)
 
 
 class _Moments(torch.autograd.Function):
@@ -60,8 +75,7 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, dm: Tensor, dv: Tensor) -> Any:
         x, mean = ctx.saved_tensors
         count = x.numel() // mean.numel()
-        slope = dv * (2 / count)
-        return scaled(x, slope, dm / count - slope * mean), None
+        return scaled(x, mean, dv * (2 / count), dm / count), None
 
 
 def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
@@ -90,7 +104,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> Any:
         output, seen, r = _forward(x, weight, bias, mean, variance, eps)
         ctx.save_for_backward(x, weight, seen, r)
-        ctx.eps = eps
+        ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.mark_non_differentiable(seen, r)
         return output, seen, r
 
@@ -99,13 +113,14 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, seen, r = ctx.saved_tensors
         first: Any = _BatchNormGradients.apply if torch.is_grad_enabled() else _projected
         dx, d_weight, d_bias = first(dy, x, weight, seen, r, ctx.eps)
-        affine = (None, None) if weight is None else (d_weight, d_bias)
+        affine = (None if weight is None else d_weight, d_bias if ctx.has_bias else None)
         return dx, *affine, None, None, None
 
 
 def _forward(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> Any:
     """The output, the batch's mean, and r; mean and variance are overwritten."""
-    if x.numel() < LARGE or not (x.is_cpu and x.is_contiguous()):
+    large = x.numel() >= LARGE and math.prod(x.shape[2:]) >= LARGE_PLANE
+    if not (large and x.is_cpu and x.is_contiguous()):
         return torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
     seen, biased = (moment.flatten() for moment in _moments(x, [0, *range(2, x.ndim)]))
     if mean is not None:

@@ -60,12 +60,6 @@ def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None 
     return mean.detach(), variance.detach() * (counted / (counted - 1).clamp(min=1))
 
 
-def scale_and_offset(mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What an input is multiplied by, and what is added, so that these moments normalise it; all of one shape."""
-    scale = (variance + eps).rsqrt()
-    return scale, -mean * scale
-
-
 def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The moments of a support set, moved to where targets lie; all (channels,)."""
     # A clone: a backward pass may still need the row after the next fold.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.layers.quick_norm import moments_over, scaled
-from metawrap.layers.support_moments import over_channels, scale_and_offset, wide_of
+from metawrap.layers.support_moments import over_channels, wide_of
 
 Blend = Literal["instance", "layer"]
 # What the outer loop learns about the support set's share.
@@ -23,7 +23,7 @@ BLEND = ("blend_scale", "blend_offset")
 def blended(
     input: Tensor, mean: Tensor, variance: Tensor, share: Tensor, blend: Blend, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset, (examples, channels, 1, ...), that normalise an input by moments of a support set and its own.
+    """Centre and scale, (examples, channels, 1, ...), of an input by the moments of a support set and its own.
 
     Args:
         input: (examples, channels, ...). mean, variance: of the support set, (channels,).
@@ -35,7 +35,7 @@ def blended(
     mean, variance = mean.view(shape), variance.view(shape)
     middle = share * mean + (1 - share) * own_mean
     spread = share * (variance + (mean - middle) ** 2) + (1 - share) * (own_variance + (own_mean - middle) ** 2)
-    return scale_and_offset(middle, spread, eps)
+    return middle, (spread + eps).rsqrt()
 
 
 def share_of(norm: nn.Module, input: Tensor, rows: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class TaskNorm(_BatchNorm):
         """The user's own forward on the normalised input; input and output as the user's class has them."""
         mean, variance, share = (self._buffers[name] for name in _HELD)
         found = blended(input, mean, variance, share, self.blend, self.eps)  # type: ignore[arg-type]
-        return super().forward(scaled(wide_of(input), *found).to(input.dtype), *args, **kwargs)
+        return super().forward(scaled(wide_of(input), *found, None).to(input.dtype), *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle must be told how to make it again.

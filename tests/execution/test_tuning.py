@@ -148,6 +148,9 @@ def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch)
     cost |= {(2, True): 9.2, "processes": 9.1}
     found = fastest(run, [True], [(2, True), (2, False)])
     assert (found.workers, found.processes) == (2, False)
+    # What follows them has to gain over the plain way, too.
+    found = fastest(run, [True], [(2, False), (2, True)])
+    assert (found.workers, found.processes) == (2, False)
     cost |= {(2, True): 9.4, "processes": 9.1}
     found = fastest(run, [True], [(2, True), (2, False)])
     assert (found.workers, found.channels_last) == (1, True)

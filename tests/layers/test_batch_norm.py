@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from derivatives import assert_same_derivatives, derivatives
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from metawrap import MAMLPlusPlus, Task
 from metawrap.layers import quick_norm
-from metawrap.layers.quick_norm import batch_norm, moments_over
+from metawrap.layers.quick_norm import batch_norm, moments_over, scaled
 
 SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
 
@@ -50,7 +51,7 @@ def test_derivatives_equal_finite_differences(shape: tuple[int, ...], affine: bo
     assert gradgradcheck(ours, inputs(shape, affine), atol=1e-4)
 
 
-@pytest.mark.parametrize("over", [[0, 2, 3], [2, 3], [1, 2, 3], [2]], ids=str)
+@pytest.mark.parametrize("over", [[0, 2, 3], [2, 3], [1, 2, 3], [2], [0]], ids=str)
 def test_moments_and_both_their_derivatives_equal_finite_differences(over: list[int]) -> None:
     def both(x: Tensor) -> tuple[Tensor, ...]:
         return moments_over(x, over)
@@ -77,10 +78,58 @@ def _torchs(x: Tensor) -> Tensor:
     return torch.batch_norm(x, None, None, None, None, True, 1.0, 1e-3, False)
 
 
+def test_a_difference_survives_far_from_zero() -> None:
+    x = 1000 + torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
+    mean, variance = moments_over(x.requires_grad_(), [0, 2])
+    exact = x.detach().double()
+    centre = exact.mean((0, 2), keepdim=True)
+    found = scaled(x, centre.float(), torch.full((1, 4, 1), 3.0), None)
+    assert (found - 3 * (exact - centre.float())).abs().max() < 1e-5
+    (gradient,) = torch.autograd.grad(variance.sum(), x)
+    assert (gradient - (exact - mean) * (2 / 30)).abs().max() < 1e-6
+
+
 def test_small_inputs_take_torchs_kernel_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2])
+    def run() -> tuple[list[Tensor], Tensor, Tensor]:
+        x, weight, bias = inputs((3, 2, 4, 3))
+        mean, variance = torch.zeros(2, 2).double()
+        batch_norm(x, weight, bias, mean, variance, 1e-3)
+        return derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2]), mean, variance
+
+    large, *statistics = run()
     monkeypatch.setattr(quick_norm, "LARGE", 10**9)
-    assert_same_derivatives(derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2]), large)
+    small, *others = run()
+    assert_same_derivatives(small, large)
+    torch.testing.assert_close(others, statistics, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("missing", [1, 2], ids=["no scale", "no shift"])
+def test_scale_or_shift_may_be_missing_alone(missing: int) -> None:
+    x, weight, bias = inputs((3, 2, 4))
+
+    def run(x: Tensor, other: Tensor) -> Tensor:
+        return ours(x, *((None, other) if missing == 1 else (other, None)))
+
+    other = bias if missing == 1 else weight
+    assert gradcheck(run, [x, other])
+    assert gradgradcheck(run, [x, other], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # That torch itself calls in forward mode.
+def test_forward_mode_and_batches_of_gradients_take_torchs_derivatives() -> None:
+    x = inputs((3, 2, 4), affine=False)[0]
+
+    def mean_of_squares(x: Tensor) -> Tensor:
+        mean, variance = moments_over(x, [0, 2])
+        return (mean.square() + variance).flatten()
+
+    jacobian = torch.autograd.functional.jacobian
+    expected = jacobian(mean_of_squares, x.detach())
+    for found in (
+        jacobian(mean_of_squares, x.detach(), vectorize=True, strategy="forward-mode"),
+        jacobian(mean_of_squares, x.detach(), vectorize=True),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_scale_of_zero_has_a_derivative_too() -> None:
@@ -113,3 +162,33 @@ def test_a_third_derivative_is_refused_as_torch_refuses_it() -> None:
     second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="third derivative"):
         torch.autograd.grad(second.sum(), [x, weight], allow_unused=True)
+
+
+def meta_gradients(change: Any, norm: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)).double()
+    change(net[1])
+    learner = MAMLPlusPlus(net, inner_steps=2, norm=norm)
+    images, labels = torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 2
+    learner([Task(images[:4], labels[:4], images[4:], labels[4:])]).loss.backward()
+    return {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "running", "task"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(name: str, norm: str) -> None:
+    missing = meta_gradients(lambda bn: setattr(bn, name, None), norm)
+    fixed = meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), norm)
+    assert missing.keys() == fixed.keys() - {f"1.{name}"}
+    assert f"1.{'bias' if name == 'weight' else 'weight'}" in missing
+    for key, gradient in missing.items():
+        torch.testing.assert_close(gradient, fixed[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "task"])
+def test_a_wrong_number_of_channels_is_refused_as_torch_refuses_it(norm: str) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(48, 2)).double()
+    learner = MAMLPlusPlus(net, inner_steps=1, norm=norm)
+    images, labels = torch.randn(4, 1, 6, 6, dtype=torch.float64), torch.arange(4) % 2
+    with pytest.raises(RuntimeError, match="should contain 3 elements not 1"):
+        learner.meta_step([Task(images, labels, images, labels)])

@@ -35,8 +35,8 @@ def test_blend_is_that_of_the_equations(blend: Any, shape: tuple[int, ...]) -> N
     drawn = np.random.default_rng(0)
     x, mean, variance = drawn.normal(size=shape), drawn.normal(size=3), drawn.uniform(0.5, 2, size=3)
     parts = [torch.tensor(part, dtype=torch.float64) for part in (x, mean, variance, 0.3)]
-    scale, offset = blended(*parts, blend, 1e-5)
-    found = parts[0] * scale + offset
+    centre, scale = blended(*parts, blend, 1e-5)
+    found = (parts[0] - centre) * scale
     expected = by_equations(x, mean, variance, 0.3, layer=blend == "layer")
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
 
