@@ -18,8 +18,8 @@ from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
 from metawrap.engines.calling import weight_norm
+from metawrap.layers.moments import batch_norm
 from metawrap.layers.quick_forms import convolution, for_each
-from metawrap.layers.quick_norm import batch_norm
 
 _PLANE = 4  # Axes of a batch of images.
 

@@ -2,9 +2,8 @@
 
 per_step_norm.py: batch norm with rows per inner step
 task_norm.py: TaskNorm, and the norms that are deployed with it
-support_moments.py: moments of a support set that normalise targets, and the shifts of targets against them
+moments.py: moments of a batch, batch norm by them with fast derivatives, and the shifts of targets
 step_clock.py: the inner step of a pass, and what norms record in it
-quick_norm.py: batch norm and moments with fast derivatives
 quick_forms.py: convolution and pooling with fast second derivatives
 norm_policies.py: which statistics normalise which pass of a task
 learned_update.py: the update rule of the LSTM meta-learner

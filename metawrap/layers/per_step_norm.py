@@ -17,18 +17,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import TaskError, UnsupportedModuleError
-from metawrap.layers.quick_norm import batch_norm, own_derivatives_run, scaled
-from metawrap.layers.step_clock import Moments, StepClock
-from metawrap.layers.support_moments import (
+from metawrap.layers.moments import (
     SHIFTS,
+    batch_norm,
+    centre_and_scale,
     fold_shifts,
     moments_of,
     over_channels,
+    own_derivatives_run,
+    scaled,
     shift_of,
     shifted,
     unbiased,
     wide_of,
 )
+from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.layers.task_norm import Blend, blended, neutral_statistics, share_of
 from metawrap.tasks import describe_value
 
@@ -74,7 +77,8 @@ class PerStepNorm(_BatchNorm):
             if use == "shifted":
                 self._record_shift(input, *context)
                 context = self.shifted(*context)
-            return self._forward_scaled(input, *self._by_channel(input, *context), *args, **kwargs)
+            mean, variance = context
+            return self._forward_scaled(input, *centre_and_scale(input, mean, variance, self.eps), *args, **kwargs)
         elif use.startswith("blended"):
             own = use != "blended_captured"
             context = (*self._seen(input), share_of(self, input, clock.rows)) if own else self._context()
@@ -88,7 +92,9 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         if clock.rows is not None:
-            return self._forward_scaled(input, *self._by_channel(input, *self._seen(input)), *args, **kwargs)
+            return self._forward_scaled(
+                input, *centre_and_scale(input, *self._seen(input), eps=self.eps), *args, **kwargs
+            )
         self._check_size(input)
         if self._is_plain(input):
             return self._quick(input, tracks)
@@ -232,11 +238,6 @@ class PerStepNorm(_BatchNorm):
         if count is not None:
             empty["num_batches_tracked"] = count.new_zeros(())
         return empty
-
-    def _by_channel(self, input: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre and scale of the input by moments of each channel."""
-        shape = over_channels(input)
-        return mean.view(shape), (variance + self.eps).rsqrt().view(shape)
 
     def _forward_scaled(self, input: Tensor, centre: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The user's forward on `(input - centre) * scale`, which has its mean and variance already."""

@@ -15,7 +15,7 @@ from metawrap.layers.norm_policies import Statistics
 class Moments(NamedTuple):
     """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient.
 
-    shift: mean and variance are instead a shift and a log ratio; see layers/support_moments.py.
+    shift: mean and variance are instead a shift and a log ratio; see layers/moments.py.
     """
 
     norm: str

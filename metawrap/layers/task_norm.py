@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metawrap.layers.quick_norm import moments_over, scaled
-from metawrap.layers.support_moments import over_channels, wide_of
+from metawrap.layers.moments import moments_over, over_channels, scaled, wide_of
 
 Blend = Literal["instance", "layer"]
 # What the outer loop learns about the support set's share.

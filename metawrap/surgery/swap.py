@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metawrap.errors import ArgumentError, shown
+from metawrap.layers.moments import SHIFTS
 from metawrap.layers.norm_policies import BLENDS
 from metawrap.layers.per_step_norm import PerStepNorm, PerStepState, per_step_class
 from metawrap.layers.step_clock import StepClock
-from metawrap.layers.support_moments import SHIFTS
 from metawrap.layers.task_norm import BLEND, task_norm
 from metawrap.surgery.copying import duplicate, give_own_class
 from metawrap.surgery.inspect import batch_norms

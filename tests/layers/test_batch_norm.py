@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from metawrap import MAMLPlusPlus, Task
-from metawrap.layers import quick_norm
-from metawrap.layers.quick_norm import batch_norm, moments_over, scaled
+from metawrap.layers import moments
+from metawrap.layers.moments import batch_norm, moments_over, scaled
 
 SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
 
@@ -97,7 +97,7 @@ def test_small_inputs_take_torchs_kernel_with_the_same_result(monkeypatch: pytes
         return derivatives(ours, inputs((3, 2, 4, 3)), [0, 1, 2]), mean, variance
 
     large, *statistics = run()
-    monkeypatch.setattr(quick_norm, "LARGE", 10**9)
+    monkeypatch.setattr(moments, "LARGE", 10**9)
     small, *others = run()
     assert_same_derivatives(small, large)
     torch.testing.assert_close(others, statistics, rtol=1e-12, atol=1e-14)
