@@ -18,13 +18,12 @@ from bird_runs import FLAGS, MAML, write_birds
 
 from metawrap.cli import main
 from metawrap.data import glyphs
-from metawrap.layers import moments, quick_forms
+from metawrap.layers import quick_forms
 
 torch.set_num_threads(1)
 # pytest-xdist tells its workers the width of a terminal, which the library would follow.
 os.environ.pop("COLUMNS", None)
 quick_forms.LARGE = quick_forms.LARGE_AT_BEST = quick_forms.LARGE_POOLING = 0
-moments.LARGE = moments.LARGE_PLANE = 0
 glyphs.draw_class = functools.lru_cache(10_000)(glyphs.draw_class)
 
 

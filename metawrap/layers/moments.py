@@ -42,9 +42,9 @@ LARGE, LARGE_PLANE = 2**15, 25
 def own_derivatives_run() -> bool:
     """Whether a derivative of our own would be asked for: transforms, exporters and forward mode see torch's alone."""
     return not (
-        torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()  # First: a compiler then sees nothing of the others.
+        or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or torch.compiler.is_compiling()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
@@ -103,6 +103,8 @@ def batch_norm(
     Args:
         x: (batch, channels, ...). The others: (channels,), or None.
     """
+    if torch.compiler.is_compiling():
+        return torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, False)
     run: Any = _BatchNorm.apply if torch.is_grad_enabled() else _forward
     output: Tensor = run(x, weight, bias, mean, variance, eps)[0]
     return output

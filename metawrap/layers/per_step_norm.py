@@ -161,7 +161,7 @@ class PerStepNorm(_BatchNorm):
             or not input.is_cpu
             or input.numel() == 0
             or torch.is_autocast_enabled("cpu")
-            or not own_derivatives_run()
+            or not (torch.compiler.is_compiling() or own_derivatives_run())
         ):
             return False
         dtype, tensors = input.dtype, (self.weight, self.bias, self._buffers.get("running_mean"))
