@@ -18,7 +18,8 @@ from metawrap.tasks import Task
 # More rounds give each of them nearly all examples; their time grows with examples and rounds.
 _ROUNDS = 10
 _Z = 1.96
-# From 1 outwards: of equally good ones, as for logits without differences, the first is taken.
+# Those nearest to 1 come first, because the first of equally good temperatures is taken. Logits that are all the same
+# then leave the temperature at 1.
 _TEMPERATURES = sorted((10 ** (step / 100) for step in range(-400, 401)), key=lambda t: abs(math.log(t)))
 
 

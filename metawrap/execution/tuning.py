@@ -12,8 +12,8 @@ import torch
 
 # What has to be gained before the plain way is left: less would be noise.
 _GAIN = 0.97
-# Threads may even be a little slower: with one intra-op thread each, they do not wait at a barrier for a thread that
-# another program keeps from running.
+# Worker threads are taken even if they are 3 % slower than torch's own threads. Torch's threads wait for each other in
+# every operation, so another program that delays one of them delays all.
 _GAIN_OF_THREADS = 1.03
 _REPEATS = 2
 _HOPELESS = 1.5

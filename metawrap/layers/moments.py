@@ -1,10 +1,10 @@
-"""Moments of a batch, batch norm by them, and how targets differ from their support set (norm="running").
+"""Mean and variance of a batch, batch norm by them, and how targets differ from their support set (norm="running").
 
 With m and s the mean and deviation of a support set in one channel, and m' and s' those of its targets: the shift is
 (m' - m) / s, the log ratio log(s' / s).
 
-Moments and batch norm are `torch.autograd.Function`s around torch's own kernels, whose derivatives take fewer and
-faster passes than torch's.
+Moments are a mean and a variance. They and batch norm are `torch.autograd.Function`s around torch's own kernels; their
+derivatives take fewer and faster passes than torch's.
 
 Batch norm: with x_hat = (x - mean) r, r = (var + eps)^(-1/2) and P(z) = z - mean(z) - x_hat mean(z x_hat), per channel,
 the backward pass is dx = weight r P(dy), and P is symmetric. So its derivative along v needs weight r P(v), which is
@@ -17,8 +17,8 @@ torch takes some twenty passes over the data for the same.
 
 Moments: with n numbers behind each mean and variance, dx = (2 dv / n) (x - mean) + dm / n.
 
-torch's kernels for a variance on the CPU add up number by number: 3 to 12 times as long as a mean, a difference and the
-mean of its square. Only that of batch norm in channels_last does not.
+On the CPU, torch's kernels for a variance add up number by number. They take 3 to 12 times as long as a mean, a
+difference and the mean of its square. The kernel of batch norm in channels_last is an exception, and fast.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from metawrap.errors import UnsupportedModuleError
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
-# Numbers of an input in the usual layout, and of each channel of an example; below, torch's one kernel for batch norm
-# takes less time than the three that replace it.
+# The fewest numbers in an input, and in one channel of one example, for which batch norm finds its mean and variance
+# by three fast kernels. A smaller input takes less time in torch's single kernel.
 LARGE, LARGE_PLANE = 2**15, 25
 
 
 def own_derivatives_run() -> bool:
-    """Whether a derivative of our own would be asked for: transforms, exporters and forward mode see torch's alone."""
+    """False in torch.func, in a compiler or exporter, and in forward mode: these need the derivatives of torch."""
     return not (
         torch.compiler.is_compiling()  # First: a compiler then sees nothing of the others.
         or torch._C._are_functorch_transforms_active()
@@ -57,15 +57,15 @@ def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
     """
     if not over:  # One number for each: it is its own mean.
         return input, torch.zeros_like(input)
-    if input.numel() == 0 or not own_derivatives_run():
-        variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
-        return mean, variance
-    found: tuple[Tensor, Tensor] = _Moments.apply(input, over)
-    return found
+    run: Any = _Moments.apply if input.numel() and own_derivatives_run() else _moments
+    return run(input, over)  # type: ignore[no-any-return]
 
 
 def scaled(input: Tensor, centre: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """(input - centre) * scale + shift. The difference comes first: far from zero, a product would round it away."""
+    """(input - centre) * scale + shift.
+
+    The subtraction comes first. `input * scale - centre * scale` would lose digits where the centre is far from zero.
+    """
     output = torch.sub(input, centre) * scale
     if shift is None:
         return output
@@ -88,7 +88,7 @@ class _Moments(torch.autograd.Function):
 
 
 def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
-    if not x.is_cpu:
+    if not x.is_cpu or torch._C._are_functorch_transforms_active():  # vmap has no rule for `square_`.
         variance, mean = torch.var_mean(x, over, correction=0, keepdim=True)
         return mean, variance
     mean = x.mean(over, keepdim=True)
@@ -98,16 +98,15 @@ def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float
 ) -> Tensor:
-    """As `F.batch_norm` in training with a momentum of 1: `mean` and unbiased `variance` are overwritten.
+    """`F.batch_norm` with training=True and momentum=1, which writes the batch's moments into `mean` and `variance`.
 
     Args:
-        x: (batch, channels, ...). The others: (channels,), or None.
+        x: (batch, channels, ...). The others: (channels,), or None. variance: receives the unbiased variance.
     """
     if torch.compiler.is_compiling():
         return torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, False)
     run: Any = _BatchNorm.apply if torch.is_grad_enabled() else _forward
-    output: Tensor = run(x, weight, bias, mean, variance, eps)[0]
-    return output
+    return run(x, weight, bias, mean, variance, eps)[0]  # type: ignore[no-any-return]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -171,7 +170,12 @@ class _BatchNormSecond(torch.autograd.Function):
 def _along(
     v: Any, a: Any, b: Any, eps: float, dy: Any, x: Any, weight: Any, seen: Any, r: Any, dx: Any, dy_x: Any, dy_sum: Any
 ) -> Any:
-    """The derivative of (dx, d_weight, d_bias) along (v, a, b) with respect to dy, x and weight."""
+    """The backward pass of the backward pass: gradients of dy, x and weight.
+
+    Args:
+        v, a, b: gradients of its results dx, d_weight and d_bias; None where there is none.
+        dy_x, dy_sum: sum(dy x_hat) and sum(dy), which are d_weight and d_bias.
+    """
     count, wide = x.numel() // x.shape[1], (1, -1, *(1,) * (x.ndim - 2))
     to_dy = to_x = to_weight = None
     if v is not None:
@@ -185,7 +189,7 @@ def _along(
         to_x = torch.addcmul((slope * seen).view(wide), x, slope.view(wide), value=-1)
         to_x.addcmul_(to_dy, (r_mean * dy_x).view(wide), value=-1).addcmul_(dx, (r_mean * v_x).view(wide), value=-1)
         to_weight = None if weight is None else rq
-    # Along the gradients of weight and bias, sum(dy x_hat) and sum(dy), which count where these are adapted.
+    # The inner loop uses d_weight and d_bias, too, where it adapts weight and bias.
     if a is not None:
         x_hat = (x - seen.view(wide)) * r.view(wide)
         to_dy = _plus(to_dy, a.view(wide) * x_hat)
@@ -197,8 +201,7 @@ def _along(
 
 def _projected(z: Tensor, x: Tensor, weight: Tensor | None, seen: Tensor, r: Tensor, eps: float) -> Any:
     """weight r P(z), sum(z x_hat) and sum(z)."""
-    wanted = [True, True, True]
-    return torch.ops.aten.native_batch_norm_backward(z, x, weight, None, None, seen, r, True, eps, wanted)
+    return torch.ops.aten.native_batch_norm_backward(z, x, weight, None, None, seen, r, True, eps, [True] * 3)
 
 
 def _plus(old: Tensor | None, new: Tensor) -> Tensor:
@@ -270,13 +273,13 @@ def shift_of(
 
 @torch.no_grad()
 def fold_shifts(
-    buffers: Sequence[Tensor | None],
+    buffers: Sequence[Any],
     row: Any,
     seen: Sequence[tuple[Tensor, Tensor]],
     momentum: float | None,
     keep: Tensor,
 ) -> None:
-    """Moves a row towards the mean over the target passes of one meta-step.
+    """Moves one row of the stored shifts and log ratios towards their mean over the target passes of a meta-step.
 
     All tasks of a meta-step together count as one observation, because they share their weights. A new observation
     gets a fifth of the norm's momentum. The first ones get equal parts, so that the zeros of the start are forgotten.
@@ -287,9 +290,6 @@ def fold_shifts(
         keep: bool scalar; where it is false, because the meta-step was skipped, nothing changes.
     """
     shift, ratio, count = buffers
-    assert shift is not None
-    assert ratio is not None
-    assert count is not None
     share = 1 / (count[row] + 1).to(shift.dtype)
     if momentum is not None:
         share = share.clamp(min=momentum / 5)

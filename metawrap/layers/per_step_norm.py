@@ -161,6 +161,7 @@ class PerStepNorm(_BatchNorm):
             or not input.is_cpu
             or input.numel() == 0
             or torch.is_autocast_enabled("cpu")
+            or torch._C._are_functorch_transforms_active()
             or not (torch.compiler.is_compiling() or own_derivatives_run())
         ):
             return False

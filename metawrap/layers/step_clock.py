@@ -1,4 +1,4 @@
-"""The inner step of a pass, which per-step layers look up, and what norms record in it."""
+"""The clock that tells per-step layers the inner step of a pass, and the moments that norms record in a pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metawrap.layers.norm_policies import Statistics
 class Moments(NamedTuple):
     """Batch mean and unbiased variance of one pass through one norm, each (channels,), without gradient.
 
-    shift: mean and variance are instead a shift and a log ratio; see layers/moments.py.
+    shift: True if the two tensors are a shift and a log ratio instead; see layers/moments.py.
     """
 
     norm: str
@@ -27,9 +27,10 @@ class Moments(NamedTuple):
 
 @dataclass
 class StepClock:
-    """Shared by every per-step layer of one learner; only the inner loop sets it.
+    """The inner step, and the statistics that normalise, of the pass that runs now.
 
-    A shared object, not an int per layer: `higher` copies attributes when it patches, so an int would stay at step 0.
+    All per-step layers of a learner hold the same clock, and only the inner loop sets it. An int in each layer would
+    stay at step 0, as `higher` copies a module's attributes when it patches the module.
     With `statistics=None`, outside of an inner loop, a norm follows its own `training` flag as ordinary norms do.
     rows: (examples,), which rows of a padded batch are examples; None where all are.
 
