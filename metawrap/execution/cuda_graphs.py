@@ -50,7 +50,9 @@ class Recordings:
 
 class _Recording:
     def __init__(self, run: Run, batch: TaskBatch) -> None:
-        self._batch = TaskBatch(tuple(task.map(_leaf_of) for task in batch))
+        self._batch = TaskBatch(
+            tuple(task.map(lambda t: t.detach().clone().requires_grad_(t.requires_grad)) for task in batch)
+        )
         record = RECORDERS[tensors_in(batch[0].support_x)[0].device.type]
         _, expected = _copied(run(batch))
         try:
@@ -96,10 +98,6 @@ def _shape(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple(map(_shape, value))
     return (value.shape, value.dtype, value.device, value.stride()) if isinstance(value, Tensor) else repr(value)
-
-
-def _leaf_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _tensors(task: Task) -> Iterator[Tensor]:

@@ -174,7 +174,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         index, dtype, shape = pid
-        return _from_block(self._blocks(index), dtype, shape)
+        block = self._blocks(index)
+        return torch.frombuffer(block, dtype=dtype).view(shape) if block else torch.empty(shape, dtype=dtype)
 
 
 def _packed(pipe: Connection, value: Any) -> None:
@@ -192,7 +193,3 @@ def _unpacked(pipe: Connection) -> Any:
     count = int.from_bytes(pipe.recv_bytes(), "little")
     blocks = [bytearray(pipe.recv_bytes()) for _ in range(count)]
     return _Unpickler(file, blocks.__getitem__).load()
-
-
-def _from_block(block: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(block, dtype=dtype).view(shape) if block else torch.empty(shape, dtype=dtype)

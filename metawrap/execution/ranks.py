@@ -118,7 +118,7 @@ class Ranks:
             _Word(
                 call=(self.call, self.learner.iteration),
                 checked=self.learner.executor.same_everywhere,
-                frozen=_frozen(self.learner),
+                frozen=[name for name, p in self.learner.named_parameters() if not p.requires_grad],
                 optimizer=_update_in_words(self.learner) if self.call == "meta_step" else "",
                 present=[gradient is not None for gradient in gradients],
                 solved=map_tensors(own, lambda tensor: tensor.to("meta")),
@@ -302,10 +302,6 @@ def _state_slots(model: nn.Module) -> list[Slot]:
 
 def _zeros(place: Tensor, learner: Any) -> Tensor:
     return torch.zeros_like(place, device=device_of(learner))
-
-
-def _frozen(learner: Any) -> list[str]:
-    return [name for name, parameter in learner.named_parameters() if not parameter.requires_grad]
 
 
 def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metawrap.inner_loop.padding import are_near
 from metawrap.layers.step_clock import Moments
@@ -113,3 +113,10 @@ def to_channels_last(tensor: Tensor) -> Tensor:
     if tensor.stride() == wanted:
         return tensor
     return torch.empty_like(tensor, memory_format=formats[tensor.ndim]).copy_(tensor)
+
+
+def layouts_of_weights(model: nn.Module) -> dict[str, torch.memory_format]:
+    """channels_last for the weights of torch's own convolutions: a call on such images lays others out anew."""
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    convolutions = ((path, formats.get(type(module))) for path, module in model.named_modules())
+    return {f"{path}.weight".lstrip("."): layout for path, layout in convolutions if layout is not None}

@@ -30,7 +30,7 @@ from metawrap.inner_loop.inner_loop import (
 )
 from metawrap.inner_loop.masking import Mask, used_labels
 from metawrap.inner_loop.padding import can_be_padded, loss_of_rows, padded
-from metawrap.inner_loop.task_layout import alike, apart, stacked, start_of, to_channels_last
+from metawrap.inner_loop.task_layout import alike, apart, layouts_of_weights, stacked, start_of, to_channels_last
 from metawrap.inner_loop.update_rules import InnerOptimizer, LearningRates
 from metawrap.layers.norm_policies import PASSES
 from metawrap.results import OneByOne, TaskOutcome, ignored_label, outcome_of, task_loss
@@ -67,7 +67,7 @@ class TaskSolver:
     pads: the stack may hold tasks of unequal sizes, padded.
     learned: every parameter that the outer loop learns. epoch: decides about step weights and derivative order.
     modules: every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
-    channels_last: hands images to the model in this layout. clone_inputs: the model edits its inputs.
+    channels_last: images, and the weights of convolutions, have this layout. clone_inputs: the model edits its inputs.
     plain_forms: forward runs an operation that `PlainForms` replaces.
     any_order: the passes of a task may run in another order.
     examples: the support set of each inner step in training; the task's own at each step if None.
@@ -224,13 +224,14 @@ class TaskSolver:
             learned = self.head_start.kind == "learned"
             starts = [{} if learned else self.head_start.values(self.wrapped.model, loop.task.id)]
         parameters = dict(self.wrapped.model.named_parameters())
+        layouts = layouts_of_weights(self.wrapped.model) if self.channels_last else {}
 
         def copied() -> FastWeights:
             # Clones: in-place edits of a fast weight, and hooks on the user's parameters, must not meet each other.
             return {
                 name: start_of([start.get(name, parameters[name]) for start in starts])
                 if loop.stacked
-                else starts[0].get(name, parameters[name]).clone()
+                else starts[0].get(name, parameters[name]).clone(memory_format=layouts.get(name, torch.preserve_format))
                 for name in self.wrapped.adapted
             }
 

@@ -124,6 +124,17 @@ def test_channels_last_reaches_the_first_convolution() -> None:
         assert to_channels_last(other) is other
 
 
+def test_weights_of_convolutions_have_the_layout_of_the_images_and_adapt_returns_the_users() -> None:
+    learner = MAMLPlusPlus(Conv4(), inner_steps=2, execution={"channels_last": True, "tune": False})
+    met: list[tuple[int, ...]] = []
+    learner.model.conv1.conv.register_forward_hook(lambda module, args, output: met.append(module.weight.stride()))
+    images, labels = torch.rand(3, 1, 16, 16), torch.arange(3)
+    learner.meta_step([(images, labels, images, labels)])
+    assert set(met[-6:]) == {(36, 1, 12, 4)}  # of (4, 4, 3, 3): the four channels of a place side by side
+    adapted = learner.adapt(images, labels)
+    assert [p.stride() for p in adapted.parameters()] == [p.stride() for p in Conv4().parameters()]
+
+
 def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     cost = {(1, False): 10.0, (1, True): 9.0, (2, True): 8.0, (4, True): 7.9, (8, True): 2.0, "processes": 5.0}
