@@ -61,8 +61,8 @@ def _bounds(score: Mapping[str, Any], value: str, spread: str) -> tuple[float, f
 def _hint(bounds: Mapping[str, tuple[float, float]], trained: str, chance: float) -> str:
     """A line about a policy that is weak, at most 80 characters; empty where all is well.
 
-    Weak is the policy of training if it may be at chance, or if another policy is certainly better; and another policy
-    if the policy of training is certainly better by ten points.
+    Weak is the policy of training if it may be at chance, or if another policy is certainly better, but a transductive
+    one is never better than an inductive one; and another policy if that of training is certainly ten points better.
     """
     own = bounds.get(trained)
     if own is None:
@@ -70,7 +70,8 @@ def _hint(bounds: Mapping[str, tuple[float, float]], trained: str, chance: float
     if own[0] <= 1.1 * chance:
         return f"\nHint: {trained} may be at chance: train longer, or try another --meta-lr."
     others = {norm: found for norm, found in bounds.items() if norm != trained}
-    best = max(others, key=lambda norm: others[norm][0], default=trained)
+    fair = [norm for norm in others if kind_of(norm) == "inductive" or kind_of(trained) == "transductive"]
+    best = max(fair, key=lambda norm: others[norm][0], default=trained)
     if best != trained and others[best][0] > own[1]:
         return f"\nHint: {best} is better than {trained}. Train with it: --norm {best}"
     worst = min(others, key=lambda norm: others[norm][1], default=trained)
