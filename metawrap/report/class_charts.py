@@ -48,7 +48,7 @@ def _confusions(run: RunRecords) -> State:
     if run.class_count > len(names) or not 1 < len(names) <= _MOST_IN_TABLE or len(set(names)) < len(names):
         shown = sorted(run.confusions[:_MOST_ROWS], key=lambda each: -each.percent)
         labels = [f"{each.name} → {each.taken_for}" for each in shown]
-        return _bars(list(shown), labels, _WRONG, "% of targets in tasks with both")
+        return _bars(list(shown), labels, _WRONG, "% of targets")
     names.sort()
     place = {name: number for number, name in enumerate(names)}
     cells: list[list[Count | None]] = [[None] * len(names) for _ in names]

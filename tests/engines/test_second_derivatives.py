@@ -114,6 +114,7 @@ def test_weight_norm_in_workers_has_the_same_meta_gradient(network: Norm, worker
     assert_same_gradients(found[1], found[0])
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("call", [torch._weight_norm, torch.ops.aten._weight_norm, torch.ops.aten._weight_norm.default])
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_weight_norm_stands_in_with_the_same_values_and_a_right_second_derivative(call: Any, dim: int) -> None:

@@ -82,6 +82,7 @@ def test_memory_is_kept_from_the_first_meta_step_on(case: str, found: dict[str, 
     assert done
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["left", "said"])
 def test_memory_is_left_as_it_is_where_that_is_asked_for_or_the_environment_says_so(
     case: str, found: dict[str, list[int]]

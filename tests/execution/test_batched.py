@@ -131,7 +131,7 @@ def test_meta_step_and_forward_equal_the_oracle(name: str) -> None:
         assert float(accuracy) == pytest.approx(float(torch.stack(right).mean()), abs=1e-6)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("memory", ["unrolled", "flat"])
 @pytest.mark.parametrize("second_order", [True, False], ids=["second order", "first order"])
 @pytest.mark.parametrize("norm", ["batch", "running", "support"])

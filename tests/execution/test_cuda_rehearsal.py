@@ -216,6 +216,7 @@ def _selects(prediction: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(prediction[y >= 0], y)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("loss_fn", "operation"),
     [

@@ -80,7 +80,7 @@ def both(make: Any, **options: Any) -> list[Any]:
     return [build(seeded(make), cuda_graphs=graphs, **options) for graphs in (False, True)]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", PLAIN)
 def test_training_by_replays_is_training(way: str, recorder: Recorder) -> None:
     plain, replaying = both(Conv4, **PLAIN[way])

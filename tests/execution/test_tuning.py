@@ -252,6 +252,7 @@ def test_long_meta_steps_are_measured_once_also_after_a_resume(monkeypatch: pyte
     assert_same_values(tensors(learner), tensors(plain))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "named",
     [

@@ -84,6 +84,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NETS)
 def test_padded_tasks_equal_the_oracle(name: str, at_once: list[Any]) -> None:
     make, shape = NETS[name]
@@ -105,7 +106,7 @@ def test_every_norm_policy_order_and_memory_equals_the_oracle(
     assert_padded(learner, seeded(make), tasks, at_once, norm=norm, second_order=second_order)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("norm", ["batch", "running", "support", "task"])
 def test_unequal_support_sets_target_sets_and_both(norm: str, sizes: str, at_once: list[Any]) -> None:
@@ -113,6 +114,7 @@ def test_unequal_support_sets_target_sets_and_both(norm: str, sizes: str, at_onc
     assert_padded(batched(seeded(NormedMlp), norm=norm), seeded(NormedMlp), tasks, at_once, norm=norm)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", ["batch", "running", "task"])
 @pytest.mark.parametrize("multi_step", [True, False])
 def test_losses_predictions_and_state_are_those_of_tasks_one_by_one(norm: str, multi_step: bool) -> None:

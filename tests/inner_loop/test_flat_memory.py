@@ -164,6 +164,7 @@ def test_graphs_of_ten_steps_hold_no_more_than_those_of_one() -> None:
     assert peak_of_graphs(10) > 3 * peak_of_graphs(1), "the unrolled graph does grow: the count counts"
 
 
+@pytest.mark.slow
 def test_graphs_of_support_and_target_do_not_stand_together() -> None:
     def peak(**sizes: int) -> int:
         # Under "support" a target pass reads moments of a support pass, so that their graphs do stand together.
@@ -173,6 +174,7 @@ def test_graphs_of_support_and_target_do_not_stand_together() -> None:
     assert both <= 1.1 * max(peak(shots=6, targets=1), peak(shots=1, targets=20))
 
 
+@pytest.mark.slow
 def test_target_graphs_are_freed_step_by_step() -> None:
     with_all_targets = peak_of_graphs(5, multi_step_loss=True)
     with_the_last_only = peak_of_graphs(5, multi_step_loss=False)
@@ -245,6 +247,7 @@ class Assigns(NormedMlp):
         return super().forward(x)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "options",
     [{"workers": 2}, {"engine": "batched"}, {"tune": True}, {"workers": 2, "workers_in": "processes"}],

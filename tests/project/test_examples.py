@@ -15,6 +15,7 @@ def test_a_users_own_cnn_learns_to_adapt_in_a_few_steps(monkeypatch: pytest.Monk
     assert accuracy > 0.4, "chance is 0.2"
 
 
+@pytest.mark.slow
 def test_the_sinusoid_example_draws_its_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     load("examples/sinusoid.py", monkeypatch).main(meta_steps=10, out=str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -120,6 +120,7 @@ def test_whatever_the_system_refuses_while_saving_the_last_good_checkpoint_stays
     assert torch.equal(folder.newest(pytest.fail).learner["weight"], torch.ones(3))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_run_whose_disk_fails_ends_with_one_error_and_goes_on_later(tmp_path, monkeypatch, capsys, code):
     out, real = tmp_path / "run", os.replace
@@ -178,6 +179,7 @@ FORKS = HOLDS.replace(
 )
 
 
+@pytest.mark.slow
 @posix
 def test_the_lock_is_not_held_by_a_forked_process_that_outlives_its_parent(tmp_path):
     with holder_of(tmp_path, FORKS) as first:

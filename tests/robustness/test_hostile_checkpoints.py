@@ -164,6 +164,7 @@ print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_files_that_claim_to_be_huge_are_refused_and_cost_no_memory(tmp_path):
     paths = [tmp_path / f"{place}.pt" for place in range(len(BOMBS))]
     for path, write in zip(paths, BOMBS.values(), strict=True):

@@ -82,7 +82,7 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize(
     ("engine", "kills"),
     [
-        ("functional", 4),
+        ("functional", 2),
         ("higher", 1),
         pytest.param("functional", 60, marks=pytest.mark.trust),
         pytest.param("higher", 60, marks=pytest.mark.trust),
@@ -115,6 +115,7 @@ def test_killed_while_saving_it_ends_with_the_same_bits(workplace):
     workplace.assert_ended_alike("saving")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("sent", "popen"), [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, Forked)])
 def test_a_stopped_run_says_in_one_line_how_to_continue_and_that_line_works(workplace, sent, popen):
     out = f"stopped by {sent.name}"  # the blank has to be quoted in the hint

@@ -119,6 +119,7 @@ def test_a_run_without_new_classes_says_so(place: Path, capsys: pytest.CaptureFi
     assert "--new-classes" not in refusal(capsys, ["evaluate", "run"])  # A remedy that would not help.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 def test_the_same_data_in_another_folder_with_other_times_go_on(
     place: Path, capsys: pytest.CaptureFixture[str], stream: str

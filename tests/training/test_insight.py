@@ -306,6 +306,7 @@ def test_tensorboard_shows_the_log_and_the_rates(finished):
     assert_shows_the_log(finished[0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_tensorboard_has_each_epoch_once_after_resuming(tmp_path, asked_before, monkeypatch):
     # The second epoch has been logged, but not saved.

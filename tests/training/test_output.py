@@ -38,6 +38,7 @@ if os.path.exists("/dev/full"):
     NOWHERE["full"] = full
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("make", NOWHERE.values(), ids=NOWHERE)
 def test_a_finished_run_stays_finished_where_nothing_can_be_printed(
     place: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]

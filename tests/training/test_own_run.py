@@ -80,6 +80,7 @@ def test_a_run_trains_as_a_loop_by_hand(tmp_path):
     assert_same(load_checkpoint(tmp_path / "checkpoints/epoch-0003.pt").learner, by_hand.state_dict())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("source", ["sampler", "list", "drawn", "loader"])
 def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_bits(source, tmp_path):
     if source == "sampler":

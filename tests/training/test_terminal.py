@@ -56,7 +56,8 @@ def in_terminal(arguments: list[str], folder: Path, columns: int) -> str:
     return b"".join(parts).decode()
 
 
-@pytest.mark.parametrize("columns", [80, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 40])
 def test_the_bar_stays_on_one_line_of_a_terminal(tmp_path, columns):
     written = in_terminal([*TINY, "--out", "run"], tmp_path, columns)
     [line] = [line for line in written.split("\r\n") if "epoch 1/2" in line]  # A bar that wraps or repeats has two.

@@ -124,6 +124,7 @@ def test_resuming_a_finished_run_returns_its_result_without_training(finished, m
     assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_torn_newest_checkpoint_is_reported_and_its_epoch_repeated(finished, tmp_path, capsys):
     folder, _ = finished
     settings = replace(TINY, ensemble=2)
@@ -416,6 +417,7 @@ def test_no_more_tasks_are_validated_alone_than_there_are() -> None:
         replace(TINY, validation_tasks=6, validation_alone=7)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("norm", ["batch", "task"])
 def test_validation_alone_hands_each_target_to_the_adapted_network_by_itself(norm):
 

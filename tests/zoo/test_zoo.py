@@ -50,7 +50,7 @@ def test_every_small_classifier_of_torchvision_is_here() -> None:
     assert builders_below_limit() - {entry.name for entry in TORCHVISION} == set()
 
 
-@pytest.mark.sampled(40)
+@pytest.mark.sampled(24)
 @pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
 @pytest.mark.parametrize(("entry", "engine"), _cases())
 def test_meta_gradient_equals_the_plain_loop(
@@ -68,6 +68,7 @@ def test_meta_gradient_in_threads_equals_the_plain_loop(entry: Entry) -> None:
     check(entry, "threads")
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.filterwarnings("ignore::metawrap.MetaWrapWarning")
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name, marks=_marks(entry)) for entry in EVALUATED])
 def test_evaluation_and_adapted_modules_equal_the_plain_loop(entry: Entry) -> None:
