@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from metawrap.errors import ArgumentError
+from metawrap.settings.keywords import nearest
 
 
 def call_factory(name: str, ways: int | None = None) -> nn.Module:
@@ -51,7 +52,9 @@ def call_factory(name: str, ways: int | None = None) -> nn.Module:
 def _find_factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ArgumentError(f"model: expected 'package.module:factory', but got '{name}'.")
+        raise ArgumentError(
+            f"model: expected 'package.module:factory', such as 'torchvision.models:resnet18', but got '{name}'."
+        )
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # The import runs the user's file; a script may even exit.
@@ -64,7 +67,8 @@ def _find_factory(name: str) -> Callable[..., Any]:
         raise ArgumentError(f"model: cannot import '{module_name}' ({in_one_line(error)}). {fix}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        raise ArgumentError(f"model: '{module_name}' has no function or class named '{attribute}'.")
+        fix = f" Did you mean '{close}'?" if (close := nearest(attribute, vars(module))) else ""
+        raise ArgumentError(f"model: '{module_name}' has no function or class named '{attribute}'.{fix}")
     return factory  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from metawrap.cli.flags import (
     PATH,
     RARE,
     SEED,
+    SEEDS,
     SET,
     SWITCH,
     TASKS,
@@ -34,7 +35,6 @@ from metawrap.cli.flags import (
     new_command,
     override,
     path,
-    seeds,
     shape,
 )
 from metawrap.data import DATASETS
@@ -103,7 +103,7 @@ def _add_train(commands: Any) -> None:
     add_flags(group, TASKS)
     either = group.add_mutually_exclusive_group()
     either.add_argument("--seed", **SEED)
-    either.add_argument("--seeds", type=seeds, default=None, metavar="N,N", help="a run each, with mean and deviation")
+    either.add_argument("--seeds", **SEEDS)
     group.add_argument("--device", **DEVICE)
     group.add_argument("--out", **PATH, help="the run's folder (runs/...)")
     group.add_argument("--resume", **SWITCH, help="continue the run in --out, or extend it by more --epochs")
@@ -121,7 +121,8 @@ def _add_compare(commands: Any) -> None:
         "train and test several methods on the same tasks",
         "compare --methods NAME,NAME --budget N [options]",
         "Rarer: --split NAME, --train-ways N; see docs/recipes.md.\n"
-        "Writes comparison.md, .csv, .tex, .json and .png; the same command continues one that was stopped.",
+        "Writes comparison.md, .csv, .tex, .json and .png, with --seeds study.md, .csv and so on;\n"
+        "the same command continues one that was stopped.",
     )
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", type=names, required=True, metavar="NAME,NAME", help=", ".join(METHODS))
@@ -133,7 +134,10 @@ def _add_compare(commands: Any) -> None:
     add_flags(parser.add_argument_group("network"), NETWORK)
     group = parser.add_argument_group("run")
     group.add_argument("--epochs", **N, help="validations, in equal parts of the budget (10)")
-    add_flags(group, TASKS | {"--seed": SEED, "--device": DEVICE})
+    add_flags(group, TASKS | {"--device": DEVICE})
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--seed", **SEED)
+    either.add_argument("--seeds", **SEEDS)
     group.add_argument("--jobs", **N, default=1, help="runs at a time, which share the cores (1)")
     group.add_argument(
         "--out", type=path, metavar="PATH", default="runs/compare", help="a folder per method (runs/compare)"

@@ -111,7 +111,7 @@ def run_predict(arguments: Namespace) -> None:
     if waiting:
         answer()
     if broken:
-        raise DataError(f"{broken} of {seen} {kind} could not be read; the others are named above.")
+        raise DataError(f"{broken} of {seen} {kind} could not be read; the errors above name them.")
     if not seen:
         hold = f"{listed(arguments.examples)} hold no photo ({', '.join(IMAGE_SUFFIXES)})"
         raise ArgumentError(f"{kind}: {hold if arguments.examples and kind == 'photos' else 'none was given'}.")

@@ -137,7 +137,10 @@ def _study(arguments: Namespace, recipe: Recipe, out: Path) -> None:
     experiments = {Path(each.name).stem: settings_in(arguments, None, each) for each in recipe.runs}
     seeds = arguments.seeds or (None if is_given(arguments, "seed") else recipe.seeds)
     seeds = seeds or [each.seed for each in experiments.values()][:1]
-    study = run_study(recipe.name, experiments, seeds, out, arguments.resume)
+    _show_study(run_study(recipe.name, experiments, seeds, out, arguments.resume), out)
+
+
+def _show_study(study: dict[str, Any], out: Path) -> None:
     with work_is_done(out / "study.md"):
         show(f"\n{study_table(study['runs'])}\n\nTable, figures and plot: {out / 'study.md'}")
 
@@ -151,6 +154,9 @@ def _compare(arguments: Namespace) -> None:
     for method, name, value in getattr(arguments, "overrides", []):
         overrides.setdefault(method, {})[name] = value
     runs = settings_by_method(arguments.methods, settings_in(arguments), arguments.budget, overrides)
+    if arguments.seeds:
+        out = Path(arguments.out)
+        return _show_study(run_study("comparison", runs, arguments.seeds, out, resume=True, jobs=arguments.jobs), out)
     result = compare(runs, arguments.out, arguments.jobs)
     table = Path(arguments.out) / "comparison.md"
     with work_is_done(table):

@@ -133,6 +133,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "--test-tasks": N | {"help": "fixed tasks of unseen classes to test on (600)"},
 }
 SEED = N | {"help": "of the initial weights and the order of tasks (0)"}
+SEEDS: dict[str, Any] = {
+    "type": seeds,
+    "default": None,
+    "metavar": "N,N",
+    "help": "a run each, with mean and deviation",
+}
 SET = {"action": "append", "dest": "options", "type": option, "metavar": "NAME=VALUE"} | {
     "help": "any setting or keyword of the method; wins over a recipe"
 }

@@ -26,7 +26,9 @@ def inspect_model(settings: RunSettings, input_shape: tuple[int, ...] | None = N
     """
     torch.manual_seed(settings.seed)
     if (network := network_of(settings)) is None:
-        raise ArgumentError("model: expected 'package.module:factory', but got none.")
+        raise ArgumentError(
+            "model: expected 'package.module:factory', such as 'torchvision.models:resnet18', but got none."
+        )
     if network.words:
         say(network.words)
     learner = build_learner(settings, network.model)

@@ -30,7 +30,12 @@ _IN_CSV = (
 
 
 def run_study(
-    name: str, experiments: Mapping[str, RunSettings], seeds: Sequence[int], out: str | Path, resume: bool = False
+    name: str,
+    experiments: Mapping[str, RunSettings],
+    seeds: Sequence[int],
+    out: str | Path,
+    resume: bool = False,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Trains and tests each experiment with each seed, in `out`/experiment/seed-0, ...
 
@@ -39,7 +44,7 @@ def run_study(
         experiments: settings by the name of the experiment's folder.
         seeds: one run of each experiment per seed.
         out: a folder without a study, or with `resume` the folder of a study with these settings.
-        resume: continue unfinished runs.
+        resume: continue unfinished runs. jobs: runs at a time.
     Returns:
         The content of `out`/study.json: "study", "command", "runs", each {"experiment", "method" (see `study_titles`),
         "seed", "error", "validation" [accuracy after each epoch], "alone" [the same with targets one at a time, see
@@ -56,7 +61,7 @@ def run_study(
             write_run(path / folder, settings, seeds)
     keys = [(folder, seed) for folder in experiments for seed in seeds]
     runs = {f"{folder}/seed-{seed}": replace(experiments[folder], seed=seed) for folder, seed in keys}
-    rows = run_in_processes(runs, path)
+    rows = run_in_processes(runs, path, jobs)
     titles = study_titles(experiments)
     results = [
         _result(folder, titles[folder], settings, path / run, row)

@@ -128,3 +128,34 @@ def test_a_comparison_trains_tests_continues_and_outlives_a_method_that_fails(ca
         assert main([*flags, "--set", "fomaml.inner_steps=1"]) == 0
         assert "| First-order MAML" in capsys.readouterr().out
     assert Path("out/protonet/result.json").stat().st_mtime < Path("out/comparison.json").stat().st_mtime
+
+
+def test_a_comparison_over_seeds_is_a_study_of_its_methods(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compare_in_forks(monkeypatch)
+    flags = [
+        "compare",
+        "--methods",
+        "protonet,fomaml",
+        "--budget",
+        "1",
+        "--epochs",
+        "1",
+        "--filters",
+        "4",
+        "--batch",
+        "1",
+    ]
+    flags += ["--validation-tasks", "2", "--test-tasks", "2", "--device", "cpu", "--out", "out", "--seeds"]
+    with torch.random.fork_rng():
+        assert main([*flags, "0,3"]) == 0
+        assert "| mean of 2 |" in capsys.readouterr().out
+        rows = list(csv.DictReader(Path("out/study.csv").read_text().splitlines()))
+        assert [(row["experiment"], row["seed"]) for row in rows] == [
+            (method, seed) for method in ("protonet", "fomaml") for seed in ("0", "3")
+        ]
+        for row in rows:
+            tested = json.loads(Path(f"out/{row['experiment']}/seed-{row['seed']}/result.json").read_text())["test"]
+            assert float(row["accuracy"]) == tested["norms"][row["norm"]]["after"]["accuracy"]
+        assert main([*flags, "0,1"]) == 2
+        assert "seeds: the study was started with [0, 3]" in capsys.readouterr().err

@@ -267,7 +267,8 @@ def test_a_users_factory_is_called_with_ways_only_if_it_takes_them():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("just_a_name", "expected 'package.module:factory'"),
+        ("just_a_name", "expected 'package.module:factory', such as 'torchvision.models:resnet18'"),
+        ("torchvision.models:resnet19", "no function or class named 'resnet19'. Did you mean 'resnet18'?"),
         ("no_such_module_here:build", "cannot import 'no_such_module_here'.*folder"),
         (f"{__name__}:absent", "has no function or class named 'absent'"),
         (f"{__name__}:not_a_module", "returned str, expected a torch.nn.Module"),
