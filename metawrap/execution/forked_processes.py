@@ -2,7 +2,7 @@
 
 Nothing has to be sent there: parameters, the user's own attributes, closures and globals are shared as they stand, page
 by page. Only results travel, through a pipe, and come back in task order. Unlike threads, processes do not wait for
-each other's Python.
+each other's Python. This process can do the work of one: a fork costs a copy of every page that its tasks write to.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import pickle
 import random
 import signal
 import sys
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +32,8 @@ Result = TypeVar("Result")
 
 # Results that may stand in the parent, for each process, before the one that is next in order has come.
 _AHEAD = 2
+_PATIENCE = 0.5  # Seconds.
+_DIED = "a process that solved tasks died; it may have run out of memory"
 
 
 class ChildError(Exception):
@@ -49,20 +54,31 @@ def refused() -> str | None:
 
 
 def in_processes(
-    work: Callable[[Item], Result], items: Sequence[Item], count: int, left: Callable[[], str | None]
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    count: int,
+    left: Callable[[], str | None],
+    own: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
     """`work(item)` for each item, in `count` forked processes with one intra-op thread each; results in order.
 
     Args:
         left: run in each process at its end; says what the work has changed there, which nobody else will see.
+        own: does the work of one of the processes in this one, which saves a fork; left out, all are forked.
     Raises:
         ChildError: the work raised, or a process died; what it sent before stands.
         LeftBehindError: `left` said something.
     """
-    children = [_fork(work, items, rank, count, left) for rank in range(min(count, len(items)))]
+    count, threads = max(1, min(count, len(items))), torch.get_num_threads()
+    children: list[_Child] = []
     try:
-        yield from _gathered(children, len(items))
+        for rank in range(own is not None, count):
+            children.append(_fork(work, items, rank, count, left))
+        if own is not None:
+            torch.set_num_threads(1)
+        yield from _gathered(children, items, count, own)
     finally:
+        torch.set_num_threads(threads)
         for child in children:
             child.end()
 
@@ -73,42 +89,87 @@ class LeftBehindError(Exception):
 
 @dataclass
 class _Child:
+    """next: index of the item whose result comes next. room: for results that wait here."""
+
     pid: int
     pipe: Connection
     next: int
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_AHEAD))
+    reader: threading.Thread | None = None
+    ended: bool = False
+
+    def read_into(self, arrived: SimpleQueue[Any], results: int) -> None:
+        """Receives in a thread: a pipe holds 64 KiB, and this process may be at work of its own."""
+
+        def read() -> None:
+            with self.pipe:
+                for _ in range(results):
+                    self.room.acquire()
+                    if self.ended:
+                        return
+                    try:
+                        arrived.put((self, _unpacked(self.pipe)))
+                    except (EOFError, OSError):
+                        return arrived.put((self, ("failed", _DIED)))
+                    except BaseException as error:
+                        return arrived.put((self, ("raised", error)))
+
+        reader = threading.Thread(target=read, name="metawrap-reader", daemon=True)
+        reader.start()
+        self.reader = reader
 
     def end(self) -> None:
-        self.pipe.close()
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
+        if self.reader is None:
+            self.pipe.close()
+        else:
+            self.ended = True
+            self.room.release()
+            self.reader.join(_PATIENCE)  # It waits for ever where a process that the child began holds the pipe.
 
 
-def _gathered(children: list[_Child], count: int) -> Iterator[Any]:
-    early: dict[int, Any] = {}
-    for index in range(count):
-        while index not in early:
-            ahead = index + _AHEAD * len(children)
-            ready = wait([child.pipe for child in children if child.next < min(ahead, count)])
-            for child in children:
-                if child.pipe in ready:
-                    early[child.next] = _received(child)
-                    child.next += len(children)
-        yield early.pop(index)
+def _gathered(
+    children: list[_Child], items: Sequence[Any], count: int, own: Callable[[Any], Any] | None
+) -> Iterator[Any]:
+    arrived: SimpleQueue[tuple[_Child, Any]] = SimpleQueue()
     for child in children:
-        if reason := _received(child):
-            raise LeftBehindError(reason)
+        child.read_into(arrived, len(range(child.next, len(items), count)) + 1)
+    mine = deque(range(0, len(items) if own else 0, count))
+    early: dict[int, Any] = {}
+    for index in range(len(items)):
+        while index not in early:
+            if own and mine and mine[0] < index + _AHEAD * count and arrived.empty():
+                early |= _done(own, items, mine.popleft())
+            else:
+                _take(arrived, early, count)
+        yield early.pop(index)
+        for child in children:
+            if (child.next - index) % count == 0:
+                child.room.release()
+    while len(early) < len(children):  # The last word of each stands behind its items.
+        _take(arrived, early, count)
+    if reasons := [reason for reason in early.values() if reason]:
+        raise LeftBehindError(reasons[0])
 
 
-def _received(child: _Child) -> Any:
+def _done(own: Callable[[Any], Any], items: Sequence[Any], index: int) -> dict[int, Any]:
     try:
-        kind, value = _unpacked(child.pipe)
-    except EOFError:
-        raise ChildError(child.next, "a process that solved tasks died; it may have run out of memory") from None
+        return {index: own(items[index])}
+    except Exception as error:
+        raise ChildError(index, _in_words(error)) from error
+
+
+def _take(arrived: SimpleQueue[tuple[_Child, Any]], early: dict[int, Any], count: int) -> None:
+    child, (kind, value) = arrived.get()
     if kind == "failed":
         raise ChildError(child.next, value)
-    return value
+    if kind == "raised":
+        raise value
+    early[child.next] = value
+    child.next += count
 
 
 def _fork(
@@ -118,10 +179,15 @@ def _fork(
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # Or a child would print again what waits to be printed.
     drawn = random.getstate()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forks in a process with threads, which those of an idle OpenMP count as.
-        warnings.simplefilter("ignore")
-        pid = os.fork()
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks in a process with threads, which those of an idle OpenMP count as.
+            warnings.simplefilter("ignore")
+            pid = os.fork()
+    except OSError as error:
+        os.close(reading)
+        os.close(writing)
+        raise ChildError(rank, _in_words(error)) from error
     if pid:
         os.close(writing)
         return _Child(pid, Connection(reading, writable=False), rank)
@@ -146,11 +212,15 @@ def _serve(pipe: Connection, work: Callable[[Item], Any], items: Sequence[Item],
             _packed(pipe, ("done", work(item)))
         last = ("done", left())
     except BaseException as error:  # Told to the parent, which does the same work again and sees it happen.
-        last = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        last = ("failed", _in_words(error))
     # Before the parent hears the last word, and ends this process.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _packed(pipe, last)
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class _Pickler(pickle.Pickler):

@@ -7,7 +7,7 @@ Tasks that are not independent are run in order, whatever was chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class ParallelExecutor(Executor):
         self.settled = False
         self.recordings = Recordings()
         self.in_order_because: str | None = None
-        self._any_order = False
+        self._any_order = self._replicates = False
         self.probed: dict[str, Any] = {}
 
     def way_in_words(self, learner: Any) -> str:
@@ -146,6 +146,10 @@ class ParallelExecutor(Executor):
             same = not differ(found, probed_gradient(solver, engine, [task]))
         except Exception as error:  # Any failure of the user's own code in a copy of it.
             return f"{where} fails ({first_line(error)})"
+        if same and processes:
+            self._replicates = not (
+                self.why_in_order(learner, False) or self.worker_differs(learner, solver, task, False)
+            )
         return None if same else f"{where} does not give the same gradient"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class ParallelExecutor(Executor):
             for chunk in chunks:
                 yield gradient(learner, chunk)
         elif self.speed.processes:
-            yield from self._in_processes(learner, partial(gradient, learner), chunks, count)
+            yield from self._in_processes(learner, gradient, chunks, count)
         else:
             yield from self._in_threads(learner, gradient, chunks, count)
 
@@ -202,13 +206,26 @@ class ParallelExecutor(Executor):
             yield from found
 
     def _in_processes(
-        self, learner: Any, work: Callable[[Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
+        self, learner: Any, work: Callable[[Any, Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
     ) -> Iterator[MetaGradient]:
-        before = state_of(_parts(learner))
+        """A replica of the learner does the work of one process in this one, if it alone can be changed by that."""
+        own, before = learner, state_of(_parts(learner))
+        if self._replicates and not before.outside:
+            with suppress(Exception):  # A lock, for example, that the model was given since the first task.
+                own = self._replica(learner)
+        seen = before if own is learner else state_of(_parts(own))
         try:
             # Settings of the whole process are made before it is forked.
             with _twice(learner):
-                yield from in_processes(work, chunks, count, lambda: difference(before, state_of(_parts(learner))))
+                yield from in_processes(
+                    partial(work, learner),
+                    chunks,
+                    count,
+                    lambda: difference(before, state_of(_parts(learner))),
+                    None if own is learner else partial(work, own),
+                )
+            if changed := difference(seen, state_of(_parts(own))):
+                raise LeftBehindError(changed)
         except (ChildError, LeftBehindError) as error:
             # The same step again, in order: an error that is the work's own is raised there.
             raise DisturbedError(str(error)) from error

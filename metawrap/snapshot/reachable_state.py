@@ -51,6 +51,15 @@ class ReachableState:
     values: dict[str, Any]
     unread: str | None = None
 
+    @property
+    def outside(self) -> bool:
+        """Whether some of it may lie where a deep copy of the parts shares it: in a class, a module, a closure."""
+        shared = re.compile(r"(^|\.)(class |the global )")
+        loss = self.values.get("the loss.state", 0)
+        # Of a function: its identity, what it encloses, its defaults, and the globals that it names.
+        plain = isinstance(loss, int) or (len(loss) == 5 and isinstance(loss[0], int) and not (loss[1] or loss[4]))
+        return not plain or any(shared.search(name) for name in self.values)
+
 
 def state_of(parts: Iterable[Any]) -> ReachableState:
     """Everything that a call of the parts could change; tensors count by identity and version."""
@@ -98,7 +107,7 @@ def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The globals that a function names, except classes, modules and functions."""
     for name in _global_names(function.__code__):
         value = function.__globals__.get(name)
-        if not isinstance(value, (*_FIXED, types.FunctionType)):
+        if name in function.__globals__ and not isinstance(value, (*_FIXED, types.FunctionType)):
             yield f"the global {name}", value
 
 

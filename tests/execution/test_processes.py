@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,93 @@ def test_a_process_that_fails_or_dies_is_named_with_its_item() -> None:
         list(in_processes(lambda item: item, range(2), 2, lambda: "a trace"))
 
 
+@pytest.mark.parametrize("slow", ["own", "forked"])
+def test_this_process_can_do_the_work_of_one(slow: str) -> None:
+    home, threads = os.getpid(), torch.get_num_threads()
+
+    def work(item: int) -> tuple[Tensor, int, int]:
+        time.sleep(0.05 * ((os.getpid() == home) == (slow == "own")))
+        return torch.full((1 << 16,), float(item)), os.getpid(), torch.get_num_threads()
+
+    found = list(in_processes(work, range(7), 2, nothing, work))
+    assert [float(values[-1]) for values, _, _ in found] == [float(item) for item in range(7)]
+    assert [pid == home for _, pid, _ in found] == [True, False] * 3 + [True]
+    assert {used for _, _, used in found} == {1}
+    assert torch.get_num_threads() == threads
+
+
+def test_a_failure_of_the_own_work_is_named_with_its_item_and_no_process_is_left() -> None:
+    def own(item: int) -> int:
+        if item == 8:
+            raise ValueError("no eight")
+        return 0
+
+    found: list[int] = []
+    with pytest.raises(ChildError, match="ValueError: no eight") as failed:
+        found.extend(in_processes(lambda item: os.getpid(), range(40), 2, nothing, own))
+    assert failed.value.index == 8
+    with pytest.raises(ChildProcessError):
+        os.waitpid(max(found), os.WNOHANG)
+
+
+def refuse() -> None:
+    raise ValueError("not to be read")
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return refuse, ()
+
+
+@pytest.mark.timeout(60)
+def test_a_result_that_cannot_be_read_is_an_error_and_nothing_to_do_is_no_work() -> None:
+    with pytest.raises(ValueError, match="not to be read"):
+        list(in_processes(lambda item: Unreadable(), range(4), 2, nothing))
+    assert list(in_processes(lambda item: item, [], 2, nothing, lambda item: item)) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_the_work_began_and_left_keeps_nobody_waiting() -> None:
+    def work(item: int) -> int:
+        if not os.fork():
+            time.sleep(30)
+            os._exit(0)
+        return item
+
+    start = time.monotonic()
+    assert list(in_processes(work, range(2), 2, nothing)) == [0, 1]
+    assert time.monotonic() - start < 20  # Less than the sleep of what was left.
+
+
+class Counting(NormedMlp):
+    """Counts its calls in its class, where copies of it share the number, from the time it is told to."""
+
+    calls, counts = 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls: Any = type(self)
+        if cls.counts:
+            cls.calls += 1
+        return super().forward(x) * (1 + 0.1 * cls.calls)
+
+
+def test_a_step_that_turns_out_to_depend_on_order_is_done_as_if_no_process_had_tried_it() -> None:
+    ways: list[dict[str, Any]] = [{}, {"workers": 2, "workers_in": "processes"}]
+    # A class each, as the number is its class's.
+    classes: list[Any] = [type(name, (Counting,), {}) for name in ("Plain", "Asked")]
+    plain, asked = (build(seeded(made), engine="functional", **way) for made, way in zip(classes, ways, strict=True))
+    batch = class_tasks((4,), tasks=4)
+    for step in range(4):
+        for made in classes:
+            made.counts = step > 1
+        plain.meta_step(batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MetaWrapWarning)
+            asked.meta_step(batch)
+    assert classes[0].calls == classes[1].calls > 0
+    assert_same_values([*asked.parameters(), *asked.buffers()], [*plain.parameters(), *plain.buffers()])
+
+
 def test_what_is_printed_there_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     print("before", end=" ")
     list(in_processes(lambda item: print(f"item {item}"), range(2), 1, nothing))
@@ -128,9 +216,23 @@ def test_each_step_is_solved_by_two_processes_that_see_the_model_as_it_is_now(tm
         asked.meta_step(batch)
         seen = told(tmp_path / "asked")
     assert len(seen) == 2
-    assert os.getpid() not in seen
+    assert os.getpid() in seen  # It does the work of one of them.
     assert_same_values([*asked.parameters(), *asked.buffers()], [*plain.parameters(), *plain.buffers()])
     assert "2 processes" in str(asked.describe())
+
+
+def test_a_model_that_threads_cannot_run_is_solved_by_forked_processes_alone(tmp_path: Path) -> None:
+    def made() -> Telling:
+        model = Telling(tmp_path / "asked")
+        torch.nn.utils.parametrizations.weight_norm(model.inside.linear)
+        return model
+
+    learner = build(seeded(made), workers=2, workers_in="processes", engine="functional")
+    for _ in range(2):
+        learner.meta_step(class_tasks((4,), tasks=4))
+        seen = told(tmp_path / "asked")
+    assert len(seen) == 2
+    assert os.getpid() not in seen
 
 
 class Mortal(NormedMlp):
