@@ -18,8 +18,8 @@ from metawrap.tasks import Task
 # More rounds give each of them nearly all examples; their time grows with examples and rounds.
 _ROUNDS = 10
 _Z = 1.96
-# Those nearest to 1 come first, because the first of equally good temperatures is taken. Logits that are all the same
-# then leave the temperature at 1.
+# The temperatures that are tried, nearest to 1 first: of equally good ones the first is taken. So the temperature stays
+# 1 where all logits are equal, and every temperature is as good as another.
 _TEMPERATURES = sorted((10 ** (step / 100) for step in range(-400, 401)), key=lambda t: abs(math.log(t)))
 
 

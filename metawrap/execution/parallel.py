@@ -208,7 +208,7 @@ class ParallelExecutor(Executor):
     def _in_processes(
         self, learner: Any, work: Callable[[Any, Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
     ) -> Iterator[MetaGradient]:
-        """A replica of the learner does the work of one process in this one, if it alone can be changed by that."""
+        """This process takes a share, on a replica of the learner, if the work can change nothing but the replica."""
         own, before = learner, state_of(_parts(learner))
         if self._replicates and not before.outside:
             with suppress(Exception):  # A lock, for example, that the model was given since the first task.

@@ -116,7 +116,10 @@ def to_channels_last(tensor: Tensor) -> Tensor:
 
 
 def layouts_of_weights(model: nn.Module) -> dict[str, torch.memory_format]:
-    """channels_last for the weights of torch's own convolutions: a call on such images lays others out anew."""
+    """The layout for the weight of each convolution, by its name, where images are in channels_last.
+
+    A convolution whose weight has another layout copies it at every call.
+    """
     formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
     convolutions = ((path, formats.get(type(module))) for path, module in model.named_modules())
-    return {f"{path}.weight".lstrip("."): layout for path, layout in convolutions if layout is not None}
+    return {f"{path}.weight".removeprefix("."): layout for path, layout in convolutions if layout is not None}

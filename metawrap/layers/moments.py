@@ -34,8 +34,8 @@ from metawrap.errors import UnsupportedModuleError
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
-# The fewest numbers in an input, and in one channel of one example, for which batch norm finds its mean and variance
-# by three fast kernels. A smaller input takes less time in torch's single kernel.
+# From these sizes on, batch norm finds its mean and variance by three fast kernels: the numbers in the whole input, and
+# those in one channel of one example. A smaller input takes less time in torch's single kernel.
 LARGE, LARGE_PLANE = 2**15, 25
 
 
@@ -64,7 +64,7 @@ def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
 def scaled(input: Tensor, centre: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """(input - centre) * scale + shift.
 
-    The subtraction comes first. `input * scale - centre * scale` would lose digits where the centre is far from zero.
+    The centre is subtracted first: `input * scale - centre * scale` loses digits where the centre is far from zero.
     """
     output = torch.sub(input, centre) * scale
     if shift is None:
@@ -189,7 +189,7 @@ def _along(
         to_x = torch.addcmul((slope * seen).view(wide), x, slope.view(wide), value=-1)
         to_x.addcmul_(to_dy, (r_mean * dy_x).view(wide), value=-1).addcmul_(dx, (r_mean * v_x).view(wide), value=-1)
         to_weight = None if weight is None else rq
-    # The inner loop uses d_weight and d_bias, too, where it adapts weight and bias.
+    # a and b are given only where an inner loop adapts the weight and bias of the norm (adapt_norm=True).
     if a is not None:
         x_hat = (x - seen.view(wide)) * r.view(wide)
         to_dy = _plus(to_dy, a.view(wide) * x_hat)
@@ -240,7 +240,11 @@ def moments_of(input: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance from the biased variance, without gradient; `rows` as in `moments_of`."""
+    """The mean as it is, and the unbiased variance computed from the biased one, without gradient.
+
+    Args:
+        mean, variance, rows: results and argument of `moments_of`.
+    """
     count = input.numel() // input.shape[1]
     if rows is None:
         return mean.detach(), variance.detach() * (count / max(count - 1, 1))
@@ -250,14 +254,18 @@ def unbiased(input: Tensor, mean: Tensor, variance: Tensor, rows: Tensor | None 
 
 
 def centre_and_scale(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Centre and scale that normalise an input by moments of each channel, (channels,) each."""
+    """Mean and 1 / deviation of each channel, in the shape in which `scaled` applies them to the input.
+
+    Args:
+        mean, variance: (channels,).
+    """
     shape = over_channels(input)
     return mean.view(shape), (variance + eps).rsqrt().view(shape)
 
 
 def shifted(mean: Tensor, variance: Tensor, shift: Tensor, ratio: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The moments of a support set, moved to where targets lie; all (channels,)."""
-    # A clone: a backward pass may still need the row after the next fold.
+    # `shift` is a row of a buffer. The next meta-step overwrites it, when a backward pass may still need these values.
     moved = mean + shift.clone() * (variance + eps).sqrt()
     return moved, (variance + eps) * (2 * ratio).exp() - eps
 
@@ -279,7 +287,7 @@ def fold_shifts(
     momentum: float | None,
     keep: Tensor,
 ) -> None:
-    """Moves one row of the stored shifts and log ratios towards their mean over the target passes of a meta-step.
+    """Moves the stored shift and log ratio of one inner step towards the mean of those that a meta-step has seen.
 
     All tasks of a meta-step together count as one observation, because they share their weights. A new observation
     gets a fifth of the norm's momentum. The first ones get equal parts, so that the zeros of the start are forgotten.

@@ -46,19 +46,14 @@ RANDOM_NUMBERS = "it draws random numbers, which come in the order of the tasks"
 
 @dataclass
 class ReachableState:
-    """values: by name. unread: the first name whose value cannot be read, or None."""
+    """values: by name. unread: the first name whose value cannot be read, or None.
+
+    outside: some of it lies in a class, a module or a function, which a deep copy of the parts shares with them.
+    """
 
     values: dict[str, Any]
     unread: str | None = None
-
-    @property
-    def outside(self) -> bool:
-        """Whether some of it may lie where a deep copy of the parts shares it: in a class, a module, a closure."""
-        shared = re.compile(r"(^|\.)(class |the global )")
-        loss = self.values.get("the loss.state", 0)
-        # Of a function: its identity, what it encloses, its defaults, and the globals that it names.
-        plain = isinstance(loss, int) or (len(loss) == 5 and isinstance(loss[0], int) and not (loss[1] or loss[4]))
-        return not plain or any(shared.search(name) for name in self.values)
+    outside: bool = False
 
 
 def state_of(parts: Iterable[Any]) -> ReachableState:
@@ -69,6 +64,7 @@ def state_of(parts: Iterable[Any]) -> ReachableState:
             for local, value in _held(owner):
                 name = f"{path}.{local}" if path else local
                 state.values[name] = reader.read(value)
+                state.outside |= reader.has_shared or local.startswith(("class ", "the global "))
                 if reader.has_unread and state.unread is None:
                     state.unread = name
     return state
@@ -95,7 +91,7 @@ def _held(owner: Any) -> Iterator[tuple[str, Any]]:
     else:
         yield "state", owner
     for cls in type(owner).__mro__:
-        if cls.__module__.split(".")[0] not in ("builtins", "torch", "metawrap", "abc"):
+        if cls.__module__.split(".")[0] not in ("builtins", "functools", "torch", "metawrap", "abc"):
             for name, value in vars(cls).items():
                 if isinstance(value, types.FunctionType):
                     yield from _globals_of(value)
@@ -119,12 +115,13 @@ def _global_names(code: types.CodeType) -> frozenset[str]:
 class _Reader:
     """Reads values into plain tuples that can be compared; each object once.
 
-    has_unread: whether a value could not be read, and only its identity counts.
+    has_unread: whether a value could not be read, and only its identity counts. has_shared: whether a function holds a
+    value, or a context variable does.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
-        self.has_unread = False
+        self.has_unread = self.has_shared = False
 
     def read(self, value: Any, depth: int = _DEPTH) -> Any:
         if isinstance(value, _SIMPLE):
@@ -154,10 +151,13 @@ class _Reader:
             return frozenset(repr(item) for item in value)
         if isinstance(value, types.FunctionType):
             named = [item for _, item in _globals_of(value)]
+            defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            self.has_shared |= bool(enclosed(value) or named) or not all(isinstance(d, _SIMPLE) for d in defaults)
             return id(value), read(enclosed(value)), read(value.__defaults__), read(value.__kwdefaults__), read(named)
         if isinstance(value, types.MethodType):
             return id(value.__func__), read(value.__self__)
         if isinstance(value, contextvars.ContextVar):
+            self.has_shared = True
             return read(value.get(None))
         if isinstance(value, functools.partial):
             return read(value.func), read(value.args), read(value.keywords)

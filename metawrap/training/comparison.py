@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from metawrap.errors import ArgumentError, MetaWrapError
+from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.settings.keywords import flattened, nested
 from metawrap.training.checkpoints import write_json, write_text
 from metawrap.training.data_record import record_of
@@ -99,6 +99,10 @@ def compare(runs: Mapping[str, RunSettings], out: str | Path, jobs: int = 1) -> 
         MetaWrapError: every method failed.
     """
     path = Path(out)
+    if seeded := [name for name in runs if (path / name / "run.json").exists() and read_run(path / name)[1]]:
+        raise CheckpointError(
+            f"out: '{path / seeded[0]}' has a run over seeds. Continue it with its --seeds, or choose another --out."
+        )
     rows = run_in_processes(runs, path, jobs)
     comparison = {"rows": rows, "command": command_line()}
     write_json(path / "comparison.json", comparison)

@@ -151,7 +151,7 @@ def _check(path: Path, experiments: Mapping[str, RunSettings], seeds: Sequence[i
         settings.check_resumes(stored.to_dict())
         if stored_seeds != list(seeds):
             raise CheckpointError(
-                f"seeds: the study was started with {stored_seeds}, but is resumed with {list(seeds)}. "
+                f"seeds: the study was started with {stored_seeds or 'one'}, but is resumed with {list(seeds)}. "
                 "Use the same, or another --out."
             )
     for folder, settings in experiments.items():

@@ -61,8 +61,8 @@ def _bounds(score: Mapping[str, Any], value: str, spread: str) -> tuple[float, f
 def _hint(bounds: Mapping[str, tuple[float, float]], trained: str, chance: float) -> str:
     """A line about a policy that is weak, at most 80 characters; empty where all is well.
 
-    Weak is the policy of training if it may be at chance, or if another policy is certainly better, but a transductive
-    one is never better than an inductive one; and another policy if that of training is certainly ten points better.
+    The policy of training is weak if it may be at chance, or if another is certainly better. A transductive policy is
+    not compared with an inductive one. Another policy is weak if that of training is certainly ten points better.
     """
     own = bounds.get(trained)
     if own is None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from face import assert_same_values, build
 from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import MetaWrapWarning
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes
+from metawrap.snapshot.reachable_state import state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -141,14 +145,45 @@ def test_a_result_that_cannot_be_read_is_an_error_and_nothing_to_do_is_no_work()
 @pytest.mark.timeout(60)
 def test_a_process_that_the_work_began_and_left_keeps_nobody_waiting() -> None:
     def work(item: int) -> int:
-        if not os.fork():
-            time.sleep(30)
-            os._exit(0)
-        return item
+        if pid := os.fork():
+            return pid
+        time.sleep(300)
+        os._exit(0)
 
-    start = time.monotonic()
-    assert list(in_processes(work, range(2), 2, nothing)) == [0, 1]
-    assert time.monotonic() - start < 20  # Less than the sleep of what was left.
+    for pid in list(in_processes(work, range(2), 2, nothing)):
+        os.kill(pid, signal.SIGKILL)  # It fails where the process has ended, so it would have been waited for.
+
+
+def closure() -> Any:
+    held = [0]
+    return lambda x: x * (1 + held[0])
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+
+@pytest.mark.parametrize(
+    ("parts", "outside"),
+    [
+        ([NormedMlp(), F.cross_entropy], False),
+        ([NormedMlp(), nn.CrossEntropyLoss(label_smoothing=0.1)], False),
+        ([NormedMlp(), partial(F.cross_entropy, label_smoothing=0.1)], False),
+        ([NormedMlp(), closure()], True),
+        ([NormedMlp(), partial(closure())], True),
+        ([NormedMlp(), lambda prediction, y, seen=[]: F.cross_entropy(prediction, y)], True),
+        ([Calling(closure()), F.cross_entropy], True),
+        ([Calling(partial(closure())), F.cross_entropy], True),
+        ([Calling(torch.tanh), F.cross_entropy], False),
+        ([NormedMlp(), lambda prediction, y: prediction.mean() * len(TENSORS)], True),
+        ([Calling(contextvars.ContextVar("seen")), F.cross_entropy], True),
+    ],
+    ids=range(11),
+)
+def test_state_outside_of_the_parts_is_known(parts: list[Any], outside: bool) -> None:
+    assert state_of(parts).outside is outside
 
 
 class Counting(NormedMlp):

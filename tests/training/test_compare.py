@@ -159,3 +159,6 @@ def test_a_comparison_over_seeds_is_a_study_of_its_methods(capsys, tmp_path, mon
             assert float(row["accuracy"]) == tested["norms"][row["norm"]]["after"]["accuracy"]
         assert main([*flags, "0,1"]) == 2
         assert "seeds: the study was started with [0, 3]" in capsys.readouterr().err
+        assert main(flags[:-1]) == 2
+        assert "'out/protonet' has a run over seeds" in capsys.readouterr().err
+    assert json.loads(Path("out/protonet/run.json").read_text())["seeds"] == [0, 3]
