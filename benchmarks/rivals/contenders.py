@@ -210,4 +210,11 @@ SETTINGS = {
         _metawrap("first-order tune", first_order=True, tune=True),
     )
 }
-GROWING = (REFERENCE, "metawrap functional", "metawrap flat", "metawrap workers", "metawrap workers flat")
+GROWING = (
+    REFERENCE,
+    "metawrap default",
+    "metawrap functional",
+    "metawrap flat",
+    "metawrap workers",
+    "metawrap workers flat",
+)

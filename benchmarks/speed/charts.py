@@ -28,6 +28,7 @@ TARGET, INK, FAINT = "#b3261e", "#22262b", "#dfe3e8"
 LONGEST_BAR = 2.2  # Longer bars are cut, and labelled with their ratio.
 CURVES = {
     "plain": ("#8a8f98", "o"),
+    "metawrap default": ("#d9822b", "P"),
     "metawrap functional": ("#3b73b9", "s"),
     "metawrap flat": ("#2a9d7f", "^"),
     "metawrap workers": ("#8a4fbf", "D"),

@@ -42,7 +42,7 @@ from speed.charts import draw
 from speed.machine import commit_of, environment, has_glibc, use_threads
 from speed.processes import Record, in_child
 
-GROWTH = {"tasks": (1, 2, 4, 8, 16, 64), "steps": (1, 2, 5, 10), "width": (16, 32, 64, 128)}
+GROWTH = {"tasks": (1, 4, 16, 64, 256), "steps": (1, 2, 5, 10, 50), "width": (16, 32, 64, 128)}
 FIELDS = {"tasks": "tasks", "steps": "steps", "width": "filters"}
 
 

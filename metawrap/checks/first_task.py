@@ -320,7 +320,7 @@ def in_double_precision(learner: Any, task: Task) -> tuple[TaskSolver, Task, flo
     try:
         solver = copy.deepcopy(learner).double()._solver()
         sample = task.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-        probed_gradient(solver, "functional", [sample], first_order_epochs=math.inf)
+        probed_gradient(solver, "functional", [sample], first_order_epochs=math.inf, steps=1)
     except Exception:  # A forward that insists on single precision, for example.
         return learner._solver(), task, _SINGLE
     return solver, sample, _DOUBLE

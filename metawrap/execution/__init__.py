@@ -6,7 +6,9 @@ calls.py: which calls of a learner may run at the same time, and on which module
 executor.py: tasks in their order, fewer at once where memory runs out
 ranks.py: processes of torch.distributed that share a meta-step
 threads.py: replicas of a learner, and tasks in threads
+staying_processes.py: forked processes that stay from one meta-step to the next
 forked_processes.py: tasks in forked processes
+messages.py: values sent from one process to another
 cuda_graphs.py: a meta-gradient recorded once and replayed
 tuning.py: a way to run tasks, and the search for the fastest
 out_of_memory.py: the answer to a lack of memory

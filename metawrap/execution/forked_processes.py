@@ -1,39 +1,41 @@
-"""Tasks in processes, each forked for one meta-step: it holds what the learner holds at that moment, and is then gone.
+"""Tasks in forked processes: each holds what the learner holds at that moment.
 
-Nothing has to be sent there: parameters, the user's own attributes, closures and globals are shared as they stand, page
-by page. Only results travel, through a pipe, and come back in task order. Unlike threads, processes do not wait for
-each other's Python. This process can do the work of one: a fork costs a copy of every page that its tasks write to.
+Parameters, the user's own attributes, closures and globals are shared as they stand, page by page. Results come back in
+task order. Unlike threads, processes do not wait for each other's Python. This process can do the work of one: a fork
+costs a copy of every page that its tasks write to. Here a process ends with
+its meta-step; those of staying_processes.py do not.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import os
-import pickle
 import random
 import signal
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+
+from metawrap.execution.messages import receive, send
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Results that may stand in the parent, for each process, before the one that is next in order has come.
 _AHEAD = 2
-_PATIENCE = 0.5  # Seconds.
-_DIED = "a process that solved tasks died; it may have run out of memory"
+PATIENCE = 0.5  # Seconds.
+DIED = "a process that solved tasks died; it may have run out of memory"
 
 
 class ChildError(Exception):
@@ -69,16 +71,13 @@ def in_processes(
         ChildError: the work raised, or a process died; what it sent before stands.
         LeftBehindError: `left` said something.
     """
-    count, threads = max(1, min(count, len(items))), torch.get_num_threads()
-    children: list[_Child] = []
+    count = max(1, min(count, len(items)))
+    children: list[Child] = []
     try:
         for rank in range(own is not None, count):
-            children.append(_fork(work, items, rank, count, left))
-        if own is not None:
-            torch.set_num_threads(1)
-        yield from _gathered(children, items, count, own)
+            children.append(fork(partial(serve, work, items[rank::count], left), rank))
+        refuse_changes((yield from gathered(children, items, count, own)))
     finally:
-        torch.set_num_threads(threads)
         for child in children:
             child.end()
 
@@ -88,12 +87,13 @@ class LeftBehindError(Exception):
 
 
 @dataclass
-class _Child:
-    """next: index of the item whose result comes next. room: for results that wait here."""
+class Child:
+    """rank: its place. next: index of the item whose result comes next. room: for results that wait here."""
 
     pid: int
     pipe: Connection
-    next: int
+    rank: int
+    next: int = 0
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_AHEAD))
     reader: threading.Thread | None = None
     ended: bool = False
@@ -102,41 +102,62 @@ class _Child:
         """Receives in a thread: a pipe holds 64 KiB, and this process may be at work of its own."""
 
         def read() -> None:
-            with self.pipe:
-                for _ in range(results):
-                    self.room.acquire()
-                    if self.ended:
-                        return
-                    try:
-                        arrived.put((self, _unpacked(self.pipe)))
-                    except (EOFError, OSError):
-                        return arrived.put((self, ("failed", _DIED)))
-                    except BaseException as error:
-                        return arrived.put((self, ("raised", error)))
+            for _ in range(results):
+                self.room.acquire()
+                if self.ended:
+                    return
+                try:
+                    arrived.put((self, receive(self.pipe)))
+                except (EOFError, OSError):
+                    return arrived.put((self, ("failed", DIED)))
+                except BaseException as error:
+                    return arrived.put((self, ("raised", error)))
 
         reader = threading.Thread(target=read, name="metawrap-reader", daemon=True)
         reader.start()
         self.reader = reader
 
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+        except ChildProcessError:  # Somebody else has waited for it.
+            return False
+
     def end(self) -> None:
+        """Kills it and waits until it is gone."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        if self.reader is None:
-            self.pipe.close()
-        else:
-            self.ended = True
+        self.ended = True
+        if self.reader is not None:
             self.room.release()
-            self.reader.join(_PATIENCE)  # It waits for ever where a process that the child began holds the pipe.
+            self.reader.join(PATIENCE)  # It waits for ever where a process that the child began holds the pipe.
+        if self.reader is None or not self.reader.is_alive():
+            self.pipe.close()
 
 
-def _gathered(
-    children: list[_Child], items: Sequence[Any], count: int, own: Callable[[Any], Any] | None
-) -> Iterator[Any]:
-    arrived: SimpleQueue[tuple[_Child, Any]] = SimpleQueue()
+def gathered(
+    children: list[Child], items: Sequence[Any], count: int, own: Callable[[Any], Any] | None
+) -> Generator[Any, None, list[Any]]:
+    """Yields the results of all items in their order; returns the last word of each child."""
+    threads = torch.get_num_threads()
+    try:
+        if own is not None:
+            torch.set_num_threads(1)
+        return (yield from _in_order(children, items, count, own))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_order(
+    children: list[Child], items: Sequence[Any], count: int, own: Callable[[Any], Any] | None
+) -> Generator[Any, None, list[Any]]:
+    arrived: SimpleQueue[tuple[Child, Any]] = SimpleQueue()
     for child in children:
-        child.read_into(arrived, len(range(child.next, len(items), count)) + 1)
+        child.next, child.room = child.rank, threading.Semaphore(_AHEAD)
+        child.read_into(arrived, len(range(child.rank, len(items), count)) + 1)
     mine = deque(range(0, len(items) if own else 0, count))
     early: dict[int, Any] = {}
     for index in range(len(items)):
@@ -151,8 +172,13 @@ def _gathered(
                 child.room.release()
     while len(early) < len(children):  # The last word of each stands behind its items.
         _take(arrived, early, count)
-    if reasons := [reason for reason in early.values() if reason]:
-        raise LeftBehindError(reasons[0])
+    return list(early.values())
+
+
+def refuse_changes(reasons: Sequence[str | None]) -> None:
+    """Raises LeftBehindError where a process has said that something was changed."""
+    for reason in filter(None, reasons):
+        raise LeftBehindError(reason)
 
 
 def _done(own: Callable[[Any], Any], items: Sequence[Any], index: int) -> dict[int, Any]:
@@ -162,7 +188,7 @@ def _done(own: Callable[[Any], Any], items: Sequence[Any], index: int) -> dict[i
         raise ChildError(index, _in_words(error)) from error
 
 
-def _take(arrived: SimpleQueue[tuple[_Child, Any]], early: dict[int, Any], count: int) -> None:
+def _take(arrived: SimpleQueue[tuple[Child, Any]], early: dict[int, Any], count: int) -> None:
     child, (kind, value) = arrived.get()
     if kind == "failed":
         raise ChildError(child.next, value)
@@ -172,10 +198,9 @@ def _take(arrived: SimpleQueue[tuple[_Child, Any]], early: dict[int, Any], count
     child.next += count
 
 
-def _fork(
-    work: Callable[[Item], Any], items: Sequence[Item], rank: int, count: int, left: Callable[[], str | None]
-) -> _Child:
-    reading, writing = os.pipe()
+def fork(job: Callable[[Connection], Any], rank: int) -> Child:
+    """A process that does the job, given its end of a pipe."""
+    here, there = Pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # Or a child would print again what waits to be printed.
     drawn = random.getstate()
@@ -185,81 +210,40 @@ def _fork(
             warnings.simplefilter("ignore")
             pid = os.fork()
     except OSError as error:
-        os.close(reading)
-        os.close(writing)
+        here.close()
+        there.close()
         raise ChildError(rank, _in_words(error)) from error
     if pid:
-        os.close(writing)
-        return _Child(pid, Connection(reading, writable=False), rank)
+        there.close()
+        return Child(pid, here, rank)
     status = 1
     try:
-        os.close(reading)
+        here.close()
         random.setstate(drawn)  # Python seeds it anew in a forked process.
-        _serve(Connection(writing, readable=False), work, items[rank::count], left)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        gc.freeze()  # What was inherited is not walked, as that would copy it.
+        torch.set_num_threads(1)  # OpenMP's other threads are not here.
+        job(there)
         status = 0
     finally:
         # Neither exit handlers nor anybody's `finally`: they are the parent's.
         os._exit(status)
 
 
-def _serve(pipe: Connection, work: Callable[[Item], Any], items: Sequence[Item], left: Callable[[], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()  # What was inherited is not walked, as that would copy it.
-    torch.set_num_threads(1)  # OpenMP's other threads are not here.
+def serve(work: Callable[[Item], Any], items: Sequence[Item], left: Callable[[], Any], pipe: Connection) -> None:
+    """Does the work in a process: sends each result, then the last word, which is `left()`."""
     try:
         for item in items:
-            _packed(pipe, ("done", work(item)))
+            send(pipe, ("done", work(item)))
         last = ("done", left())
     except BaseException as error:  # Told to the parent, which does the same work again and sees it happen.
         last = ("failed", _in_words(error))
-    # Before the parent hears the last word, and ends this process.
+    # Before the parent hears the last word, and may end this process.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    _packed(pipe, last)
+    send(pipe, last)
 
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves ordinary tensors out, to be sent as they lie in memory."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> Any:
-        if type(obj) not in (Tensor, nn.Parameter) or obj.layout != torch.strided or obj.device.type != "cpu":
-            return None
-        self.tensors.append(obj.detach().resolve_conj().resolve_neg().contiguous())
-        return len(self.tensors) - 1, obj.dtype, tuple(obj.shape)
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, blocks: Callable[[int], Any]) -> None:
-        super().__init__(file)
-        self._blocks = blocks
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        index, dtype, shape = pid
-        block = self._blocks(index)
-        return torch.frombuffer(block, dtype=dtype).view(shape) if block else torch.empty(shape, dtype=dtype)
-
-
-def _packed(pipe: Connection, value: Any) -> None:
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(value)
-    pipe.send_bytes(file.getbuffer())
-    pipe.send_bytes(len(pickler.tensors).to_bytes(4, "little"))
-    for tensor in pickler.tensors:
-        pipe.send_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _unpacked(pipe: Connection) -> Any:
-    file = io.BytesIO(pipe.recv_bytes())
-    count = int.from_bytes(pipe.recv_bytes(), "little")
-    blocks = [bytearray(pipe.recv_bytes()) for _ in range(count)]
-    return _Unpickler(file, blocks.__getitem__).load()

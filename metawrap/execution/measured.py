@@ -24,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 # A meta-step with fewer multiplications and additions in its forward passes is not tuned. This is a count and not a
 # time, so that small runs always end with the same bits: results of a tuned run may differ by rounding.
 _WORTH_WHILE = 5e8
+_STEPS = 2
 _SHORT = Speed(why="a meta-step is too small to divide")
 
 
@@ -65,7 +66,7 @@ class MeasuredExecutor(ParallelExecutor):
         self.settled = decided and speed.workers == 1 and self.memory == "unrolled"
 
     def _measure(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> None:
-        """Times the meta-gradient of this batch in each way; in second order, unless training never reaches it."""
+        """Times the meta-gradient of a short inner loop in each way; in second order, if training ever reaches it."""
         settings, before, size = learner.settings, self.speed, self.options.tasks_per_backward or 1
         few = TaskBatch(tuple(map(usable, batch.tasks[: 2 * torch.get_num_threads() * size])))
         if self.keeps_memory:
@@ -83,8 +84,11 @@ class MeasuredExecutor(ParallelExecutor):
             task = few[0]
             learner._prepare(task)
             twice = not learner.checks.findings[learner.model.training].no_second_derivative
+            # Each inner step takes as long as any other.
+            short = replace(settings, inner_steps=min(_STEPS, settings.inner_steps))
             if not math.isinf(settings.first_order_epochs) and twice:
-                self.probed = {"settings": replace(settings, first_order_epochs=0)}
+                short = replace(short, first_order_epochs=0)
+            self.probed = {"settings": short}
             chosen = fastest(timed, self._layouts(learner, task), self._workers(learner, task))
         except BaseException:
             self._take(before, decided=False)

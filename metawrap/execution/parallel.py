@@ -12,7 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from metawrap.checks.first_look import differ, warn_tasks_in_order
@@ -30,6 +31,7 @@ from metawrap.execution.executor import (
     stateful_modules,
 )
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes, refused
+from metawrap.execution.staying_processes import StayingProcesses, can_be_sent
 from metawrap.execution.threads import Item, Result, has_modes, in_threads, replica
 from metawrap.execution.tuning import Speed
 from metawrap.inner_loop.flat_memory import DisturbedError
@@ -37,6 +39,7 @@ from metawrap.inner_loop.task_solver import TaskSolver
 from metawrap.results import TaskOutcome
 from metawrap.settings.groups import ExecutionOptions
 from metawrap.settings.schedules import is_second_order, step_loss_weights
+from metawrap.snapshot.fingerprint import Fingerprint, fingerprint
 from metawrap.snapshot.generators import Generators
 from metawrap.snapshot.module_state import restored_buffers
 from metawrap.snapshot.reachable_state import RANDOM_NUMBERS, difference, state_of
@@ -55,8 +58,10 @@ class ParallelExecutor(Executor):
         self.speed = Speed(options.workers, options.channels_last, options.workers_in == "processes")
         self.settled = False
         self.recordings = Recordings()
+        self.staying: StayingProcesses | None = None
         self.in_order_because: str | None = None
-        self._any_order = self._replicates = False
+        self._any_order = False
+        self._replicates: bool | None = None  # Whether a replica gives the same gradient, where that is known.
         self.probed: dict[str, Any] = {}
 
     def way_in_words(self, learner: Any) -> str:
@@ -143,17 +148,27 @@ class ParallelExecutor(Executor):
                     [task],
                     [self._replica(learner)],
                 )
-            same = not differ(found, probed_gradient(solver, engine, [task]))
+            threads = torch.get_num_threads()
+            try:
+                if processes:  # They have one thread each: sums that are divided otherwise are rounded otherwise.
+                    torch.set_num_threads(1)
+                same = not differ(found, probed_gradient(solver, engine, [task]))
+            finally:
+                torch.set_num_threads(threads)
         except Exception as error:  # Any failure of the user's own code in a copy of it.
-            return f"{where} fails ({first_line(error)})"
-        if same and processes:
+            same, reason = False, f"{where} fails ({first_line(error)})"
+        else:
+            reason = f"{where} does not give the same gradient"
+        if not processes:
+            self._replicates = same
+        elif same and self._replicates is None:
             self._replicates = not (
                 self.why_in_order(learner, False) or self.worker_differs(learner, solver, task, False)
             )
-        return None if same else f"{where} does not give the same gradient"
+        return None if same else reason
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"recordings": Recordings()}
+        return super().__getstate__() | {"recordings": Recordings(), "staying": None}
 
     def _replayed(
         self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter], run: Callable[..., MetaGradient]
@@ -178,12 +193,16 @@ class ParallelExecutor(Executor):
         def gradient(each: Any, chunk: Chunk) -> MetaGradient:
             return chunk_gradient(each._solver(any_order=any_order, **changes), chunk, parameters, norm, tasks)
 
+        def look() -> Fingerprint | None:
+            solver, free = learner._solver(any_order=any_order, **changes), _tensors(learner)
+            return fingerprint((solver, parameters, norm, tasks, free), free)
+
         count = self.speed.number_of_workers(len(chunks))
         if count < 2 or self.why_in_order(learner):
             for chunk in chunks:
                 yield gradient(learner, chunk)
         elif self.speed.processes:
-            yield from self._in_processes(learner, gradient, chunks, count)
+            yield from self._in_processes(learner, gradient, chunks, count, look)
         else:
             yield from self._in_threads(learner, gradient, chunks, count)
 
@@ -206,7 +225,12 @@ class ParallelExecutor(Executor):
             yield from found
 
     def _in_processes(
-        self, learner: Any, work: Callable[[Any, Chunk], MetaGradient], chunks: Sequence[Chunk], count: int
+        self,
+        learner: Any,
+        work: Callable[[Any, Chunk], MetaGradient],
+        chunks: Sequence[Chunk],
+        count: int,
+        look: Callable[[], Fingerprint | None],
     ) -> Iterator[MetaGradient]:
         """This process takes a share, on a replica of the learner, if the work can change nothing but the replica."""
         own, before = learner, state_of(_parts(learner))
@@ -214,21 +238,37 @@ class ParallelExecutor(Executor):
             with suppress(Exception):  # A lock, for example, that the model was given since the first task.
                 own = self._replica(learner)
         seen = before if own is learner else state_of(_parts(own))
+        mine = None if own is learner else partial(work, own)
         try:
             # Settings of the whole process are made before it is forked.
             with _twice(learner):
-                yield from in_processes(
-                    partial(work, learner),
-                    chunks,
-                    count,
-                    lambda: difference(before, state_of(_parts(learner))),
-                    None if own is learner else partial(work, own),
-                )
+                if staying := self._staying_for(learner, work, chunks, range(mine is not None, count), look):
+                    yield from staying.run(chunks, _tensors(learner), mine)
+                else:
+                    yield from in_processes(partial(work, learner), chunks, count, _watch(learner), mine)
             if changed := difference(seen, state_of(_parts(own))):
                 raise LeftBehindError(changed)
         except (ChildError, LeftBehindError) as error:
             # The same step again, in order: an error that is the work's own is raised there.
             raise DisturbedError(str(error)) from error
+
+    def _staying_for(
+        self,
+        learner: Any,
+        work: Callable[[Any, Chunk], MetaGradient],
+        chunks: Sequence[Chunk],
+        ranks: range,
+        look: Callable[[], Fingerprint | None],
+    ) -> StayingProcesses | None:
+        """Processes that stay, forked anew where anything but weights and buffers has changed, or None."""
+        world = look() if can_be_sent(chunks) else None
+        if self.staying and (world is None or not self.staying.fit(world, ranks)):
+            self.staying.end()
+            self.staying = None
+        if world is not None and self.staying is None:
+            watch = partial(_watch, learner)
+            self.staying = StayingProcesses(partial(work, learner), _tensors(learner), ranks, world, look, watch)
+        return self.staying
 
     def _in_threads(
         self, learner: Any, work: Callable[[Any, Item], Result], items: Sequence[Item], count: int
@@ -256,6 +296,16 @@ def _copied(each: Any, solver: TaskSolver) -> TaskSolver:
     own: TaskSolver = each._solver(engine=ENGINES["functional"](each.model, solver.edits))
     found = {name: getattr(solver, name) for name in ("settings", "plain_forms", "clone_inputs")}
     return replace(own, **found)
+
+
+def _tensors(learner: Any) -> list[Tensor]:
+    return [*learner.parameters(), *learner.buffers()]
+
+
+def _watch(learner: Any) -> Callable[[], str | None]:
+    """Says later what was changed since now."""
+    before = state_of(_parts(learner))
+    return lambda: difference(before, state_of(_parts(learner)))
 
 
 def _parts(learner: Any) -> tuple[nn.Module, Any]:

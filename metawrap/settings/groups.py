@@ -134,8 +134,9 @@ class ExecutionOptions(Options):
     workers_in: WorkersIn = Field(
         default="threads",
         description=(
-            '"threads", or "processes", which are forked for each meta-step (Linux). Processes are '
-            "faster where Python takes much of the time, because threads wait for each other there."
+            '"threads", or "processes", which are forked (Linux), and forked anew after a change of the model that '
+            "is not one of weights or buffers. Processes are mostly faster, because threads wait for each "
+            "other while Python runs."
         ),
     )
     channels_last: Switch = Field(
