@@ -126,7 +126,7 @@ class Child:
 
     def end(self) -> None:
         """Kills it and waits until it is gone."""
-        with suppress(ProcessLookupError):
+        if self.lives():  # Or the number may be that of another process by now.
             os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
@@ -185,7 +185,7 @@ def _done(own: Callable[[Any], Any], items: Sequence[Any], index: int) -> dict[i
     try:
         return {index: own(items[index])}
     except Exception as error:
-        raise ChildError(index, _in_words(error)) from error
+        raise ChildError(index, in_words(error)) from error
 
 
 def _take(arrived: SimpleQueue[tuple[Child, Any]], early: dict[int, Any], count: int) -> None:
@@ -212,7 +212,7 @@ def fork(job: Callable[[Connection], Any], rank: int) -> Child:
     except OSError as error:
         here.close()
         there.close()
-        raise ChildError(rank, _in_words(error)) from error
+        raise ChildError(rank, in_words(error)) from error
     if pid:
         there.close()
         return Child(pid, here, rank)
@@ -238,12 +238,14 @@ def serve(work: Callable[[Item], Any], items: Sequence[Item], left: Callable[[],
             send(pipe, ("done", work(item)))
         last = ("done", left())
     except BaseException as error:  # Told to the parent, which does the same work again and sees it happen.
-        last = ("failed", _in_words(error))
+        last = ("failed", in_words(error))
     # Before the parent hears the last word, and may end this process.
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(Exception):
+            stream.flush()
     send(pipe, last)
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -45,6 +45,10 @@ from metawrap.snapshot.module_state import restored_buffers
 from metawrap.snapshot.reachable_state import RANDOM_NUMBERS, difference, state_of
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
+Part = tuple[Chunk, int]  # And the number of tasks in all chunks.
+# After this many misfits in a row processes do not stay; in each meta-step whose number _AGAIN divides they try to.
+_MISFITS, _AGAIN = 3, 50
+
 
 class ParallelExecutor(Executor):
     """Runs the tasks of a batch as its options say.
@@ -59,6 +63,7 @@ class ParallelExecutor(Executor):
         self.settled = False
         self.recordings = Recordings()
         self.staying: StayingProcesses | None = None
+        self._misfits = 0  # In a row: meta-steps whose processes had to be forked anew.
         self.in_order_because: str | None = None
         self._any_order = False
         self._replicates: bool | None = None  # Whether a replica gives the same gradient, where that is known.
@@ -190,21 +195,21 @@ class ParallelExecutor(Executor):
         any_order, norm = self.in_any_order(learner), learner.settings.norm
         changes = self.probed | self.changes(self.probed.get("settings", learner.settings))
 
-        def gradient(each: Any, chunk: Chunk) -> MetaGradient:
-            return chunk_gradient(each._solver(any_order=any_order, **changes), chunk, parameters, norm, tasks)
+        def gradient(each: Any, part: Part) -> MetaGradient:
+            return chunk_gradient(each._solver(any_order=any_order, **changes), part[0], parameters, norm, part[1])
 
         def look() -> Fingerprint | None:
             solver, free = learner._solver(any_order=any_order, **changes), _tensors(learner)
-            return fingerprint((solver, parameters, norm, tasks, free), free)
+            return fingerprint((solver, parameters, norm, free), free)
 
-        count = self.speed.number_of_workers(len(chunks))
+        parts, count = [(chunk, tasks) for chunk in chunks], self.speed.number_of_workers(len(chunks))
         if count < 2 or self.why_in_order(learner):
-            for chunk in chunks:
-                yield gradient(learner, chunk)
+            for part in parts:
+                yield gradient(learner, part)
         elif self.speed.processes:
-            yield from self._in_processes(learner, gradient, chunks, count, look)
+            yield from self._in_processes(learner, gradient, parts, count, look)
         else:
-            yield from self._in_threads(learner, gradient, chunks, count)
+            yield from self._in_threads(learner, gradient, parts, count)
 
     def solved(self, learner: Any, tasks: Sequence[Task], solve: Solve) -> Iterator[TaskOutcome]:
         """See `Executor.solved`. Threads are used if meta-steps have workers: a meta-step has checked that they may."""
@@ -227,8 +232,8 @@ class ParallelExecutor(Executor):
     def _in_processes(
         self,
         learner: Any,
-        work: Callable[[Any, Chunk], MetaGradient],
-        chunks: Sequence[Chunk],
+        work: Callable[[Any, Part], MetaGradient],
+        parts: Sequence[Part],
         count: int,
         look: Callable[[], Fingerprint | None],
     ) -> Iterator[MetaGradient]:
@@ -242,10 +247,10 @@ class ParallelExecutor(Executor):
         try:
             # Settings of the whole process are made before it is forked.
             with _twice(learner):
-                if staying := self._staying_for(learner, work, chunks, range(mine is not None, count), look):
-                    yield from staying.run(chunks, _tensors(learner), mine)
+                if staying := self._staying_for(learner, work, parts, range(mine is not None, count), look):
+                    yield from staying.run(parts, _tensors(learner), mine)
                 else:
-                    yield from in_processes(partial(work, learner), chunks, count, _watch(learner), mine)
+                    yield from in_processes(partial(work, learner), parts, count, _watch(learner), mine)
             if changed := difference(seen, state_of(_parts(own))):
                 raise LeftBehindError(changed)
         except (ChildError, LeftBehindError) as error:
@@ -255,14 +260,18 @@ class ParallelExecutor(Executor):
     def _staying_for(
         self,
         learner: Any,
-        work: Callable[[Any, Chunk], MetaGradient],
-        chunks: Sequence[Chunk],
+        work: Callable[[Any, Part], MetaGradient],
+        parts: Sequence[Part],
         ranks: range,
         look: Callable[[], Fingerprint | None],
     ) -> StayingProcesses | None:
         """Processes that stay, forked anew where anything but weights and buffers has changed, or None."""
-        world = look() if can_be_sent(chunks) else None
-        if self.staying and (world is None or not self.staying.fit(world, ranks)):
+        often_forked = self._misfits >= _MISFITS and learner.iteration % _AGAIN
+        world = look() if not often_forked and can_be_sent(task for chunk, _ in parts for task in chunk) else None
+        if self.staying and world is not None and self.staying.fit(world, ranks):
+            self._misfits = 0
+        elif self.staying:
+            self._misfits += 1
             self.staying.end()
             self.staying = None
         if world is not None and self.staying is None:

@@ -8,12 +8,17 @@ buffers, which each meta-step changes, are sent to it.
 from __future__ import annotations
 
 import os
+import random
+import stat
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +31,7 @@ from metawrap.execution.forked_processes import (
     Result,
     fork,
     gathered,
+    in_words,
     refuse_changes,
     serve,
 )
@@ -33,6 +39,11 @@ from metawrap.execution.messages import receive, send
 from metawrap.snapshot.fingerprint import Fingerprint
 from metawrap.tasks import Task
 
+_RANDOM: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+]
 Look = Callable[[], Fingerprint | None]
 Watch = Callable[[], Callable[[], str | None]]
 
@@ -79,7 +90,7 @@ class StayingProcesses:
         try:
             for child in self._children:
                 try:
-                    send(child.pipe, (list(tensors), items[child.rank :: count]))
+                    send(child.pipe, (list(tensors), _random_states(), items[child.rank :: count]))
                 except OSError as error:
                     raise ChildError(child.rank, DIED) from error
             last = yield from gathered(self._children, items, count, own)
@@ -94,15 +105,14 @@ class StayingProcesses:
         self._end()
 
 
-def can_be_sent(chunks: Sequence[Sequence[Task]]) -> bool:
+def can_be_sent(tasks: Iterable[Task]) -> bool:
     """Whether tasks consist of plain tensors, which arrive as they are."""
-    tasks = [task for chunk in chunks for task in chunk]
     return all(type(task) is Task and all(map(_is_plain, vars(task).values())) for task in tasks)
 
 
 def _is_plain(value: Any) -> bool:
     if type(value) is Tensor:
-        return value.layout == torch.strided and value.is_contiguous() and not value.requires_grad
+        return value.layout == torch.strided and value.is_contiguous() and not value.requires_grad and not vars(value)
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
     if type(value) is dict:
@@ -124,19 +134,39 @@ def _stay(
     watch: Watch,
     pipe: Connection,
 ) -> None:
-    # Whoever waits for the end of a pipe, or for a lock, must not have to wait for this process.
-    os.closerange(3, pipe.fileno())
-    os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    _close_pipes({0, 1, 2, pipe.fileno()})
     home = os.getppid()
     while True:
         while not pipe.poll(PATIENCE):
             if os.getppid() != home:
                 return
-        values, items = receive(pipe)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        serve(work, items, partial(_last_word, watch(), world, look), pipe)
+        values, states, items = receive(pipe)
+        try:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
+            for (_, put), state in zip(_RANDOM, states, strict=True):
+                put(state)
+            left = watch()
+        except Exception as error:
+            return send(pipe, ("failed", in_words(error)))
+        serve(work, items, partial(_last_word, left, world, look), pipe)
+
+
+def _random_states() -> list[Any]:
+    return [read() for read, _ in _RANDOM]
+
+
+def _close_pipes(kept: set[int]) -> None:
+    """Whoever waits for the end of a pipe must not have to wait for this process."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # It need not be a file.
+            kept.add(stream.fileno())
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            mode = os.fstat(number).st_mode
+            if number not in kept and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                os.close(number)
 
 
 def _last_word(left: Callable[[], str | None], world: Fingerprint, look: Look) -> tuple[str | None, bool]:

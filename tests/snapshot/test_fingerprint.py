@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextvars
 import enum
@@ -71,6 +72,24 @@ def wrapped(function: Any) -> Any:
     return inner
 
 
+def uses_torch(x: Any) -> Any:
+    return F.softplus(x) * torch.FACTOR
+
+
+def imports_beside(x: Any) -> Any:
+    from .math import FACTOR
+
+    return x * FACTOR
+
+
+def looks_around(x: Any) -> Any:
+    return x * sys.modules[__name__].FACTOR
+
+
+def uses_operators(x: Any) -> Any:
+    return torch.ops.aten.relu(x)
+
+
 def closure() -> tuple[Any, list[float]]:
     held = [1.0]
     return lambda x: x * held[0], held
@@ -84,6 +103,32 @@ class Slotted:
 
     def __getstate__(self) -> Any:
         return None
+
+
+class Private:
+    __slots__ = ("__value",)
+
+    def __init__(self) -> None:
+        self.put(1.0)
+
+    def put(self, value: float) -> None:
+        self.__value = value
+
+
+class Registering(abc.ABC):  # noqa: B024
+    pass
+
+
+Registering.register(int)
+
+
+def asks_for_subclasses(x: Any) -> Any:
+    return x * len(Private.__subclasses__())
+
+
+class Real(float):
+    def __repr__(self) -> str:
+        return "a number"
 
 
 class Secret:
@@ -118,7 +163,7 @@ class Meta(type):
 
 
 class Made(metaclass=Meta):
-    value = 1.0
+    value: float = 1.0
 
     @property
     def twice(self) -> float:
@@ -152,7 +197,8 @@ FUNCTION, HELD = closure()
 DEEP: Any = functools.reduce(lambda inner, _: [inner], range(40), [1.0])
 BOTTOM = functools.reduce(lambda outer, _: outer[0], range(40), DEEP)
 NET, LSTM = nn.Sequential(nn.Linear(2, 2), nn.Tanh()), nn.LSTM(2, 2)
-SLOTTED, SECRET, DATA, TABLE, NUMBERS, MADE = Slotted(), Secret(), Data(), Table(a=1.0), Numbers([1.0]), Made()
+PRIVATE, SHARED = Private(), [TWO := torch.ones(2), TWO[:]]
+SLOTTED, SECRET, DATA, NUMBERS, MADE = Slotted(), Secret(), Data(), Numbers([1.0]), Made()
 SPACE, TENSOR, ARRAY, DRAWS = lasting(mode=Mode.ONE), torch.ones(3), np.ones(3), random.Random(0)
 STAMPED, GENERATOR, COUNT = torch.ones(1), torch.Generator(), itertools.count()
 PARTIAL = lasting(f=functools.partial(operator.mul, 1.0))
@@ -162,7 +208,6 @@ CASES: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch], Any]]] = {
     "a function that is named": (uses_function, put(HERE, "uses_global", lambda x: x)),
     "a module that is named": (uses_config, put(config, "alpha", 2.0)),
     "an object in a module that is named": (uses_config, lambda _: config.inner.beta.append(2.0)),
-    "a function behind a cache": (cached, put(HERE, "FACTOR", 3.0)),
     "a function in a decorator": (wrapped(uses_global), put(HERE, "FACTOR", 3.0)),
     "a variable that is enclosed": (FUNCTION, lambda _: HELD.append(2.0)),
     "the code of a function": (uses_config, put(uses_config, "__code__", uses_global.__code__)),
@@ -172,10 +217,18 @@ CASES: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch], Any]]] = {
     "state that pickle is not shown": (SECRET, put(SECRET, "value", 2.0)),
     "a field": (DATA, lambda _: DATA.more.append(2.0)),
     "an enumeration": (SPACE, put(SPACE, "mode", Mode.TWO)),
-    "a kind of dictionary": (TABLE, lambda _: TABLE.update(a=2.0)),
+    "a private slot": (PRIVATE, lambda _: PRIVATE.put(2.0)),
+    "a function of torch": (uses_torch, put(F, "softplus", F.relu)),
+    "a method of torch's": (nn.Tanh(), put(nn.Tanh, "forward", lambda self, x: x)),
+    "a method of tensors": (None, put(Tensor, "relu", Tensor.sigmoid)),
+    "a name in torch": (uses_torch, lambda monkeypatch: monkeypatch.setattr(torch, "FACTOR", 3.0, raising=False)),
+    "a kind of number": (SPACE, lambda _: setattr(SPACE, "mode", Real(3.0))),
+    "numpy's settings": (None, lambda _: np.seterr(under="warn")),
+    "tensors on one storage": (SHARED, lambda _: setattr(SHARED[1], "data", SHARED[1].clone())),
     "a kind of list": (NUMBERS, lambda _: NUMBERS.append(2.0)),
     "a dictionary with defaults": (DEFAULTS, lambda _: DEFAULTS["a"]),
     "a class attribute": (MADE, put(Made, "value", 2.0)),
+    "an annotation": (MADE, lambda _: Made.__annotations__.update(other=int)),
     "a property": (MADE, put(Made, "twice", property(lambda self: 3.0))),
     "an attribute of a metaclass": (MADE, put(Meta, "factor", 2.0)),
     "a cached property of the user's": (MADE, lambda _: MADE.slow),
@@ -245,8 +298,10 @@ def test_values_of_free_tensors_do_not_count_and_their_forms_do() -> None:
         *(threading.Lock(), imports_config, asks_for_names, (x for x in [1])),
         *(contextvars.ContextVar("a"), torch.zeros(1 << 20), torch.eye(2).to_sparse(), sys.stdout, threading.local()),
         *(nn.Linear(1, 1)(torch.ones(1)), types.SimpleNamespace(f=imports_config)),
+        *(Registering(), asks_for_subclasses),
+        *(cached, imports_beside, looks_around, uses_operators, Table(a=1.0), np.ones(1 << 20), ["a" * (1 << 24)]),
     ],
-    ids=range(11),
+    ids=range(20),
 )
 def test_what_cannot_be_read_has_none(root: Any) -> None:
     assert fingerprint(lasting(held=root)) is None
