@@ -33,11 +33,11 @@ _PACKAGES = {"torch", "torchvision", "numpy", "metawrap", "higher", "pydantic"}
 _STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
 _CONTAINERS = (dict, list, set, frozenset, tuple)
 _SCALARS = (int, float, complex, str, bytes)
-# Modules and functions that reach what no reader of the code can tell.
-_REACHES_ANYTHING = {"sys", "inspect", "importlib", "gc", "ctypes", "logging", "decimal", "locale"}
-_UNKNOWN = {"globals", "locals", "vars", "eval", "exec", "compile", "__import__"}
-_LOOKS_AROUND = {"__subclasses__", "__globals__", "f_globals", "_getframe"}
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+# Modules, builtins and attributes by which code can reach any object: what it reaches cannot be told from its text.
+_REACHING_MODULES = {"sys", "inspect", "importlib", "gc", "ctypes", "logging", "decimal", "locale"}
+_REACHING_BUILTINS = {"globals", "locals", "vars", "eval", "exec", "compile", "__import__"}
+_REACHING_ATTRIBUTES = {"__subclasses__", "__globals__", "f_globals", "_getframe"}
+_GLOBAL_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _OF_EACH_CLASS = {"__dict__", "__weakref__", "__doc__", "_abc_impl", "__annotations__", "__module__", "__qualname__"}
 _GLOBAL_HOOKS = [name for name in vars(module_hooks) if name.startswith("_global_") and name.endswith("hooks")]
 _SMALLEST = torch.tensor(torch.finfo(torch.float32).tiny)
@@ -164,14 +164,14 @@ class _Reader(pickle.Pickler):
         code = function.__code__
         self.kept.append(code)
         names, used = _names(code)
-        if used & _LOOKS_AROUND or not all(map(_is_library, _imports(code))):
+        if used & _REACHING_ATTRIBUTES or not all(map(_is_library, _imports(code))):
             raise _UnreadError
         named = {}
         for name in sorted(names):
-            value = function.__globals__.get(name, _SEEN_NOWHERE)
-            if value is _SEEN_NOWHERE and name in _UNKNOWN:
+            value = function.__globals__.get(name, _MISSING)
+            if value is _MISSING and name in _REACHING_BUILTINS:
                 raise _UnreadError
-            named[name] = vars(builtins).get(name) if value is _SEEN_NOWHERE else value
+            named[name] = vars(builtins).get(name) if value is _MISSING else value
         theirs = [(name, _used_of(value, used)) for name, value in named.items() if isinstance(value, types.ModuleType)]
         cells = [cell.cell_contents for cell in function.__closure__ or ()]  # An empty one raises.
         theirs += [("", _used_of(value, used)) for value in cells if isinstance(value, types.ModuleType)]
@@ -191,7 +191,7 @@ class _Reader(pickle.Pickler):
         return _taken_apart("object", "", (cls, own, list(_slots(obj)), items))
 
 
-_SEEN_NOWHERE = object()
+_MISSING = object()
 _PARTS: list[tuple[type, Callable[[Any], Any]]] = [
     (types.MethodType, lambda method: (method.__func__, method.__self__)),
     (property, lambda own: (own.fget, own.fset, own.fdel)),
@@ -211,9 +211,9 @@ def _taken_apart(kind: str, name: Any, parts: Any) -> Any:
 
 
 def _is_library(name: str) -> bool:
-    """Whether a module belongs to a library whose objects count as fixed; raises for one that reaches anything."""
+    """Whether a module belongs to a library whose objects count as fixed; raises for a reaching one."""
     top = name.partition(".")[0]
-    if top in _REACHES_ANYTHING:
+    if top in _REACHING_MODULES:
         raise _UnreadError
     return top in _PACKAGES or (top in sys.stdlib_module_names and _is_standard(top))
 
@@ -283,7 +283,7 @@ def _within(code: types.CodeType) -> Iterable[types.CodeType]:
 @functools.cache
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """The globals that a function and those within it name; all names that they use."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname.startswith(_LOADS)}
+    names = {step.argval for step in dis.get_instructions(code) if step.opname.startswith(_GLOBAL_LOADS)}
     inner = [_names(each) for each in _within(code)]
     return frozenset(names.union(*(n for n, _ in inner))), frozenset(code.co_names).union(*(u for _, u in inner))
 
