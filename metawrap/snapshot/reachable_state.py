@@ -120,7 +120,8 @@ class _Reader:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, int] = {}
+        # With the values: another could get the number of one that was freed, such as a list made for reading.
+        self._seen: dict[int, tuple[int, Any]] = {}
         self.has_unread = self.has_shared = False
 
     def read(self, value: Any, depth: int = _DEPTH) -> Any:
@@ -129,8 +130,8 @@ class _Reader:
         if isinstance(value, _FIXED):
             return id(value)
         if id(value) in self._seen:
-            return "again", self._seen[id(value)]
-        self._seen[id(value)] = len(self._seen)
+            return "again", self._seen[id(value)][0]
+        self._seen[id(value)] = len(self._seen), value
         return self._read(value, depth - 1) if depth else id(value)
 
     def _read(self, value: Any, depth: int) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metawrap import MetaWrapWarning
 from metawrap.execution.forked_processes import ChildError, LeftBehindError, in_processes
-from metawrap.snapshot.reachable_state import state_of
+from metawrap.snapshot.reachable_state import _Reader, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -184,6 +184,11 @@ class Calling(nn.Module):
 )
 def test_state_outside_of_the_parts_is_known(parts: list[Any], outside: bool) -> None:
     assert state_of(parts).outside is outside
+
+
+def test_a_list_made_for_reading_is_not_taken_for_an_earlier_one_that_was_freed() -> None:
+    reader = _Reader()
+    assert reader.read([1]) == reader.read([1]) == (1,)
 
 
 class Counting(NormedMlp):
