@@ -2,8 +2,8 @@
 
 Parameters, the user's own attributes, closures and globals are shared as they stand, page by page. Results come back in
 task order. Unlike threads, processes do not wait for each other's Python. This process can do the work of one: a fork
-costs a copy of every page that its tasks write to. Here a process ends with
-its meta-step; those of staying_processes.py do not.
+costs a copy of every page that its tasks write to. Processes of this file end with their meta-step; those of
+staying_processes.py stay.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Child:
 def gathered(
     children: list[Child], items: Sequence[Any], count: int, own: Callable[[Any], Any] | None
 ) -> Generator[Any, None, list[Any]]:
-    """Yields the results of all items in their order; returns the last word of each child."""
+    """Yields the results in the order of the items; returns what each process said at its end."""
     threads = torch.get_num_threads()
     try:
         if own is not None:
@@ -232,7 +232,7 @@ def fork(job: Callable[[Connection], Any], rank: int) -> Child:
 
 
 def serve(work: Callable[[Item], Any], items: Sequence[Item], left: Callable[[], Any], pipe: Connection) -> None:
-    """Does the work in a process: sends each result, then the last word, which is `left()`."""
+    """Runs in a forked process: sends the result of each item, and at the end what `left()` returns."""
     try:
         for item in items:
             send(pipe, ("done", work(item)))

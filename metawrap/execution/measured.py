@@ -63,6 +63,8 @@ class MeasuredExecutor(ParallelExecutor):
 
     def _take(self, speed: Speed, decided: bool = True) -> None:
         self.speed, self.channels_last, self.decided = speed, speed.channels_last, decided
+        if not speed.processes:
+            self.end_staying()
         self.settled = decided and speed.workers == 1 and self.memory == "unrolled"
 
     def _measure(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> None:

@@ -46,7 +46,8 @@ from metawrap.snapshot.reachable_state import RANDOM_NUMBERS, difference, state_
 from metawrap.tasks import Task, TaskBatch, device_of, usable
 
 Part = tuple[Chunk, int]  # And the number of tasks in all chunks.
-# After this many misfits in a row processes do not stay; in each meta-step whose number _AGAIN divides they try to.
+# Processes that had to be forked anew this many times in a row are forked for each meta-step from then on. Every
+# _AGAIN meta-steps they get another chance to stay.
 _MISFITS, _AGAIN = 3, 50
 
 
@@ -254,6 +255,7 @@ class ParallelExecutor(Executor):
             if changed := difference(seen, state_of(_parts(own))):
                 raise LeftBehindError(changed)
         except (ChildError, LeftBehindError) as error:
+            self.end_staying()
             # The same step again, in order: an error that is the work's own is raised there.
             raise DisturbedError(str(error)) from error
 
@@ -266,18 +268,25 @@ class ParallelExecutor(Executor):
         look: Callable[[], Fingerprint | None],
     ) -> StayingProcesses | None:
         """Processes that stay, forked anew where anything but weights and buffers has changed, or None."""
-        often_forked = self._misfits >= _MISFITS and learner.iteration % _AGAIN
-        world = look() if not often_forked and can_be_sent(task for chunk, _ in parts for task in chunk) else None
+        if self._misfits >= _MISFITS and learner.iteration % _AGAIN == 0:
+            self._misfits -= 1
+        may_stay = self._misfits < _MISFITS and can_be_sent(task for chunk, _ in parts for task in chunk)
+        world = look() if may_stay else None
         if self.staying and world is not None and self.staying.fit(world, ranks):
             self._misfits = 0
         elif self.staying:
-            self._misfits += 1
-            self.staying.end()
-            self.staying = None
+            self._misfits = min(self._misfits + 1, _MISFITS)
+            self.end_staying()
         if world is not None and self.staying is None:
             watch = partial(_watch, learner)
             self.staying = StayingProcesses(partial(work, learner), _tensors(learner), ranks, world, look, watch)
         return self.staying
+
+    def end_staying(self) -> None:
+        """Ends the processes that stay."""
+        if self.staying:
+            self.staying.end()
+            self.staying = None
 
     def _in_threads(
         self, learner: Any, work: Callable[[Any, Item], Result], items: Sequence[Item], count: int
@@ -312,7 +321,7 @@ def _tensors(learner: Any) -> list[Tensor]:
 
 
 def _watch(learner: Any) -> Callable[[], str | None]:
-    """Says later what was changed since now."""
+    """A function that says what has changed since this call, or None."""
     before = state_of(_parts(learner))
     return lambda: difference(before, state_of(_parts(learner)))
 

@@ -170,6 +170,6 @@ def _close_pipes(kept: set[int]) -> None:
 
 
 def _last_word(left: Callable[[], str | None], world: Fingerprint, look: Look) -> tuple[str | None, bool]:
-    """What work has left behind, and whether this process can serve again."""
+    """What the work has changed, or None; whether this process can serve in the next meta-step."""
     now = look()
     return left(), now is not None and now.content == world.content

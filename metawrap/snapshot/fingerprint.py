@@ -235,7 +235,7 @@ def _is_fixed(obj: Any) -> bool:
 
 
 def _used_of(module: types.ModuleType, used: frozenset[str], depth: int = 4) -> dict[str, Any] | None:
-    """What a library has under the names that a function uses; another may have been put there."""
+    """The objects of a library under the names that a function uses. A user may have replaced them."""
     if not _is_library(module.__name__) or not depth:
         return None
     found = {name: value for name, value in vars(module).items() if name in used}
@@ -260,7 +260,7 @@ def _slots(obj: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_python(cls: type) -> bool:
-    """Whether objects of a class have, beyond those of its base, no state but attributes and slots."""
+    """Whether a class adds attributes and slots to its base, and nothing else, as a class statement does."""
     own = vars(cls)
     declared = own.get("__slots__", ())
     slots = len({declared} if isinstance(declared, str) else set(declared) - _OF_EACH_CLASS)
@@ -282,7 +282,7 @@ def _within(code: types.CodeType) -> Iterable[types.CodeType]:
 
 @functools.cache
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The globals that a function and those within it name; all names that they use."""
+    """Two sets of names in a function and the functions within it: globals that they load, and all names."""
     names = {step.argval for step in dis.get_instructions(code) if step.opname.startswith(_GLOBAL_LOADS)}
     inner = [_names(each) for each in _within(code)]
     return frozenset(names.union(*(n for n, _ in inner))), frozenset(code.co_names).union(*(u for _, u in inner))

@@ -120,7 +120,7 @@ class _Reader:
     """
 
     def __init__(self) -> None:
-        # With the values: another could get the number of one that was freed, such as a list made for reading.
+        # The values are kept, too: a new object could otherwise get the id of one that was freed.
         self._seen: dict[int, tuple[int, Any]] = {}
         self.has_unread = self.has_shared = False
 

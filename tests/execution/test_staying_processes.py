@@ -24,6 +24,8 @@ from models import NormedMlp, class_tasks, seeded
 from torch import Tensor, nn
 
 from metawrap import FOMAML, MetaSGD, Reptile, Task
+from metawrap.execution import measured, parallel
+from metawrap.execution.tuning import Speed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -178,7 +180,7 @@ def test_other_methods_and_epochs_and_batches_of_other_sizes(method: Any, tmp_pa
             asked.meta_step(batch)
             same(plain, asked)
         for learner in (plain, asked):
-            learner.next_epoch() if hasattr(learner, "next_epoch") else None
+            learner.epoch += 1
 
 
 def test_frozen_weights_and_other_settings_of_torch(tmp_path: Path) -> None:
@@ -276,6 +278,38 @@ def test_they_end_with_their_parent_however_it_ends(tmp_path: Path) -> None:
     assert os.read(reading, 1) == b""
     while alive(pids):
         time.sleep(0.1)
+
+
+def test_processes_that_never_fit_are_given_up_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_AGAIN", 8)
+    plain, asked = two(tmp_path)
+    batch = class_tasks((4,), tasks=4)
+    stays = []
+    for step in range(11):
+        plain.model.factor = asked.model.factor = float(1 + min(step, 5))
+        plain.meta_step(batch)
+        asked.meta_step(batch)
+        same(plain, asked)
+        stays.append(asked.executor.staying is not None)
+    # Three misfits in a row, then forks for each step, and one more chance in the ninth step.
+    assert stays == [True] * 4 + [False] * 4 + [True] * 3
+    asked.executor.end_staying()
+    assert asked.executor.staying is None
+
+
+def test_no_process_is_left_where_the_measurement_chose_another_way(tmp_path: Path, monkeypatch: Any) -> None:
+    learner = build(seeded(partial(Reached, tmp_path / "asked")), engine="functional", tune=True)
+    tried: list[Any] = []
+
+    def choose(run: Any, *_: Any) -> Speed:
+        run(Speed(2, processes=True))
+        tried.extend(learner.executor.staying._children)
+        return Speed()
+
+    monkeypatch.setattr(measured, "fastest", choose)
+    learner.meta_step(class_tasks((4,), tasks=4))
+    assert tried
+    assert not any(child.lives() for child in tried)
 
 
 class Late(NormedMlp):
