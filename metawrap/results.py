@@ -122,18 +122,17 @@ class TaskOutcome:
 
         Outcomes stay until the last task is solved. Many small blocks between freed large ones fragment the heap.
         """
-        own = (
-            self.loss,
-            self.step_losses,
-            self.prediction,
-            self.accuracy,
-            [(m.mean, m.variance) for m in self.moments],
-        )
-        values = iter(_in_few_blocks(tensors_in(own)))
-        loss, step_losses, prediction, accuracy, pairs = map_tensors(own, lambda _: next(values))
-        moments = [m._replace(mean=a, variance=b) for m, (a, b) in zip(self.moments, pairs, strict=True)]
+        predicted = tensors_in(self.prediction)
+        accuracy = [] if self.accuracy is None else [self.accuracy]
+        seen = [value for moments in self.moments for value in (moments.mean, moments.variance)]
+        copies = iter(_in_few_blocks([self.loss, self.step_losses, *predicted, *accuracy, *seen]))
         return replace(
-            self, loss=loss, step_losses=step_losses, prediction=prediction, accuracy=accuracy, moments=moments
+            self,
+            loss=next(copies),
+            step_losses=next(copies),
+            prediction=map_tensors(self.prediction, lambda _: next(copies)),
+            accuracy=next(copies) if accuracy else None,
+            moments=[m._replace(mean=next(copies), variance=next(copies)) for m in self.moments],
         )
 
 
@@ -144,10 +143,10 @@ def _in_few_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
         if type(tensor) is Tensor and tensor.layout == torch.strided:
             groups.setdefault((tensor.dtype, tensor.device), []).append(place)
     for places in groups.values():
-        block = torch.cat([tensors[place].reshape(-1) for place in places])
-        parts = block.split([tensors[place].numel() for place in places])  # type: ignore[no-untyped-call]
+        flat = [t if t.ndim == 1 else t.reshape(-1) for t in map(tensors.__getitem__, places)]
+        parts = torch.cat(flat).split([len(t) for t in flat])  # type: ignore[no-untyped-call]
         for place, part in zip(places, parts, strict=True):
-            copies[place] = part.view(tensors[place].shape)
+            copies[place] = part if tensors[place].ndim == 1 else part.view(tensors[place].shape)
     return copies
 
 

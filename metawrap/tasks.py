@@ -306,4 +306,5 @@ def usable(task: Task) -> Task:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's parameters."""
-    return next(module.parameters()).device
+    # Of a learner too: its own method would list all of them, and wait for other threads.
+    return next(nn.Module.named_parameters(module))[1].device

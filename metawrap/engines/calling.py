@@ -122,8 +122,9 @@ WITHOUT_CUDNN = _OfTheProcess(lambda: torch.backends.cudnn.flags(enabled=False))
 def _compiled_part(model: nn.Module) -> str | None:
     """In words, the first module that torch.compile runs by a method of its own, or None."""
     for name, module in model.named_modules():
-        own = [value for value in module.__dict__.values() if isinstance(_before_compile(value), types.MethodType)]
-        if module._compiled_call_impl is not None or own or _has_compiled_methods(module.__class__):
+        own = [value for value in module.__dict__.values() if type(value) is types.FunctionType]
+        compiled = any(isinstance(_before_compile(value), types.MethodType) for value in own)
+        if module._compiled_call_impl is not None or compiled or _has_compiled_methods(module.__class__):
             return _place(name)
     return None
 

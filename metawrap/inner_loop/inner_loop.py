@@ -125,12 +125,11 @@ class InnerLoop:
         with autograd(self.differentiable):
             named = {name: None if g is None else dense(g) for name, g in zip(fast, gradients, strict=True)}
             # An update rule treats a complex entry as two real numbers, as torch's optimizers do.
-            pairs = {name for name, weight in fast.items() if weight.is_complex()}
-            real = {name: torch.view_as_real(w) if name in pairs else w for name, w in fast.items()}
+            pairs = {name: torch.view_as_real(weight) for name, weight in fast.items() if weight.is_complex()}
             named |= {name: torch.view_as_real(g) for name in pairs if (g := named[name]) is not None}
             named = clipped(named, self.max_norm, self.max_value, self.stacked)
-            moved, state = self.optimizer.step(real, named, rates, losses, point.state)
-            updated = {name: torch.view_as_complex(w) if name in pairs else w for name, w in moved.items()}
+            updated, state = self.optimizer.step({**fast, **pairs}, named, rates, losses, point.state)
+            updated |= {name: torch.view_as_complex(updated[name]) for name in pairs}
         return Point(updated if self.differentiable else as_leaves(updated), state)
 
     def target_loss(self, fast: FastWeights, step: int, weight: float = 1.0) -> tuple[Any, Tensor]:
@@ -322,7 +321,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        return None, None, *(outer * gradient for gradient in ctx.gradients)
+        return None, None, *(torch._foreach_mul(ctx.gradients, outer) if ctx.gradients else ())
 
 
 def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -66,7 +66,7 @@ class TaskSolver:
     engine: for one task; batched: for a stack of tasks of one shape, None to solve them one by one.
     pads: the stack may hold tasks of unequal sizes, padded.
     learned: every parameter that the outer loop learns. epoch: decides about step weights and derivative order.
-    modules: every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
+    roots: hold every module that a pass runs, the loss function if it is one. edits: buffers that forward edits.
     channels_last: images, and the weights of convolutions, have this layout. clone_inputs: the model edits its inputs.
     plain_forms: forward runs an operation that `PlainForms` replaces.
     any_order: the passes of a task may run in another order.
@@ -83,7 +83,7 @@ class TaskSolver:
     learned: Sequence[nn.Parameter]
     epoch: int
     device: torch.device
-    modules: Sequence[nn.Module]
+    roots: Sequence[nn.Module]
     edits: BufferEdits
     batched: BatchedEngine | None = None
     pads: bool = False
@@ -271,7 +271,7 @@ class TaskSolver:
                     weights,
                     learned_by_update=[p for p in self.update.parameters if p.requires_grad],
                     learned_besides=self.learned_besides(),
-                    modules=self.modules,
+                    modules=[module for root in self.roots for module in root.modules()],
                     device=self.device,
                     in_order=whole_graph or not self.any_order,
                     whole_graph=whole_graph,

@@ -153,6 +153,8 @@ def clipped(
         max_norm, max_value: limits; None leaves the gradients as they are.
         stacked: they have a leading task axis, and each task has a norm of its own.
     """
+    if max_norm is None and max_value is None:
+        return dict(gradients)
     present = {name: g for name, g in gradients.items() if g is not None}
     if max_value is not None:
         present = {name: g.clamp(-max_value, max_value) for name, g in present.items()}

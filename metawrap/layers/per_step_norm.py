@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from metawrap.layers.moments import (
     fold_shifts,
     moments_of,
     over_channels,
-    own_derivatives_run,
+    own_form_pays,
     scaled,
     shift_of,
     shifted,
@@ -96,8 +97,8 @@ class PerStepNorm(_BatchNorm):
                 input, *centre_and_scale(input, *self._seen(input), eps=self.eps), *args, **kwargs
             )
         self._check_size(input)
-        if self._is_plain(input):
-            return self._quick(input, tracks)
+        if self._is_torchs(input):
+            return self._torchs_forward(input)
         seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
         # With a momentum of 1 on empty statistics, any forward leaves this batch's moments in them.
         with self._lent(seen, training=True, momentum=1.0):
@@ -117,27 +118,35 @@ class PerStepNorm(_BatchNorm):
         mean, variance, count = (self._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
         assert mean is not None
         assert variance is not None
-        rows: dict[Any, list[Moments]] = {}
+        rows: dict[int, list[Moments]] = {}
         for moments in passes:
-            rows.setdefault(moments.row if self.per_step.statistics else ..., []).append(moments)
-        for row, seen in rows.items():
-            left, shares = self._shares(len(seen), mean, None if count is None else count[row])
+            rows.setdefault(moments.row if self.per_step.statistics else 0, []).append(moments)
+        # Neighbouring rows with as many passes each are folded together.
+        neighbours = groupby(enumerate(sorted(rows)), key=lambda place: (place[1] - place[0], len(rows[place[1]])))
+        for (_, folds), run in neighbours:
+            places = [row for _, row in run]
+            at = slice(places[0], places[-1] + 1) if self.per_step.statistics else None
+            seen = [moments for row in places for moments in rows[row]]
+            left, shares = self._shares(folds, mean, None if count is None else count[at])
             for stored, values in ((mean, [m.mean for m in seen]), (variance, [m.variance for m in seen])):
-                folded = left * stored[row] + shares @ torch.stack(values).to(stored.dtype)
-                stored[row] = torch.where(keep, folded, stored[row])
+                of_rows = torch.stack(values).to(stored.dtype).view(len(places), folds, stored.shape[-1])
+                folded = left * stored[at] + (shares * of_rows).sum(1)
+                stored[at] = torch.where(keep, folded, stored[at])
             if count is not None:
-                count[row] += keep * len(seen)
+                count[at] += keep * folds
 
-    def _shares(self, passes: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The share of the stored value that is left after so many folds, and the share of each fold."""
-        order = torch.arange(passes, device=like.device)
+    def _shares(self, folds: int, like: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The shares after so many folds: of the stored value, (rows or 1, 1), and of each fold, (rows or 1, folds, 1).
+
+        Args: count: (rows,), the folds before.
+        """
         if self.momentum is None:
             # A cumulative average. In the statistics' own precision: a quotient of whole numbers would be float32.
             assert count is not None
-            number = (count + passes).to(like.dtype)
-            return count / number, (1 / number).expand(passes)
-        decay = torch.full((), 1 - self.momentum, dtype=like.dtype, device=like.device)
-        return decay**passes, self.momentum * decay ** order.flip(0)
+            number = (count + folds).to(like.dtype).unsqueeze(-1)
+            return count.unsqueeze(-1) / number, (1 / number).unsqueeze(-1).expand(-1, folds, 1)
+        left = (1 - self.momentum) ** torch.arange(folds, -1, -1, dtype=like.dtype, device=like.device).view(1, -1, 1)
+        return left[:, 0], self.momentum * left[:, 1:]
 
     def extra_repr(self) -> str:
         """The user's own line, with the number of steps."""
@@ -154,38 +163,32 @@ class PerStepNorm(_BatchNorm):
         own = type(self).original_class.forward is _BatchNorm.forward  # type: ignore[attr-defined]
         return own and input.ndim > 1 and input.shape[1] == self.num_features
 
-    def _is_plain(self, input: Tensor) -> bool:
-        """Whether the quick form serves: torch's own norm on plain CPU tensors, where it was measured."""
-        if (
-            not self._is_torchs(input)
-            or not input.is_cpu
-            or input.numel() == 0
-            or torch.is_autocast_enabled("cpu")
-            or torch._C._are_functorch_transforms_active()
-            or not (torch.compiler.is_compiling() or own_derivatives_run())
-        ):
-            return False
-        dtype, tensors = input.dtype, (self.weight, self.bias, self._buffers.get("running_mean"))
-        return dtype in (torch.float32, torch.float64) and all(t is None or t.dtype == dtype for t in tensors)
-
-    def _quick(self, input: Tensor, tracks: bool) -> Tensor:
+    def _torchs_forward(self, input: Tensor) -> Tensor:
         """The forward of torch's own batch norm on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        mean, variance = input.new_zeros(2, self.num_features).unbind() if tracks else (None, None)
-        output = batch_norm(input, *self._affine(), mean, variance, self.eps)
-        if mean is not None and variance is not None:
+        weight, bias = self._affine()
+        mean: Any = None
+        variance: Any = None
+        if (stored := self._buffers.get("running_mean")) is not None:
+            mean, variance = (input.new_zeros(self.num_features, dtype=stored.dtype) for _ in range(2))
+        if own_form_pays(input, weight, bias, mean):
+            output = batch_norm(input, weight, bias, mean, variance, self.eps)
+        else:
+            enabled = torch.backends.cudnn.enabled
+            output = torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, self.eps, enabled)
+        if mean is not None:
             self._record(mean, variance)
         return output
 
     def _affine(self) -> tuple[Any, Any]:
         """This step's weight and bias, (channels,) each; None where the norm has none."""
-        weight: Any = self.weight
-        bias: Any = self.bias
-        if self.per_step.affine:
-            row, own = self.per_step.row(), self._parameters
-            weight = weight if own.get("weight") is None else weight[row]
-            bias = bias if own.get("bias") is None else bias[row]
-        return weight, bias
+        return self._of_step("weight"), self._of_step("bias")
+
+    def _of_step(self, name: str) -> Any:
+        value = self._parameters.get(name)
+        if value is None:
+            return getattr(self, name)  # None, or computed by a parametrization, without rows.
+        return value[self.per_step.row()] if self.per_step.affine else value
 
     def _seen(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The moments of the batch, which are recorded."""

@@ -136,7 +136,7 @@ class MAML(Learner):
             "learned": list(self.parameters()),
             "epoch": self.epoch,
             "device": device_of(self),
-            "modules": [module for root in stateful_modules(self) for module in root.modules()],
+            "roots": stateful_modules(self),
             "edits": checks.edits,
             "channels_last": self.executor.channels_last,
             "clone_inputs": checks.edits_inputs,

@@ -161,16 +161,18 @@ class OuterUpdate:
             state = self.optimizer.state.get(parameter, {})
             state.update({key: _laid_out_as(parameter, v) for key, v in state.items() if isinstance(v, Tensor)})
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm, finite = _norm_of(present)
+        norm, finite, squares_fit = _norm_of(present)
         options = self.settings.outer_update
         if options.max_grad_value is not None:
             nn.utils.clip_grad_value_(parameters, options.max_grad_value)
         if options.max_grad_norm is not None:
             clipped = norm if options.max_grad_value is None else _norm_of(present)[0]
             nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, clipped)
+        if options.max_grad_value is not None or options.max_grad_norm is not None:
+            squares_fit = _norm_of(present)[2]
         if not isinstance(self.optimizer, torch.optim.SGD):
             # Adam and its like store the squares of the entries, and would keep an infinite one for ever.
-            finite = finite & _squares_fit(present)
+            finite = finite & squares_fit
         self._step_where(finite)
         return norm, finite
 
@@ -208,27 +210,21 @@ class PlainOuterUpdate(OuterUpdate):
         return linear_meta_lr(epoch, self.settings.epochs, self.settings.meta_lr)
 
 
-def _norm_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The L2 norm of all gradients together, and whether every entry is finite, as scalars on the device.
+def _norm_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The L2 norm of all gradients together; whether every entry, and every square of one, is finite.
 
-    Squares of finite entries may overflow: the norm is then that of the gradients divided by their largest entry.
+    All are scalars on the device. Squares of finite entries may overflow: the norm is then that of the gradients
+    divided by their largest entry.
     """
     norm = nn.utils.get_total_norm(gradients)
     if not gradients or (norm.device.type == "cpu" and bool(torch.isfinite(norm))):
-        return norm, torch.isfinite(norm)
+        finite = torch.isfinite(norm)
+        return norm, finite, finite
     largest = nn.utils.get_total_norm(gradients, math.inf)
     finite = torch.isfinite(largest)
     scale = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
     scaled = scale * nn.utils.get_total_norm([gradient / scale.to(gradient.device) for gradient in gradients])
-    return torch.where(torch.isfinite(norm) | ~finite, norm, scaled), finite
-
-
-def _squares_fit(gradients: Sequence[Tensor]) -> Tensor:
-    """Whether the square of every entry is finite, as a scalar on the device."""
-    plain = nn.utils.get_total_norm(gradients)
-    if not gradients or (plain.device.type == "cpu" and bool(torch.isfinite(plain))):
-        return torch.isfinite(plain)
-    return torch.isfinite(nn.utils.get_total_norm(gradients, math.inf).square())
+    return torch.where(torch.isfinite(norm) | ~finite, norm, scaled), finite, torch.isfinite(largest.square())
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
