@@ -7,7 +7,9 @@ can learn them.
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -101,7 +103,6 @@ class HigherInnerOptimizer:
 
     def __init__(self, options: InnerOptions) -> None:
         self.options = options
-        self._optimizer: DifferentiableOptimizer | None = None
 
     def step(
         self,
@@ -112,22 +113,27 @@ class HigherInnerOptimizer:
         state: OptimizerState,
     ) -> tuple[dict[str, Tensor], OptimizerState]:
         """See `InnerOptimizer.step`."""
-        if self._optimizer is None or len(self._optimizer.state) != len(fast):
-            self._optimizer = _differentiable(self.options, len(fast))
+        optimizer = _differentiable(self.options, len(fast), threading.get_ident())
         # One group for each weight, so a group's state is that of its only weight.
-        self._optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
+        optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
         nothing = torch.zeros((), requires_grad=True)
-        updated = self._optimizer.step(
+        updated = optimizer.step(
             nothing,
             params=list(fast.values()),
             override={"lr": [rates[name] for name in fast]},
             grad_callback=lambda _: [gradients[name] for name in fast],
         )
-        after = {name: group[0] for name, group in zip(fast, self._optimizer.state, strict=True)}
+        after = {name: group[0] for name, group in zip(fast, optimizer.state, strict=True)}
+        # The optimizer stays, and must not keep the graph of this step.
+        optimizer.state = []
+        for group in optimizer.param_groups:
+            group.update(params=[None], lr=None)
         return dict(zip(fast, updated, strict=True)), after
 
 
-def _differentiable(options: InnerOptions, count: int) -> DifferentiableOptimizer:
+@functools.lru_cache(maxsize=32)
+def _differentiable(options: InnerOptions, count: int, thread: int) -> DifferentiableOptimizer:
+    """An optimizer for so many weights, made once for each thread, as it holds a step's state while the step runs."""
     # It copies its parameters, and asks them for no more than their number: empty ones cost nothing.
     places = [torch.empty(0, requires_grad=True) for _ in range(count)]
     groups = [{"params": [place]} for place in places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from oracle import assert_same_gradients
 from torch import Tensor, nn
 
 from metawrap import ArgumentError, MAMLPlusPlus, Task
+from metawrap.inner_loop.update_rules import HigherInnerOptimizer, InnerOptimizer, OwnInnerOptimizer
+from metawrap.settings.groups import InnerOptions
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -186,3 +189,18 @@ def test_higher_is_judged_by_the_module_not_by_adams_rounding() -> None:
     learner.meta_step(in_dtype(class_tasks((1, 8, 8), targets=3)))
     assert learner.describe().engine == "higher"
     assert learner.settings.inner_update.rule == "adam"
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [OwnInnerOptimizer, HigherInnerOptimizer])
+def test_a_rule_keeps_no_tensor_of_a_step(optimizer: type[InnerOptimizer], rule: str) -> None:
+    tensors = {name: torch.ones(3, requires_grad=True) * 2 for name in ("weight", "gradient", "rate")}
+    kept = [weakref.ref(tensor) for tensor in tensors.values()]
+    step: Any = optimizer(InnerOptions(rule=rule)).step
+    weight, gradient, rate = ({"w": tensor} for tensor in tensors.values())
+    updated, state = step(weight, gradient, rate, torch.zeros(()), {})
+    again, _ = step(updated, gradient, rate, torch.zeros(()), state)
+    assert again["w"].requires_grad
+    kept += map(weakref.ref, (updated["w"], again["w"]))
+    del tensors, weight, gradient, rate, updated, state, again, _
+    assert [reference() for reference in kept] == [None] * 5

@@ -14,6 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from metawrap import MAMLPlusPlus, Task
 from metawrap.layers import moments
 from metawrap.layers.moments import batch_norm, moments_over, scaled
+from metawrap.layers.step_clock import Moments, StepClock
+from metawrap.surgery.swap import make_per_step
 
 SHAPES = [(7, 3), (4, 3, 5), (3, 2, 4, 3), (2, 2, 3, 2, 2)]
 
@@ -199,3 +201,31 @@ def test_a_wrong_number_of_channels_is_refused_as_torch_refuses_it(norm: str) ->
     images, labels = torch.randn(4, 1, 6, 6, dtype=torch.float64), torch.arange(4) % 2
     with pytest.raises(RuntimeError, match="should contain 3 elements not 1"):
         learner.meta_step([Task(images, labels, images, labels)])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["decay", "average"])
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2], [0, 2, 2], [1, 1, 2, 2]], ids=str)
+@pytest.mark.parametrize("per_step", [True, False], ids=["row per step", "one row"])
+def test_folds_of_all_rows_equal_one_fold_after_another(
+    momentum: float | None, rows: list[int], per_step: bool
+) -> None:
+    norm = nn.BatchNorm1d(3, momentum=momentum).double()
+    nn.init.normal_(norm.running_mean, generator=torch.Generator().manual_seed(0))
+    (norm,) = make_per_step(nn.Sequential(norm), StepClock(), 3, affine=True, statistics=per_step)
+    generator = np.random.default_rng(0)
+    seen = [(row, generator.normal(size=3), generator.random(3)) for row in rows]
+    expected = {name: norm._buffers[name].numpy().copy() for name in ("running_mean", "running_var")}
+    counts = dict.fromkeys(range(3), 0)
+    for row, *values in seen:
+        at = row if per_step else 0
+        counts[at] += 1
+        share = 1 / counts[at] if momentum is None else momentum
+        for stored, value in zip(expected.values(), values, strict=True):
+            place = stored[row] if per_step else stored
+            place += share * (value - place)
+    passes = [Moments("0", row, torch.from_numpy(mean), torch.from_numpy(var)) for row, mean, var in seen]
+    norm.fold(passes, torch.tensor(False))
+    norm.fold(passes, torch.tensor(True))
+    for name, value in expected.items():
+        np.testing.assert_allclose(norm._buffers[name], value, rtol=1e-12)
+    assert norm.num_batches_tracked.flatten().tolist() == (list(counts.values()) if per_step else [len(rows)])
