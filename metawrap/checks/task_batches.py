@@ -33,6 +33,7 @@ _MISFIT = re.compile(
     r"|Calculated padded input size|not implemented for|target dtype|multi-target|class probabilities"
     r"|Expected target|must match the size|on the same device|sparse tensors?|can't be cast|inconsistent tensor size"
     r"|more than 1 spatial element|[Cc]omplex|following scalar types|index out of range in self|< num_embeddings"
+    r"|is out of bounds"
 )
 _FOLLOWED = (
     "Pass it detached (tensor.detach()), or call learner(task_batch).loss.backward() and step the optimizers yourself."
@@ -132,8 +133,9 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
         shown = " and one with ".join(kinds[:3])
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         raise TaskError(
-            f"The model or its loss cannot take this task: {what[:200]}. There is a task with {shown}; the model's "
-            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, or convert first: "
+            f"The model or its loss cannot take this task: {what[:200].rstrip('.')}. There is a task with {shown}; the model's "
+            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, and labels below its "
+            "number of outputs; or convert first: "
             "floats with task_batch.to(dtype), whole numbers with x.to(dtype), the model with learner.to(dtype)."
         ) from error
 
@@ -210,9 +212,15 @@ def _described(task: Task) -> str:
 
 
 def _short(value: Any) -> str:
-    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(value)]
+    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}{_range(t)}" for t in tensors_in(value)]
     kind = "" if isinstance(value, Tensor) else f"{type(value).__name__} of "
     return kind + ", ".join(shapes[:4])
+
+
+def _range(tensor: Tensor) -> str:
+    if tensor.dtype != torch.int64 or not tensor.numel():
+        return ""
+    return f" of {int(tensor.min())}..{int(tensor.max())}"
 
 
 def check_device(tasks: Iterable[Task], device: torch.device) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from bad_input import BATCHES, CALLS, INNER, MODELS, NAN, OUTER, SAMPLERS, SETTINGS, TASKS, WAYS_IN, changed, parts
 from face import assert_same_state, fingerprint, unchanged, values_of
 from models import NormedMlp, seeded
@@ -31,6 +32,7 @@ from metawrap import (
     MAMLPlusPlus,
     MetaWrapWarning,
     ProtoNet,
+    Task,
     TaskBatch,
     TaskError,
     UnsupportedModuleError,
@@ -252,6 +254,16 @@ def test_token_ids_of_the_wrong_kind_are_told_as_a_task(method: Any, change: Cal
     method(model).adapt(ids, y)
     with pytest.raises(TaskError, match=r"cannot take this task: .*support_x (int|float)64 \(6, 5\)"):
         method(model).adapt(change(ids), y)
+
+
+@pytest.mark.parametrize("call", ["meta_step", "adapt", "evaluate"])
+def test_a_label_beyond_the_outputs_is_told_as_a_task_under_a_loss_of_the_users_own(call: str) -> None:
+    learner = MAML(nn.Linear(5, 3).double(), loss_fn=lambda output, y: F.cross_entropy(output, y))
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 4
+    with pytest.raises(
+        TaskError, match=r"Target 3 is out of bounds\. .*support_y int64 \(8,\) of 0\.\.3.*labels below"
+    ):
+        getattr(learner, call)(*((x, y) if call == "adapt" else ([Task(x, y, x, y)],)))
 
 
 @pytest.mark.parametrize("index", [-1, 1.5, "0", None, True])
