@@ -126,16 +126,16 @@ def explained(tasks: Iterable[Task], model: nn.Module) -> Iterator[None]:
     except MetaWrapError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        what = " ".join(str(error).split())
+        what = " ".join(str(error).split()).rstrip(".")
         if not (_MISCALL if isinstance(error, TypeError) else _MISFIT).search(what):
             raise
         kinds = list(dict.fromkeys(map(_described, tasks)))
         shown = " and one with ".join(kinds[:3])
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         raise TaskError(
-            f"The model or its loss cannot take this task: {what[:200].rstrip('.')}. There is a task with {shown}; the model's "
-            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, and labels below its "
-            "number of outputs; or convert first: "
+            f"The model or its loss cannot take this task: {what[:200]}. There is a task with {shown}; the model's "
+            f"parameters are {own}. Give inputs of the shape and dtype that the model was built for, and labels below "
+            "its number of outputs; or convert first: "
             "floats with task_batch.to(dtype), whole numbers with x.to(dtype), the model with learner.to(dtype)."
         ) from error
 

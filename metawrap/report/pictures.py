@@ -98,18 +98,17 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     if entries:
-        style = {"loc": "outside lower center", "ncols": min(5, len(entries)), "frameon": False, "fontsize": 8}
-        figure.legend(entries.values(), entries.keys(), **style)
+        names = [name if len(name) <= 40 else f"{name[:19]}…{name[-20:]}" for name in entries]
+        # At this size an inch holds some 14 letters; a mark and the gap to the next column take as much room as 7.
+        columns = int(14 * figure.get_figwidth() / (max(map(len, names)) + 7))
+        style = {"loc": "outside lower center", "ncols": max(1, min(5, columns)), "frameon": False, "fontsize": 8}
+        figure.legend(entries.values(), names, **style)
 
 
 def _common_place(state: State) -> int:
-    """The last place of the slider with values in every line; the last of all if there is none."""
-    complete = [
-        place
-        for place, slide in enumerate(state.slides)
-        if all(any(value is not None for value in trace["y"]) for trace in slide if "y" in trace)
-    ]
-    return complete[-1] if complete else -1
+    """The last of the slider's places at which most lines have values."""
+    drawn = [sum(any(v is not None for v in trace["y"]) for trace in slide if "y" in trace) for slide in state.slides]
+    return max(range(len(drawn)), key=lambda place: (drawn[place], place)) if drawn else -1
 
 
 def _draw_chart(axes: Any, state: State, slide: Sequence[Trace]) -> None:

@@ -11,14 +11,16 @@ import plotly.graph_objects as go
 import pytest
 import report_runs as made
 from html_page import HtmlPage
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from metawrap.cli import main
 from metawrap.errors import ArgumentError, CheckpointError, MetaWrapError
 from metawrap.report import draw_report_pictures, gather, write_report_page
-from metawrap.report.charts import State, whole_ticks
+from metawrap.report.charts import Chart, ChartPanel, State, layout, whole_ticks
 from metawrap.report.page import plotly_library, render
-from metawrap.report.pictures import _common_place
+from metawrap.report.pictures import _common_place, _draw_panel
 
 DRAWN = ("curves", "classes", "embedding", "rates", "steps", "msl", "norms", "episode")
 HOSTILE = "</script><script>window['hacked']=1</script><img src=x onerror='window[\"hacked\"]=1'>&amp;$x"
@@ -430,6 +432,27 @@ def test_pictures_are_written_for_what_there_is(tmp_path):
     run = made.make_run(tmp_path / "old", insight=False)
     assert draw_report_pictures(gather([run]), tmp_path / "png") == [tmp_path / "png" / "report-curves.png"]
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["report-curves.png"]
+
+
+@pytest.mark.parametrize("length", [3, 30, 90])
+def test_the_legend_of_a_picture_is_as_wide_as_the_picture_at_most(length):
+    figure, marker = Figure(layout="constrained"), {"size": 9, "symbol": "circle", "color": "#336699"}
+    names = [f"{('Granny-Smith Apple, ' * 5)[:length]}{number}" for number in range(7)]
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "line": {"color": "#336699", "width": 1},
+        "x": [0, 1],
+        "y": [0, 1],
+        "marker": marker,
+    }
+    axes = layout("component 1", "component 2", height=460)
+    state = State([points | {"name": name, "legendgroup": name, "showlegend": True} for name in names], axes)
+    _draw_panel(figure, ChartPanel([Chart("embedding", "", [state])], ["task 0"], [[]]))
+    FigureCanvasAgg(figure).draw()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.x1
 
 
 def test_the_command_writes_the_page_and_the_pictures(tmp_path, capsys):
