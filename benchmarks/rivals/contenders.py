@@ -72,12 +72,7 @@ class Metawrap:
     """metawrap, with these keywords of `MAMLPlusPlus`, under the batch statistics of the plain loop."""
 
     def __init__(
-        self,
-        case: Case,
-        values: dict[str, Tensor],
-        tasks: list[TaskTensors],
-        first_order: bool = False,
-        **options: Any,
+        self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors], first_order: bool = False, **options: Any
     ) -> None:
         known = inspect.signature(MAMLPlusPlus).parameters
         if "execution" not in known:  # metawrap 0.1 takes the fields of this group as keywords.

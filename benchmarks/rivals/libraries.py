@@ -30,7 +30,7 @@ WHY_MISSING = {
         "learn2learn is not installed. Its last release, 0.2.0, does not build on Python 3.11 or newer: its C source "
         "includes longintrepr.h, which is gone there. Its folder utils is pure Python and runs on PYTHONPATH: see "
         "benchmarks/results/README.md"
-    ),
+    )
 }
 
 

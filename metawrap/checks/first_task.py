@@ -327,11 +327,10 @@ def in_double_precision(learner: Any, task: Task) -> tuple[TaskSolver, Task, flo
 
 
 def carries_channels_last(learner: Any, task: Task, **changes: Any) -> bool:
-    """Whether the gradient is the same with images in channels_last. Args: changes: of fields of the solver."""
+    """Whether the gradient of an inner step is the same in channels_last. Args: changes: of fields of the solver."""
     solver, sample, tolerance = in_double_precision(learner, task)
     solver = replace(solver, **changes)
     try:
-        # A layout tells in each forward pass alike, so one inner step is enough.
         found = [probed_gradient(solver, "functional", [sample], channels_last=last, steps=1) for last in (False, True)]
     except RuntimeError:  # A `view` that needs the usual layout, for example.
         return False

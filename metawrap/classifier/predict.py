@@ -15,13 +15,7 @@ from PIL import Image, ImageOps
 
 
 def pixels(
-    photo: str,
-    size: tuple[int, int],
-    resize: str,
-    crop_fraction: float,
-    interpolation: str,
-    channels: int,
-    **_: Any,
+    photo: str, size: tuple[int, int], resize: str, crop_fraction: float, interpolation: str, channels: int, **_: Any
 ) -> Any:
     """A photo as the network was shown them: uint8 of shape (channels, height, width)."""
     image: Image.Image = ImageOps.exif_transpose(Image.open(photo))

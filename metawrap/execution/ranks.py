@@ -311,10 +311,7 @@ def _prints(learner: Any, edited: Sequence[str]) -> dict[str, str]:
     # The counters; what each process measured is its own.
     state["'_extra_state'"] = learner.iteration
     state["the settings"] = repr(learner.settings)
-    state["the optimizer"] = [
-        _update_in_words(learner),
-        tensors_in(optimizer.state_dict()["state"]),
-    ]
+    state["the optimizer"] = [_update_in_words(learner), tensors_in(optimizer.state_dict()["state"])]
     return {name: repr(map_tensors(value, _digest)) for name, value in state.items()}
 
 

@@ -298,11 +298,7 @@ def shift_of(
 
 @torch.no_grad()
 def fold_shifts(
-    buffers: Sequence[Any],
-    row: Any,
-    seen: Sequence[tuple[Tensor, Tensor]],
-    momentum: float | None,
-    keep: Tensor,
+    buffers: Sequence[Any], row: Any, seen: Sequence[tuple[Tensor, Tensor]], momentum: float | None, keep: Tensor
 ) -> None:
     """Moves the stored shift and log ratio of one inner step towards the mean of those that a meta-step has seen.
 

@@ -63,11 +63,7 @@ class HeadLearner(Learner):
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
-        self,
-        model: nn.Module,
-        keywords: EmbeddingKeywords,
-        *,
-        parts: Mapping[str, Any] | None = None,
+        self, model: nn.Module, keywords: EmbeddingKeywords, *, parts: Mapping[str, Any] | None = None
     ) -> None:
         head, source = keywords.pop("head", None), keywords.pop("embedding", "head_input")
         if not isinstance(source, str) or source != "head_input":

@@ -9,13 +9,7 @@ from typing_extensions import TypedDict
 
 from metawrap.outer_update.outer_update import OptimizerFactory
 from metawrap.outer_update.users_scheduler import SchedulerFactory
-from metawrap.settings.groups import (
-    ExecutionOptions,
-    InnerOptions,
-    OuterOptions,
-    OutputOptions,
-    WrappingOptions,
-)
+from metawrap.settings.groups import ExecutionOptions, InnerOptions, OuterOptions, OutputOptions, WrappingOptions
 from metawrap.settings.keywords import Takes
 from metawrap.settings.settings import NormPolicy
 from metawrap.settings.validated import Count, NotNegative, Number, Positive, Switch, Whole, WholeOrInfinite

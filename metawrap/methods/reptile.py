@@ -161,10 +161,7 @@ class Reptile(MAML):
 
 
 def _moved_away(
-    loop: InnerLoop,
-    start: FastWeights,
-    weights: Sequence[float],
-    examples: Callable[[InnerLoop, int], Iterable[Task]],
+    loop: InnerLoop, start: FastWeights, weights: Sequence[float], examples: Callable[[InnerLoop, int], Iterable[Task]]
 ) -> Unrolled:
     """Inner steps without derivatives; the gradient of the loss is (initialisation - last fast weights)."""
     sweep = replace(loop, differentiable=False, second_order=False, examples="support_y and target")

@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from metawrap.report.charts import (
-    Chart,
-    ChartPanel,
-    State,
-    Trace,
-    layout,
-    line,
-    ramp,
-    steps_of,
-    symbol,
-    value_at,
-)
+from metawrap.report.charts import Chart, ChartPanel, State, Trace, layout, line, ramp, steps_of, symbol, value_at
 from metawrap.report.gather import Group, ShownRun, recorded, shown_runs
 from metawrap.report.records import Epoch, Number
 

@@ -10,16 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from metawrap.errors import MetaWrapError, writing
-from metawrap.report.charts import (
-    GREY,
-    SYMBOLS,
-    ChartPanel,
-    State,
-    Trace,
-    accuracy_by_step,
-    curves,
-    step_losses,
-)
+from metawrap.report.charts import GREY, SYMBOLS, ChartPanel, State, Trace, accuracy_by_step, curves, step_losses
 from metawrap.report.class_charts import by_class, embeddings
 from metawrap.report.gather import Group
 from metawrap.report.layer_charts import learned_rates, norm_statistics, shortened

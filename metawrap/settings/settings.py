@@ -150,10 +150,7 @@ def check_preset(given: str | None, default: str, method: str) -> str:
 
 
 def resolve(
-    kind: type[AnySettings],
-    given: Mapping[str, Any],
-    base: Mapping[str, Any],
-    own_outer: Collection[str] = (),
+    kind: type[AnySettings], given: Mapping[str, Any], base: Mapping[str, Any], own_outer: Collection[str] = ()
 ) -> AnySettings:
     """Settings of a kind: its defaults, with the values of `base`, with every argument that is not None in its place.
 

@@ -63,9 +63,7 @@ NotNegative = Annotated[float, Field(ge=0, le=LARGEST), Expected("a number of at
 Share = Annotated[float, Field(ge=0, le=1), Expected("a number of at least 0 and at most 1")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Expected("a number from 0 up to, not including, 1")]
 Betas = Annotated[
-    tuple[Fraction, Fraction],
-    BeforeValidator(_list_as_tuple),
-    Expected("two numbers from 0 up to, not including, 1"),
+    tuple[Fraction, Fraction], BeforeValidator(_list_as_tuple), Expected("two numbers from 0 up to, not including, 1")
 ]
 Workers = Annotated[
     Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"], Expected('a whole number of at least 1, or "auto"')

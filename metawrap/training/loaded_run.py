@@ -18,13 +18,7 @@ from metawrap.errors import ArgumentError, CheckpointError, shown
 from metawrap.snapshot.generators import Generators
 from metawrap.training.checkpoints import Checkpoint, load_into
 from metawrap.training.data_record import read_preprocessing, read_record
-from metawrap.training.experiment import (
-    backbone_of,
-    build_learner,
-    find_device,
-    network_of,
-    preprocessing_for,
-)
+from metawrap.training.experiment import backbone_of, build_learner, find_device, network_of, preprocessing_for
 from metawrap.training.final_evaluation import epochs_to_test
 from metawrap.training.named_model import check_model_is_named, model_flag
 from metawrap.training.run_folder import RunFolder, read_run

@@ -83,10 +83,7 @@ def draw_study(runs: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
     panels = {"": partial(draw, values="validation")}
     if drawn and all(run.get("alone") for run in drawn):
-        panels = {
-            "all targets of a task in one batch": panels[""],
-            "each target alone": partial(draw, values="alone"),
-        }
+        panels = {"all targets of a task in one batch": panels[""], "each target alone": partial(draw, values="alone")}
     return _draw(panels, path, task_name(dict(drawn[0])) if drawn else None)
 
 

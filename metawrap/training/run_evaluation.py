@@ -24,22 +24,8 @@ from metawrap.layers.norm_policies import policies_of
 from metawrap.settings.keywords import flattened, nested, plain_keywords
 from metawrap.settings.validated import check_value
 from metawrap.training.checkpoints import load_into
-from metawrap.training.data_record import (
-    changed,
-    differences,
-    joined,
-    read_record,
-    record_of,
-    unseen,
-)
-from metawrap.training.experiment import (
-    Experiment,
-    build_learner,
-    find_device,
-    fixed_tasks,
-    load_splits,
-    show_task,
-)
+from metawrap.training.data_record import changed, differences, joined, read_record, record_of, unseen
+from metawrap.training.experiment import Experiment, build_learner, find_device, fixed_tasks, load_splits, show_task
 from metawrap.training.final_evaluation import epochs_to_test, final_test
 from metawrap.training.loaded_run import Model, network_of_run, open_run, preprocessing_of_run
 from metawrap.training.machine import command_line, describe_machine
@@ -194,11 +180,7 @@ def _chosen(sets: Mapping[str, ImageSet], part: str) -> ImageSet:
 
 
 def tested(
-    experiment: Experiment,
-    folder: RunFolder,
-    history: list[dict[str, Any]],
-    norms: Sequence[str] | None,
-    kind: str,
+    experiment: Experiment, folder: RunFolder, history: list[dict[str, Any]], norms: Sequence[str] | None, kind: str
 ) -> dict[str, Any]:
     """The final test of a learner, with the record of the run: see `train`. kind: the classes, in words. Leaves the
     weights of the best epoch in the learner.

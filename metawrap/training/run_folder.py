@@ -27,15 +27,7 @@ from metawrap.training.own_settings import OwnSettings
 from metawrap.training.progress import say
 from metawrap.training.run_lock import RunLock
 from metawrap.training.run_settings import RunSettings
-from metawrap.training.stored_files import (
-    MAX_BYTES,
-    InsightLine,
-    LogLine,
-    ResultFile,
-    RunFile,
-    has_form,
-    read_typed,
-)
+from metawrap.training.stored_files import MAX_BYTES, InsightLine, LogLine, ResultFile, RunFile, has_form, read_typed
 
 LOG = "log.jsonl"
 INSIGHT = "insight.jsonl"

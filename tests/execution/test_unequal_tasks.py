@@ -28,11 +28,7 @@ from metawrap import MAML, Reptile, Task
 from metawrap.engines import BatchedEngine
 from metawrap.engines.batched import Padded
 
-SIZES = {
-    "support": [(2, 1), (3, 1), (4, 1)],
-    "target": [(1, 2), (1, 3), (1, 2)],
-    "both": [(2, 3), (3, 2), (2, 2)],
-}
+SIZES = {"support": [(2, 1), (3, 1), (4, 1)], "target": [(1, 2), (1, 3), (1, 2)], "both": [(2, 3), (3, 2), (2, 2)]}
 
 
 def tasks_of(shape: tuple[int, ...], sizes: str = "both", **options: Any) -> list[Any]:

@@ -268,11 +268,7 @@ def normed_head() -> nn.Module:
         (spectral_head, {"head": "linear", "head_init": "zeros"}, r"computes a weight from its parameters"),
         (spectral_head, {"head": "linear", "head_init": "random"}, r"computes a weight from its parameters"),
         (normed_head, {"head": "linear", "head_init": "zeros"}, r"original0', computes a weight"),
-        (
-            NormedMlp,
-            {"head_init": "ones"},
-            r"head_init: expected .*'stored', 'shared' or 'prototypes'",
-        ),
+        (NormedMlp, {"head_init": "ones"}, r"head_init: expected .*'stored', 'shared' or 'prototypes'"),
     ],
 )
 def test_a_head_that_cannot_start_anew_is_refused_by_name(model: Any, options: dict[str, Any], message: str) -> None:

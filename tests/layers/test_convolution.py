@@ -138,10 +138,7 @@ def test_the_forms_leave_alone_what_they_do_not_know(case: str) -> None:
         layer.requires_grad_(False)
     elif case == "own":
         layer._conv_forward = lambda x, w, b: F.conv2d(x, w, b, padding=1)
-    with (
-        torch.set_grad_enabled(case != "no grad"),
-        torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
-    ):
+    with torch.set_grad_enabled(case != "no grad"), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         expected = layer(x)
         out = torch.func.vmap(lambda one: lent(layer, one[None])[0])(x) if case == "vmap" else lent(layer, x)
     assert not is_ours(out)

@@ -14,13 +14,7 @@ from metawrap.layers import quick_forms
 from metawrap.layers.quick_forms import QuickForms, max_pool2d
 
 # kernel, stride, padding, dilation, ceil_mode
-WINDOWS: list[Any] = [
-    (2,),
-    (3, 2, 1),
-    ((3, 2), (1, 2), (1, 0), (2, 1)),
-    (3, 2, 0, 1, True),
-    (2, None, 0, 1, False),
-]
+WINDOWS: list[Any] = [(2,), (3, 2, 1), ((3, 2), (1, 2), (1, 0), (2, 1)), (3, 2, 0, 1, True), (2, None, 0, 1, False)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 

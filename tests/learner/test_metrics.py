@@ -201,10 +201,7 @@ METRICS: dict[str, tuple[Any, dict[str, Callable[[Tensor, Tensor], float]]]] = {
     "several": ({"f1": f1, "wrong": errors}, {"f1": f1, "wrong": errors}),
     "torchmetrics": (Gathering(), {"Gathering": lambda p, y: accuracy_score(y, p.argmax(1))}),
     "torcheval": (Uncalled(), {"Uncalled": f1}),
-    "a collection": (
-        Collection(),
-        {"Accuracy": lambda p, y: accuracy_score(y, p.argmax(1)), "Errors": errors},
-    ),
+    "a collection": (Collection(), {"Accuracy": lambda p, y: accuracy_score(y, p.argmax(1)), "Errors": errors}),
     "all": (
         {"one": Collection(), "two": Uncalled(), "three": partial(errors)},
         {"one.Accuracy": lambda p, y: accuracy_score(y, p.argmax(1)), "one.Errors": errors, "two": f1, "three": errors},

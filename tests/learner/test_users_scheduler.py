@@ -81,8 +81,7 @@ def test_rates_after_loading_are_those_of_the_formula_with_and_without_the_optim
 
 
 @pytest.mark.parametrize(
-    ("saved", "words"),
-    [("LambdaLR", "LambdaLR"), ("SequentialLR", "SequentialLR, LinearLR, ExponentialLR")],
+    ("saved", "words"), [("LambdaLR", "LambdaLR"), ("SequentialLR", "SequentialLR, LinearLR, ExponentialLR")]
 )
 def test_a_scheduler_of_another_kind_is_refused_and_nothing_is_loaded(saved: str, words: str) -> None:
     nested = lambda o: schedulers.SequentialLR(o, [schedulers.LinearLR(o), schedulers.StepLR(o, 3)], [2])

@@ -8,14 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from by_hand import (
-    LABELS,
-    embedded,
-    mlp,
-    one_hot,
-    prediction,
-    task_with,
-)
+from by_hand import LABELS, embedded, mlp, one_hot, prediction, task_with
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 

@@ -7,14 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import (
-    LABELS,
-    embedded,
-    mlp,
-    one_hot,
-    prediction,
-    task_with,
-)
+from by_hand import LABELS, embedded, mlp, one_hot, prediction, task_with
 from keywords import grouped
 from torch import nn
 

@@ -264,9 +264,7 @@ def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_the_gpu_script_runs_on_the_cpu_with_operations_for_kernels(
-    run: Callable[..., list[dict[str, Any]]],
-) -> None:
+def test_the_gpu_script_runs_on_the_cpu_with_operations_for_kernels(run: Callable[..., list[dict[str, Any]]]) -> None:
     flags = ("--device", "cpu", "--cases", "A", "--precision", "tf32", "bf16", "--only", "metawrap functional")
     records = run(meta_step, *flags, "plain graphs")
     kinds = {record["kind"] for record in records}

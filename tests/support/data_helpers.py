@@ -14,10 +14,7 @@ from PIL import Image
 from metawrap.data import LabelledImages
 from metawrap.tasks import TaskBatch
 
-ALPHABETS = {
-    "images_background": {"Greek": 3, "Latin": 2, "Runes": 2},
-    "images_evaluation": {"Braille": 2, "Ogham": 1},
-}
+ALPHABETS = {"images_background": {"Greek": 3, "Latin": 2, "Runes": 2}, "images_evaluation": {"Braille": 2, "Ogham": 1}}
 DRAWERS = 3
 
 

@@ -94,11 +94,7 @@ def reference_for(model: nn.Module, learner: Any, batch: Any, step_weights: list
     """The oracle on the learner's present values. The fixed rates get no gradient, so they are left out."""
     present = {"rates": rates_of(learner), "values": dict(learner.model.named_parameters())}
     reference = meta_gradient(
-        model,
-        as_tasks(batch),
-        step_weights=step_weights,
-        statistics=statistics_of(learner),
-        **{**present, **options},
+        model, as_tasks(batch), step_weights=step_weights, statistics=statistics_of(learner), **{**present, **options}
     )
     fixed = {f"lr/{name}" for name, rate in learner.learning_rates.items() if not rate.requires_grad}
     reference.gradients = {n: g for n, g in reference.gradients.items() if n not in fixed}

@@ -31,7 +31,7 @@ _PACKAGE = Path(metawrap.__file__).parent
 # On CUDA they read a value, or make a tensor whose shape depends on values.
 _READS = {"_local_scalar_dense", "equal", "_linalg_check_errors", "is_nonzero", "allclose"}
 _SHAPED_BY_VALUES = {
-    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"),
+    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave")
 }
 _INDEXED, _MASKS = {"index", "index_put", "index_put_", "_unsafe_index"}, (torch.bool, torch.uint8)
 _OF_SHAPE = {"squeeze_", "unsqueeze_", "transpose_", "t_", "resize_", "set_", "as_strided_"}
