@@ -60,10 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_freed() -> Iterator[None]:
+def _memory_is_freed(request: pytest.FixtureRequest) -> Iterator[None]:
     # Graphs of the large networks, in circles of references, would add up to more than the machine has.
     yield
-    gc.collect()
+    if request.node.get_closest_marker("zoo"):
+        gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)
