@@ -33,7 +33,7 @@ _MISFIT = re.compile(
     r"|Calculated padded input size|not implemented for|target dtype|multi-target|class probabilities"
     r"|Expected target|must match the size|on the same device|sparse tensors?|can't be cast|inconsistent tensor size"
     r"|more than 1 spatial element|[Cc]omplex|following scalar types|index out of range in self|< num_embeddings"
-    r"|is out of bounds"
+    r"|^Target -?\d+ is out of bounds"
 )
 _FOLLOWED = (
     "Pass it detached (tensor.detach()), or call learner(task_batch).loss.backward() and step the optimizers yourself."
@@ -212,15 +212,9 @@ def _described(task: Task) -> str:
 
 
 def _short(value: Any) -> str:
-    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}{_range(t)}" for t in tensors_in(value)]
+    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(value)]
     kind = "" if isinstance(value, Tensor) else f"{type(value).__name__} of "
     return kind + ", ".join(shapes[:4])
-
-
-def _range(tensor: Tensor) -> str:
-    if tensor.dtype != torch.int64 or not tensor.numel():
-        return ""
-    return f" of {int(tensor.min())}..{int(tensor.max())}"
 
 
 def check_device(tasks: Iterable[Task], device: torch.device) -> None:

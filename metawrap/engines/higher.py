@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metawrap.engines.calling import EditedBuffers, run_model
+from metawrap.errors import UnsupportedModuleError
 from metawrap.layers.quick_forms import QuickForms
 from metawrap.snapshot.module_state import BufferEdits
 from metawrap.surgery.swap import parameter_slots
@@ -45,8 +46,12 @@ class HigherEngine:
         self._buffers = EditedBuffers(model, edits)
         self._forms = QuickForms(self._pairs)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
-        self._kept = [{key: twin.__dict__[key] for key in _OWN if key in twin.__dict__} for _, twin in self._pairs]
-        names = {(id(m), local): name for name, places in parameter_slots(model).items() for m, local in places}
+        # The flat weights of a recurrent twin are made anew in each call.
+        kept = [key for key in _OWN if not key.startswith("_flat_weight")]
+        self._kept = [{key: twin.__dict__[key] for key in kept} for _, twin in self._pairs]
+        slots = parameter_slots(model)
+        self._names = slots.keys()
+        names = {(id(m), local): name for name, places in slots.items() for m, local in places}
         # A module that is registered twice has two twins.
         self._slots = [
             (names[id(module), local], twin._parameters, local)
@@ -58,9 +63,14 @@ class HigherEngine:
     def call(self, weights: Mapping[str, Tensor], inputs: Any, twice: bool = False, head: str | None = None) -> Any:
         """See `Engine.call`."""
         originals = dict(self.model.named_parameters())
+        if originals.keys() != self._names:
+            changed = min(originals.keys() ^ self._names)
+            raise UnsupportedModuleError(
+                f"'{changed}' of learner.model was added, removed or tied to another parameter after wrapping. Wrap "
+                'the model again, or use engine="functional".'
+            )
         for (module, twin), kept in zip(self._pairs, self._kept, strict=True):
-            twin.__dict__.update(module.__dict__)
-            twin.__dict__.update(kept)
+            twin.__dict__.update({**module.__dict__, **kept})
         try:
             self._hand_over({name: weights.get(name, original) for name, original in originals.items()})
             with self._buffers.lent(), self._forms.lent(twice):

@@ -321,7 +321,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        return None, None, *(torch._foreach_mul(ctx.gradients, outer) if ctx.gradients else ())
+        return None, None, *(outer * gradient for gradient in ctx.gradients)
 
 
 def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:

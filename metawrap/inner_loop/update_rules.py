@@ -117,17 +117,19 @@ class HigherInnerOptimizer:
         # One group for each weight, so a group's state is that of its only weight.
         optimizer.state = [defaultdict(dict, {0: dict(state.get(name, {}))}) for name in fast]
         nothing = torch.zeros((), requires_grad=True)
-        updated = optimizer.step(
-            nothing,
-            params=list(fast.values()),
-            override={"lr": [rates[name] for name in fast]},
-            grad_callback=lambda _: [gradients[name] for name in fast],
-        )
-        after = {name: group[0] for name, group in zip(fast, optimizer.state, strict=True)}
-        # The optimizer stays, and must not keep the graph of this step.
-        optimizer.state = []
-        for group in optimizer.param_groups:
-            group.update(params=[None], lr=None)
+        try:
+            updated = optimizer.step(
+                nothing,
+                params=list(fast.values()),
+                override={"lr": [rates[name] for name in fast]},
+                grad_callback=lambda _: [gradients[name] for name in fast],
+            )
+            after = {name: group[0] for name, group in zip(fast, optimizer.state, strict=True)}
+        finally:
+            # The optimizer stays, and must not keep the graph of this step.
+            optimizer.state = []
+            for group in optimizer.param_groups:
+                group.update(params=[None], lr=None)
         return dict(zip(fast, updated, strict=True)), after
 
 

@@ -167,6 +167,8 @@ class PerStepNorm(_BatchNorm):
         """The forward of torch's own batch norm on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         weight, bias = self._affine()
+        if weight is None and bias is not None:
+            weight = torch.ones_like(bias)  # Without one, torch's second derivative leaves out that by the shift.
         mean: Any = None
         variance: Any = None
         if (stored := self._buffers.get("running_mean")) is not None:

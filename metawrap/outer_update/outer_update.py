@@ -168,11 +168,10 @@ class OuterUpdate:
         if options.max_grad_norm is not None:
             clipped = norm if options.max_grad_value is None else _norm_of(present)[0]
             nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, clipped)
-        if options.max_grad_value is not None or options.max_grad_norm is not None:
-            squares_fit = _norm_of(present)[2]
         if not isinstance(self.optimizer, torch.optim.SGD):
             # Adam and its like store the squares of the entries, and would keep an infinite one for ever.
-            finite = finite & squares_fit
+            clips = options.max_grad_value is not None or options.max_grad_norm is not None
+            finite = finite & (_norm_of(present)[2] if clips else squares_fit)
         self._step_where(finite)
         return norm, finite
 

@@ -260,9 +260,7 @@ def test_token_ids_of_the_wrong_kind_are_told_as_a_task(method: Any, change: Cal
 def test_a_label_beyond_the_outputs_is_told_as_a_task_under_a_loss_of_the_users_own(call: str) -> None:
     learner = MAML(nn.Linear(5, 3).double(), loss_fn=lambda output, y: F.cross_entropy(output, y))
     x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 4
-    with pytest.raises(
-        TaskError, match=r"Target 3 is out of bounds\. .*support_y int64 \(8,\) of 0\.\.3.*labels below"
-    ):
+    with pytest.raises(TaskError, match=r"Target 3 is out of bounds\. .*support_y int64 \(8,\).*labels below"):
         getattr(learner, call)(*((x, y) if call == "adapt" else ([Task(x, y, x, y)],)))
 
 

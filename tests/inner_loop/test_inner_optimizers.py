@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import ALL_ENGINES, ENGINES
 from face import as_tasks, assert_same_values, gradients_of, in_dtype, rates_of
+from higher.optim import DifferentiableSGD
 from inner_rules import BATCH, RULES, STEPS, ComplexNet, by_hand, learner_of, network
 from keywords import grouped
 from models import class_tasks, seeded
@@ -204,3 +205,16 @@ def test_a_rule_keeps_no_tensor_of_a_step(optimizer: type[InnerOptimizer], rule:
     kept += map(weakref.ref, (updated["w"], again["w"]))
     del tensors, weight, gradient, rate, updated, state, again, _
     assert [reference() for reference in kept] == [None] * 5
+
+
+def test_a_step_that_fails_keeps_no_tensor_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(DifferentiableSGD, "_update", fail)
+    weight = {"w": torch.ones(3, requires_grad=True) * 2}
+    kept = weakref.ref(weight["w"])
+    with pytest.raises(torch.OutOfMemoryError):
+        HigherInnerOptimizer(InnerOptions()).step(weight, weight, weight, torch.zeros(()), {})
+    del weight
+    assert kept() is None

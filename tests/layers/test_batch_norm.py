@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,25 +174,57 @@ def test_a_third_derivative_is_refused_as_torch_refuses_it() -> None:
         torch.autograd.grad(second.sum(), [x, weight], allow_unused=True)
 
 
-def meta_gradients(change: Any, norm: str) -> dict[str, Tensor]:
+def meta_gradients(change: Any, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)).double()
     change(net[1])
-    learner = MAMLPlusPlus(net, inner_steps=2, norm=norm)
+    learner = MAMLPlusPlus(net, inner_steps=2, **options)
     images, labels = torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 2
-    learner([Task(images[:4], labels[:4], images[4:], labels[4:])]).loss.backward()
+    task = Task(images[:4], labels[:4], images[4:], labels[4:])
+    learner([task, replace(task, support_x=images[2:])]).loss.backward()
     return {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("norm", ["batch", "support", "running", "task"])
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(name: str, norm: str) -> None:
-    missing = meta_gradients(lambda bn: setattr(bn, name, None), norm)
-    fixed = meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), norm)
+    missing = meta_gradients(lambda bn: setattr(bn, name, None), norm=norm)
+    fixed = meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), norm=norm)
     assert missing.keys() == fixed.keys() - {f"1.{name}"}
     assert f"1.{'bias' if name == 'weight' else 'weight'}" in missing
     for key, gradient in missing.items():
         torch.testing.assert_close(gradient, fixed[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("large", [0, 10**9], ids=["large", "small"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
+def test_an_adapted_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(
+    engine: str, name: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "LARGE", large)
+    options = {"engine": engine, "norm": "batch", "adapt_norm": True, "per_step_norm_affine": False}
+    missing = meta_gradients(lambda bn: setattr(bn, name, None), **options)
+    for key, gradient in meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), **options).items():
+        torch.testing.assert_close(missing[key], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_a_small_norm_without_a_scale_or_a_shift_equals_finite_differences(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "LARGE", 10**9)
+    norm: Any = nn.BatchNorm1d(2).double()
+    setattr(norm, missing, None)
+    make_per_step(nn.Sequential(norm), StepClock(statistics="batch"), 1, affine=False, statistics=False)
+    (other,) = {"weight", "bias"} - {missing}
+
+    def run(x: Tensor, value: Tensor) -> Tensor:
+        norm._parameters[other] = value
+        output: Tensor = norm(x)
+        return output
+
+    assert gradgradcheck(run, inputs((4, 2, 3))[:2], atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["batch", "support", "task"])
