@@ -185,28 +185,26 @@ def meta_gradients(change: Any, **options: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("norm", ["batch", "support", "running", "task"])
+POLICIES = [{"norm": norm} for norm in ("batch", "support", "running", "task")]
+ADAPTED = [
+    {"engine": engine, "norm": "batch", "adapt_norm": True, "per_step_norm_affine": False}
+    for engine in ("functional", "higher", "batched")
+]
+
+
+@pytest.mark.parametrize("large", [0, 10**9], ids=["large", "small"])
+@pytest.mark.parametrize("options", [*POLICIES, *ADAPTED], ids=str)
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(name: str, norm: str) -> None:
-    missing = meta_gradients(lambda bn: setattr(bn, name, None), norm=norm)
-    fixed = meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), norm=norm)
+def test_a_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(
+    name: str, options: dict[str, Any], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "LARGE", large)
+    missing = meta_gradients(lambda bn: setattr(bn, name, None), **options)
+    fixed = meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), **options)
     assert missing.keys() == fixed.keys() - {f"1.{name}"}
     assert f"1.{'bias' if name == 'weight' else 'weight'}" in missing
     for key, gradient in missing.items():
         torch.testing.assert_close(gradient, fixed[key], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("large", [0, 10**9], ids=["large", "small"])
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("engine", ["functional", "higher", "batched"])
-def test_an_adapted_norm_without_a_scale_or_a_shift_is_one_where_it_is_fixed(
-    engine: str, name: str, large: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(moments, "LARGE", large)
-    options = {"engine": engine, "norm": "batch", "adapt_norm": True, "per_step_norm_affine": False}
-    missing = meta_gradients(lambda bn: setattr(bn, name, None), **options)
-    for key, gradient in meta_gradients(lambda bn: getattr(bn, name).requires_grad_(False), **options).items():
-        torch.testing.assert_close(missing[key], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("missing", ["weight", "bias"])
