@@ -327,7 +327,7 @@ def in_double_precision(learner: Any, task: Task) -> tuple[TaskSolver, Task, flo
 
 
 def carries_channels_last(learner: Any, task: Task, **changes: Any) -> bool:
-    """Whether the gradient of an inner step is the same in channels_last. Args: changes: of fields of the solver."""
+    """Whether one inner step has the same meta-gradient in channels_last. Args: changes: other fields of the solver."""
     solver, sample, tolerance = in_double_precision(learner, task)
     solver = replace(solver, **changes)
     try:

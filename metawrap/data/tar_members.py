@@ -177,7 +177,11 @@ def is_compressed(path: Path) -> bool:
 
 
 def _bounded(raw: IO[bytes], path: Path, max_total: int) -> IO[bytes]:
-    check_no_page(raw.read(512), str(path))
+    try:
+        check_no_page(raw.read(512), str(path))
+    except BaseException:
+        raw.close()
+        raise
     raw.seek(0)
     file = gzip.GzipFile(fileobj=raw, mode="rb") if is_compressed(path) else raw
     return _BoundedFile(file, raw, path, max_total)  # type: ignore[arg-type, return-value]

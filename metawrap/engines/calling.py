@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from metawrap.errors import UnsupportedModuleError
+from metawrap.layers.moments import scale_beside
 from metawrap.snapshot.module_state import BufferEdits, same_value
 from metawrap.tasks import call_model, describe_value
 
@@ -154,9 +155,9 @@ def _place(name: str) -> str:
 
 @contextmanager
 def differentiable_twice(model: nn.Module, plain: bool) -> Iterator[None]:
-    """Makes fused attention, recurrent networks, and, if `plain`, hard gates and weight norms differentiable twice.
+    """Makes differentiable twice: fused attention, recurrent networks, and, if `plain`, what `PlainForms` replaces.
 
-    Fused attention runs as plain matrix products, recurrent networks without cuDNN, the rest as in `PlainForms`.
+    Fused attention runs as plain matrix products, recurrent networks without cuDNN.
 
     Raises:
         UnsupportedModuleError: torch.compile runs a module.
@@ -220,11 +221,35 @@ for _name, _form in [("hardsigmoid", _hardsigmoid), ("hardswish", _hardswish), (
     _FORMS |= {_packet: _form, _packet.default: _form}
 
 
+# Norms, with the place of the scale among their arguments; the shift follows.
+_NORMS: dict[Any, int] = {torch.batch_norm: 1, torch.instance_norm: 1, torch.layer_norm: 2}
+for _norm, _at in list(_NORMS.items()):
+    _packet = getattr(torch.ops.aten, _norm.__name__)
+    _NORMS |= {_packet: _at, _packet.default: _at}
+_NORMS |= {F.batch_norm: 3, F.instance_norm: 3, F.layer_norm: 2}
+
+
+def _with_scale(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """The arguments of a norm that has a shift and no scale, with a scale of ones; None where it has one, or neither.
+
+    Args:
+        place: of the scale among the arguments.
+    """
+    given: dict[str, Any] = {**dict(zip(("weight", "bias"), args[place:], strict=False)), **kwargs}
+    scale = scale_beside(given.get("bias"), given.get("weight"))
+    if scale is given.get("weight"):
+        return None
+    if len(args) > place:
+        return (*args[:place], scale, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "weight": scale}
+
+
 class PlainForms(TorchFunctionMode):
     """Computes by plain operations what torch cannot differentiate twice, or differentiates wrongly.
 
     Hard gates run by `relu6`. Weight norm runs by a norm and a product: the second derivative of `torch._weight_norm`
-    is wrong where its norm keeps the first or the last axis. The mode slows every operation a little.
+    is wrong where its norm keeps the first or the last axis. A norm with a shift and no scale gets a scale of ones:
+    else torch leaves out the second derivative by the shift. The mode slows every operation a little.
 
     seen: whether such an operation ran.
     """
@@ -235,8 +260,11 @@ class PlainForms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a torch function passes here."""
+        kwargs = kwargs or {}
+        if func in _NORMS and (scaled := _with_scale(_NORMS[func], args, kwargs)):
+            self.seen, (args, kwargs) = True, scaled
         self.seen |= func in _FORMS
-        return _FORMS.get(func, func)(*args, **(kwargs or {}))
+        return _FORMS.get(func, func)(*args, **kwargs)
 
 
 def graph_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:

@@ -46,7 +46,7 @@ class HigherEngine:
         self._buffers = EditedBuffers(model, edits)
         self._forms = QuickForms(self._pairs)
         self._own = [_OWN | (twin.__dict__.keys() - module.__dict__.keys()) for module, twin in self._pairs]
-        # The flat weights of a recurrent twin are made anew in each call.
+        # A recurrent twin makes its list of flat weights in each call, so its first list is not kept.
         kept = [key for key in _OWN if not key.startswith("_flat_weight")]
         self._kept = [{key: twin.__dict__[key] for key in kept} for _, twin in self._pairs]
         slots = parameter_slots(model)

@@ -18,7 +18,7 @@ from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
 from metawrap.engines.calling import weight_norm
-from metawrap.layers.moments import batch_norm
+from metawrap.layers.moments import batch_norm, scale_beside
 from metawrap.layers.quick_forms import convolution, for_each
 
 _PLANE = 4  # Axes of a batch of images.
@@ -65,8 +65,7 @@ def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     """Batch norm over the batch's own statistics, its mean and its unbiased variance."""
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     mean, variance = (torch.zeros(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # Without one, torch's second derivative leaves out that by the shift.
+    weight = scale_beside(bias, weight)
     own = all(t is None or t.dtype == wide for t in (x, weight, bias)) and (weight is None) == (bias is None)
     if own and not torch.is_autocast_enabled(x.device.type):
         return batch_norm(x, weight, bias, mean, variance, eps), mean, variance

@@ -37,7 +37,8 @@ SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
 # From these sizes on, batch norm finds its mean and variance by three fast kernels: the numbers in the whole input, and
 # those in one channel of one example. A smaller input takes less time in torch's single kernel.
 LARGE, LARGE_PLANE = 2**15, 25
-# In channels_last, the derivatives below pay from this size on; in the usual layout, from LARGE on.
+# From this size on, an input in channels_last takes less time with the derivatives below; one in the usual layout from
+# LARGE on.
 LARGE_LAST = 2**13
 
 
@@ -61,6 +62,11 @@ def own_form_pays(x: Tensor, *others: Tensor | None) -> bool:
         and all(other is None or other.dtype == x.dtype for other in others)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def scale_beside(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """The scale of a norm; ones where it has a shift alone, whose part in second derivatives torch would leave out."""
+    return torch.ones_like(shift) if scale is None and shift is not None else scale
 
 
 def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:

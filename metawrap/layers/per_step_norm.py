@@ -26,6 +26,7 @@ from metawrap.layers.moments import (
     moments_of,
     over_channels,
     own_form_pays,
+    scale_beside,
     scaled,
     shift_of,
     shifted,
@@ -121,7 +122,7 @@ class PerStepNorm(_BatchNorm):
         rows: dict[int, list[Moments]] = {}
         for moments in passes:
             rows.setdefault(moments.row if self.per_step.statistics else 0, []).append(moments)
-        # Neighbouring rows with as many passes each are folded together.
+        # Rows that follow each other, and were seen in the same number of passes, are folded by one operation.
         neighbours = groupby(enumerate(sorted(rows)), key=lambda place: (place[1] - place[0], len(rows[place[1]])))
         for (_, folds), run in neighbours:
             places = [row for _, row in run]
@@ -167,8 +168,7 @@ class PerStepNorm(_BatchNorm):
         """The forward of torch's own batch norm on this step's rows."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         weight, bias = self._affine()
-        if weight is None and bias is not None:
-            weight = torch.ones_like(bias)  # Without one, torch's second derivative leaves out that by the shift.
+        weight = scale_beside(bias, weight)
         mean: Any = None
         variance: Any = None
         if (stored := self._buffers.get("running_mean")) is not None:

@@ -90,14 +90,14 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         entries |= dict(zip(labels, handles, strict=True))
     if entries:
         names = [name if len(name) <= 40 else f"{name[:19]}…{name[-20:]}" for name in entries]
-        # At this size an inch holds some 14 letters; a mark and the gap to the next column take as much room as 7.
+        # In font size 8, an inch has room for 14 letters; the marker and the space between columns are as wide as 7.
         columns = int(14 * figure.get_figwidth() / (max(map(len, names)) + 7))
         style = {"loc": "outside lower center", "ncols": max(1, min(5, columns)), "frameon": False, "fontsize": 8}
         figure.legend(entries.values(), names, **style)
 
 
 def _common_place(state: State) -> int:
-    """The last of the slider's places at which most lines have values."""
+    """The place of the slider at which most lines have values; the last one, if several places have as many lines."""
     drawn = [sum(any(v is not None for v in trace["y"]) for trace in slide if "y" in trace) for slide in state.slides]
     return max(range(len(drawn)), key=lambda place: (drawn[place], place)) if drawn else -1
 

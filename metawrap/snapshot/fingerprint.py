@@ -33,7 +33,7 @@ _PACKAGES = {"torch", "torchvision", "numpy", "metawrap", "higher", "pydantic"}
 _STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
 _CONTAINERS = (dict, list, set, frozenset, tuple)
 _SCALARS = (int, float, complex, str, bytes)
-# Modules, builtins and attributes by which code can reach any object: what it reaches cannot be told from its text.
+# Through these modules, builtins and attributes, code can reach any object at all; its text does not tell which.
 _REACHING_MODULES = {"sys", "inspect", "importlib", "gc", "ctypes", "logging", "decimal", "locale"}
 _REACHING_BUILTINS = {"globals", "locals", "vars", "eval", "exec", "compile", "__import__"}
 _REACHING_ATTRIBUTES = {"__subclasses__", "__globals__", "f_globals", "_getframe"}
@@ -235,7 +235,7 @@ def _is_fixed(obj: Any) -> bool:
 
 
 def _used_of(module: types.ModuleType, used: frozenset[str], depth: int = 4) -> dict[str, Any] | None:
-    """The objects of a library under the names that a function uses. A user may have replaced them."""
+    """What a library holds now under the names that a function uses: a user may have put other objects there."""
     if not _is_library(module.__name__) or not depth:
         return None
     found = {name: value for name, value in vars(module).items() if name in used}

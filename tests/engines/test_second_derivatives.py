@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from differences import AT_MOST, difference_error
 from face import build, gradients_of, rates_of, values_of
 from models import class_tasks, seeded
@@ -89,6 +90,11 @@ def test_weight_norms_meta_gradient_is_that_of_finite_differences(
 ) -> None:
     learner = build(seeded(partial(NETWORKS[network], norm)), inner_lr=0.5, **way)
     learner.train(network != "waves")  # Forward in eval mode has a meta-gradient, too.
+    assert error_of(learner) <= AT_MOST
+
+
+def error_of(learner: Any) -> float:
+    """Of the meta-gradient along a random direction, against central differences of the meta-loss."""
     learner(BATCH).loss.backward()
     values = values_of(learner.model) | {f"lr/{name}": rate for name, rate in rates_of(learner).items()}
 
@@ -100,7 +106,7 @@ def test_weight_norms_meta_gradient_is_that_of_finite_differences(
             rate.copy_(moved[f"lr/{name}"])
         return float(learner(BATCH).loss)
 
-    assert difference_error(loss, values, gradients_of(learner)) <= AT_MOST
+    return difference_error(loss, values, gradients_of(learner))
 
 
 @pytest.mark.parametrize(("network", "workers_in"), [(ByFunction, "threads"), (TemporalBlocks, "processes")])
@@ -125,3 +131,33 @@ def test_weight_norm_stands_in_with_the_same_values_and_a_right_second_derivativ
         torch.testing.assert_close(call(v, g, dim), torch._weight_norm(v, g, dim), rtol=1e-14, atol=0)
         assert torch.autograd.gradgradcheck(lambda *t: call(*t, dim), (v.requires_grad_(), g.requires_grad_()))
     assert mode.seen
+
+
+class ShiftedNorms(nn.Module):
+    """A norm with a shift and no scale, called as a function, on inputs that need no gradient."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.shift, self.head = norm, nn.Parameter(torch.randn(2)), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(x, self.shift)).flatten(1))
+
+
+SHIFTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch": lambda x, shift: F.batch_norm(x, None, None, bias=shift, training=True),
+    "stored": lambda x, shift: F.batch_norm(x, x.new_zeros(2), x.new_ones(2), bias=shift),
+    "instance": lambda x, shift: F.instance_norm(x, bias=shift),
+    "layer": lambda x, shift: F.layer_norm(x.transpose(1, 2), (2,), bias=shift),
+    "named": lambda x, shift: torch.layer_norm(x.transpose(1, 2), (2,), bias=shift),
+    "aten": lambda x, shift: torch.ops.aten.layer_norm.default(x.transpose(1, 2), [2], None, shift),
+}
+
+
+@pytest.mark.parametrize("options", [{"engine": "functional"}, {"engine": "higher", "memory": "flat"}], ids=str)
+@pytest.mark.parametrize("norm", SHIFTED)
+def test_a_norm_with_a_shift_alone_has_the_meta_gradient_of_finite_differences(
+    norm: str, options: dict[str, Any]
+) -> None:
+    learner = build(seeded(partial(ShiftedNorms, SHIFTED[norm])), inner_lr=0.5, **options)
+    assert error_of(learner) <= AT_MOST

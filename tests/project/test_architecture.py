@@ -133,7 +133,7 @@ def test_nothing_in_the_package_imports_the_tests_or_the_oracle() -> None:
 def test_the_package_and_the_tests_have_no_more_lines_than_allowed() -> None:
     # design.md asks for 20,000 and 23,000. The limits here are today's: new function and tests of defects raise them.
     assert house.lines_per_file().total() <= 34_850
-    assert house.lines_of_tests() <= 39_750
+    assert house.lines_of_tests() <= 39_800
 
 
 def test_no_room_has_more_than_a_fifth_of_the_lines() -> None:

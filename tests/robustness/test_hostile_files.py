@@ -147,10 +147,12 @@ def test_a_damaged_tar_is_read_or_refused(tmp_path: Path, noise: bytes, place: i
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files of Linux")
-def test_a_refused_tar_is_closed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "cause"), [(None, "twice"), (b"<html>", "web page")])
+def test_a_refused_tar_is_closed(tmp_path: Path, content: bytes | None, cause: str) -> None:
     path = tar(tmp_path / "a.tar", member("meta", b"abc"), member("meta", b"abc"), mode="w")
+    path.write_bytes(content or path.read_bytes())
     before = sorted(os.listdir("/proc/self/fd"))
-    with pytest.raises(DataError, match="twice") as raised:
+    with pytest.raises(DataError, match=cause) as raised:
         TarFiles(path, MIB)
     assert raised.value is not None  # The exception, and the frames that it holds, are alive.
     assert sorted(os.listdir("/proc/self/fd")) == before
