@@ -8,6 +8,8 @@ FUZZ_SECONDS ?= 120
 # Processes that the tests run in, with one thread each: more would wait for each other on the same cores.
 # Each takes a stretch of neighbouring tests, which share references and fixtures, and helps another when it is done.
 TEST_PROCESSES ?= auto
+# Each needs up to 6 GB, and one of them 16: of the large networks, one runs at a time.
+ZOO_PROCESSES ?= 2
 # Chosen to end within four minutes on two CPU cores.
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 5 --iterations 40 --meta-lr 0.003 \
 	--validation-tasks 100 --test-tasks 200
@@ -39,9 +41,9 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
 
-# One process with one thread: the largest networks take 10 GB each.
 zoo: $(VENV)/installed-zoo
-	$(BIN)/python -m pytest -m "" tests/zoo --write-table docs/supported-models.md $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(ZOO_PROCESSES) --dist worksteal tests/zoo \
+		--write-table docs/supported-models.md $(PYTEST_FLAGS)
 
 trust: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m trust $(PYTEST_FLAGS)

@@ -6,13 +6,15 @@ import gc
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torchvision_nets import LIMIT, builders_below_limit
+from filelock import FileLock
+from torchvision_nets import LARGE, LIMIT, builders_below_limit
 
 ENGINES, DIFFERENCES, EVALUATION = ("functional", "higher"), "differences", "evaluation"
 PACKAGES = ("torch", "torchvision", "higher", "transformers")
@@ -60,20 +62,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_freed(request: pytest.FixtureRequest) -> Iterator[None]:
-    # Graphs of the large networks, in circles of references, would add up to more than the machine has.
-    yield
-    if request.node.get_closest_marker("zoo"):
-        gc.collect()
+def _memory_suffices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if not request.node.get_closest_marker("zoo"):
+        yield
+        return
+    # Two large networks in two processes would need more than the machine has.
+    large = any(f"[{name}-" in request.node.name for name in LARGE)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "large.lock") if large else nullcontext():
+        yield
+        gc.collect()  # Graphs are in circles of references, and would add up.
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    for place, item in enumerate(items):
         values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if "entry" in values:
             entry, column = values["entry"], values.get("engine", EVALUATION)
-            row = {"family": entry.family, "name": entry.name, "note": entry.note, "column": column}
+            row = {"family": entry.family, "name": entry.name, "note": entry.note, "column": column, "place": place}
             item.user_properties.append(("row", row))  # Here, because a skipped test never runs.
 
 
@@ -82,6 +88,7 @@ class _Row:
     family: str
     name: str
     note: str
+    place: int  # Of its first test among all.
     results: dict[str, str] = field(default_factory=dict)  # By engine, and evaluation: see HEAD, "FAILED", "skipped".
     parameters: int | None = None
     errors: list[float] = field(default_factory=list)
@@ -121,6 +128,7 @@ class _Table:
         column = about.pop("column")
         row = self.rows.setdefault(about["name"], _Row(**about))
         row.results[column] = "FAILED" if report.failed else "skipped" if report.skipped else outcome["result"]
+        row.place = min(row.place, about["place"])
         row.seconds += report.duration
         if report.passed and column in ENGINES:
             row.parameters = outcome["parameters"]
@@ -132,7 +140,7 @@ class _Table:
         terminalreporter.write_line(f"zoo: {self._count(list(self.rows.values()))}, written to {self.path}")
 
     def _page(self) -> Iterator[str]:
-        rows = list(self.rows.values())
+        rows = sorted(self.rows.values(), key=lambda row: row.place)  # Processes end in any order.
         yield HEAD
         yield f"{self._count(rows)}, in {sum(row.seconds for row in rows) / 60:.0f} minutes."
         builders = builders_below_limit()

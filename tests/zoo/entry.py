@@ -189,7 +189,7 @@ def _loss_at(entry: Entry, learner: Any, gradients: Mapping[str, Tensor | None],
     return float(_run_reference(entry, model, learner, rates=rates, values=own, loss_alone=True).loss)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _reference(entry: Entry, training: bool = True) -> Reference:
     model = seeded(entry.plain or entry.make)
     learner = _learner(entry, model, "functional")  # For the rates, norm rows and statistics that `build` draws.
