@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from metawrap.errors import ArgumentError
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """3x3 convolution with bias, batch norm, leaky ReLU, then 2x2 max-pool; `strided` has stride 2 and no pool.
 
         >>> import torch
@@ -25,10 +25,6 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(filters)
         self.activation = nn.LeakyReLU(slope)
         self.pool = nn.Identity() if strided else nn.MaxPool2d(2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """One block; shapes as in the class docstring."""
-        return self.pool(self.activation(self.norm(self.conv(images))))  # type: ignore[no-any-return]
 
 
 class Conv4(nn.Module):

@@ -23,7 +23,7 @@ from metawrap.layers import quick_forms
 torch.set_num_threads(1)
 # pytest-xdist tells its workers the width of a terminal, which the library would follow.
 os.environ.pop("COLUMNS", None)
-quick_forms.LARGE = quick_forms.LARGE_AT_BEST = quick_forms.LARGE_POOLING = 0
+quick_forms.LARGE = quick_forms.LARGE_AT_BEST = quick_forms.LARGE_POOLING = quick_forms.LARGE_NORM = 0
 glyphs.draw_class = functools.lru_cache(10_000)(glyphs.draw_class)
 
 

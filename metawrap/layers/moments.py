@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metawrap.errors import UnsupportedModuleError
+from metawrap.errors import TaskError, UnsupportedModuleError
+from metawrap.tasks import describe_value
 
 # Rows of the shifts and log ratios, and how often each was folded.
 SHIFTS = ("target_shift", "target_log_ratio", "shifts_folded")
@@ -67,6 +68,15 @@ def own_form_pays(x: Tensor, *others: Tensor | None) -> bool:
 def scale_beside(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """The scale of a norm; ones where it has a shift alone, whose part in second derivatives torch would leave out."""
     return torch.ones_like(shift) if scale is None and shift is not None else scale
+
+
+def check_size(name: str, input: Tensor) -> None:
+    """Raises TaskError where the norm of this name would have one value per channel."""
+    if input.ndim > 1 and input.numel() == input.shape[1]:
+        raise TaskError(
+            f"'{name}' normalises by the statistics of its batch, but got {describe_value(input)}: "
+            "one value per channel has no variance. Give support and target at least 2 examples each."
+        )
 
 
 def moments_over(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:

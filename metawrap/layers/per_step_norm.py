@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metawrap.errors import TaskError, UnsupportedModuleError
+from metawrap.errors import UnsupportedModuleError
 from metawrap.layers.moments import (
     SHIFTS,
     batch_norm,
     centre_and_scale,
+    check_size,
     fold_shifts,
     moments_of,
     over_channels,
@@ -33,9 +34,10 @@ from metawrap.layers.moments import (
     unbiased,
     wide_of,
 )
+from metawrap.layers.norm_of_pooled import normalised, pooled_with_moments
+from metawrap.layers.quick_forms import Window, max_pool2d
 from metawrap.layers.step_clock import Moments, StepClock
 from metawrap.layers.task_norm import Blend, blended, neutral_statistics, share_of
-from metawrap.tasks import describe_value
 
 
 @dataclass
@@ -94,10 +96,8 @@ class PerStepNorm(_BatchNorm):
             with self._lent(self._stored_statistics(), training=False):
                 return super().forward(input, *args, **kwargs)
         if clock.rows is not None:
-            return self._forward_scaled(
-                input, *centre_and_scale(input, *self._seen(input), eps=self.eps), *args, **kwargs
-            )
-        self._check_size(input)
+            return self._forward_scaled(input, *centre_and_scale(input, *self._seen(input), self.eps), *args, **kwargs)
+        check_size(self.per_step.name, input)
         if self._is_torchs(input):
             return self._torchs_forward(input)
         seen: dict[str, Any] = self._empty_statistics(input) if tracks else {}
@@ -109,6 +109,31 @@ class PerStepNorm(_BatchNorm):
         if tracks:
             self._record(seen["running_mean"].detach(), seen["running_var"].detach())
         return output
+
+    def of_pooled(self, input: Tensor, window: Window) -> Tensor | None:
+        """This norm, by the statistics of its input, on the input after max-pooling; None where forward must run."""
+        clock, mean = self.per_step.clock, self._buffers.get("running_mean")
+        use = clock.statistics or ("batch" if self.training else "running")
+        plain = {"weight", "bias"} <= self._parameters.keys() and self._is_torchs(input)  # Without parametrizations.
+        if not plain or clock.rows is not None or use not in ("batch", "capture", "captured"):
+            return None
+        weight, bias = self._affine()
+        alike = all(t is None or t.dtype == input.dtype for t in (weight, bias, mean))
+        if not alike or any(t is not None and t.shape != (self.num_features,) for t in (weight, bias)):
+            return None
+        if weight is not None and not bool((weight > 0).all()):  # The largest number would not stay the largest.
+            return None
+        if use == "captured":
+            (mean, variance), pooled = self._context(), max_pool2d(input, *window)
+        else:
+            check_size(self.per_step.name, input)
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            mean, variance, pooled = pooled_with_moments(input, window)
+            if use == "capture":
+                clock.captured.setdefault(self.per_step.name, []).append((mean, variance))
+            if self._buffers.get("running_mean") is not None:
+                self._record(*unbiased(input, mean, variance))
+        return normalised(pooled, mean, variance, weight, bias, self.eps)
 
     @torch.no_grad()
     def fold(self, passes: Sequence[Moments], keep: Tensor) -> None:
@@ -194,7 +219,7 @@ class PerStepNorm(_BatchNorm):
 
     def _seen(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The moments of the batch, which are recorded."""
-        self._check_size(input)
+        check_size(self.per_step.name, input)
         mean, variance = moments_of(input, self.per_step.clock.rows)
         if self._buffers.get("running_mean") is not None:
             self._record(*unbiased(input, mean, variance, self.per_step.clock.rows))
@@ -221,13 +246,6 @@ class PerStepNorm(_BatchNorm):
         finally:
             for table, values in before:
                 table.update(values)
-
-    def _check_size(self, input: Tensor) -> None:
-        if input.ndim > 1 and input.numel() == input.shape[1]:
-            raise TaskError(
-                f"'{self.per_step.name}' normalises by the statistics of its batch, but got {describe_value(input)}: "
-                "one value per channel has no variance. Give support and target at least 2 examples each."
-            )
 
     def _stored_statistics(self) -> dict[str, Tensor]:
         row = self.per_step.row() if self.per_step.statistics else ...

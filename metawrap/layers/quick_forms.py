@@ -1,7 +1,8 @@
 """Convolution and max-pooling whose second derivatives take fewer and faster passes than torch's.
 
 Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` lends them to the user's modules for the
-time of a call.
+time of a call. Where the result is differentiated once, a `Sequential` also runs a max-pooling before the norm and the
+ReLU in front of it: see norm_of_pooled.py.
 
 Convolution is bilinear, and so is its gradient: with C(x, w) the convolution, I(g, w) the gradient of x and W(g, x)
 that of w, the derivative of (I(g, w), W(g, x)) along (v, u) is
@@ -27,11 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metawrap.layers.moments import own_derivatives_run
+
 # Multiplications and additions of a convolution; below, Python costs more than the form saves. The form saves most in
 # channels_last, and on images: torch's second derivative computes the images' gradient too, which is not needed.
 LARGE, LARGE_AT_BEST = 10**8, 4 * 10**6
 # Numbers that a max-pooling in the usual layout reads: a quick one copies them to channels_last.
 LARGE_POOLING = 2**15
+# Numbers that enter a norm before a pooling; below, more Python costs what fewer passes save.
+LARGE_NORM = 2**19
 
 Geometry = tuple[list[int], list[int], list[int], int]
 """Stride, padding and dilation of each dimension, and groups."""
@@ -40,7 +45,7 @@ Window = tuple[list[int], list[int], list[int], list[int], bool]
 
 
 class QuickForms:
-    """Lends the quick forms to torch's own convolution and max-pooling modules, for the time of a call.
+    """Lends the quick forms to torch's own convolutions, max-poolings and sequences, for the time of a call.
 
     They take plain CPU tensors in single and double precision; every other call runs as it is. Lent to modules, as a
     `TorchFunctionMode` would slow every operation of the call.
@@ -51,7 +56,7 @@ class QuickForms:
 
     def __init__(self, modules: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         self._always: list[tuple[dict[str, Any], str, Callable[..., Tensor]]] = []
-        self._twice = []
+        self._twice: list[tuple[dict[str, Any], str, Callable[..., Tensor]]] = []
         for module, runs in modules:
             # Of the exact class: a subclass may read other attributes, or have a form of its own.
             if type(module) is nn.MaxPool2d and "forward" not in vars(module):
@@ -59,11 +64,16 @@ class QuickForms:
                 self._twice.append((vars(runs), "forward", partial(_max_pooling, runs, True)))
             elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "_conv_forward" not in vars(module):
                 self._twice.append((vars(runs), "_conv_forward", partial(_convolution, runs)))
+            elif module is runs and getattr(type(module), "forward", None) is nn.Sequential.forward:
+                layers: list[Any] = list(module)  # type: ignore[call-overload]
+                if any(map(_norm_before_pooling, layers, layers[1:], layers[2:])):
+                    self._always.append((vars(runs), "forward", partial(_sequence, runs)))
 
     @contextmanager
     def lent(self, twice: bool) -> Iterator[None]:
         """Args: twice: whether the result of the call will be differentiated twice."""
-        forms = self._twice if twice else self._always
+        # What the user has put there since stays.
+        forms = [form for form in (self._twice if twice else self._always) if form[1] not in form[0]]
         try:
             for attributes, name, form in forms:
                 attributes[name] = form
@@ -83,6 +93,51 @@ def _max_pooling(module: Any, twice: bool, input: Tensor) -> Tensor:
     ):
         return max_pool2d(input, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
     return type(module).forward(module, input)  # type: ignore[no-any-return]
+
+
+def _sequence(sequence: Any, input: Any) -> Any:
+    """`nn.Sequential.forward`, with each max-pooling behind a norm and a ReLU before them, if it is large."""
+    layers, at = list(sequence), 0
+    while at < len(layers):
+        pooled = _norm_of_pooled(input, *layers[at : at + 3])
+        input, at = (layers[at](input), at + 1) if pooled is None else (layers[at + 1](pooled), at + 3)
+    return input
+
+
+def _norm_of_pooled(input: Any, norm: Any, activation: Any = None, pool: Any = None) -> Tensor | None:
+    """The norm on the pooled input; None where layers are others, the input is small, or user code sees it."""
+    if not (isinstance(input, Tensor) and input.ndim == 4 and input.numel() >= LARGE_NORM and _plain(input)):
+        return None
+    if not _norm_before_pooling(norm, activation, pool) or any(map(_observed, (norm, activation, pool))):
+        return None
+    if not (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    sides = (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding, pool.dilation)
+    window = [for_each(value, 2) for value in sides]
+    return norm.of_pooled(input, (*window, pool.ceil_mode))  # type: ignore[no-any-return]
+
+
+def _norm_before_pooling(norm: Any, activation: Any, pool: Any) -> bool:
+    return (
+        type(pool) is nn.MaxPool2d
+        and not pool.return_indices
+        and pool.dilation in (1, (1, 1))  # Else a window may lie in the padding alone.
+        and type(activation) in (nn.ReLU, nn.LeakyReLU)
+        and getattr(activation, "negative_slope", 0) >= 0
+        and hasattr(type(norm), "of_pooled")
+        and type(norm).__call__ is nn.Module.__call__
+    )
+
+
+def _observed(layer: Any) -> bool:
+    """Whether a call runs code of the user's: hooks, a forward of its own, a compiled one."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
+    forward = vars(layer).get("forward")
+    return (
+        any(getattr(layer, name) for name in hooks)
+        or not (forward is None or getattr(forward, "func", None) is _max_pooling)
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def _convolution(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,13 +167,13 @@ def _plain(*tensors: Tensor) -> bool:
         and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == dtype for t in tensors)
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and own_derivatives_run()
     )
 
 
 def for_each(value: Any, dimensions: int) -> list[int]:
     """One number for each dimension, from a single number or one for each."""
-    values = [value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, list | tuple) else [value]
     return values * dimensions if len(values) == 1 else values
 
 
@@ -136,17 +191,22 @@ def max_pool2d(
     return output
 
 
+def pooled_with_places(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """The largest number of each window, and its place."""
+    if not x.is_contiguous():
+        return torch.ops.aten.max_pool2d_with_indices(x, *window)  # type: ignore[no-any-return]
+    last = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
+    output, places = (each.contiguous() for each in last)
+    return output, places
+
+
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
-        if x.is_contiguous():
-            last = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
-            output, places = (each.contiguous() for each in last)
-        else:
-            output, places = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        output, places = pooled_with_places(x, window)
         ctx.save_for_backward(x, places)
         ctx.window = window
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -194,7 +194,7 @@ def _settings(learner: Learner, sources: Mapping[str, Any], metric: Any, how: Ma
     sampled = ("ways", "shots", "targets", "tasks_per_batch") if isinstance(train, EpisodeSampler) else ()
     return OwnSettings(
         method=short,
-        data=f"{train.num_classes} classes" if sampled else objects["train"],
+        data=f"own data, {train.num_classes} classes" if sampled else objects["train"],
         iterations_per_epoch=learner.settings.iterations_per_epoch,
         options=json.loads(json.dumps(options, default=_name)),
         objects=objects,

@@ -132,8 +132,8 @@ def test_nothing_in_the_package_imports_the_tests_or_the_oracle() -> None:
 
 def test_the_package_and_the_tests_have_no_more_lines_than_allowed() -> None:
     # design.md asks for 20,000 and 23,000. The limits here are today's: new function and tests of defects raise them.
-    assert house.lines_per_file().total() <= 34_850
-    assert house.lines_of_tests() <= 39_800
+    assert house.lines_per_file().total() <= 35_050
+    assert house.lines_of_tests() <= 39_990
 
 
 def test_no_room_has_more_than_a_fifth_of_the_lines() -> None:
@@ -160,7 +160,12 @@ def test_no_constructor_has_more_than_28_keywords() -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "functional"])
 def test_a_steady_meta_step_passes_at_most_18_files(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LARGE", "LARGE_AT_BEST", "LARGE_POOLING"):  # conftest.py has small convolutions run as large ones do.
+    for name in (
+        "LARGE",
+        "LARGE_AT_BEST",
+        "LARGE_NORM",
+        "LARGE_POOLING",
+    ):  # conftest.py has small convolutions run as large ones do.
         monkeypatch.setattr(f"metawrap.layers.quick_forms.{name}", 1e30)
     files = sorted(house.steady_meta_step(engine=engine).files)
     assert len(files) <= 18, f"{len(files)} files: {', '.join(files)}"
