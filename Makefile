@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 120
 # Processes that the tests run in, with one thread each: more would wait for each other on the same cores.
 # Each takes a stretch of neighbouring tests, which share references and fixtures, and helps another when it is done.
 TEST_PROCESSES ?= auto
-# Each needs up to 6 GB, and one of them 16: of the large networks, one runs at a time.
+# Each needs up to 6 GB, one of them up to 18: of the large networks, one runs at a time. Run nothing else beside it.
 ZOO_PROCESSES ?= 2
 # Chosen to end within four minutes on two CPU cores.
 TRAIN_FLAGS ?= --filters 32 --targets 3 --batch 4 --epochs 5 --iterations 40 --meta-lr 0.003 \

@@ -18,7 +18,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 LIMIT = 30_000_000
-# These take more than 4 GB, and one takes 16.
+# These take more than 4 GB, two of them 18.
 LARGE = ("convnext_tiny", "deeplabv3_resnet50", "densenet161", "fcn_resnet50", "inception_v3", "swin_t", "swin_v2_t")
 WAYS = 3
 nets = torchvision.models
