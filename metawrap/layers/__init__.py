@@ -3,9 +3,9 @@
 per_step_norm.py: batch norm with rows per inner step
 task_norm.py: TaskNorm, and the norms that are deployed with it
 norm_of_pooled.py: batch norm and a ReLU behind the max-pooling that follows them, for speed
+quick_forms.py: convolution and pooling with fast second derivatives
 moments.py: moments of a batch, batch norm by them with fast derivatives, and the shifts of targets
 step_clock.py: the inner step of a pass, and what norms record in it
-quick_forms.py: convolution and pooling with fast second derivatives
 norm_policies.py: which statistics normalise which pass of a task
 learned_update.py: the update rule of the LSTM meta-learner
 """
