@@ -66,12 +66,15 @@ def own_form_pays(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def scale_beside(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """The scale of a norm; ones where it has a shift alone, whose part in second derivatives torch would leave out."""
+    """The scale of a norm, or ones if it has a shift and no scale.
+
+    Without a scale, torch leaves out the second derivative by the shift.
+    """
     return torch.ones_like(shift) if scale is None and shift is not None else scale
 
 
 def check_size(name: str, input: Tensor) -> None:
-    """Raises TaskError where the norm of this name would have one value per channel."""
+    """Raises TaskError, with the norm's name, if its input has one value per channel, and so no variance."""
     if input.ndim > 1 and input.numel() == input.shape[1]:
         raise TaskError(
             f"'{name}' normalises by the statistics of its batch, but got {describe_value(input)}: "

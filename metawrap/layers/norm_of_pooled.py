@@ -22,7 +22,7 @@ _OVER, _WIDE = [0, 2, 3], (1, -1, 1, 1)
 
 
 def pooled_with_moments(x: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel, (channels,), and x after max-pooling, each with its gradient.
+    """The mean and the biased variance of each channel, (channels,) each, and max-pooled x; all are differentiable.
 
     Args:
         x: (batch, channels, height, width).
@@ -51,7 +51,7 @@ class _PooledWithMoments(torch.autograd.Function):
             dx = (x - x.mean(_OVER, keepdim=True)) * slope.view(_WIDE) + (dm / count).view(_WIDE)
         else:
             dx = torch.addcmul((dm / count - slope * mean).view(_WIDE), x, slope.view(_WIDE))
-        # Height and width as one axis: behind the channels, or before them.
+        # Places count within height and width as one axis: behind the channels, or before them in channels_last.
         if x.is_contiguous():
             dx.view(*dx.shape[:2], -1).scatter_add_(2, places.flatten(2), dp.flatten(2))
         else:
@@ -63,7 +63,7 @@ class _PooledWithMoments(torch.autograd.Function):
 def normalised(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with the gradient of each.
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias, differentiable by all five tensors.
 
     Args:
         x: (batch, channels, height, width). The others: (channels,), or None.

@@ -111,7 +111,7 @@ class PerStepNorm(_BatchNorm):
         return output
 
     def of_pooled(self, input: Tensor, window: Window) -> Tensor | None:
-        """This norm, by the statistics of its input, on the input after max-pooling; None where forward must run."""
+        """Normalises the max-pooled input by the statistics of the whole input; None where `forward` has to run."""
         clock, mean = self.per_step.clock, self._buffers.get("running_mean")
         use = clock.statistics or ("batch" if self.training else "running")
         plain = {"weight", "bias"} <= self._parameters.keys() and self._is_torchs(input)  # Without parametrizations.

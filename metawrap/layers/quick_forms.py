@@ -35,7 +35,8 @@ from metawrap.layers.moments import own_derivatives_run
 LARGE, LARGE_AT_BEST = 10**8, 4 * 10**6
 # Numbers that a max-pooling in the usual layout reads: a quick one copies them to channels_last.
 LARGE_POOLING = 2**15
-# Numbers that enter a norm before a pooling; below, more Python costs what fewer passes save.
+# A pooling runs before the norm in front of it where the norm's input has at least this many numbers. For a smaller
+# input, the additional Python takes as long as the passes that are saved.
 LARGE_NORM = 2**19
 
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -72,7 +73,7 @@ class QuickForms:
     @contextmanager
     def lent(self, twice: bool) -> Iterator[None]:
         """Args: twice: whether the result of the call will be differentiated twice."""
-        # What the user has put there since stays.
+        # An attribute that the user has set in the meantime stays.
         forms = [form for form in (self._twice if twice else self._always) if form[1] not in form[0]]
         try:
             for attributes, name, form in forms:
@@ -96,7 +97,7 @@ def _max_pooling(module: Any, twice: bool, input: Tensor) -> Tensor:
 
 
 def _sequence(sequence: Any, input: Any) -> Any:
-    """`nn.Sequential.forward`, with each max-pooling behind a norm and a ReLU before them, if it is large."""
+    """Runs layers as `nn.Sequential` does, but a large max-pooling before the norm and the ReLU in front of it."""
     layers, at = list(sequence), 0
     while at < len(layers):
         pooled = _norm_of_pooled(input, *layers[at : at + 3])
@@ -105,10 +106,10 @@ def _sequence(sequence: Any, input: Any) -> Any:
 
 
 def _norm_of_pooled(input: Any, norm: Any, activation: Any = None, pool: Any = None) -> Tensor | None:
-    """The norm on the pooled input; None where layers are others, the input is small, or user code sees it."""
-    if not (isinstance(input, Tensor) and input.ndim == 4 and input.numel() >= LARGE_NORM and _plain(input)):
-        return None
+    """Pools the input, then normalises it; None where the three layers have to run in their own order."""
     if not _norm_before_pooling(norm, activation, pool) or any(map(_observed, (norm, activation, pool))):
+        return None
+    if not (isinstance(input, Tensor) and input.ndim == 4 and input.numel() >= LARGE_NORM and _plain(input)):
         return None
     if not (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)):
         return None
@@ -130,7 +131,7 @@ def _norm_before_pooling(norm: Any, activation: Any, pool: Any) -> bool:
 
 
 def _observed(layer: Any) -> bool:
-    """Whether a call runs code of the user's: hooks, a forward of its own, a compiled one."""
+    """Whether a call of the layer runs more than torch's own forward: a hook, the user's forward, or compiled code."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
     forward = vars(layer).get("forward")
     return (

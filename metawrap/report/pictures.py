@@ -90,7 +90,7 @@ def _draw_panel(figure: Any, panel: ChartPanel) -> None:
         entries |= dict(zip(labels, handles, strict=True))
     if entries:
         names = [name if len(name) <= 40 else f"{name[:19]}…{name[-20:]}" for name in entries]
-        # In font size 8, an inch has room for 14 letters; the marker and the space between columns are as wide as 7.
+        # In inches of font size 8: 14 letters take one, and so do two markers, each with the space beside its column.
         columns = int(14 * figure.get_figwidth() / (max(map(len, names)) + 7))
         style = {"loc": "outside lower center", "ncols": max(1, min(5, columns)), "frameon": False, "fontsize": 8}
         figure.legend(entries.values(), names, **style)

@@ -165,8 +165,9 @@ def test_a_forward_that_the_user_gives_to_a_block_stays() -> None:
 def test_a_scale_of_another_length_is_refused_by_torch(runs: list[Any]) -> None:
     block = of_learner()
     block[1].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="weight should contain 4 elements not 2"):
-        lent(block)
+    forms = QuickForms((module, module) for module in block.modules())
+    with forms.lent(twice=False), pytest.raises(RuntimeError, match="weight should contain 4 elements not 2"):
+        block(torch.rand(3, 2, 9, 8, dtype=torch.float64))
     assert not runs
 
 
