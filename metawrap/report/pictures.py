@@ -204,7 +204,7 @@ def _draw_episode(figure: Any, groups: Sequence[Group]) -> bool:
         axes.set(xticks=[], yticks=[])
         if not axes.images:
             axes.spines[:].set_visible(False)
-    figure.suptitle(_literal(f"{label}: test task {episode.task}, {episode.why}"), fontsize=9)
+    figure.suptitle(_literal(f"{label}:\ntest task {episode.task}, {episode.why}"), fontsize=9)
     return True
 
 
