@@ -167,6 +167,23 @@ def test_the_fastest_of_the_right_ways_is_taken(monkeypatch: pytest.MonkeyPatch)
     assert (found.workers, found.channels_last) == (1, True)
 
 
+@pytest.mark.parametrize(("third", "chosen", "runs"), [(7.0, True, 8), (8.1, False, 8), (None, True, 6)])
+def test_two_ways_near_each_other_are_timed_three_times(
+    monkeypatch: pytest.MonkeyPatch, third: float | None, chosen: bool, runs: int
+) -> None:
+    of_processes = iter([20.0, 9.0, 8.5, third] if third else [20.0, 6.0, 6.0])  # The first run forks them, untimed.
+    clock, count = 0.0, 0
+
+    def run(speed: Speed) -> None:
+        nonlocal clock, count
+        clock += next(of_processes) if speed.processes else 8.0 if speed.channels_last else 30.0
+        count += 1
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    assert fastest(run, [True], [(2, True)]).processes == chosen
+    assert count == runs
+
+
 def test_what_was_measured_is_shown_kept_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = Speed(2, True, why="measured: so")
     calls: list[Any] = []
