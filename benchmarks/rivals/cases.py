@@ -22,7 +22,10 @@ META_LR = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """Examples per class, tasks per batch, inner steps, image side in pixels, channels, filters."""
+    """Examples per class, tasks per batch, inner steps, image side in pixels, channels, filters.
+
+    ranks: processes of torch.distributed that share metawrap's tasks; the other contenders are one process each.
+    """
 
     name: str
     ways: int = 5
@@ -33,6 +36,7 @@ class Case:
     side: int = 28
     channels: int = 1
     filters: int = 64
+    ranks: int = 1
 
     def __str__(self) -> str:
         return (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from metawrap import MAMLPlusPlus, TaskBatch
 from metawrap.backbones import Conv4
@@ -69,7 +69,10 @@ class PlainGraphs(PlainLoop):
 
 
 class Metawrap:
-    """metawrap, with these keywords of `MAMLPlusPlus`, under the batch statistics of the plain loop."""
+    """metawrap, with these keywords of `MAMLPlusPlus`, under the batch statistics of the plain loop.
+
+    In a group of processes it takes this process's share of the tasks.
+    """
 
     def __init__(
         self, case: Case, values: dict[str, Tensor], tasks: list[TaskTensors], first_order: bool = False, **options: Any
@@ -95,6 +98,8 @@ class Metawrap:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
+        if case.ranks > 1:
+            tasks = tasks[distributed.get_rank() :: case.ranks]
         self.batch = TaskBatch(tuple(Task(*task) for task in tasks))
 
     def step(self) -> None:
@@ -135,6 +140,10 @@ class Setting:
         """Whether every version of metawrap has this setting: the defaults, or no other keywords than these two."""
         plain = self.options.get("execution", _UNTUNED) == _UNTUNED and set(self.options) <= {"engine", "execution"}
         return self.family == "metawrap" and not self.by_name and plain
+
+    def ranks(self, case: Case) -> int:
+        """How many processes its meta-step needs."""
+        return case.ranks if self.family == "metawrap" else 1
 
     def build(self, case: Case, dtype: torch.dtype, device: str, spread: float = 0.0) -> Contender:
         """The contender, with the same initial values and tasks as all others.

@@ -34,7 +34,7 @@ CURVES = {
     "metawrap workers": ("#8a4fbf", "D"),
     "metawrap workers flat": ("#c2497a", "v"),
 }
-AXES = {"tasks": "tasks per batch", "steps": "inner steps", "width": "filters"}
+AXES = {"tasks": "tasks per batch", "steps": "inner steps", "width": "filters", "ranks": "ranks that share the tasks"}
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:

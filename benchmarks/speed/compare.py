@@ -1,7 +1,7 @@
 """Compares a meta-step with a plain loop, other libraries and other versions of metawrap, in one run.
 
     python benchmarks compare --cases A A15 B C --repeats 9 --out runs/compare
-    python benchmarks compare --grow tasks steps width --out runs/growth
+    python benchmarks compare --grow tasks steps width ranks --out runs/growth
     python benchmarks compare --cases A --only "metawrap default" --also ../before --out runs/versions
 
 For each case, in this order:
@@ -42,8 +42,8 @@ from speed.charts import draw
 from speed.machine import commit_of, environment, has_glibc, use_threads
 from speed.processes import Record, in_child
 
-GROWTH = {"tasks": (1, 4, 16, 64, 256), "steps": (1, 2, 5, 10, 50), "width": (16, 32, 64, 128)}
-FIELDS = {"tasks": "tasks", "steps": "steps", "width": "filters"}
+GROWTH = {"tasks": (1, 4, 16, 64, 256), "steps": (1, 2, 5, 10, 50), "width": (16, 32, 64, 128), "ranks": (1, 2, 4)}
+FIELDS = {"tasks": "tasks", "steps": "steps", "width": "filters", "ranks": "ranks"}
 
 
 def compare(case: Case, names: Sequence[str], repeats: int, shared: Record) -> Iterator[Record]:
@@ -52,7 +52,8 @@ def compare(case: Case, names: Sequence[str], repeats: int, shared: Record) -> I
     right = []
     for checkout in checkouts:
         own = [name for name in names if setting_of(name).checkout == checkout]
-        for record in in_child("agreement", case, shared | {"checkout": checkout}, names=own):
+        ranks = max(setting_of(name).ranks(case) for name in own)
+        for record in in_child("agreement", case, shared | {"checkout": checkout}, ranks, names=own):
             yield record
             if record["kind"] == "agreement" and record["agrees"]:
                 right.append(record["setting"])
@@ -64,7 +65,8 @@ def compare(case: Case, names: Sequence[str], repeats: int, shared: Record) -> I
         if record["kind"] in ("skipped", "failed") and record["setting"] in right:
             right.remove(record["setting"])
     for name in right:
-        yield from in_child("memory", case, shared | {"checkout": setting_of(name).checkout}, name=name)
+        setting = setting_of(name)
+        yield from in_child("memory", case, shared | {"checkout": setting.checkout}, setting.ranks(case), name=name)
 
 
 def grown(case: Case, kind: str, values: Sequence[int]) -> Iterator[tuple[int, Case]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import sys
@@ -28,13 +29,13 @@ SPREAD = 0.02  # Rates and rows differ from one another in a check, and every lo
 
 
 def agreement(case: Case, names: Sequence[str], device: str) -> Iterator[Record]:
-    """Each setting's float64 meta-gradient against the plain loop's, on two tasks, at every step until it settles.
+    """Each setting's float64 meta-gradient against the plain loop's, at every step until it settles.
 
-    The error of a tensor is max|a - b| / max(max|b|, 1e-3 * the largest entry of all tensors), because a bias before a
-    batch norm has a gradient of zero up to rounding. The record has the error of the worst tensor, divided by
-    GROWTH_OF_ROUNDING for each step before.
+    There are two tasks, or one for each rank. The error of a tensor is max|a - b| / max(max|b|, 1e-3 * the largest
+    entry of all tensors), because a bias before a batch norm has a gradient of zero up to rounding. The record has the
+    error of the worst tensor, divided by GROWTH_OF_ROUNDING for each step before.
     """
-    case = replace(case, tasks=min(case.tasks, CHECKED_TASKS))
+    case = replace(case, tasks=min(case.tasks, max(CHECKED_TASKS, case.ranks)))
     expected = {order: _Expected(case, device, first_order=order) for order in (False, True)}
     for name in names:
         setting = setting_of(name)
@@ -102,9 +103,9 @@ def times(
     """Seconds of a float32 meta-step: one of each setting in turn, in a new order at each repeat.
 
     Args:
-        apart: settings that step in processes of their own, besides those that always do. A setting that has the
-            metawrap of another checkout gives a record of kind "versions", too: the time of the same setting here over
-            the time there, as the median over repeats.
+        apart: settings that step in processes of their own, besides those that always do and those of several ranks. A
+            setting that has the metawrap of another checkout gives a record of kind "versions", too: the time of the
+            same setting here over the time there, as the median over repeats.
     """
     contenders: dict[str, Contender] = {}
     first: dict[str, float] = {}
@@ -112,8 +113,9 @@ def times(
         setting = setting_of(name)
         shared = {"device": device, "threads": threads, "allocator": allocator, "checkout": setting.checkout}
         try:
-            away = setting.apart or name in apart
-            contenders[name] = Apart(case, shared, name) if away else setting.build(case, torch.float32, device)
+            ranks = setting.ranks(case)
+            away = setting.apart or name in apart or ranks > 1
+            contenders[name] = Apart(case, shared, name, ranks) if away else setting.build(case, torch.float32, device)
             first[name] = seconds_of_step(contenders[name], device, threads)
             for _ in range(setting.settles):
                 contenders[name].step()
@@ -238,14 +240,20 @@ JOBS = {"agreement": agreement, "times": times, "memory": memory, "serve": serve
 
 def run_job(order: Record) -> Iterator[Record]:
     """The job that `in_child` or `Apart` asked for, in this process."""
-    shared, job = order["shared"], order["job"]
+    shared, job, ranks = order["shared"], order["job"], int(os.environ.get("WORLD_SIZE", "1"))
     set_allocator(shared["allocator"])
     use_threads(shared["threads"], shared["device"])
+    if ranks > 1:  # They share the cores.
+        shared["threads"] = max(1, shared["threads"] // ranks)
+        torch.set_num_threads(shared["threads"])
+        torch.distributed.init_process_group("gloo")
     takes = {"agreement": (), "times": ("threads", "allocator")}.get(job, ("threads",))
     arguments = {name: shared[name] for name in ("device", *takes)} | order["arguments"]
     everywhere = environment(shared["device"], shared["allocator"])
     for record in JOBS[job](Case(**order["case"]), **arguments):
         yield record | everywhere
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
 def main() -> None:

@@ -39,7 +39,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measures in this process, because a process takes seconds to start; threads and cores stay as they are."""
     threads = torch.get_num_threads()
 
-    def in_this_process(job: str, case: Case, shared: dict[str, Any], **arguments: Any) -> Iterator[dict[str, Any]]:
+    def in_this_process(
+        job: str, case: Case, shared: dict[str, Any], ranks: int = 1, **arguments: Any
+    ) -> Iterator[dict[str, Any]]:
+        assert ranks == 1
         threads = {} if job == "agreement" else {"threads": 1}
         found = list(measure.JOBS[job](case, device="cpu", **threads, **arguments))
         return iter(json.loads(json.dumps(found)))
@@ -195,7 +198,7 @@ class Here:
 
     checkouts: dict[str, str | None]
 
-    def __init__(self, case: Case, shared: dict[str, Any], name: str) -> None:
+    def __init__(self, case: Case, shared: dict[str, Any], name: str, _: int) -> None:
         Here.checkouts[name] = shared["checkout"]
         self.contender = contenders.setting_of(name).build(case, torch.float32, "cpu")
         self.step, self.close = self.contender.step, lambda: None
@@ -252,7 +255,19 @@ def test_a_contender_apart_steps_when_told_and_ends_when_closed() -> None:
     contender.step()
     contender.step()
     contender.close()
-    assert contender._process.returncode == 0
+    assert [process.returncode for process in contender._processes] == [0]
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_plain_loops_gradient_and_step_together() -> None:
+    case = replace(TINY, ranks=2)
+    (record,) = processes.in_child("agreement", case, SHARED, 2, names=["metawrap default"])
+    assert record["agrees"], record
+    assert record["relative_error"] > 0
+    contender = processes.Apart(case, SHARED, "metawrap default", 2)
+    contender.step()
+    contender.close()
+    assert [process.returncode for process in contender._processes] == [0, 0]
 
 
 def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
