@@ -82,6 +82,8 @@ class Metawrap:
             options |= options.pop("execution", {})
         if unknown := [name for name in options if name not in known]:
             raise Skipped(f"this metawrap has no {', '.join(f'{name}=' for name in unknown)}")
+        if len(tasks) < case.ranks:
+            raise Skipped(f"{case.ranks} ranks need a task each, and there are {len(tasks)}")
         like = next(iter(values.values()))
         if options.get("execution", options).get("cuda_graphs"):
             recorder_for(like)

@@ -33,6 +33,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rivals.cases import CASES, Case, small
@@ -99,7 +100,7 @@ def table_of(case: Case, records: Sequence[Record]) -> Table:
         row += [f"{timed['median_s']:.3f}", f"{timed['q1_s']:.3f}-{timed['q3_s']:.3f}"] if timed else ["", ""]
         row += [f"{timed['ratio_to_plain']:.2f}" if timed else "", f"{held['peak_mb']:.0f}" if held else ""]
         table.add_row(*row, style="bold" if name == REFERENCE else None)
-    table.caption = "\n".join(below) or None
+    table.caption = escape("\n".join(below)) or None
     return table
 
 

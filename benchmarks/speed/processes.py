@@ -79,9 +79,11 @@ class Apart:
     def close(self) -> None:
         """Ends the processes."""
         for process in self._processes:
-            process.stdin.close()  # type: ignore[union-attr]
+            assert process.stdin is not None
+            process.stdin.close()
         for process in self._processes:
-            process.communicate()
+            with process:  # Waits, and closes its other streams.
+                pass
 
     def _await(self, word: str) -> None:
         for process in self._processes:
