@@ -33,20 +33,6 @@ _READ = "_local_scalar_dense at {}"
 _WAYS = {
     _READ.format("learner/embedding_learner.py"): "the labels, copied once for each task, tell the number of classes"
 }
-_EMBEDDING = [
-    "r2d2",
-    "metaoptnet",
-    "logistic",
-    "protonet",
-    "simpleshot",
-    "matchingnet",
-    "relationnet",
-    "siamese",
-    "mann",
-    "metanet",
-    "memorymodule",
-    "statistician",
-]
 _SVM = "the quadratic program is solved on the CPU"
 _NEWTON = "the regression is solved in double precision on the CPU"
 _UNLABELLED = "targets without a label are left out, so that the number of rows is that of the labels"

@@ -45,6 +45,10 @@ def without_constant(logits: Any) -> Any:
     return logits - logits[:, :1]
 
 
+def assert_same_up_to_a_constant(found: Tensor, expected: Any) -> None:
+    np.testing.assert_allclose(without_constant(found.numpy()), without_constant(expected), rtol=1e-9, atol=1e-12)
+
+
 def logits_by_hand(support: np.ndarray, labels: Tensor, target: np.ndarray) -> np.ndarray:
     means = np.stack([support[labels.numpy() == c].mean(0) for c in range(int(labels.max()) + 1)])
     return -((target[:, None] - means[None]) ** 2).sum(-1)  # type: ignore[no-any-return]
@@ -63,12 +67,7 @@ def test_prototypes_and_distances_equal_those_by_hand(norm: str) -> None:
     support = embedded_by_hand(model, task.support_x, *moments(model, task.support_x))
     other = task.support_x if norm == "support" else task.target_x
     target = embedded_by_hand(model, task.target_x, *moments(model, other))
-    np.testing.assert_allclose(
-        without_constant(found.numpy()),
-        without_constant(logits_by_hand(support, task.support_y, target)),
-        rtol=1e-9,
-        atol=1e-12,
-    )
+    assert_same_up_to_a_constant(found, logits_by_hand(support, task.support_y, target))
 
 
 def test_under_running_it_trains_on_one_batch_and_evaluates_on_what_was_stored() -> None:
@@ -87,12 +86,7 @@ def test_under_running_it_trains_on_one_batch_and_evaluates_on_what_was_stored()
     support, target = (
         embedded_by_hand(model, x, stored_mean, stored_variance) for x in (task.support_x, task.target_x)
     )
-    np.testing.assert_allclose(
-        without_constant(found.numpy()),
-        without_constant(logits_by_hand(support, task.support_y, target)),
-        rtol=1e-9,
-        atol=1e-12,
-    )
+    assert_same_up_to_a_constant(found, logits_by_hand(support, task.support_y, target))
 
 
 def test_cosine_is_one_minus_the_cosine_of_the_angle() -> None:

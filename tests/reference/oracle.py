@@ -77,10 +77,6 @@ def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def norm_parameter_names(model: nn.Module) -> set[str]:
-    return {f"{name}.{local}" for name, norm in norms_of(model).items() for local, _ in norm.named_parameters()}
-
-
 def meta_gradient(
     model: nn.Module,
     tasks: Iterable[tuple[Any, Any, Any, Any]],
