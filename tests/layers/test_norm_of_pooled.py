@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from face import assert_step_equals_oracle, build
@@ -99,6 +101,14 @@ def test_a_block_is_lent_it(runs: list[Any]) -> None:
     assert "forward" not in vars(block)
 
 
+@pytest.mark.parametrize("stride", [None, np.int64(2)], ids=str)
+def test_a_stride_of_another_kind_that_is_set_later_is_read(stride: Any, runs: list[Any]) -> None:
+    block = of_learner()
+    block[3].stride = stride
+    lent(block)
+    assert runs == ["pooled_with_moments"]
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_a_hook_sees_what_its_layer_gives(layer: int, runs: list[Any]) -> None:
     block, shapes = of_learner(), []
@@ -130,6 +140,7 @@ class Wrapper(nn.Module):
 
 
 OTHERS = ["negative scale", "negative slope", "indices", "gelu", "own forward", "small", "called", "wrapper", "dilated"]
+OTHERS += ["forward mode"]
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -149,7 +160,8 @@ def test_other_blocks_run_as_they_are(case: str, runs: list[Any], monkeypatch: p
         block[1] = Wrapper(block[1])
     elif case == "dilated":
         block[3].dilation = 2
-    lent(block)
+    with torch.autograd.forward_ad.dual_level() if case == "forward mode" else nullcontext():
+        lent(block)
     assert not runs
 
 

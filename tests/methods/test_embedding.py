@@ -13,20 +13,9 @@ from torch import Tensor, nn
 from metawrap import ArgumentError, ProtoNet, Task, TaskError, UnsupportedModuleError, methods
 from metawrap.training.run_settings import METHODS
 
+INNER_LOOPS = {"maml++", "maml", "fomaml", "meta-sgd", "reptile", "lstm", "anil", "boil"}
 # Those that have an inner loop, or keep the user's own head.
-NOT_FITTED = {
-    "maml++",
-    "maml",
-    "fomaml",
-    "meta-sgd",
-    "reptile",
-    "lstm",
-    "anil",
-    "boil",
-    "fine-tune",
-    "multi-task",
-    "zero-step",
-}
+NOT_FITTED = INNER_LOOPS | {"fine-tune", "multi-task", "zero-step"}
 
 
 def task_of(shape: tuple[int, ...] = (4,), **options: Any) -> Task:
