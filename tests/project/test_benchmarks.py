@@ -250,24 +250,20 @@ def test_a_measurement_in_its_own_process_returns_its_records() -> None:
 
 
 @pytest.mark.slow
-def test_a_contender_apart_steps_when_told_and_ends_when_closed() -> None:
-    contender = processes.Apart(TINY, SHARED, "plain")
+@pytest.mark.parametrize(("name", "ranks"), [("plain", 1), ("metawrap default", 2)])
+def test_a_contender_apart_steps_when_told_and_ends_when_closed(name: str, ranks: int) -> None:
+    contender = processes.Apart(replace(TINY, ranks=ranks), SHARED, name, ranks)
     contender.step()
     contender.step()
     contender.close()
-    assert [process.returncode for process in contender._processes] == [0]
+    assert [process.returncode for process in contender._processes] == [0] * ranks
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_plain_loops_gradient_and_step_together() -> None:
-    case = replace(TINY, ranks=2)
-    (record,) = processes.in_child("agreement", case, SHARED, 2, names=["metawrap default"])
+def test_two_ranks_have_the_plain_loops_gradient() -> None:
+    (record,) = processes.in_child("agreement", replace(TINY, ranks=2), SHARED, 2, names=["metawrap default"])
     assert record["agrees"], record
     assert record["relative_error"] > 0
-    contender = processes.Apart(case, SHARED, "metawrap default", 2)
-    contender.step()
-    contender.close()
-    assert [process.returncode for process in contender._processes] == [0, 0]
 
 
 def test_a_process_that_dies_is_a_failure_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,16 @@ def test_quiet_ends_with_its_block(capsys):
     assert capsys.readouterr().err == "an error\nagain\n"
 
 
+def test_an_interrupt_while_the_lock_of_all_bars_is_made_stays_an_interrupt(monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.delattr("tqdm.std.tqdm._lock", raising=False)
+    monkeypatch.setattr("tqdm.std.TqdmDefaultWriteLock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        say("something")
+
+
 def test_an_error_that_nobody_foresaw_is_one_line_and_the_traceback_is_asked_for(monkeypatch, capsys):
     def fails(*_: object, **__: object) -> None:
         raise KeyError("first\nsecond")
