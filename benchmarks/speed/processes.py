@@ -106,7 +106,7 @@ def _started(
 def _group_of(ranks: int) -> list[dict[str, str]]:
     """The variables by which the processes of a group find each other (torch.distributed, `env://`)."""
     if ranks == 1:
-        return [{}]
+        return [{"WORLD_SIZE": "1"}]  # torchrun may have set another one.
     with socket.create_server(("127.0.0.1", 0)) as server:
         everyone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     return [everyone | {"RANK": str(rank)} for rank in range(ranks)]
