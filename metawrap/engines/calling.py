@@ -230,7 +230,7 @@ _NORMS |= {F.batch_norm: 3, F.instance_norm: 3, F.layer_norm: 2}
 
 
 def _with_scale(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Adds a scale of ones to the arguments of a norm that has a shift and no scale; None for any other norm.
+    """Returns a norm's arguments with a scale of ones, if it has a shift and no scale; returns None for any other norm.
 
     Args:
         place: of the scale among the arguments.

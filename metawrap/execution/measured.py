@@ -70,7 +70,7 @@ class MeasuredExecutor(ParallelExecutor):
     def _measure(self, learner: Any, batch: TaskBatch, parameters: Sequence[nn.Parameter]) -> None:
         """Times the meta-gradient of a short inner loop in each way; in second order, if training ever reaches it."""
         settings, before, size = learner.settings, self.speed, self.options.tasks_per_backward or 1
-        # Four for each core: with two, the constant cost of processes hid a third of their gain.
+        # Four tasks for each core. With two, the constant cost of processes hides a part of what they gain.
         few = TaskBatch(tuple(map(usable, batch.tasks[: 4 * torch.get_num_threads() * size])))
         if self.keeps_memory:
             keep_memory(one_arena=True)  # A block that one thread frees then serves another.

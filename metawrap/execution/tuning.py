@@ -18,7 +18,7 @@ _GAIN = 0.97
 _GAIN_OF_THREADS = 1.03
 # The loss of channels_last with one worker up to which it is tried with several.
 _LAYOUT_LOSS = 1.2
-# Two ways whose times differ by less are timed once more: noise could exchange them.
+# Two ways whose times differ by less than this factor are timed once more, because noise could decide between them.
 _NEAR = 1.2
 
 
@@ -50,7 +50,8 @@ class Speed:
 def fastest(run: Callable[[Speed], Any], layouts: Iterable[bool], workers: Iterable[tuple[int, bool]]) -> Speed:
     """The fastest way, or threads nearly as fast.
 
-    Each way runs once, the two that took least run twice, and if they are near each other three times.
+    Each way is timed once, and the two fastest a second time. If these two are within 20 % of each other, they are
+    timed a third time. Of several times of one way, the shortest counts.
 
     Args:
         run: the meta-gradient of one batch; a way in which it raises is passed over, unless it is the plain one.

@@ -66,9 +66,9 @@ def own_form_pays(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def scale_beside(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """The scale of a norm, or ones if it has a shift and no scale.
+    """Returns the scale of a norm. If the norm has a shift alone, returns a scale of ones.
 
-    Without a scale, torch leaves out the second derivative by the shift.
+    Without a scale, torch's second backward pass leaves out the derivative with respect to the shift.
     """
     return torch.ones_like(shift) if scale is None and shift is not None else scale
 

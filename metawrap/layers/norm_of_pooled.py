@@ -1,7 +1,8 @@
-"""Batch norm, ReLU and max-pooling in a row, as in most few-shot networks, with the pooling first.
+"""Max-pooling that runs before the batch norm and the ReLU in front of it; most few-shot networks have these blocks.
 
-A norm with positive scales and a ReLU keep the order of numbers. So the pooling can run first, and they run on its
-output, a quarter of the numbers for windows of 2x2. A graph then keeps one tensor of the full size in place of three.
+A batch norm with positive scales, and a ReLU, keep the order of numbers. So the max-pooling can run first. Norm and
+ReLU then run on its output, which has a quarter of the numbers for windows of 2x2. A graph then keeps one tensor of the
+full size in place of three.
 Where the norm would round two numbers of a window to the same, the gradient goes to the larger one, not to the first.
 
 With m and v the mean and variance of x, p its pooled numbers, n the numbers of a channel, and S(p) zeros but for p at

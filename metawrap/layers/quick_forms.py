@@ -1,8 +1,8 @@
 """Convolution and max-pooling whose second derivatives take fewer and faster passes than torch's.
 
-Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` lends them to the user's modules for the
-time of a call. Where the result is differentiated once, a `Sequential` also runs a max-pooling before the norm and the
-ReLU in front of it: see norm_of_pooled.py.
+Each is a `torch.autograd.Function` around torch's own kernels. `QuickForms` puts them in the place of the modules' own
+code during a call. Where the result is differentiated once, a `Sequential` also runs a max-pooling before the norm and
+the ReLU in front of it: see norm_of_pooled.py.
 
 Convolution is bilinear, and so is its gradient: with C(x, w) the convolution, I(g, w) the gradient of x and W(g, x)
 that of w, the derivative of (I(g, w), W(g, x)) along (v, u) is
@@ -46,10 +46,10 @@ Window = tuple[list[int], list[int], list[int], list[int], bool]
 
 
 class QuickForms:
-    """Lends the quick forms to torch's own convolutions, max-poolings and sequences, for the time of a call.
+    """During a call, torch's own convolutions, max-poolings and sequences run the faster functions of this file.
 
-    They take plain CPU tensors in single and double precision; every other call runs as it is. Lent to modules, as a
-    `TorchFunctionMode` would slow every operation of the call.
+    These take plain CPU tensors in single and double precision; every other call runs as it is. Each module gets its
+    function as an attribute for the time of the call, as a `TorchFunctionMode` would slow every operation.
 
     Args:
         modules: pairs of a module as the user has it, and the module that runs in its place.
@@ -131,7 +131,7 @@ def _norm_before_pooling(norm: Any, activation: Any, pool: Any) -> bool:
 
 
 def _observed(layer: Any) -> bool:
-    """Whether a call of the layer runs more than torch's own forward: a hook, the user's forward, or compiled code."""
+    """Whether a call of the layer runs anything besides torch's forward: hooks, the user's forward, compiled code."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
     forward = vars(layer).get("forward")
     return (

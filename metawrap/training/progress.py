@@ -48,7 +48,7 @@ def say(text: str, error: bool = False) -> None:
     """
     if rank() == 0 and (error or not _quiet) and sys.stderr is not None:
         with suppress(OSError, ValueError):  # The latter: a closed file.
-            # Under an interrupt while tqdm.write makes or takes its lock, it raises another error.
+            # Else tqdm.write, interrupted before it has the lock, releases it, and that error replaces the interrupt.
             with tqdm.get_lock():
                 tqdm.write(printable(text), file=sys.stderr, nolock=True)
             sys.stderr.flush()
